@@ -54,11 +54,17 @@ def optional_import(name: str):
 
 
 brotli, tqdm, zstandard = optional_import("brotli"), optional_import("tqdm"), optional_import("zstandard")
+
+
 SCRIPT = Path(__file__).resolve()
 
 
 class UserError(ValueError):
     """A mistake in the input: printed as one line, exit code 2, never a traceback."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on: printed with what to try, exit code 1, never a traceback."""
 
 
 # ---- 1 Config: one field = one environment variable = one line of --help = one range check --------------------------
@@ -307,7 +313,7 @@ def pick_device(env: dict[str, str]) -> str:
 
 
 def parse_knob(name: str, text: str) -> Any:
-    """The value of an environment string, checked against type, range and choices. Raises ValueError with a reason."""
+    """The value of an environment string, checked against type, range and choices. Raises UserError with a reason."""
     f = KNOBS[name][1]
     kind, meta = type(f.default), f.metadata
     try:
@@ -317,10 +323,10 @@ def parse_knob(name: str, text: str) -> Any:
             value = kind(text)
     except (ValueError, KeyError):
         want = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
-        raise ValueError(f"{name.upper()}={text!r}: want {want} ({meta['doc']})") from None
+        raise UserError(f"{name.upper()}={text!r}: want {want} ({meta['doc']})") from None
     bad_range = kind in (int, float) and meta["lo"] is not None and not meta["lo"] <= value <= meta["hi"]
     if (meta["choices"] and value not in meta["choices"]) or bad_range:
-        raise ValueError(f"{name.upper()}={text}: want {allowed(f)} ({meta['doc']})")
+        raise UserError(f"{name.upper()}={text}: want {allowed(f)} ({meta['doc']})")
     return value
 
 
@@ -516,7 +522,7 @@ class Runtime:
         if used and cfg.run.resume == "none":
             raise UserError(f"RUN_ID={cfg.run.run_id}: {relative(self.folder)} already holds a run; "
                             "set RESUME=auto to continue it or choose another RUN_ID")
-        complete = self.from_main(used and "\nfinal:official " in log.read_text())
+        complete = self.from_main(self.main and used and "\nfinal:official " in log.read_text())
         failure = None
         if self.main and not complete:
             try:
@@ -527,6 +533,10 @@ class Runtime:
                 failure = f"RUNS_DIR={cfg.run.runs_dir}: cannot write {relative(self.folder)} ({error.strerror})"
         if failure := self.from_main(failure):
             raise UserError(failure)
+        if self.main and not complete:
+            known = {k: dict(value=v, origin=cfg.origins[k]) for k, v in cfg.values().items()}
+            text = json.dumps(dict(preset=cfg.preset, knobs=known), indent=1).encode()
+            write_atomic(self.folder / "config.json", lambda f: f.write(text))
         return not complete
 
     def log(self, text: str, echo: bool = True):
@@ -569,8 +579,9 @@ class Runtime:
 
     def progress(self, total: float, label: str):
         """A bar on a terminal, silence elsewhere (the log lines carry the time left)."""
-        off = not (tqdm and self.main and sys.stderr.isatty())
-        return contextlib.nullcontext() if off else tqdm.tqdm(
+        if not (tqdm and self.main and sys.stderr.isatty()):
+            return contextlib.nullcontext()
+        return tqdm.tqdm(
             total=total, desc=label, leave=False, dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
 
@@ -995,15 +1006,22 @@ class Context(NamedTuple):
     x0: Tensor   # (B,T,C) normalised embedding
 
 
+class Site(nn.Module):
+    """A technique that plugs into block `layer`; built from the configuration whether or not it has parameters."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+
+
 # embed sites: (x (B,T,C), ids (B,T)) -> (B,T,C)
-class BigramHash(nn.Module):
+class BigramHash(Site):
     """Add a learned vector for the hashed pair (previous token, token). Zero table, so the identity at start.
 
     Source: PR 162. Knobs: BIGRAM_BUCKETS, BIGRAM_DIM.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__()
+        super().__init__(cfg, layer)
         self.table = param((cfg.bigram_buckets, cfg.bigram_dim), constant(0.0), "table", "embed")
         self.proj = Linear(cfg.bigram_dim, cfg.model_dim)
         self.scale = param((1,), constant(0.05), "scalar", "keep")
@@ -1015,24 +1033,21 @@ class BigramHash(nn.Module):
         return x + self.scale.to(x.dtype) * self.proj(F.embedding(rows, self.table).to(x.dtype))
 
 
-class EmbedNorm(nn.Module):
+class EmbedNorm(Site):
     """Normalise the embedding; sites before it in the registry see the raw one, sites after it the normalised one."""
-
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__()
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         return norm(x)
 
 
-class SmearGate(nn.Module):
+class SmearGate(Site):
     """Blend each position with the one before it by a learned per-channel gate, half and half at start (variant B).
 
     Source: PR 162. Knob: SMEAR_GATE.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__()
+        super().__init__(cfg, layer)
         self.gate = param((cfg.model_dim,), constant(0.0), "scalar", "keep")
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
@@ -1041,24 +1056,21 @@ class SmearGate(nn.Module):
 
 
 # qkv sites: (q (B,T,H,D), k (B,T,G,D), v (B,T,G,D), context) -> (q, k, v)
-class QKNorm(nn.Module):
+class QKNorm(Site):
     """Normalise queries and keys per head, which bounds attention logits by gain * sqrt(D)."""
-
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
         return norm(q), norm(k), v
 
 
-class Rotary(nn.Module):
+class Rotary(Site):
     """Rotate the first R dims of queries and keys by position, pairing dim i with i + R/2; the rest passes through.
 
     Source: PR 315 (partial). Knobs: ROPE_DIMS, ROPE_BASE.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__()
+        super().__init__(cfg, layer)
         self.dims = cfg.rotary_dims
         frequency = cfg.rope_base ** (-torch.arange(0, self.dims, 2, dtype=torch.float64) / self.dims)
         self.register_buffer("frequency", frequency.float(), persistent=False)
@@ -1074,11 +1086,11 @@ class Rotary(nn.Module):
         return torch.cat([(a * cos + b * sin).to(x.dtype), (b * cos - a * sin).to(x.dtype), rest], -1)
 
 
-class QKGain(nn.Module):
+class QKGain(Site):
     """Scale each query head by a learned inverse temperature. Knob: QK_GAIN_INIT. Source: PR 1125."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__()
+        super().__init__(cfg, layer)
         self.gain = param((cfg.num_heads,), constant(cfg.qk_gain_init), "scalar", "keep")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
@@ -1086,14 +1098,11 @@ class QKGain(nn.Module):
 
 
 # attn_out sites: (y (B,T,H,D), v (B,T,G,D), context) -> (B,T,H,D)
-class XSA(nn.Module):
+class XSA(Site):
     """Exclusive self-attention: remove from each head's output the part along the token's own value.
 
     No parameters; grouped, so values are never repeated. Source: arXiv 2603.09078, PR 265. Knob: XSA_LAST_N.
     """
-
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__()
 
     def forward(self, y: Tensor, v: Tensor, context: Context) -> Tensor:
         B, T, H, D = y.shape
@@ -1103,11 +1112,11 @@ class XSA(nn.Module):
 
 
 # residual sites: (x (B,T,C), x0 (B,T,C)) -> (B,T,C)
-class X0Mix(nn.Module):
+class X0Mix(Site):
     """Learned per-channel blend of the residual stream with the embedding, the identity at start."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__()
+        super().__init__(cfg, layer)
         self.mix = param((2, cfg.model_dim), lambda t: t.copy_(torch.tensor([[1.0], [0.0]])), "scalar", "keep")
 
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:
@@ -1841,13 +1850,13 @@ def score(nll: Callable, tokens: np.ndarray, target_bytes: np.ndarray, strategy:
     """Score every target tokens[1:] exactly once and return the sums, equal on all ranks and for any number of them.
 
     nll(ids (B,W), targets (B,S), rows (B,S)) -> nats (B,S). `observer(items, losses)` sees each banked batch before
-    the strategy may adapt. Raises RuntimeError when a target is missed, repeated or not finite.
+    the strategy may adapt. Raises RunFailed when a target is missed, repeated or its loss not finite.
     """
     targets = len(tokens) - 1
     bank, count = torch.zeros(targets), torch.zeros(targets, dtype=torch.int32)
     items, rows = strategy.items(targets), max(1, batch_tokens // strategy.size)
     mine = items[len(items) * rt.rank // rt.world:len(items) * (rt.rank + 1) // rt.world]
-    with torch.no_grad(), rt.progress(len(mine), "score") or contextlib.nullcontext() as bar:
+    with torch.no_grad(), rt.progress(len(mine), "score") as bar:
         for lo in range(0, len(mine), rows):
             batch = mine[lo:lo + rows]
             padded = np.concatenate([batch, np.repeat(batch[-1:], rows - len(batch), 0)])  # one shape, one graph
@@ -1864,7 +1873,7 @@ def score(nll: Callable, tokens: np.ndarray, target_bytes: np.ndarray, strategy:
     rt.all_reduce(bank)  # disjoint shares: the sum is exact
     rt.all_reduce(count)
     if (count != 1).any() or not bank.isfinite().all():
-        raise RuntimeError(f"{int((count != 1).sum())} targets not scored exactly once, "
+        raise RunFailed(f"{int((count != 1).sum())} targets not scored exactly once, "
                            f"{int((~bank.isfinite()).sum())} losses not finite")
     coverage = hashlib.sha256(count.numpy().astype("<i4").tobytes()).hexdigest()[:16]
     return Score(float(bank.double().sum()), targets, int(target_bytes.sum(dtype=np.int64)), coverage)
@@ -1900,9 +1909,12 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self):
+        """Do not count the enclosed time; a clock that stands still stays so."""
+        running = self.since is not None
         self.stop()
         yield
-        self.start()
+        if running:
+            self.start()
 
 
 def load_checkpoint(cfg: Config, rt: Runtime) -> dict[str, Any] | None:
@@ -2021,10 +2033,15 @@ class Trainer:
         """Write the checkpoint atomically, off the training clock (rank 0)."""
         self.check_finite()
         with self.clock.paused():
+            if not self.flat.weights.isfinite().all():
+                raise RunFailed(self.not_finite("weights", self.step_number))
             if self.rt.main:
                 content = dict(state=self.state(), identity=self.identity(), numerics=self.numerics._asdict())
-                write_atomic(self.rt.folder / "checkpoint.pt", lambda f: torch.save(content, f))
-                self.rt.metric("checkpoint", step=self.step_number)
+                try:
+                    write_atomic(self.rt.folder / "checkpoint.pt", lambda f: torch.save(content, f))
+                    self.rt.metric("checkpoint", step=self.step_number)
+                except OSError as error:  # a full disk must not end a run that can still finish
+                    self.rt.log(f"warning: checkpoint not written ({error.strerror})")
             self.last_checkpoint = time.monotonic()
 
     def resume(self, saved: dict[str, Any]):
@@ -2040,11 +2057,15 @@ class Trainer:
     def check_finite(self):
         """Stop the run when the previous step's loss was not finite (read one step late, so the device stays busy)."""
         if self.pending is not None and not math.isfinite(self.pending[1].item()):
-            saved = self.rt.folder / "checkpoint.pt"
-            hint = f"last good checkpoint: {relative(saved)}" if saved.exists() else "no checkpoint was written yet"
-            raise UserError(f"loss is not finite at step {self.pending[0]} ({hint}); try a lower MATRIX_LR, "
-                            f"TIED_EMBED_LR or SCALAR_LR, GRAD_CLIP_NORM=0.3, or NUMERICS=fp32")
+            raise RunFailed(self.not_finite("loss", self.pending[0]))
         self.pending = None
+
+    def not_finite(self, what: str, step: int) -> str:
+        """What to tell the user of a diverged run."""
+        saved = self.rt.folder / "checkpoint.pt"
+        hint = f"last good checkpoint: {relative(saved)}" if saved.exists() else "no checkpoint was written yet"
+        return (f"{what} not finite at step {step} ({hint}); try a lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, "
+                "GRAD_CLIP_NORM=0.3, or NUMERICS=fp32")
 
     def report(self, loss: Tensor, p: Progress, ramps: dict[str, float]):
         """The competition's training line with speed and time left: the first steps, then every TRAIN_LOG_EVERY."""
@@ -2062,7 +2083,8 @@ class Trainer:
         """The competition's validation line: chunked score of the live weights without fake quantisation."""
         for site in self.qat:
             site.on.zero_()
-        result = score_model(self.cfg, self.rt, self.model, self.numerics._replace(compile=False), self.data, "chunked")
+        numerics = self.numerics._replace(compile=self.numerics.compile and self.rt.device.type == "cuda")
+        result = score_model(self.cfg, self.rt, self.model, numerics, self.data, "chunked")
         step = self.step_number
         self.rt.log(f"step:{step}/{self.cfg.optim.iterations} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} "
                     f"train_time:{elapsed * 1e3:.0f}ms step_avg:{elapsed * 1e3 / max(step, 1):.2f}ms")
@@ -2256,7 +2278,7 @@ def run(cfg: Config, rt: Runtime, env: dict[str, str]):
 
 
 def main(argv: list[str], env: dict[str, str]) -> int:
-    """Entry point; returns the exit code: 0 done, 2 a mistake in the input, 130 interrupted."""
+    """Entry point; returns the exit code: 0 done, 1 a run that failed, 2 a mistake in the input, 130 interrupted."""
     if argv and argv[0] in ("-h", "--help", "--help=md"):
         print(help_text(markdown=argv[0] == "--help=md"))
         return 0
@@ -2268,10 +2290,13 @@ def main(argv: list[str], env: dict[str, str]) -> int:
         rt = Runtime(cfg, env)
         run(cfg, rt, env)
         return 0
-    except UserError as error:
-        if rt is None or rt.main:
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
+    except (UserError, RunFailed) as error:
+        for line in str(error).splitlines() if rt is None or rt.main else ():
+            print(f"error: {line}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except OSError as error:  # disk full, file gone: the machine's fault, not a bug
+        print(f"error: {relative(error.filename or '.')}: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         if rt and rt.main:
             print(f"interrupted; continue with RUN_ID={rt.folder.name} RESUME=auto" if rt.folder else "interrupted",
