@@ -1,0 +1,47 @@
+"""Small configurations and models with every parameter away from its initial value, for tests of the arithmetic."""
+import torch
+
+import train_gpt as tg
+
+torch.set_num_threads(1)  # on tensors this small more threads only wait for each other
+
+OVERLAYS = ("cpu", "tiny")
+SYSTEMS = [name for name in tg.PRESETS if name not in OVERLAYS]
+# one entry per technique that a knob switches
+TECHNIQUES = {
+    "plain": {},
+    "xsa": dict(xsa_last_n=2),
+    "smear_gate": dict(smear_gate=1),
+    "bigram": dict(bigram_buckets=64),
+    "leaky_relu2": dict(mlp="leaky_relu2", leaky_slope=0.3),
+    "partial_rope": dict(rope_dims=8),
+    "no_skips": dict(skips="none"),
+    "all": dict(xsa_last_n=1, smear_gate=1, bigram_buckets=64, mlp="leaky_relu2", rope_dims=8),
+}
+
+
+def config(preset: str = "baseline+tiny", **knobs) -> tg.Config:
+    """The configuration of a preset with knobs on top, as the environment would give it."""
+    return tg.load({"PRESET": preset, "DEVICE": "cpu"} | {name.upper(): str(value) for name, value in knobs.items()})
+
+
+def random_model(cfg: tg.Config, numerics: tg.Numerics = tg.Numerics(), seed: int = 0) -> tg.GPT:
+    """A model whose every parameter is random and of a size that matters, the zero-initialised ones included."""
+    torch.manual_seed(seed)
+    model = tg.GPT(cfg.model, cfg.data.vocab_size, numerics)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape)
+            p.copy_(noise * p.size(-1)**-0.5 if p.opt == "matrix" else p + 0.3 * noise)
+    return model
+
+
+def random_batch(cfg: tg.Config, rows: int, length: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random (ids, targets), each (rows, length)."""
+    tokens = torch.randint(cfg.data.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def token_losses(model: tg.GPT, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Loss of every position, (rows, length)."""
+    return model.losses(model.hidden(ids, tg.schedule(model.cfg)), targets)

@@ -1,0 +1,307 @@
+"""Where a value comes from, what is refused, what is warned about, and what help and plan say about it."""
+import math
+import re
+
+import pytest
+import torch
+import train_gpt
+from conftest import ROOT, SCRIPT, run_script
+from train_gpt import GROUPS, KNOBS, PRESETS, UserError, load
+
+TEXT_KNOBS = {"run_id", "runs_dir", "artifact", "data_path", "tokenizer_path"}  # any text, checked where it is used
+META = {name: f.metadata for name, (_, f) in KNOBS.items()}
+KIND = {name: type(f.default) for name, (_, f) in KNOBS.items()}
+
+
+def resolve(preset: str = "baseline", **env):
+    return load({"PRESET": preset, "DEVICE": "cpu"} | {k: str(v) for k, v in env.items()})
+
+
+def errors(preset: str = "baseline", **env) -> list[str]:
+    """The error lines of a configuration that must be refused."""
+    with pytest.raises(UserError) as caught:
+        resolve(preset, **env)
+    return str(caught.value).splitlines()
+
+
+def origin_and_value(cfg, name: str):
+    return cfg.origins[name], cfg.values()[name]
+
+
+# ---- precedence
+def test_later_sources_win_and_every_value_knows_its_source():
+    assert origin_and_value(resolve(), "train_seq_len") == ("default", 1024)
+    assert origin_and_value(resolve("mlp3x_seq4096"), "train_seq_len") == ("mlp3x_seq4096", 4096)
+    assert origin_and_value(resolve("mlp3x_seq4096+cpu"), "train_seq_len") == ("cpu", 512)
+    assert origin_and_value(resolve("cpu+mlp3x_seq4096", NUM_HEADS=4), "train_seq_len") == ("mlp3x_seq4096", 4096)
+    cfg = resolve("mlp3x_seq4096+cpu", TRAIN_SEQ_LEN=256)
+    assert origin_and_value(cfg, "train_seq_len") == ("environment", 256)
+    assert origin_and_value(cfg, "matrix_bits") == ("mlp3x_seq4096", 6)
+    assert cfg.data.train_seq_len == 256 and cfg.quant.matrix_bits == 6
+
+
+def test_an_environment_value_equal_to_the_default_still_comes_from_the_environment():
+    assert resolve(SEED=1337).origins["seed"] == "environment"
+
+
+def test_a_preset_may_derive_a_value_from_those_before_it(monkeypatch):
+    monkeypatch.setitem(PRESETS, "big", dict(xsa_last_n=9, train_log_every=7))
+    monkeypatch.setitem(PRESETS, "half", dict(train_log_every=lambda v: v["train_log_every"] // 2))
+    assert resolve("big+tiny").model.xsa_last_n == 2
+    assert resolve("tiny+big").model.xsa_last_n == 9
+    assert origin_and_value(resolve("big+half"), "train_log_every") == ("half", 3)
+    assert origin_and_value(resolve("half"), "train_log_every") == ("half", 100)
+    assert resolve("big+half", TRAIN_LOG_EVERY=50).run.train_log_every == 50
+
+
+@pytest.mark.parametrize("overlay", ["", "+cpu", "+tiny"])
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("cpu", "tiny")])
+def test_every_preset_passes_its_own_checks(preset, overlay):
+    cfg = resolve(preset + overlay)
+    again = resolve(**{name.upper(): value if KIND[name] is not bool else int(value)
+                       for name, value in cfg.values().items() if name != "device"})
+    assert again.values() == cfg.values() and not cfg.notes
+
+
+# ---- what is refused
+def test_every_knob_has_a_sentence_and_a_check():
+    unchecked = {n for n, m in META.items() if not m["choices"] and m["lo"] is None and KIND[n] is not bool}
+    assert unchecked == TEXT_KNOBS
+    assert not [n for n, m in META.items() if len(m["doc"].split()) < 2]
+
+
+def bad_values(name: str) -> list[str]:
+    """Texts that a knob must refuse, derived from nothing but its declaration."""
+    meta, kind = META[name], KIND[name]
+    if kind is str:
+        return ["bogus", "", meta["choices"][0].upper() + "_"]
+    unparsable = ["", "abc", "--1", "1,5", "nan", "inf", "-inf", "None"]
+    if kind is bool:
+        return unparsable + ["2", "-1", "yes"]
+    lo, hi = meta["lo"], meta["hi"]
+    if kind is int:
+        return unparsable + [str(lo - 1), str(hi + 1), "1.5", "1e3", str(-(10**30)), str(10**30)]
+    return unparsable + [repr(math.nextafter(lo, -math.inf)), repr(math.nextafter(hi, math.inf)), "1e400", "-1e30"]
+
+
+def says_what_is_allowed(name: str, line: str) -> bool:
+    meta, kind = META[name], KIND[name]
+    if kind is bool:
+        return "0 or 1" in line
+    if re.search(r"want a (whole )?number", line):
+        return True
+    if meta["choices"]:
+        return all(str(choice) in line for choice in meta["choices"])
+    lo, hi = re.search(r"want (\S[\d .e-]*) to ([\d .e-]+) \(", line).groups()
+    return (float(lo.replace(" ", "")), float(hi.replace(" ", ""))) == (meta["lo"], meta["hi"])
+
+
+@pytest.mark.parametrize("name", [n for n in KNOBS if n not in TEXT_KNOBS])
+def test_every_knob_refuses_what_it_cannot_use(name):
+    for text in bad_values(name):
+        lines = errors(**{name.upper(): text})
+        assert len(lines) == 1, (text, lines)
+        assert lines[0].startswith(f"{name.upper()}=") and text in lines[0].split(": want")[0], (text, lines)
+        assert says_what_is_allowed(name, lines[0]), (text, lines)
+
+
+@pytest.mark.parametrize("name", [n for n in KNOBS if n not in TEXT_KNOBS])
+def test_every_knob_accepts_the_ends_of_its_range(name):
+    meta, kind = META[name], KIND[name]
+    good = meta["choices"] or ((False, True) if kind is bool else (meta["lo"], meta["hi"]))
+    texts = [str(int(v)) if kind is bool else str(v) for v in good]
+    assert [train_gpt.parse_knob(name, t) for t in texts] == [kind(v) for v in good]
+    assert KNOBS[name][1].default == train_gpt.parse_knob(name, str(KNOBS[name][1].default))
+
+
+def test_all_bad_knobs_are_reported_at_once():
+    lines = errors("nonsense", NUM_HEADS="0", MATRIX_LR="fast", CODEC="rar", SMEAR_GATE="maybe")
+    assert sorted(line.split("=")[0] for line in lines) == ["CODEC", "MATRIX_LR", "NUM_HEADS", "PRESET", "SMEAR_GATE"]
+    assert all(name in next(line for line in lines if "PRESET" in line) for name in PRESETS)
+
+
+@pytest.mark.parametrize("env, named", [
+    (dict(MODEL_DIM=512, NUM_HEADS=6, NUM_KV_HEADS=3), ["MODEL_DIM=512", "NUM_HEADS=6"]),
+    (dict(NUM_HEADS=8, NUM_KV_HEADS=3), ["NUM_HEADS=8", "NUM_KV_HEADS=3"]),
+    (dict(MODEL_DIM=24, NUM_HEADS=8, NUM_KV_HEADS=4), ["MODEL_DIM/NUM_HEADS=3", "even"]),
+    (dict(ROPE_DIMS=7), ["ROPE_DIMS=7", "even"]),
+    (dict(ROPE_DIMS=66), ["ROPE_DIMS=66", "64"]),
+    (dict(TRAIN_SEQ_LEN=1000), ["TRAIN_BATCH_TOKENS=524288", "TRAIN_SEQ_LEN=1000"]),
+    (dict(EVAL="sliding", EVAL_SEQ_LEN=64, EVAL_STRIDE=65), ["EVAL_STRIDE=65", "EVAL_SEQ_LEN=64"]),
+    (dict(BIGRAM_BUCKETS=1), ["BIGRAM_BUCKETS=1"]),
+    (dict(RUN_MODE="eval"), ["RUN_MODE=eval", "ARTIFACT"]),
+    (dict(RESERVE_SECONDS=60, MAX_WALLCLOCK_SECONDS=60), ["RESERVE_SECONDS=60", "MAX_WALLCLOCK_SECONDS=60"]),
+    (dict(RUN_ID="a/b"), ["RUN_ID", "a/b"]), (dict(RUN_ID=".."), ["RUN_ID"]), (dict(RUN_ID=""), ["RUN_ID"])])
+def test_knobs_that_contradict_each_other_are_refused(env, named):
+    lines = errors(**env)
+    assert len(lines) == 1 and all(text in lines[0] for text in named), lines
+
+
+def test_all_contradictions_are_reported_at_once():
+    assert len(errors(NUM_HEADS=6, NUM_KV_HEADS=4, TRAIN_SEQ_LEN=1000, BIGRAM_BUCKETS=1, RUN_ID="..")) == 5
+
+
+# ---- what is warned about
+MISSPELT = {
+    "NUM_LAYER": "NUM_LAYERS", "NUMLAYERS": "NUM_LAYERS", "N_LAYERS": "NUM_LAYERS", "MATIRX_LR": "MATRIX_LR",
+    "MATRIXLR": "MATRIX_LR", "matrix_lr": "MATRIX_LR", "TRAIN_SEQLEN": "TRAIN_SEQ_LEN", "SEEDS": "SEED",
+    "TRAIN_SEQ_LENGTH": "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKEN": "TRAIN_BATCH_TOKENS", "ITERATION": "ITERATIONS",
+    "MAX_WALLCLOCK_SECS": "MAX_WALLCLOCK_SECONDS", "WALLCLOCK_SECONDS": "MAX_WALLCLOCK_SECONDS",
+    "MODELDIM": "MODEL_DIM", "NUM_HEAD": "NUM_HEADS", "VOCABSIZE": "VOCAB_SIZE", "DATAPATH": "DATA_PATH",
+    "TOKENISER_PATH": "TOKENIZER_PATH", "RUNID": "RUN_ID", "WARMUP_STEP": "WARMUP_STEPS", "SCALER_LR": "SCALAR_LR",
+    "TIED_EMBEDDING_LR": "TIED_EMBED_LR", "EVALSTRIDE": "EVAL_STRIDE", "COMPLIE": "COMPILE", "PRESETS": "PRESET"}
+USUAL = """HOME PATH LANG LC_ALL LANGUAGE HOSTNAME USER LOGNAME SHELL SHLVL PWD OLDPWD TERM EDITOR PAGER MAIL TMPDIR
+DISPLAY SSH_CLIENT SSH_TTY XDG_RUNTIME_DIR VIRTUAL_ENV VIRTUAL_ENV_PROMPT PYTHONPATH PYTHONUNBUFFERED PYTHONHASHSEED
+PS1 _ CI DEBIAN_FRONTEND TZ LS_COLORS LESSOPEN http_proxy NO_PROXY MALLOC_ARENA_MAX LD_LIBRARY_PATH LD_PRELOAD
+RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE
+MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS
+TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_ERROR_FILE TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_LOGS TORCH_HOME
+TORCHINDUCTOR_CACHE_DIR TORCHDYNAMO_VERBOSE TRITON_CACHE_DIR PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF
+PYTORCH_ENABLE_MPS_FALLBACK PYTORCH_VERSION NCCL_DEBUG NCCL_SOCKET_IFNAME NCCL_IB_DISABLE NCCL_P2P_DISABLE
+NCCL_VERSION GLOO_SOCKET_IFNAME CUDA_VISIBLE_DEVICES CUDA_HOME CUDA_DEVICE_ORDER CUDA_LAUNCH_BLOCKING CUDA_VERSION
+NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES CUBLAS_WORKSPACE_CONFIG OMP_NUM_THREADS OMP_PROC_BIND
+MKL_NUM_THREADS OPENBLAS_NUM_THREADS NUMEXPR_MAX_THREADS KMP_AFFINITY GOMP_CPU_AFFINITY TOKENIZERS_PARALLELISM
+HF_HOME HF_TOKEN HF_HUB_OFFLINE WANDB_MODE WANDB_PROJECT PYTEST_CURRENT_TEST KUBERNETES_SERVICE_HOST
+SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID SLURM_LOCALID SLURM_NODELIST SLURM_JOB_NUM_NODES SLURM_CPUS_PER_TASK
+SLURM_TASKS_PER_NODE SLURM_MEM_PER_NODE SLURM_SUBMIT_DIR SLURM_EXPORT_ENV SLURM_STEP_ID""".split()
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_a_misspelt_knob_is_warned_about_with_a_suggestion(name):
+    notes = resolve(**{name: "1"}).notes
+    assert len(notes) == 1 and notes[0].startswith(f"{name} ") and notes[0].endswith(f" {MISSPELT[name]}?"), notes
+
+
+def test_a_usual_environment_raises_no_warning():
+    assert resolve(**dict.fromkeys(USUAL, "1")).notes == ()
+
+
+INEFFECTIVE = [("LEAKY_SLOPE", 0.3, {}, dict(MLP="leaky_relu2")), ("BIGRAM_DIM", 8, {}, dict(BIGRAM_BUCKETS=64)),
+               ("TABLE_LR", 0.1, {}, dict(BIGRAM_BUCKETS=64)), ("EMA_DECAY", 0.9, {}, dict(AVERAGING="ema")),
+               ("EVAL_STRIDE", 32, {}, dict(EVAL="sliding")), ("EVAL_SEQ_LEN", 512, {}, dict(EVAL="sliding")),
+               ("QAT_START_FRAC", 0.5, {}, dict(QAT="ste")), ("QAT", "ste", dict(MATRIX_BITS=16), dict(MATRIX_BITS=6)),
+               ("WARMDOWN_FRAC", 0.5, {}, dict(LR_SCHEDULE="warmdown_frac")),
+               ("WARMDOWN_ITERS", 9, dict(LR_SCHEDULE="warmdown_frac"), {}),
+               ("RESERVE_SECONDS", 5, dict(MAX_WALLCLOCK_SECONDS=0), {}),
+               ("ARTIFACT", "x.golf", {}, dict(RUN_MODE="eval"))]
+
+
+@pytest.mark.parametrize("name, value, without, needed", INEFFECTIVE, ids=[row[0] for row in INEFFECTIVE])
+def test_a_knob_without_effect_is_warned_about(name, value, without, needed):
+    notes = resolve(**{name: value}, **without).notes
+    assert len(notes) == 1 and notes[0].startswith(f"{name} has no effect unless "), notes
+    assert resolve(**{name: value}, **needed).notes == ()
+
+
+def test_every_dependency_of_a_knob_is_covered_above():
+    assert {row[0].lower() for row in INEFFECTIVE} == {name for name, m in META.items() if m["needs"]}
+
+
+def test_strict_env_turns_every_warning_into_an_error():
+    lines = errors(STRICT_ENV=1, MATIRX_LR=1, EMA_DECAY=0.9, SEED="x")
+    assert len(lines) == 3 and {line.split(" ")[0].split("=")[0] for line in lines} == {"MATIRX_LR", "EMA_DECAY", "SEED"}
+    assert resolve(STRICT_ENV=1, SEED=1).notes == ()
+
+
+# ---- help
+def test_help_lists_every_knob_once_and_needs_no_data(tmp_path):
+    done = run_script(args=["--help"], cwd=tmp_path, DATA_PATH="nowhere", RUNS_DIR="nowhere")
+    assert done.code == 0 and done.err == ""
+    listed = re.findall(r"^\s*([A-Z][A-Z0-9_]*)=(\S*)", done.out, re.MULTILINE)
+    assert sorted(name for name, _ in listed) == sorted(name.upper() for name in KNOBS)
+    assert dict(listed)["MATRIX_LR"] == "0.04" and not list(tmp_path.iterdir())
+
+
+def test_markdown_help_is_a_table_and_the_readme_holds_it():
+    table = run_script(args=["--help=md"]).out.rstrip("\n")
+    rows = [re.split(r"(?<!\\)\|", line) for line in table.splitlines()]
+    assert all(len(row) == 6 and row[0] == row[5] == "" for row in rows)
+    assert set("".join(rows[1])) == {"-"}
+    assert [row[1].strip().strip("`") for row in rows[2:]] == [name.upper() for name in KNOBS]
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("no README.md yet")
+    assert readme.read_text().split("<!-- knobs -->\n")[1].split("\n<!-- /knobs -->")[0] == table
+
+
+# ---- plan
+HAND = {"baseline": dict(params=17_059_912, mlp=1024, seq=1024), "mlp3x_seq4096": dict(params=21_778_504, mlp=1536,
+                                                                                       seq=4096)}
+
+
+@pytest.mark.parametrize("preset", HAND)
+def test_plan_predicts_a_run_without_data(preset, tmp_path):
+    given = dict(PRESET=preset, MATRIX_LR=0.03, TRAIN_LOG_EVERY=7, EVAL_BATCH_TOKENS=4096, THREADS=1, LOADER="shuffled")
+    done = run_script(cwd=tmp_path, RUN_MODE="plan", DATA_PATH="nowhere", **given)
+    assert done.code == 0 and done.err == "" and not list(tmp_path.iterdir())
+    hand = HAND[preset]
+    assert f"model_params:{hand['params']}\n" in done.out
+    matrices = 9 * (2 * 512 * 512 + 2 * 256 * 512 + 2 * 512 * hand["mlp"]) + 1024 * 512
+    attention = 9 * 2 * 2 * 512 * hand["seq"] / 2  # scores and mix, two FLOPs each, the causal half
+    flops = float(re.search(r"^flops_per_token:(\S+)", done.out, re.MULTILINE)[1])
+    assert flops == pytest.approx(3 * (2 * matrices + attention), rel=1e-3)
+    size = re.search(r"^predicted_bytes model:(\d+) code:(\d+) total:(\d+) budget:16000000 fits:(\d)", done.out, re.M)
+    model, code, total, fits = map(int, size.groups())
+    assert code == SCRIPT.stat().st_size and total == model + code and fits == (total <= 16_000_000)
+    shown = re.findall(r"^config:([A-Z0-9_]+)=(.*) \((\w+)\)$", done.out, re.MULTILINE)
+    assert sorted(name for name, _, _ in shown) == sorted(name.upper() for name in KNOBS)
+    origins = {name: origin for name, _, origin in shown}
+    assert {n for n, o in origins.items() if o == "environment"} == set(given) - {"PRESET"} | {"RUN_MODE", "DATA_PATH"}
+    assert {n.lower() for n, o in origins.items() if o == preset} == set(PRESETS[preset]) - {"matrix_lr"}
+
+
+@pytest.mark.parametrize("preset", HAND)
+def test_predicted_bytes_are_those_of_gaussian_weights(preset):
+    cfg = resolve(preset + "+tiny", SCALE_FLOOR=0, MODEL_DIM=128)
+    model = train_gpt.GPT(cfg.model, cfg.data.vocab_size, train_gpt.Numerics())
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        p.data.normal_(0, 0.02, generator=generator)
+    packed = train_gpt.pack_artifact(train_gpt.quantise(model, cfg.quant), {}, train_gpt.CODECS[cfg.quant.codec])
+    assert train_gpt.predict_model_bytes(model, cfg.quant) == pytest.approx(len(packed), rel=0.01)
+
+
+# ---- the process
+def refused(done, lines: int = 1):
+    """Exit code 2 and nothing but `error:` lines."""
+    assert done.code == 2 and "Traceback" not in done.out + done.err
+    assert [line[:7] for line in done.err.splitlines()] == ["error: "] * lines, done.err
+    return done.err
+
+
+BAD_RUNS = {"unknown preset": (dict(PRESET="mlp4x"), "mlp4x"),
+            "head count": (dict(NUM_HEADS=6, NUM_KV_HEADS=2), "NUM_HEADS=6"),
+            "odd head width": (dict(MODEL_DIM=24, NUM_HEADS=8, NUM_KV_HEADS=4), "even"),
+            "run id": (dict(RUN_ID="a/b"), "RUN_ID"),
+            "misspelt and strict": (dict(MATIRX_LR=1, STRICT_ENV=1), "MATRIX_LR")}
+
+
+@pytest.mark.parametrize("env, named", BAD_RUNS.values(), ids=BAD_RUNS)
+def test_bad_input_is_one_error_line_before_any_work(env, named, tmp_path):
+    done = run_script(timeout=60, cwd=tmp_path, **dict(dict(PRESET="baseline", DEVICE="cpu"), **env))
+    assert named in refused(done) and done.out == "" and not list(tmp_path.iterdir())
+
+
+def test_several_mistakes_are_several_error_lines(tmp_path):
+    done = run_script(timeout=60, cwd=tmp_path, PRESET="nope", SEED="x", QAT="on", EVAL_STRIDE=0)
+    assert all(name in refused(done, 4) for name in ("PRESET", "SEED", "QAT", "EVAL_STRIDE"))
+
+
+def test_arguments_are_refused(tmp_path):
+    assert "--help" in refused(run_script(timeout=60, cwd=tmp_path, args=["train"]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_asked_for_and_absent_is_refused(tmp_path):
+    assert "DEVICE=cuda" in refused(run_script(timeout=60, cwd=tmp_path, DEVICE="cuda"))
+
+
+def test_missing_optional_packages_are_named_only_when_needed(tmp_path):
+    """Without zstandard, brotli and tqdm: CODEC=zstd is refused with what is left, everything else works."""
+    hidden = tmp_path / "without.py"
+    hidden.write_text(f"import runpy, sys\nfor name in ('zstandard', 'brotli', 'tqdm'):\n    sys.modules[name] = None\n"
+                      f"sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
+    error = refused(run_script(script=hidden, args=[SCRIPT], cwd=tmp_path, timeout=60, PRESET="baseline", CODEC="zstd"))
+    assert "CODEC=zstd" in error and error.rstrip().endswith("available: zlib, lzma")
+    done = run_script(script=hidden, args=[SCRIPT], cwd=tmp_path, timeout=60, PRESET="baseline+tiny", RUN_MODE="plan")
+    assert done.code == 0 and "predicted_bytes" in done.out

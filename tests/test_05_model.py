@@ -1,0 +1,401 @@
+"""The model against a float64 reference written from its specification, and the properties of each technique."""
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_gpt as tg
+from shrunk import SYSTEMS, TECHNIQUES, config, random_batch, random_model, token_losses
+
+EVERY = dict(TECHNIQUES["all"], num_layers=4, xsa_last_n=2)  # a model that has each kind of parameter
+
+
+# ---- The reference: numpy, float64, one head and one position at a time where that is clearer ----
+def rms(x):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1.1920929e-07)
+
+
+def rotated(x, c):
+    """(T,D): dims i and i + R/2 as one complex number, turned by position * base^(-2i/R)."""
+    half = c.rotary_dims // 2
+    turn = np.exp(-1j * np.arange(len(x))[:, None] * c.rope_base ** (-2 * np.arange(half) / c.rotary_dims))
+    z = (x[:, :half] + 1j * x[:, half:2 * half]) * turn
+    return np.concatenate([z.real, z.imag, x[:, 2 * half:]], -1)
+
+
+def attended(n, w, layer, c):
+    """Attention of one row. n (T,C) normalised -> (T,C)."""
+    name, width, heads = f"blocks.{layer}.attn.", c.head_dim, []
+    q, k, v = (n @ w[f"{name}{part}.weight"].T for part in "qkv")
+    for h in range(c.num_heads):
+        group = h // (c.num_heads // c.num_kv_heads)
+        mine = rotated(rms(q[:, h * width:(h + 1) * width]), c) * w[f"{name}qkv_sites.2.gain"][h]
+        keys, values = (x[:, group * width:(group + 1) * width] for x in (k, v))
+        scores = mine @ rotated(rms(keys), c).T / np.sqrt(width)
+        weights = np.tril(np.exp(scores - scores.max(-1, keepdims=True)))
+        y = weights / weights.sum(-1, keepdims=True) @ values
+        if layer >= c.num_layers - c.xsa_last_n:
+            y = y - (y * values).sum(-1, keepdims=True) / (values * values).sum(-1, keepdims=True) * values
+        heads.append(y)
+    return np.concatenate(heads, -1) @ w[f"{name}proj.weight"].T
+
+
+def embedded(ids, w, c):
+    x = w["embed"][ids]
+    if c.bigram_buckets:
+        last = c.bigram_buckets - 1
+        rows = [last] + [bucket(a, b, last) for a, b in zip(ids, ids[1:])]
+        x = x + w["embed_sites.0.scale"] * (w["embed_sites.0.table"][rows] @ w["embed_sites.0.proj.weight"].T)
+    x = rms(x)
+    if c.smear_gate:
+        gate = 1 / (1 + np.exp(-next(value for name, value in w.items() if name.endswith(".gate"))))
+        x = (1 - gate) * x + gate * np.vstack([0 * x[:1], x[:-1]])
+    return x
+
+
+def reference_losses(model, ids, targets):
+    """Loss of every position of one row in nats, from the specification alone. ids, targets (T,) -> (T,)."""
+    c, w = model.cfg, {name: p.detach().double().numpy() for name, p in model.named_parameters()}
+    x0 = x = embedded(ids, w, c)
+    stack = []
+    for i in range(c.num_layers):
+        block, decoder = f"blocks.{i}.", i - c.num_layers // 2
+        if c.skips == "unet" and decoder >= 0 and stack:
+            x = x + w["skip_weights"][decoder] * stack.pop()
+        mix = w[block + "residual_sites.0.mix"]
+        x = mix[0] * x + mix[1] * x0
+        x = x + w[block + "attn_scale"] * attended(rms(x), w, i, c)
+        u = rms(x) @ w[block + "mlp.up.weight"].T
+        u = np.where(u > 0, u, (c.leaky_slope if c.mlp == "leaky_relu2" else 0) * u) ** 2
+        x = x + w[block + "mlp_scale"] * (u @ w[block + "mlp.down.weight"].T)
+        if decoder < 0:
+            stack.append(x)
+    logits = c.logit_softcap * np.tanh(rms(x) @ w["embed"].T / c.logit_softcap)
+    return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(ids)), targets]
+
+
+def bucket(previous: int, current: int, modulus: int) -> int:
+    """The published hash: products and XOR as 32-bit two's complement, then a floor modulus."""
+    def wrapped(n):
+        return (n + 2**31) % 2**32 - 2**31
+    return (wrapped(36313 * int(current)) ^ wrapped(27191 * int(previous))) % modulus
+
+
+SHAPES = {
+    "two layers": dict(num_layers=2, num_heads=2, num_kv_heads=1),
+    "one layer": dict(num_layers=1, num_heads=4, num_kv_heads=4),
+    "odd depth": dict(num_layers=5, num_heads=4, num_kv_heads=2),
+    "even depth, one key head": dict(num_layers=4, num_heads=4, num_kv_heads=1, mlp_mult=3.0),
+    "other constants": dict(rope_base=500.0, logit_softcap=7.0, mlp_mult=1.5, num_layers=3),
+} | {name: dict(knobs, num_layers=3) for name, knobs in TECHNIQUES.items() if name != "plain"}
+
+
+@pytest.mark.parametrize("attention", tg.ATTENTION)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_model_equals_its_specification_in_float64(shape, attention):
+    cfg = config(vocab_size=61, model_dim=32, **SHAPES[shape])
+    model = random_model(cfg, tg.Numerics("fp32", attention))
+    ids, targets = random_batch(cfg, 2, 140 if shape == "odd depth" else 21)
+    want = np.stack([reference_losses(model, *row) for row in zip(ids.numpy(), targets.numpy())])
+    got = token_losses(model, ids, targets).detach().double().numpy()
+    assert want.std() > 0.5, "the weights must matter"
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
+    assert np.abs(got - want).mean() < 1e-5 * want.mean()
+    total = model(ids, targets, tg.schedule(cfg.model))
+    assert float(total.detach()) == pytest.approx(want.sum(), rel=1e-5)
+
+
+def test_bf16_model_stays_near_the_specification():
+    cfg = config(vocab_size=61, model_dim=32)
+    model = random_model(cfg, tg.Numerics("bf16", "blocked"))
+    ids, targets = random_batch(cfg, 8, 40)
+    want = np.stack([reference_losses(model, *row) for row in zip(ids.numpy(), targets.numpy())])
+    got = token_losses(model, ids, targets)
+    assert got.dtype == torch.float32
+    assert abs(float(got.mean()) - want.mean()) < 0.02 * want.mean()
+    assert np.abs(got.detach().double().numpy() - want).mean() < 0.05 * want.mean()
+
+
+# ---- Parameters ----
+@pytest.mark.parametrize("preset, knobs, total", (
+    ("baseline", {}, 17_059_912),
+    ("mlp3x_seq4096", {}, 21_778_504),
+    ("baseline", dict(num_layers=7, num_kv_heads=8), 15_220_280),
+))
+def test_parameter_totals_are_the_published_ones(preset, knobs, total):
+    cfg = config(preset, **knobs)
+    with torch.device("meta"):
+        model = tg.GPT(cfg.model, cfg.data.vocab_size, tg.Numerics())
+    assert sum(p.numel() for p in model.parameters()) == total
+
+
+def test_every_parameter_carries_the_tags_of_its_role():
+    cfg = config(**EVERY)
+    c, model = cfg.model, random_model(cfg)
+    roles: dict[tuple[str, str], int] = {}
+    for p in model.parameters():
+        assert p.quant in tg.QUANTISERS and (p.quant != "matrix" or p.dim() == 2)
+        roles[p.opt, p.quant] = roles.get((p.opt, p.quant), 0) + p.numel()
+    d, layers = c.model_dim, c.num_layers
+    assert roles == {
+        ("embed", "embed"): cfg.data.vocab_size * d,
+        ("table", "embed"): c.bigram_buckets * c.bigram_dim,
+        ("matrix", "matrix"): layers * (2 * d * d + 2 * c.kv_dim * d + 2 * c.mlp_dim * d) + c.bigram_dim * d,
+        ("scalar", "keep"): layers * (4 * d + c.num_heads) + (layers // 2) * d + d + 1,  # skips, smear gate, scale
+    }
+    tg.adamw(model, cfg.optim)  # raises when a tag has no optimiser group
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_gradients_reach_every_parameter(technique):
+    cfg = config(**TECHNIQUES[technique], num_layers=4)
+    model = random_model(cfg)
+    ids, targets = random_batch(cfg, 4, 48)
+    model(ids, targets, tg.schedule(cfg.model)).backward()
+    for name, p in (item for item in model.named_parameters() if item[1].numel()):
+        rows = p.grad.flatten(1) if p.dim() > 1 else p.grad[None]
+        assert p.grad.isfinite().all(), name
+        assert (rows != 0).any() if p.opt in ("embed", "table") else (rows != 0).any(1).all(), name
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_every_block_is_the_identity_at_the_start(technique):
+    cfg = config(**TECHNIQUES[technique])
+    torch.manual_seed(0)
+    model = tg.GPT(cfg.model, cfg.data.vocab_size, tg.Numerics())
+    x, ids = torch.randn(2, 9, cfg.model.model_dim), torch.zeros(2, 9, dtype=torch.int64)
+    for block in model.blocks:
+        assert torch.equal(block(x, tg.Context(ids, torch.randn_like(x))), x)
+
+
+# ---- Schedule ----
+def test_unet_schedule_pairs_first_half_with_second_last_in_first_out():
+    assert [s.skips for s in tg.schedule(tg.ModelConfig(num_layers=9))] == [(), (), (), ()] + [
+        ((0, 3),), ((1, 2),), ((2, 1),), ((3, 0),), ()]
+    for layers in range(1, 12):
+        plan, stack = tg.schedule(tg.ModelConfig(num_layers=layers)), []
+        assert [slot.block for slot in plan] == list(range(layers))
+        for i, slot in enumerate(plan):
+            if i < layers // 2:
+                stack.append(i)
+                assert slot.skips == ()
+            else:
+                assert slot.skips == (((i - layers // 2, stack.pop()),) if stack else ())
+        assert not stack
+        assert not any(slot.skips for slot in tg.schedule(tg.ModelConfig(num_layers=layers, skips="none")))
+
+
+# ---- Causality ----
+@pytest.mark.parametrize("attention", tg.ATTENTION)
+@pytest.mark.parametrize("preset", SYSTEMS)
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_a_token_never_changes_an_earlier_loss(preset, technique, attention):
+    cfg = config(f"{preset}+tiny", **TECHNIQUES[technique], vocab_size=61)
+    model = random_model(cfg, tg.Numerics("fp32", attention))
+    T = 12
+    ids, targets = random_batch(cfg, 1, T)
+    changed = ids.repeat(T, 1)
+    changed[range(T), range(T)] = (changed[range(T), range(T)] + 7) % cfg.data.vocab_size
+    losses = token_losses(model, torch.cat([ids, changed]), targets.expand(T + 1, T)).detach()
+    difference = (losses[1:] - losses[0]).abs()  # (changed position, loss position)
+    assert difference.tril(-1).max() < 1e-5, "a loss depends on a later token"
+    assert difference.diagonal().min() > 1e-4, "a loss ignores its own input"
+    assert difference[:-1].diagonal(1).min() > 1e-4, "a loss ignores the token before"
+
+
+# ---- Techniques, one by one ----
+def test_xsa_removes_exactly_the_part_along_the_own_value():
+    torch.manual_seed(0)
+    (q, k), v = torch.randn(2, 2, 9, 6, 8), torch.randn(2, 9, 3, 8)
+    k = k[:, :, :3]
+    y = tg.sdpa_attention(q, k, v)
+    out = tg.XSA(tg.ModelConfig(), 0)(y, v, None)
+    own = v.repeat_interleave(2, 2)
+    assert out.shape == y.shape and (out * own).sum(-1).abs().max() < 1e-5
+    removed = y - out
+    parallel = (removed * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True) * own
+    torch.testing.assert_close(removed, parallel, rtol=1e-4, atol=1e-6)
+    assert out[:, 0].abs().max() < 1e-6 and out[:, 1:].norm(dim=-1).min() > 1e-3
+    assert torch.equal(tg.XSA(tg.ModelConfig(), 0)(y, torch.zeros_like(v), None), y)
+
+
+def test_xsa_last_n_counts_from_the_top():
+    model = random_model(config(num_layers=5, xsa_last_n=2))
+    assert [len(block.attn.out_sites) for block in model.blocks] == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("dims", (0, 2, 8, 16))
+def test_rotary_turns_only_its_dims_keeps_lengths_and_sees_only_distances(dims):
+    torch.manual_seed(0)
+    rotary, T, R = tg.Rotary(tg.ModelConfig(model_dim=32, num_heads=2, rope_dims=dims), 0), 50, dims or 16
+    x, v = torch.randn(2, T, 2, 16), torch.randn(2, T, 1, 16)
+    q, k, same = rotary(x, x.flip(2), v, None)
+    assert same is v and torch.equal(q[..., R:], x[..., R:]) and torch.equal(q[:, 0], x[:, 0])
+    assert (q[:, 1:, :, :R] != x[:, 1:, :, :R]).any(1).all(), "every rotating dim moves"
+    pairs = torch.stack([q[..., :R // 2], q[..., R // 2:R]]).norm(dim=0)
+    torch.testing.assert_close(pairs, torch.stack([x[..., :R // 2], x[..., R // 2:R]]).norm(dim=0))
+    constant = [torch.randn(1, 1, 1, 16).expand(1, T, 1, 16) for _ in range(2)]
+    q, k, _ = rotary(*constant, v, None)
+    scores = (q[0, :, 0] @ k[0, :, 0].T).detach()
+    for distance in range(-T + 1, T):
+        diagonal = scores.diagonal(distance)
+        assert (diagonal - diagonal[0]).abs().max() < 1e-4
+    assert scores[0].std() > 0.01, "the distance matters"
+
+
+def test_smear_gate_blends_with_the_token_before():
+    torch.manual_seed(0)
+    site, x = tg.SmearGate(tg.ModelConfig(model_dim=16), 0), torch.randn(2, 5, 16)
+    half = site(x, None)
+    torch.testing.assert_close(half, (x + F.pad(x, (0, 0, 1, 0))[:, :-1]) / 2)
+    with torch.no_grad():
+        site.gate.normal_()
+    g = 1 / (1 + torch.exp(-site.gate.double()))
+    out = site(x, None).double()
+    torch.testing.assert_close(out[:, 0], (1 - g) * x[:, 0])
+    for t in range(1, 5):
+        torch.testing.assert_close(out[:, t], (1 - g) * x[:, t] + g * x[:, t - 1], rtol=1e-5, atol=1e-6)
+
+
+def visible_hash(buckets: int) -> tg.BigramHash:
+    """A bigram site whose output is the row that it looked up."""
+    site = tg.BigramHash(tg.ModelConfig(model_dim=16, bigram_buckets=buckets, bigram_dim=1), 0)
+    with torch.no_grad():
+        site.table.copy_(torch.arange(buckets)[:, None])
+        site.proj.weight.fill_(1.0)
+        site.scale.fill_(1.0)
+    return site
+
+
+@pytest.mark.parametrize("buckets", (2, 3, 512, 10_240, 2**20))
+def test_bigram_rows_are_the_published_hash(buckets):
+    edges = torch.tensor([[0, 0, 1, 65_534, 65_534, 65_533, 0, 65_534, 29_571, 59_139, 59_140, 1]])
+    ids = torch.cat([edges, torch.randint(65_535, (40, 12), generator=torch.Generator().manual_seed(0))])
+    rows = visible_hash(buckets)(torch.zeros(*ids.shape, 16), ids)[..., 0].long().tolist()
+    for tokens, found in zip(ids.tolist(), rows):
+        assert found == [buckets - 1] + [bucket(a, b, buckets - 1) for a, b in zip(tokens, tokens[1:])]
+        assert buckets - 1 not in found[1:], "the last bucket is reserved"
+
+
+def test_bigram_is_the_identity_at_the_start():
+    cfg = config(bigram_buckets=64, bigram_dim=8).model
+    x, ids = torch.randn(2, 6, cfg.model_dim), torch.randint(1024, (2, 6))
+    assert torch.equal(tg.BigramHash(cfg, 0)(x, ids), x)
+
+
+def test_qk_gain_scales_queries_and_bounds_attention_logits():
+    torch.manual_seed(0)
+    cfg = tg.ModelConfig(model_dim=64, num_heads=4, num_kv_heads=2, qk_gain_init=4.0)
+    q, k, v = torch.randn(2, 40, 4, 16) * 50, torch.randn(2, 40, 2, 16) * 0.01, torch.randn(2, 40, 2, 16)
+    gain = tg.QKGain(cfg, 0)
+    assert gain.gain.tolist() == [4.0] * 4
+    with torch.no_grad():
+        gain.gain.copy_(torch.tensor([1.0, -2.0, 0.5, 3.0]))
+    scaled, same_k, same_v = gain(q, k, v, None)
+    assert same_k is k and same_v is v
+    assert torch.equal(scaled, torch.stack([q[:, :, h] * gain.gain[h] for h in range(4)], 2))
+    for site in (tg.QKNorm(cfg, 0), tg.Rotary(cfg, 0), gain):
+        q, k, v = site(q, k, v, None)
+    logits = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, 2)).abs().amax((0, 2, 3)) / 4
+    bound = gain.gain.abs() * 4
+    assert (logits <= bound * 1.0001).all() and (logits > bound * 0.5).all()
+
+
+def test_leaky_relu_squared_is_positive_on_both_sides():
+    cfg = tg.ModelConfig(model_dim=16, mlp_mult=1.0, mlp="leaky_relu2", leaky_slope=0.5)
+    for kind, negative in (("leaky_relu2", 1.0), ("relu2", 0.0)):
+        mlp = tg.MLPS[kind](cfg)
+        with torch.no_grad():
+            mlp.up.weight.copy_(torch.eye(16))
+            mlp.down.weight.copy_(torch.eye(16))
+        assert torch.equal(mlp(torch.full((1, 16), -2.0)), torch.full((1, 16), negative))
+        assert torch.equal(mlp(torch.full((1, 16), 3.0)), torch.full((1, 16), 9.0))
+
+
+def test_linear_is_the_stock_one_and_applies_its_weight_sites():
+    linear, x = tg.Linear(24, 8), torch.randn(3, 24)
+    assert torch.equal(linear(x), F.linear(x, linear.weight))
+    assert torch.equal(linear(x.bfloat16()), F.linear(x.bfloat16(), linear.weight.bfloat16()))
+
+    class Half(torch.nn.Module):
+        def forward(self, w):
+            return w / 2
+
+    linear.weight_sites.extend([Half(), Half()])
+    assert torch.equal(linear(x), F.linear(x, linear.weight / 4))
+
+
+# ---- Entry points ----
+def test_nll_gives_the_losses_of_the_chosen_rows():
+    cfg = config(**EVERY)
+    model, (ids, targets) = random_model(cfg), random_batch(cfg, 3, 20)
+    rows = torch.randint(20, (3, 7), generator=torch.Generator().manual_seed(5))
+    full = token_losses(model, ids, targets)
+    chosen = model.nll(ids, targets.gather(1, rows), rows, tg.schedule(cfg.model))
+    torch.testing.assert_close(chosen, full.gather(1, rows))
+
+
+def test_forward_sums_the_losses_and_leaves_out_padding():
+    cfg = config()
+    model, (ids, targets) = random_model(cfg), random_batch(cfg, 3, 20)
+    full, plan = token_losses(model, ids, targets), tg.schedule(cfg.model)
+    targets[2] = -100
+    torch.testing.assert_close(model(ids, targets, plan), full[:2].sum())
+
+
+@pytest.mark.parametrize("preset", SYSTEMS)
+def test_compiled_forward_is_one_graph_per_plan_with_the_eager_loss(preset, monkeypatch):
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    cfg = config(f"{preset}+tiny", qat="ste", matrix_bits=4)
+    model = random_model(cfg)
+    switches = tg.attach_qat(model, cfg.quant)
+    assert switches
+    flat, seen = tg.FlatParameters(model), set()
+    loss = tg.compiled(model.forward, tg.Numerics(compile=True))
+    plans = tg.schedule(cfg.model), tg.schedule(tg.ModelConfig(num_layers=2, skips="none"))
+    for graphs, plan in enumerate(plans, 1):
+        for step in range(4):
+            for site in switches:
+                site.on.fill_(float(step >= 2))
+            ids, targets = random_batch(cfg, 2, 16, seed=step // 2 * 2)
+            value = loss(ids, targets, plan)
+            assert float(value.detach()) == pytest.approx(float(model(ids, targets, plan).detach()), rel=1e-5)
+            flat.gradients.zero_()
+            value.backward()
+            flat.weights.sub_(flat.gradients[:-1], alpha=1e-4)
+            seen.add(float(value.detach()))
+        assert counter.frame_count == graphs
+    assert len(seen) == 8, "each step has its own loss"
+
+
+# ---- Cost ----
+def test_flops_of_the_baseline_by_hand():
+    cfg = config("baseline")
+    with torch.device("meta"):
+        model = tg.GPT(cfg.model, cfg.data.vocab_size, tg.Numerics())
+    # block: q and proj 2 * 512 * 512, k and v 2 * 256 * 512, MLP 2 * 1024 * 512; table 1024 * 512
+    weights = 9 * (524_288 + 262_144 + 1_048_576) + 524_288
+    # forward: QK^T and AV, 2 FLOPs * 512 * (1024 / 2 keys on average) each; backward twice that
+    attention = 9 * 3 * 2 * (2 * 512 * 512)
+    assert tg.flops_per_token(model, tg.schedule(cfg.model), 1024) == 6 * weights + attention == 130_547_712
+
+
+def test_flops_equal_what_torch_counts(monkeypatch):
+    def dense(q, k, v):
+        k, v = (x.repeat_interleave(q.size(2) // k.size(2), 2).transpose(1, 2) for x in (k, v))
+        return (q.transpose(1, 2) @ k.mT).tril().softmax(-1).matmul(v).transpose(1, 2)
+
+    monkeypatch.setitem(tg.ATTENTION, "dense", dense)
+    cfg = config(**EVERY)
+    model, (ids, targets) = random_model(cfg, tg.Numerics("fp32", "dense")), random_batch(cfg, 2, 32)
+    plan = tg.schedule(cfg.model)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, targets, plan).backward()
+    unseen = 6 * len(plan) * cfg.model.model_dim * 32  # the masked half of the dense scores
+    assert counter.get_total_flops() == ids.numel() * (tg.flops_per_token(model, plan, 32) + unseen)
