@@ -43,11 +43,11 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch: spinning threads starve each other on a busy machine
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def optional_import(name: str):
