@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 CORPUS = ROOT.parent / "shared" / "corpus"  # real web text, present only beside some checkouts
 BUG = pytest.mark.xfail(strict=True, reason="known defect of train_gpt.py")
-SETTINGS = settings(deadline=None, max_examples=150)
+SETTINGS = settings(deadline=None, max_examples=150, derandomize=True)
 
 
 def config(**knobs):
@@ -252,7 +252,7 @@ def test_real_web_documents_are_counted_as_their_utf8_length(vocab):
         assert table.target_bytes(np.array([1, *ids])).sum() == len(tokenizer.decode(ids).encode())
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=500, derandomize=True)
 @given(text=st.text() | st.text(alphabet="ab \u2581\n\u20ac\U0001f600\x00"))
 @example(text="  two spaces before, two after  ")
 def test_any_text_is_counted_as_its_decoded_utf8_length(tokenizer, text):
@@ -367,7 +367,7 @@ def test_any_number_of_ranks_shares_the_same_steps(positions, kind, world):
     assert [sorted(step) for step in shared] == [sorted(step) for step in alone]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(kind=st.sampled_from(["sequential", "shuffled"]), before=st.integers(0, 40), rows=st.integers(1, 70))
 @example(kind="shuffled", before=62, rows=1)
 @example(kind="shuffled", before=61, rows=1)
@@ -383,14 +383,26 @@ def test_a_restored_loader_continues_with_exactly_the_same_batches(positions, ki
     assert restored.state_dict() == original.state_dict()
 
 
-def test_training_targets_are_the_inputs_shifted_by_one(positions):
+@pytest.fixture
+def trainer(positions):
+    """A trainer on the stream of positions: 7 rows per step in micro-batches of 2."""
     cfg = config(TRAIN_SEQ_LEN=SEQ, TRAIN_BATCH_TOKENS=7 * SEQ, MICRO_BATCH_TOKENS=2 * SEQ)
-    rt = train_gpt.Runtime(cfg, {})
     data = train_gpt.Data(positions, np.zeros(0, np.uint16), np.zeros(0, np.int16), "", {})
-    trainer = train_gpt.Trainer(cfg, rt, data, train_gpt.GPT(cfg.model, 1024, train_gpt.Numerics()), train_gpt.Numerics())
+    model = train_gpt.GPT(cfg.model, 1024, train_gpt.Numerics())
+    return train_gpt.Trainer(cfg, train_gpt.Runtime(cfg, {}), data, model, train_gpt.Numerics())
+
+
+def test_training_targets_are_the_inputs_shifted_by_one(trainer):
     rows = trainer.loader.next(0, 1)
     batches = list(trainer.micro_batches(rows))
     assert len({ids.shape for ids, _ in batches}) == 1, "one shape, so that one graph serves all"
     ids, targets = (np.concatenate([b[i].numpy() for b in batches]) for i in (0, 1))
     assert np.array_equal(ids[:7], rows[:, :-1]) and np.array_equal(targets[:7], ids[:7] + 1)
     assert len(ids) == 8 and (targets[7:] == -100).all(), "padding rows must give no loss"
+
+
+def test_a_token_outside_the_vocabulary_that_the_first_look_missed_stops_training(trainer):
+    rows = trainer.loader.next(0, 1).copy()
+    rows[6, SEQ] = 1024
+    with pytest.raises(train_gpt.UserError, match="1024"):
+        list(trainer.micro_batches(rows))

@@ -1,5 +1,8 @@
-"""Small configurations and models with every parameter away from its initial value, for tests of the arithmetic."""
+"""Shared by tests of the arithmetic: small models whose every parameter matters, and exact attention."""
+import math
+
 import torch
+from torch import Tensor
 
 import train_gpt as tg
 
@@ -36,12 +39,29 @@ def random_model(cfg: tg.Config, numerics: tg.Numerics = tg.Numerics(), seed: in
     return model
 
 
-def random_batch(cfg: tg.Config, rows: int, length: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(cfg: tg.Config, rows: int, length: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Random (ids, targets), each (rows, length)."""
     tokens = torch.randint(cfg.data.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def token_losses(model: tg.GPT, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_losses(model: tg.GPT, ids: Tensor, targets: Tensor) -> Tensor:
     """Loss of every position, (rows, length)."""
     return model.losses(model.hidden(ids, tg.schedule(model.cfg)), targets)
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(QK^T / sqrt(D)) V in float64; query head h reads key/value head h // (H/G)."""
+    group = q.size(2) // k.size(2)
+    out = []
+    for head in range(q.size(2)):
+        qh, kh, vh = q[:, :, head].double(), k[:, :, head // group].double(), v[:, :, head // group].double()
+        scores = qh @ kh.mT / math.sqrt(q.size(3))
+        visible = torch.ones_like(scores, dtype=torch.bool).tril()
+        out.append(torch.where(visible, scores, -math.inf).softmax(-1) @ vh)
+    return torch.stack(out, 2)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Relative distance in the Frobenius norm."""
+    return float(((a.double() - b.double()).norm() / b.double().norm()).detach())

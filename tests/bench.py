@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""Speed of this machine, measured in alternating windows so that a busy neighbour hurts both sides alike.
+
+python tests/bench.py cpu        training tokens per second: plain eager fp32 against the script's automatic choice
+python tests/bench.py attention  forward and backward of both attention kernels at T = 256 ... 4096
+Options: --seconds N (measured time per side or point), --json FILE
+"""
+import argparse
+import contextlib
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg  # noqa: E402  (first: it sets how threads wait)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+WINDOWS = 7
+# 4 layers, C = 256, MLP 1024, 4 query heads on 2 key/value heads, V = 1024, 8 rows of 512 tokens.
+REFERENCE = dict(PRESET="baseline+cpu", MLP_MULT="4", TRAIN_BATCH_TOKENS="4096", LOADER="sequential", DEVICE="cpu",
+                 MICRO_BATCH_TOKENS="4096", COMPILE="on")
+
+
+def machine() -> dict[str, object]:
+    """Where the figures come from, in general terms."""
+    load = Path("/proc/loadavg")
+    return dict(cores=tg.cpu_cores(), threads=torch.get_num_threads(), isa=torch.backends.cpu.get_cpu_capability(),
+                architecture=platform.machine(), python=platform.python_version(), torch=torch.__version__,
+                load=load.read_text().split()[0] if load.exists() else "unknown")
+
+
+def rate(work: Callable[[], object], seconds: float) -> float:
+    """Calls per second over a window of at least `seconds`."""
+    begin, calls = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - begin) < seconds or not calls:
+        work()
+        calls += 1
+    return calls / elapsed
+
+
+def alternate(sides: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Rates of each side in WINDOWS windows that take turns, after one unmeasured call of each."""
+    for work in sides.values():
+        work()
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(WINDOWS):
+        for name, work in sides.items():
+            rates[name].append(rate(work, seconds / WINDOWS))
+    return rates
+
+
+def trainer_step(cfg: tg.Config, rt: tg.Runtime, numerics: tg.Numerics) -> Callable[[], object]:
+    """One whole training step of a fresh model, under its own arithmetic."""
+    tg.apply_numerics(numerics, rt)
+    precision = torch.get_float32_matmul_precision()
+    torch.manual_seed(0)
+    model = tg.GPT(cfg.model, cfg.data.vocab_size, numerics)
+    trainer = tg.Trainer(cfg, rt, SimpleNamespace(train=None), model, numerics)
+    shape = (trainer.loader.rows, cfg.data.train_seq_len + 1)
+    rows = np.random.default_rng(0).integers(cfg.data.vocab_size, size=shape).astype(np.uint16)
+
+    def step():
+        torch.set_float32_matmul_precision(precision)
+        return trainer.step(rows, dict(lr=0.1, momentum=0.9, qat=0.0)).item()
+    return step
+
+
+def bench_cpu(seconds: float) -> dict[str, object]:
+    """Tokens per second of the reference model: forward, backward and optimiser."""
+    cfg = tg.load(REFERENCE)
+    rt = tg.Runtime(cfg, {})
+    chosen = tg.choose_numerics(cfg, rt)
+    begin = time.perf_counter()
+    sides = {"eager": trainer_step(cfg, rt, tg.Numerics("fp32", "sdpa", False)),
+             "chosen": trainer_step(cfg, rt, chosen)}
+    sides["chosen"]()
+    print(f"compiled in {time.perf_counter() - begin:.1f} s")
+    tokens = cfg.data.train_batch_tokens
+    rates = {name: [r * tokens for r in values] for name, values in alternate(sides, seconds).items()}
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    ratio = statistics.median(b / a for a, b in zip(rates["eager"], rates["chosen"]))
+    for name, label in (("eager", "eager fp32, stock attention"), ("chosen", " ".join(map(str, chosen)))):
+        low, high = min(rates[name]), max(rates[name])
+        print(f"{label:32s} {medians[name]:9,.0f} tokens/s   ({low:,.0f} to {high:,.0f} in {WINDOWS} windows)")
+    print(f"{'ratio, median of pairs':32s} {ratio:9.2f}")
+    return dict(chosen=chosen._asdict(), median=medians, ratio=ratio, windows=rates)
+
+
+def bench_attention(seconds: float) -> dict[str, object]:
+    """Milliseconds of forward and backward of 4,096 tokens, 4 heads of 64 on 2 key/value heads."""
+    torch.set_num_threads(tg.cpu_cores())
+    table: dict[str, dict[str, float]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in (256, 512, 1024, 2048, 4096):
+            shapes = [(4096 // length, length, heads, 64) for heads in (4, 2, 2)]
+            qkv = [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+            rates = alternate({name: lambda kernel=kernel: kernel(*qkv).sum().backward()
+                               for name, kernel in tg.ATTENTION.items()}, seconds)
+            point = {name: 1e3 / statistics.median(values) for name, values in rates.items()}
+            table[f"{str(dtype).removeprefix('torch.')} T={length}"] = point
+            print(f"{dtype} T={length:5d}  " + "  ".join(f"{n} {t:8.1f} ms" for n, t in point.items())
+                  + f"  blocked is {point['sdpa'] / point['blocked']:.2f} times as fast", flush=True)
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("cpu", "attention"))
+    parser.add_argument("--seconds", type=float, help="measured time per side or point; default 20 or 1")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    asked = parser.parse_args()
+    bench, default = {"cpu": (bench_cpu, 20.0), "attention": (bench_attention, 1.0)}[asked.what]
+    with contextlib.suppress(KeyboardInterrupt):
+        figures = bench(asked.seconds or default)
+        about = machine()
+        print("machine " + " ".join(f"{name}:{value}" for name, value in about.items()))
+        if asked.json:
+            asked.json.write_text(json.dumps(dict(machine=about, bench=asked.what, figures=figures), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Round-to-nearest and its error bounds, the row quantile, and the training grid against the export grid."""
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import train_gpt as tg
+from helpers import TECHNIQUES, config, random_batch, random_model
+
+QUANTILE = 0.9999984
+BITS = (2, 3, 4, 5, 6, 7, 8)
+some_bits = st.sampled_from(BITS)
+seeds = st.integers(0, 2**31)
+quick = settings(max_examples=60, deadline=None)
+
+
+def random_rows(seed: int, columns: int, low: float = -2, high: float = 2) -> Tensor:
+    """Four rows whose sizes span 10^low to 10^high."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 10 ** (low + (high - low) * torch.rand(4, 1, generator=generator))
+    return torch.randn(4, columns, generator=generator) * sizes
+
+
+# ---- Round to nearest ----
+@quick
+@given(seeds, st.integers(1, 700), some_bits, st.floats(0.5, 1))
+def test_error_is_at_most_half_a_scale_inside_the_clip(seed, columns, bits, quantile):
+    w, top = random_rows(seed, columns, -1, 2), 2 ** (bits - 1) - 1
+    stored = tg.RoundToNearest(bits, quantile, 0.0).fit(w)
+    clip = torch.quantile(w.abs().double(), quantile, dim=1, keepdim=True)
+    scale = stored.scale.double()[:, None]
+    inside = w.abs() <= clip
+    error = (stored.dequant().double() - w.double()).abs()
+    assert (error <= 0.5001 * scale + 1e-12)[inside].all()
+    torch.testing.assert_close(scale, clip / top, rtol=1e-3, atol=2**-14)  # fp16: 11 bits
+    assert (stored.dequant().abs().double() <= top * scale)[~inside].all(), "what is outside is clipped"
+
+
+@quick
+@given(seeds, st.integers(1, 300), some_bits, st.floats(-38, 38))
+def test_levels_and_scales_fit_their_types_for_rows_of_any_size(seed, columns, bits, exponent):
+    w, top = random_rows(seed, columns, -1, 0) * 10.0**exponent, 2 ** (bits - 1) - 1
+    w[0], w[1, 0], w[2] = 0, 1e-30, w[2].sign() * 1e30
+    stored = tg.RoundToNearest(bits, QUANTILE, 0.0).fit(w)
+    assert stored.values.dtype == torch.int8 and stored.scale.dtype == torch.float16
+    assert stored.values.shape == w.shape and stored.scale.shape == (4,)
+    assert stored.values.min() >= -top and stored.values.max() <= top
+    assert stored.scale.isfinite().all() and (stored.scale > 0).all()
+    back = stored.dequant()
+    assert back.dtype == torch.float32 and back.isfinite().all() and not back[0].any()
+    assert (stored.values[2].abs() == top).all() and torch.equal(back[2].sign(), w[2].sign())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_level_is_used_and_the_grid_is_symmetric(bits):
+    top = 2 ** (bits - 1) - 1
+    w = torch.linspace(-1, 1, 4097)[None]
+    stored = tg.RoundToNearest(bits, 1.0, 0.0).fit(w)
+    assert stored.values.unique().tolist() == list(range(-top, top + 1))
+    assert torch.equal(tg.RoundToNearest(bits, 1.0, 0.0).fit(-w).values, -stored.values)
+
+
+@quick
+@given(seeds, st.integers(1, 2000), st.one_of(st.floats(0, 1), st.sampled_from((0.0, 0.5, QUANTILE, 1.0))))
+def test_row_quantile_is_the_linear_one(seed, columns, q):
+    a = random_rows(seed, columns).abs()
+    want = torch.quantile(a.double(), q, dim=1)
+    torch.testing.assert_close(tg.row_quantile(a, q).double(), want, rtol=1e-6, atol=0)
+
+
+@quick
+@given(seeds, st.integers(1, 300))
+def test_scale_floor_of_one_gives_the_published_int8_scales(seed, columns):
+    w = random_rows(seed, columns, -3, 2)
+    clip = np.quantile(w.abs().double().numpy(), QUANTILE, axis=1)
+    stored = tg.RoundToNearest(8, QUANTILE, 1.0).fit(w)
+    np.testing.assert_allclose(stored.scale.double().numpy(), np.maximum(clip, 1) / 127, rtol=2**-11 + 1e-6)
+    small = w.abs().amax(1) < 0.5 / 127
+    assert not stored.values[small].any(), "rows below half the floor's step vanish"
+    adaptive = tg.RoundToNearest(8, QUANTILE, 0.0).fit(w)
+    assert adaptive.values.any(1).all(), "without the floor no row does"
+
+
+def test_cast_stores_the_float_type():
+    w = torch.tensor([[1.0, 0.1, 70000.0], [-1e-9, 3.14159265, 2.0]])
+    half, full = tg.Cast(torch.float16).fit(w), tg.Cast(torch.float32).fit(w)
+    assert half.scale is None and half.values.dtype == torch.float16 and torch.equal(half.values, w.half())
+    assert full.scale is None and torch.equal(full.dequant(), w)
+    assert half.dequant().dtype == torch.float32
+
+
+# ---- The training grid ----
+def rules():
+    return [tg.RoundToNearest(bits, q, floor) for bits in BITS for q, floor in ((QUANTILE, 0.0), (0.9, 0.0))] + [
+        tg.RoundToNearest(8, QUANTILE, 1.0), tg.Cast(torch.float16)]
+
+
+def awkward(rows: int = 40, columns: int = 96) -> Tensor:
+    """Rows of very different sizes, with a zero row, a tiny one and entries that lie on rounding borders."""
+    torch.manual_seed(0)
+    w = torch.randn(rows, columns) * 10 ** (5 * torch.rand(rows, 1) - 3)
+    w[0], w[1] = 0, 1e-9
+    w[2] = torch.linspace(-4, 4, columns).mul(2).round() / 2
+    return w
+
+
+def fake(rule, on: float) -> tg.FakeQuant:
+    site = tg.FakeQuant(rule)
+    site.on.fill_(on)
+    return site
+
+
+@pytest.mark.parametrize("rule", rules(), ids=str)
+def test_fake_quantisation_is_the_export_in_value_and_the_identity_in_gradient(rule):
+    w, upstream = awkward().requires_grad_(), torch.randn(40, 96)
+    out = fake(rule, 1)(w)
+    assert torch.equal(out, rule.fit(w.detach()).dequant()) and not torch.equal(out, w)
+    out.backward(upstream)
+    assert torch.equal(w.grad, upstream)
+    w.grad = None
+    out = fake(rule, 0)(w)
+    assert torch.equal(out, w)
+    out.backward(upstream)
+    assert torch.equal(w.grad, upstream)
+
+
+def test_switch_works_inside_a_compiled_graph(monkeypatch):
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    linear, x = tg.Linear(24, 16), torch.eye(24)
+    linear.weight_sites.append(fake(tg.RoundToNearest(3, QUANTILE, 0.0), 0))
+    forward, site = tg.compiled(linear, tg.Numerics(compile=True)), linear.weight_sites[0]
+    grid = site.rule.fit(linear.weight.detach()).dequant()
+    for on, want in ((0, linear.weight), (1, grid), (0, linear.weight), (1, grid)):
+        site.on.fill_(on)
+        torch.testing.assert_close(forward(x), want.T, rtol=0, atol=0)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("bits", (6, 8))
+def test_compiled_training_grid_is_the_export_grid(bits):
+    """Inductor computes in fp32 what is written in fp16 unless it cannot, so this needs the real compiler."""
+    if not tg.can_compile():
+        pytest.skip("no compiler on this machine")
+    torch._dynamo.reset()
+    site, w = fake(tg.RoundToNearest(bits, QUANTILE, 0.0), 1), awkward(200, 256)
+    compiled = tg.compiled(site, tg.Numerics(compile=True))
+    assert torch.equal(compiled(w), site.rule.fit(w).dequant())
+
+
+def test_qat_covers_exactly_the_block_matrices():
+    cfg = config(**TECHNIQUES["all"], qat="ste", matrix_bits=6, scale_floor=0.0)
+    model = random_model(cfg)
+    attached = tg.attach_qat(model, cfg.quant)
+    carriers = {name for name, m in model.named_modules() if isinstance(m, tg.Linear) and len(m.weight_sites) == 1}
+    matrices = {name.removesuffix(".weight") for name, p in model.named_parameters() if p.quant == "matrix"}
+    assert carriers == matrices and len(attached) == len(matrices) == 2 * 6 + 1  # per block q k v proj up down; bigram
+    assert all(site.rule == tg.RoundToNearest(6, cfg.quant.clip_quantile, 0.0) for site in attached)
+    assert len({id(site) for site in attached}) == len(attached) and not any(site.on for site in attached)
+    untouched = random_model(config(qat="none"))
+    assert tg.attach_qat(untouched, config(qat="none").quant) == []
+    assert not any(len(m.weight_sites) for m in untouched.modules() if isinstance(m, tg.Linear))
+
+
+@pytest.mark.parametrize("mode", ("fp32", "bf16"))
+@pytest.mark.parametrize("bits", (3, 6, 8))
+def test_reloaded_artifact_computes_what_the_last_training_forward_did(mode, bits):
+    cfg = config(**TECHNIQUES["all"], qat="ste", matrix_bits=bits, embed_bits=16, scale_floor=0.0)
+    numerics = tg.Numerics(mode, "blocked")
+    model, (ids, targets) = random_model(cfg, numerics), random_batch(cfg, 2, 24)
+    for p in model.parameters():
+        if p.quant == "embed":  # not part of QAT: let its export be lossless
+            p.data = p.data.half().float()
+    switches, plan = tg.attach_qat(model, cfg.quant), tg.schedule(cfg.model)
+    tg.FlatParameters(model)
+    used, handles = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, tg.FakeQuant):
+            keep = partial(used.__setitem__, name.removesuffix("weight_sites.0") + "weight")
+            handles.append(module.register_forward_hook(lambda m, i, out, keep=keep: keep(out.detach().clone())))
+    off = model(ids, targets, plan).item()
+    for site in switches:
+        site.on.fill_(1.0)
+    last = model(ids, targets, plan).item()
+    blob = tg.pack_artifact(tg.quantise(model, cfg.quant), {}, tg.CODECS["zlib"])
+    _, tensors = tg.unpack_artifact(blob)
+    assert set(used) == {name for name, p in model.named_parameters() if p.quant == "matrix"}
+    for name, weight in used.items():
+        assert torch.equal(tensors[name].dequant(), weight), name
+    reloaded = tg.build_from_artifact(cfg, {}, tensors, numerics)
+    assert reloaded(ids, targets, plan).item() == last != off
+
+
+# ---- Export ----
+@pytest.mark.parametrize("matrix_bits, embed_bits", ((8, 8), (6, 16), (16, 4)))
+def test_each_parameter_is_stored_by_the_rule_of_its_tag(matrix_bits, embed_bits):
+    cfg = config(**TECHNIQUES["all"], matrix_bits=matrix_bits, embed_bits=embed_bits, scale_floor=0.0)
+    model = random_model(cfg)
+    stored = tg.quantise(model, cfg.quant)
+    assert list(stored) == [name for name, _ in model.named_parameters()]
+    for name, p in model.named_parameters():
+        t, bits = stored[name], {"matrix": matrix_bits, "embed": embed_bits, "keep": 32}[p.quant]
+        assert t.values.shape == p.shape
+        if bits >= 16:
+            assert t.scale is None and torch.equal(t.values, p.half() if bits == 16 else p)
+            continue
+        top = 2 ** (bits - 1) - 1
+        assert t.scale.shape == p.shape[:1] and int(t.values.abs().max()) == top
+        error = (t.dequant() - p.detach()).abs() / t.scale.float()[:, None]
+        assert error.max() < 0.51 + 1e-4 * top and 0.22 < error.mean() < 0.28
+
+
+def test_more_bits_lose_less():
+    w = random_rows(3, 400)
+    errors = [float((tg.RoundToNearest(bits, QUANTILE, 0.0).fit(w).dequant() - w).norm() / w.norm()) for bits in BITS]
+    assert errors == sorted(errors, reverse=True)
+    for coarse, fine in zip(errors[3:], errors[4:]):
+        assert math.log2(coarse / fine) == pytest.approx(1, abs=0.15), "one bit halves the step"
