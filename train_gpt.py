@@ -20,7 +20,6 @@ import bisect
 import contextlib
 import copy
 import difflib
-import glob
 import hashlib
 import importlib.util
 import io
@@ -33,6 +32,7 @@ import platform
 import resource
 import signal
 import socket
+import statistics
 import struct
 import sys
 import time
@@ -62,7 +62,14 @@ SCRIPT = Path(__file__).resolve()
 
 
 class UserError(ValueError):
-    """A mistake in the input: printed as one line, exit code 2, never a traceback."""
+    """A mistake in the input, one message each: printed as one line each, exit code 2, never a traceback."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
+
+
+class OneRankFailed(UserError):
+    """A mistake that only one rank can see, which therefore prints it itself."""
 
 
 class RunFailed(RuntimeError):
@@ -181,11 +188,13 @@ class OptimConfig:
                             source="PR 287")
 
 
+BIT_WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
+
+
 @dataclass(frozen=True)
 class QuantConfig:
-    matrix_bits: int = knob(8, "bits of block matrices; 16 = fp16", 2, 16, choices=(2, 3, 4, 5, 6, 7, 8, 16), unit="bits")
-    embed_bits: int = knob(8, "bits of embeddings and tables; 16 = fp16", 2, 16, choices=(2, 3, 4, 5, 6, 7, 8, 16),
-                           unit="bits")
+    matrix_bits: int = knob(8, "bits of block matrices; 16 = fp16", 2, 16, choices=BIT_WIDTHS, unit="bits")
+    embed_bits: int = knob(8, "bits of embeddings and tables; 16 = fp16", 2, 16, choices=BIT_WIDTHS, unit="bits")
     qat: str = knob("none", "train the block matrices through the export grid by straight-through gradients",
                     choices=("none", "ste"), needs="matrix_bits < 16", source="PR 66")
     qat_start_frac: float = knob(0.0, "part of the run after which the grid is switched on", 0, 1, needs="qat != none")
@@ -249,6 +258,10 @@ class Config:
         """Flat {field: value} of the named groups, or of all."""
         return {k: v for g in groups or GROUPS for k, v in asdict(getattr(self, g)).items()}
 
+    def shown(self) -> dict[str, Any]:
+        """All values as people and logs may see them: paths without the layout of this machine."""
+        return {k: relative(v) if type(v) is str and os.sep in v else v for k, v in self.values().items()}
+
 
 # Presets are overrides of the defaults, which are the naive baseline. A callable receives the values so far.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -264,9 +277,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Overlay: what two CPU cores train in two minutes.
     "cpu": dict(
         num_layers=4, model_dim=256, num_heads=4, num_kv_heads=2, train_seq_len=512, train_batch_tokens=8192,
-        micro_batch_tokens=8192, eval_batch_tokens=16_384, eval_seq_len=512, eval_stride=64, max_wallclock_seconds=120.0,
-        loader="shuffled", lr_schedule="warmdown_frac", warmdown_frac=0.6, muon_momentum_warmup_steps=50,
-        warmup_steps=2, train_log_every=20, val_loss_every=0, checkpoint_every=30.0,
+        micro_batch_tokens=8192, eval_batch_tokens=16_384, eval_seq_len=512, eval_stride=64,
+        max_wallclock_seconds=120.0, loader="shuffled", lr_schedule="warmdown_frac", warmdown_frac=0.6,
+        muon_momentum_warmup_steps=50, warmup_steps=2, train_log_every=20, val_loss_every=0, checkpoint_every=30.0,
         rope_dims=lambda v: min(v["rope_dims"], 64), xsa_last_n=lambda v: min(v["xsa_last_n"], 4)),
     # Overlay: what a test runs in seconds.
     "tiny": dict(
@@ -285,19 +298,17 @@ RULES: list[tuple[Callable[[dict], bool], Callable[[dict], str]]] = [
      f"MODEL_DIM={v['model_dim']} is not divisible by NUM_HEADS={v['num_heads']}"),
     (lambda v: v["num_heads"] % v["num_kv_heads"], lambda v:
      f"NUM_HEADS={v['num_heads']} is not divisible by NUM_KV_HEADS={v['num_kv_heads']}"),
-    (lambda v: v["model_dim"] // v["num_heads"] % 2, lambda v:
+    (lambda v: v["model_dim"] % v["num_heads"] == 0 and v["model_dim"] // v["num_heads"] % 2, lambda v:
      f"MODEL_DIM/NUM_HEADS={v['model_dim'] // v['num_heads']} must be even for rotary positions"),
     (lambda v: v["rope_dims"] % 2 or v["rope_dims"] > v["model_dim"] // v["num_heads"], lambda v:
      f"ROPE_DIMS={v['rope_dims']} must be even and at most MODEL_DIM/NUM_HEADS={v['model_dim'] // v['num_heads']}"),
-    (lambda v: v["train_batch_tokens"] % v["train_seq_len"], lambda v:
+    (lambda v: v["run_mode"] != "eval" and v["train_batch_tokens"] % v["train_seq_len"], lambda v:
      f"TRAIN_BATCH_TOKENS={v['train_batch_tokens']} is not a multiple of TRAIN_SEQ_LEN={v['train_seq_len']}"),
     (lambda v: v["eval"] == "sliding" and v["eval_stride"] > v["eval_seq_len"], lambda v:
      f"EVAL_STRIDE={v['eval_stride']} is larger than EVAL_SEQ_LEN={v['eval_seq_len']}"),
     (lambda v: v["bigram_buckets"] == 1, lambda v: "BIGRAM_BUCKETS=1: want 0 (off) or at least 2"),
     (lambda v: v["codec"] not in available_codecs(), lambda v:
      f"CODEC={v['codec']} needs a package that is not installed; available: {', '.join(available_codecs())}"),
-    (lambda v: v["run_mode"] == "eval" and not v["artifact"], lambda v:
-     "RUN_MODE=eval needs ARTIFACT=<path of a .golf file>"),
     (lambda v: v["max_wallclock_seconds"] and v["reserve_seconds"] >= v["max_wallclock_seconds"], lambda v:
      f"RESERVE_SECONDS={v['reserve_seconds']} must be less than MAX_WALLCLOCK_SECONDS={v['max_wallclock_seconds']}"),
     (lambda v: v["device"] == "cuda" and not torch.cuda.is_available(), lambda v:
@@ -306,6 +317,11 @@ RULES: list[tuple[Callable[[dict], bool], Callable[[dict], str]]] = [
      f"RUN_ID={v['run_id']!r} must be a plain folder name"),
 ]
 SPECIAL_ENV = ("PRESET",)  # read by load() itself, not a field
+ALIASES = {  # names that people type out of habit
+    "LR": "MATRIX_LR", "LEARNING_RATE": "MATRIX_LR", "BATCH_SIZE": "TRAIN_BATCH_TOKENS", "SEQ_LEN": "TRAIN_SEQ_LEN",
+    "N_LAYER": "NUM_LAYERS", "N_LAYERS": "NUM_LAYERS", "N_HEAD": "NUM_HEADS", "N_EMBD": "MODEL_DIM",
+    "STEPS": "ITERATIONS", "MAX_STEPS": "ITERATIONS", "WEIGHT_DECAY": "MUON_WD", "EMBED_LR": "TIED_EMBED_LR",
+    "STRIDE": "EVAL_STRIDE", "GRAD_CLIP": "GRAD_CLIP_NORM", "WARMDOWN_STEPS": "WARMDOWN_ITERS"}
 
 
 def pick_device(env: dict[str, str]) -> str:
@@ -318,6 +334,8 @@ def parse_knob(name: str, text: str) -> Any:
     """The value of an environment string, checked against type, range and choices. Raises UserError with a reason."""
     f = KNOBS[name][1]
     kind, meta = type(f.default), f.metadata
+    if kind is str and f.default and not text:
+        raise UserError(f"{name.upper()}='': want {allowed(f)} ({meta['doc']})")
     try:
         if kind is bool:
             value = {"0": False, "false": False, "1": True, "true": True}[text.lower()]
@@ -344,36 +362,48 @@ def allowed(f) -> str:
 
 
 def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
-    """Resolve default < preset < stored (an artifact's own values) < environment; the stored model is final.
+    """Resolve default < preset < stored (an artifact's own values) < environment; what made its score is final.
 
-    Raises UserError that lists every bad knob, rule and, under STRICT_ENV=1, every warning at once.
+    Raises UserError that lists every bad knob, rule and, under STRICT_ENV=1, every warning at once. Before an
+    artifact is read (RUN_MODE=eval, nothing stored) the rules wait for its values.
     """
     preset = env.get("PRESET") or DEFAULT_PRESET[pick_device(env)]
     values = {name: f.default for name, (_, f) in KNOBS.items()}
-    origins, errors = dict.fromkeys(values, "default"), []
+    origins, errors, wrong = dict.fromkeys(values, "default"), [], []
     for part in preset.split("+"):
         if part not in PRESETS:
             errors.append(f"PRESET={preset}: unknown preset {part!r}; want one of {', '.join(PRESETS)}, joined by +")
         for name, value in PRESETS.get(part, {}).items():
             values[name], origins[name] = value(values) if callable(value) else value, part
-    stored = stored or {}
-    for name, value in stored.items():
+    for name, value in (stored or {}).items():
         values[name], origins[name] = parse_knob(name, str(value)), "artifact"
+    final = final_knobs(stored)
     for name in values:
-        if (text := env.get(name.upper())) is not None and not (name in stored and KNOBS[name][0] == "model"):
+        if (text := env.get(name.upper())) is not None and name not in final:
             try:
                 values[name], origins[name] = parse_knob(name, text), "environment"
             except ValueError as error:
                 errors.append(str(error))
-    if not errors:
-        errors += [message(values) for broken, message in RULES if broken(values)]
+                wrong.append(f"{name.upper()}=")
+    if values["run_mode"] == "eval" and not values["artifact"]:
+        errors.append("RUN_MODE=eval needs ARTIFACT=<path of a .golf file>")
+    if values["run_mode"] != "eval" or stored:
+        broken_rules = [message(values) for broken, message in RULES if broken(values)]
+        errors += [message for message in broken_rules if not any(name in message for name in wrong)]
     notes = misspelt(env) + ineffective(values, origins)
+    notes += [f"{name.upper()} has no effect: the artifact's own {name.upper()}={values[name]} is scored"
+              for name in values if values["run_mode"] == "eval" and name in final and name.upper() in env]
     if values["strict_env"]:
         errors += notes
     if errors:
-        raise UserError("\n".join(errors))
+        raise UserError(*errors)
     parts = {g: cls(**{f.name: values[f.name] for f in fields(cls)}) for g, cls in GROUPS.items()}
     return Config(**parts, preset=preset, origins=origins, notes=tuple(notes))
+
+
+def final_knobs(stored: dict[str, Any] | None) -> set[str]:
+    """What the environment cannot change of an artifact: all that it stores but the way of scoring and the budget."""
+    return {name for name in stored or {} if KNOBS[name][0] != "eval"} - {"artifact_budget_bytes"}
 
 
 def misspelt(env: dict[str, str]) -> list[str]:
@@ -382,7 +412,7 @@ def misspelt(env: dict[str, str]) -> list[str]:
     torchrun = {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "LOCAL_RANK", "RANK"}
     notes = []
     for name in sorted(set(env) - set(known) - torchrun):
-        near = difflib.get_close_matches(name, known, 1, 0.84)
+        near = [ALIASES[name]] if name in ALIASES else difflib.get_close_matches(name.upper(), known, 1, 0.84)
         family = name.startswith(("MUON_", "EVAL_", "QAT_", "TRAIN_", "BIGRAM_", "EMA_", "ADAM_", "WARMDOWN_", "TTT_"))
         if near or family:
             hint = f"; did you mean {near[0]}?" if near else "; see --help"
@@ -396,7 +426,7 @@ def ineffective(values: dict[str, Any], origins: dict[str, str]) -> list[str]:
     for name, (_, f) in KNOBS.items():
         if f.metadata["needs"] and origins[name] == "environment":
             other, op, want = f.metadata["needs"].split()
-            if not OPERATORS[op](values[other], type(values[other])(want)):
+            if not OPERATORS[op](values[other], parse_knob(other, want)):
                 notes.append(f"{name.upper()} has no effect unless {other.upper()} {op} {want}")
     return notes
 
@@ -471,12 +501,13 @@ class Runtime:
         local, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", self.world))
         kind = pick_device({"DEVICE": cfg.run.device})
         if kind == "cuda" and local >= torch.cuda.device_count():
-            raise UserError(f"rank {self.rank} has no GPU: {torch.cuda.device_count()} present, {local_world} asked for")
+            raise UserError(f"rank {self.rank} has no GPU: {torch.cuda.device_count()} present, {local_world} wanted")
         self.device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
         if kind == "cuda":
             torch.cuda.set_device(self.device)
         torch.set_num_threads(cfg.system.threads or max(1, cpu_cores() // local_world))
         if "RANK" in env:
+            importlib.import_module("torch._dynamo")  # imported after gloo's threads exist, it can abort at exit
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         self.start, self.phases, self.log_file, self.metrics_file, self.folder = time.monotonic(), [], None, None, None
         self.interrupted = False
@@ -486,6 +517,7 @@ class Runtime:
         return self.rank == 0
 
     def close(self):
+        """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -496,11 +528,18 @@ class Runtime:
             dist.all_reduce(x)
         return x
 
-    def from_main(self, value: Any) -> Any:
-        """Rank 0's picklable value, on every rank."""
-        box = [value]
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Run `work` on rank 0 alone; every rank returns its picklable result or raises its error."""
+        box: list[Any] = [None, None]
+        if self.main:
+            try:
+                box[0] = work()
+            except (UserError, RunFailed, OSError) as error:
+                box[1] = error
         if dist.is_initialized():
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        if box[1]:
+            raise box[1]
         return box[0]
 
     def numbers_from_main(self, *values: float) -> list[float]:
@@ -511,6 +550,7 @@ class Runtime:
         return x.tolist()
 
     def synchronize(self):
+        """Wait until the device has finished all work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -518,28 +558,32 @@ class Runtime:
     def open_run(self, cfg: Config) -> bool:
         """Create runs/<RUN_ID>/ and start the log. Returns False when the run is already complete."""
         auto = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-seed{cfg.run.seed}"
-        self.folder = Path(cfg.run.runs_dir) / self.from_main(auto if cfg.run.run_id == "auto" else cfg.run.run_id)
+        name = self.on_main(lambda: auto if cfg.run.run_id == "auto" else cfg.run.run_id)
+        self.folder = Path(cfg.run.runs_dir) / name
+        return self.on_main(lambda: self.claim_folder(cfg))
+
+    def claim_folder(self, cfg: Config) -> bool:
+        """Rank 0's part of open_run."""
         log = self.folder / "log.txt"
-        used = self.from_main(log.exists())
-        if used and cfg.run.resume == "none":
-            raise UserError(f"RUN_ID={cfg.run.run_id}: {relative(self.folder)} already holds a run; "
-                            "set RESUME=auto to continue it or choose another RUN_ID")
-        complete = self.from_main(self.main and used and "\nfinal:official " in log.read_text())
-        failure = None
-        if self.main and not complete:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.log_file = open(log, "a", buffering=1)
-                self.metrics_file = open(self.folder / "metrics.jsonl", "a", buffering=1)
-            except OSError as error:
-                failure = f"RUNS_DIR={cfg.run.runs_dir}: cannot write {relative(self.folder)} ({error.strerror})"
-        if failure := self.from_main(failure):
-            raise UserError(failure)
-        if self.main and not complete:
-            known = {k: dict(value=v, origin=cfg.origins[k]) for k, v in cfg.values().items()}
-            text = json.dumps(dict(preset=cfg.preset, knobs=known), indent=1).encode()
-            write_atomic(self.folder / "config.json", lambda f: f.write(text))
-        return not complete
+        try:
+            if log.exists():
+                if cfg.run.resume == "none":
+                    raise UserError(f"RUN_ID={cfg.run.run_id}: {relative(self.folder)} already holds a run; "
+                                    "set RESUME=auto to continue it or choose another RUN_ID")
+                if "\nfinal:official " in log.read_text():
+                    return False
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left_by_a_crash in self.folder.glob("*.tmp"):
+                left_by_a_crash.unlink()
+            self.log_file = open(log, "a", buffering=1)
+            self.metrics_file = open(self.folder / "metrics.jsonl", "a", buffering=1)
+        except OSError as error:
+            raise UserError(f"RUNS_DIR={relative(cfg.run.runs_dir)}: cannot write {relative(self.folder)} "
+                            f"({error.strerror})") from None
+        known = {k: dict(value=v, origin=cfg.origins[k]) for k, v in cfg.shown().items()}
+        text = json.dumps(dict(preset=cfg.preset, knobs=known), indent=1).encode()
+        write_atomic(self.folder / "config.json", lambda f: f.write(text))
+        return True
 
     def log(self, text: str, echo: bool = True):
         """One line to the log file and, unless echo is off, to the terminal; rank 0 only."""
@@ -563,9 +607,11 @@ class Runtime:
             self.interrupted = True
             signal.signal(number, signal.SIG_DFL)
         old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        yield
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
 
     @contextlib.contextmanager
     def phase(self, name: str):
@@ -597,9 +643,9 @@ def log_header(cfg: Config, rt: Runtime):
     rt.log(f"audit:env python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
            f"gpu:{gpu} host_hash:{host} world_size:{rt.world} threads:{torch.get_num_threads()}")
     rt.log(f"preset:{cfg.preset}")
-    for name, value in cfg.values().items():
-        if KNOBS[name][0] != "run" or name in ("seed", "run_mode"):
-            rt.log(f"config:{name.upper()}={value} ({cfg.origins[name]})", echo=cfg.origins[name] == "environment")
+    for name, value in cfg.shown().items():
+        rt.log(f"config:{name.upper()}={value} ({cfg.origins[name]})",
+               echo=cfg.run.run_mode == "plan" or cfg.origins[name] == "environment")
     for note in cfg.notes:
         rt.log(f"warning: {note}")
     rt.log(f"seed:{cfg.run.seed}")
@@ -609,32 +655,32 @@ def log_header(cfg: Config, rt: Runtime):
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 
-def open_shard(path: str) -> np.ndarray:
+def open_shard(path: Path) -> np.ndarray:
     """Memory-map one shard: 256 little-endian int32 (magic, version, count), then `count` uint16 tokens.
 
     Raises UserError naming the file when it is missing, empty, truncated, too long or of another format.
     """
-    name, size = relative(path), os.path.getsize(path) if os.path.exists(path) else -1
+    name, size = relative(path), path.stat().st_size if path.is_file() else -1
     if size < 0:
-        raise UserError(f"{name}: no such shard")
+        raise UserError(f"{name}: not a file")
     if size < SHARD_HEADER_BYTES:
         raise UserError(f"{name}: {size} bytes is shorter than a shard header ({SHARD_HEADER_BYTES} bytes)")
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise UserError(f"{name}: magic {magic} version {version}, want {SHARD_MAGIC} and {SHARD_VERSION}: not a shard")
     if count <= 0 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise UserError(f"{name}: the header promises {count} tokens = {SHARD_HEADER_BYTES + 2 * count} bytes, the file "
-                        f"has {size}; download or build it again")
+        raise UserError(f"{name}: the header promises {count} tokens = {SHARD_HEADER_BYTES + 2 * count} bytes, the "
+                        f"file has {size}; download or build it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
 class TokenStream:
-    """The shards of one split as one long sequence of tokens, memory-mapped."""
+    """The shards of one split ("train" or "val") of a folder as one long sequence of tokens, memory-mapped."""
 
-    def __init__(self, pattern: str):
-        self.files = sorted(glob.glob(pattern))
+    def __init__(self, folder: Path, split: str, vocab: int):
+        self.files, self.vocab = sorted(folder.glob(f"fineweb_{split}_*.bin")), vocab
         if not self.files:
-            raise UserError(f"DATA_PATH: no file matches {relative(pattern)}")
+            raise UserError(f"DATA_PATH={relative(folder)}: no file matches fineweb_{split}_*.bin")
         self.shards = [open_shard(f) for f in self.files]
         self.starts = np.cumsum([0] + [len(s) for s in self.shards]).tolist()
 
@@ -647,20 +693,26 @@ class TokenStream:
         while count > 0:
             offset = start - self.starts[shard]
             part = self.shards[shard][offset:offset + count]
+            if int(part.max()) >= self.vocab:
+                raise OneRankFailed(self.out_of_range(shard, int(part.max())))
             parts.append(part)
             start, count, shard = start + len(part), count - len(part), shard + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def check_ids(self, vocab: int, sample: int):
-        """Raise UserError for the first shard that holds an id >= vocab among its first and last `sample` tokens."""
-        for path, shard in zip(self.files, self.shards):
+    def check_ids(self, sample: int):
+        """Raise UserError naming the first shard with an id >= V among its first and last `sample` tokens."""
+        for i, shard in enumerate(self.shards):
             top = max(int(shard[:sample].max()), int(shard[-sample:].max()))
-            if top >= vocab:
-                raise UserError(f"{relative(path)}: token id {top} is out of range for VOCAB_SIZE={vocab}")
+            if top >= self.vocab:
+                raise UserError(self.out_of_range(i, top))
+
+    def out_of_range(self, shard: int, token: int) -> str:
+        """What to say of a shard with an impossible token."""
+        return f"{relative(self.files[shard])}: token id {token} is out of range for VOCAB_SIZE={self.vocab}"
 
 
 class ByteTable(NamedTuple):
-    """Bytes that a token adds to the text: base[id], plus one for a leading space unless the previous id is a border."""
+    """Bytes that a token adds to the text: base[id], plus one for a leading space unless a border comes before it."""
     base: np.ndarray    # (V,) int16, UTF-8 bytes without the leading space
     lead: np.ndarray    # (V,) bool, the piece starts with the space mark
     border: np.ndarray  # (V,) bool, control, unknown or unused: no space is printed after it
@@ -683,13 +735,13 @@ def byte_table(tokenizer, vocab: int) -> ByteTable:
             continue
         piece = tokenizer.id_to_piece(i)
         lead[i] = piece.startswith("\u2581")
-        base[i] = len(piece.removeprefix("\u2581").encode())
+        base[i] = len(piece.removeprefix("\u2581").replace("\u2581", " ").encode())  # a mark inside stands for one byte
     return ByteTable(base, lead, border)
 
 
 class Data(NamedTuple):
     """An opened dataset: training stream, validation tokens and the bytes each validation target stands for."""
-    train: TokenStream
+    train: TokenStream | None  # None when only scoring
     val: np.ndarray           # (N,) uint16
     val_bytes: np.ndarray     # (N - 1,) int16
     tokenizer_sha256: str
@@ -701,13 +753,16 @@ def locate_data(cfg: Config, rt: Runtime) -> tuple[Path, Path]:
     vocab, folder = cfg.data.vocab_size, Path(cfg.data.data_path)
     if cfg.data.data_path == "auto":
         folder = SCRIPT.parent / "data" / "datasets" / f"fineweb10B_sp{vocab}"
-        if rt.device.type != "cuda" or not glob.glob(str(folder / "fineweb_train_*.bin")):
+        if rt.device.type != "cuda" or not any(folder.glob("fineweb_train_*.bin")):
             folder = build_sample(rt)
     if not folder.is_dir():
         raise UserError(f"DATA_PATH={relative(folder)}: no such folder")
     if cfg.data.tokenizer_path != "auto":
         return folder, Path(cfg.data.tokenizer_path)
     own = sorted(folder.glob("*.model"))
+    if len(own) > 1:
+        raise UserError(f"DATA_PATH={relative(folder)} holds {len(own)} tokenizers ({', '.join(p.name for p in own)}); "
+                        "say which with TOKENIZER_PATH")
     return folder, own[0] if own else SCRIPT.parent / "data" / "tokenizers" / f"fineweb_{vocab}_bpe.model"
 
 
@@ -716,12 +771,16 @@ def build_sample(rt: Runtime) -> Path:
     builder, folder = SCRIPT.parent / "data" / "build_sample.py", SCRIPT.parent / "data" / "datasets" / "sample_sp1024"
     if not builder.exists():
         raise UserError(f"DATA_PATH=auto: {relative(builder)} is missing; set DATA_PATH to a folder of shards")
-    if rt.main:
-        spec = importlib.util.spec_from_file_location("build_sample", builder)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.build(folder)
-    rt.from_main(None)  # the other ranks wait here
+    spec = importlib.util.spec_from_file_location("build_sample", builder)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def build():
+        try:
+            module.build(folder)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"DATA_PATH=auto: {error}") from None
+    rt.on_main(build)
     return folder
 
 
@@ -733,7 +792,8 @@ def read_tokenizer(path: Path, vocab: int):
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except Exception as error:
-        raise UserError(f"TOKENIZER_PATH={relative(path)}: not a SentencePiece model ({type(error).__name__})") from None
+        raise UserError(f"TOKENIZER_PATH={relative(path)}: not a SentencePiece model "
+                        f"({type(error).__name__})") from None
     if tokenizer.vocab_size() != vocab:
         raise UserError(f"TOKENIZER_PATH={relative(path)} has {tokenizer.vocab_size()} pieces but VOCAB_SIZE={vocab}")
     if tokenizer.piece_to_id("\u2581") == tokenizer.unk_id():
@@ -742,33 +802,52 @@ def read_tokenizer(path: Path, vocab: int):
     return tokenizer
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a dataset says about itself, {} when it says nothing. Raises UserError for a damaged one."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict) or not isinstance(found.get("reference_bpb", {}), dict):
+            raise ValueError("not what a dataset builder writes")
+        if not found.get("comparable", True) and not isinstance(found.get("note"), str):
+            raise ValueError("`comparable` is false but there is no `note` that says why")
+        return found
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{relative(path)}: damaged manifest ({error}); build the dataset again") from None
+
+
+def open_train(folder: Path, cfg: Config, rt: Runtime) -> TokenStream:
+    """The training stream, checked. Raises UserError."""
+    train, row = TokenStream(folder, "train", cfg.data.vocab_size), cfg.data.train_seq_len
+    train.check_ids(1 << 20)
+    if len(train) <= row:
+        raise UserError(f"{relative(train.files[0])}: {len(train)} training tokens are fewer than one row of "
+                        f"TRAIN_SEQ_LEN={row} + 1")
+    rt.log(f"train_loader:shards pattern={relative(folder)}/fineweb_train_*.bin files:{len(train.files)} "
+           f"tokens:{len(train)} order:{cfg.data.loader}")
+    return train
+
+
 def open_data(cfg: Config, rt: Runtime) -> Data:
-    """Open and verify everything that training and scoring will read. Raises UserError before any long work."""
+    """Open and verify everything that this run will read. Raises UserError before any long work."""
     folder, tokenizer_path = locate_data(cfg, rt)
-    vocab = cfg.data.vocab_size
-    tokenizer = read_tokenizer(tokenizer_path, vocab)
-    train = TokenStream(str(folder / "fineweb_train_*.bin"))
-    stream = TokenStream(str(folder / "fineweb_val_*.bin"))
-    train.check_ids(vocab, 1 << 20)
-    stream.check_ids(vocab, len(stream))
+    tokenizer = read_tokenizer(tokenizer_path, cfg.data.vocab_size)
+    train = open_train(folder, cfg, rt) if cfg.run.run_mode == "train" else None
+    stream = TokenStream(folder, "val", cfg.data.vocab_size)
+    stream.check_ids(len(stream))
     val = np.ascontiguousarray(stream.read(0, len(stream)))
     window = cfg.eval.eval_seq_len if cfg.eval.eval == "sliding" else cfg.data.train_seq_len
     if len(val) <= window:
         raise UserError(f"{relative(stream.files[0])}: {len(val)} validation tokens are fewer than one window of "
                         f"{window} + 1")
-    if len(train) <= cfg.data.train_seq_len:
-        raise UserError(f"{relative(train.files[0])}: {len(train)} training tokens are fewer than one row of "
-                        f"TRAIN_SEQ_LEN={cfg.data.train_seq_len} + 1")
-    val_bytes = byte_table(tokenizer, vocab).target_bytes(val)
-    manifest = folder / "manifest.json"
-    found = json.loads(manifest.read_text()) if manifest.exists() else {}
-    digest = sha256_file(manifest)[:16] if found else "none"
-    rt.log(f"train_loader:shards pattern={relative(folder)}/fineweb_train_*.bin files:{len(train.files)} "
-           f"tokens:{len(train)} order:{cfg.data.loader}")
+    val_bytes = byte_table(tokenizer, cfg.data.vocab_size).target_bytes(val)
+    manifest, digest = read_manifest(folder / "manifest.json"), sha256_file(tokenizer_path)
     rt.log(f"val_loader:shards pattern={relative(folder)}/fineweb_val_*.bin tokens:{len(val) - 1}")
-    rt.log(f"audit:data manifest:{digest} train_shards:{len(train.files)} val_tokens:{len(val) - 1} "
-           f"val_bytes:{int(val_bytes.sum(dtype=np.int64))} tokenizer_sha256:{sha256_file(tokenizer_path)}")
-    return Data(train, val, val_bytes, sha256_file(tokenizer_path), found)
+    rt.log(f"audit:data manifest:{sha256_file(folder / 'manifest.json')[:16] if manifest else 'none'} "
+           f"train_shards:{len(train.files) if train else 0} val_tokens:{len(val) - 1} "
+           f"val_bytes:{int(val_bytes.sum(dtype=np.int64))} tokenizer_sha256:{digest}")
+    return Data(train, val, val_bytes, digest, manifest)
 
 
 class Loader:
@@ -817,6 +896,7 @@ class ShuffledLoader(Loader):
         self.begin_epoch()
 
     def begin_epoch(self):
+        """Draw phase and order from (SEED, epoch)."""
         rng = np.random.default_rng([self.seed, self.epoch])
         spare = len(self.stream) - 1 - super().rows_in_epoch() * self.seq
         self.phase = int(rng.integers(spare + 1))
@@ -915,24 +995,26 @@ def fastest_cpu_attention(model: ModelConfig, seq: int, dtype: torch.dtype, log:
     seq, rows = min(seq, 1024), max(1, 2048 // min(seq, 1024))
     shape = [(rows, seq, heads, model.head_dim) for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)]
     qkv = [torch.randn(s).to(dtype).requires_grad_() for s in shape]
-    total = {name: best_time(lambda kernel=kernel: kernel(*qkv).sum().backward(), 2) for name, kernel in ATTENTION.items()}
+    total = {name: best_time(lambda kernel=kernel: kernel(*qkv).sum().backward(), 2)
+             for name, kernel in ATTENTION.items()}
     best = min(total, key=total.get)
     log("numerics:attention " + " ".join(f"{n}:{t * 1e3:.1f}ms" for n, t in total.items()) + f" -> {best}")
     return best
 
 
 def choose_numerics(cfg: Config, rt: Runtime) -> Numerics:
-    """Resolve NUMERICS, ATTENTION and COMPILE for this device: rank 0 measures, every rank follows."""
+    """Resolve NUMERICS, ATTENTION and COMPILE for this device. Called on rank 0, which measures; every rank follows."""
     s, cuda = cfg.system, rt.device.type == "cuda"
-    mode = s.numerics if s.numerics != "auto" else "bf16" if cuda else fastest_cpu_mode(rt.log) if rt.main else ""
-    mode = rt.from_main(mode)
-    dtype = torch.bfloat16 if mode == "bf16" else torch.float32
-    kernel = s.attention if s.attention != "auto" else "sdpa" if cuda else (
-        fastest_cpu_attention(cfg.model, cfg.data.train_seq_len, dtype, rt.log) if rt.main else "")
-    kernel = rt.from_main(kernel)
     planned = cfg.optim.max_wallclock_seconds or cfg.optim.iterations / 10
-    repaid = rt.main and (cuda or (planned >= 60 and can_compile()))
-    return Numerics(mode, kernel, s.compile == "on" or (s.compile == "auto" and rt.from_main(repaid)))
+    compile_it = s.compile == "on" or s.compile == "auto" and (cuda or planned >= 60 and can_compile())
+    mode = s.numerics if s.numerics != "auto" else "bf16" if cuda else fastest_cpu_mode(rt.log)
+    if s.attention != "auto" or cuda:
+        kernel = "sdpa" if s.attention == "auto" else s.attention
+    elif compile_it and mode == "bf16":
+        kernel = "blocked"  # compiled, its softmax fuses with the casts; timing it eagerly would mislead
+    else:
+        kernel = fastest_cpu_attention(cfg.model, cfg.data.train_seq_len, Numerics(mode).dtype, rt.log)
+    return Numerics(mode, kernel, compile_it)
 
 
 def can_compile() -> bool:
@@ -945,8 +1027,7 @@ def can_compile() -> bool:
 
 def apply_numerics(numerics: Numerics, rt: Runtime):
     """Set the process-wide matmul switches that belong to a Numerics."""
-    torch.set_float32_matmul_precision("medium" if numerics.mode == "medium" else
-                                       "high" if rt.device.type == "cuda" else "highest")
+    torch.set_float32_matmul_precision({"fp32": "highest", "medium": "medium", "bf16": "high"}[numerics.mode])
     rt.log(f"numerics:{numerics.mode} attention:{numerics.attention} compile:{int(numerics.compile)} "
            f"threads:{torch.get_num_threads()}")
 
@@ -1083,6 +1164,7 @@ class Rotary(Site):
         return self.rotate(q, cos, sin), self.rotate(k, cos, sin), v
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B,T,*,D) with its first R dims rotated in fp32."""
         half = self.dims // 2
         a, b, rest = x[..., :half], x[..., half:self.dims], x[..., self.dims:]
         return torch.cat([(a * cos + b * sin).to(x.dtype), (b * cos - a * sin).to(x.dtype), rest], -1)
@@ -1381,6 +1463,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float):
+        """Update the matrices from their reduced gradients."""
         self.hp["momentum"].fill_(momentum)
         for (weights, gradients), state in zip(self.stacks, self.state):
             u = self.stages[0](gradients, state, self.hp)
@@ -1527,9 +1610,19 @@ class RoundToNearest(NamedTuple):
         """w (m,n) fp32 -> levels and fp16 scales. The error is at most half a scale inside the clip."""
         top = 2 ** (self.bits - 1) - 1
         clip = row_quantile(w.abs(), self.quantile).clamp(min=self.floor)
-        scale = (clip / top).clamp(6e-8, 65504).half()  # within fp16: never zero, never infinite
-        levels = (w / scale.float()[:, None]).round().clamp(-top, top)
-        return QTensor(levels.to(torch.int8), scale)
+        scale = rounded_to_fp16((clip / top).clamp(2**-14, 65504))  # a normal fp16: never zero, never infinite
+        levels = (w / scale[:, None]).round().clamp(-top, top)
+        return QTensor(levels.to(torch.int8), scale.half())
+
+
+def rounded_to_fp16(x: Tensor) -> Tensor:
+    """The fp16 value nearest to each positive fp32 in [2^-14, 65504], ties to even, still as fp32.
+
+    In integer arithmetic, because a compiler may drop a cast to fp16 and back, and the training grid would then
+    differ from the exported one.
+    """
+    bits = x.view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
 def row_quantile(a: Tensor, q: float) -> Tensor:
@@ -1590,23 +1683,25 @@ class Codec(NamedTuple):
 
 
 def unzstd(data: bytes, size: int) -> bytes:
+    """At most `size` bytes of a zstd stream."""
     reader = zstandard.ZstdDecompressor(max_window_size=1 << 28).stream_reader(data)
     return reader.read(size)
 
 
 def unbrotli(data: bytes, size: int) -> bytes:
+    """At most `size` bytes of a brotli stream."""
     decoder, out = brotli.Decompressor(), b""
     while len(out) < size and not decoder.is_finished():
         piece = decoder.process(b"" if out else data, output_buffer_limit=size - len(out))
         if not piece:
             break
         out += piece
-    return out
+    return out[:size]
 
 
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}])
 CODECS = {
-    "zlib": Codec(1, lambda b: zlib.compress(b, 9), lambda b, n: zlib.decompressobj().decompress(b, n)),
+    "zlib": Codec(1, lambda b: zlib.compress(b, 9), lambda b, n: zlib.decompressobj().decompress(b, n or 1)[:n]),
     "lzma": Codec(2, lambda b: lzma.compress(b, **LZMA), lambda b, n: lzma.LZMADecompressor(**LZMA).decompress(b, n),
                   lzma),
     "zstd": Codec(3, lambda b: zstandard.ZstdCompressor(level=22).compress(b), unzstd, zstandard),
@@ -1650,16 +1745,33 @@ def unpack_stream(data: bytes, number: int, size: int) -> bytes:
     """Decompress one stream to exactly `size` bytes. Raises UserError on anything else."""
     found = [codec for codec in CODECS.values() if codec.number == number]
     if not found or not found[0].module:
-        raise UserError(f"its codec {number} is not available here")
-    if not 0 <= size <= MAX_STREAM_BYTES:
-        raise UserError(f"a stream claims {size} bytes")
+        raise UserError(f"its codec {number!r} is not available here")
+    if type(size) is not int or not 0 <= size <= MAX_STREAM_BYTES:
+        raise UserError(f"a stream claims {size!r} bytes")
     try:
-        raw = found[0].unpack(data, size)
+        raw = found[0].unpack(data, size + 1)  # one more, so that a stream with too much is noticed
     except Exception as error:
         raise UserError(f"a stream does not decompress ({type(error).__name__})") from None
     if len(raw) != size:
-        raise UserError(f"a stream holds {len(raw)} bytes instead of {size}")
+        raise UserError(f"a stream holds {'more' if len(raw) > size else len(raw)} instead of {size} bytes")
     return raw
+
+
+def unpack_streams(lines: list, body: bytes) -> dict[str, memoryview]:
+    """All streams by name. Raises UserError unless names are known and different and every byte belongs to one."""
+    if len({line[0] for line in lines}) != len(lines) or not {line[0] for line in lines} <= {*DTYPES, "scale"}:
+        raise UserError("its streams are repeated or unknown")
+    if not all(type(n) is int and n >= 0 for line in lines for n in line[1:]):
+        raise UserError("its streams have impossible sizes")
+    if (claimed := sum(raw for _, _, raw, _ in lines)) > MAX_STREAM_BYTES:
+        raise UserError(f"it claims {claimed} bytes in its streams")
+    if sum(length for *_, length in lines) != len(body):
+        raise UserError("its streams do not fill the file")
+    streams, offset = {}, 0
+    for key, number, raw, length in lines:
+        streams[key] = memoryview(unpack_stream(body[offset:offset + length], number, raw))
+        offset += length
+    return streams
 
 
 def unpack_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, QTensor]]:
@@ -1673,14 +1785,15 @@ def unpack_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, QTensor]]:
         raise UserError("checksum mismatch: truncated or corrupted")
     try:
         header = json.loads(unpack_stream(blob[PREFIX.size:PREFIX.size + packed], number, size))
-        offset, streams = PREFIX.size + packed, {}
-        for key, codec, raw, length in header["streams"]:
-            streams[key] = memoryview(unpack_stream(blob[offset:offset + length], codec, raw))
-            offset += length
-        tensors = {}
+        streams = unpack_streams(header["streams"], blob[PREFIX.size + packed:-32])
+        tensors: dict[str, QTensor] = {}
         for name, kind, shape, scaled in header["tensors"]:
+            if type(name) is not str or name in tensors or scaled and (kind != "i1" or len(shape) != 2):
+                raise ValueError("a tensor is repeated, or has scales that it cannot have")
             values = take(streams, kind, DTYPES[kind], shape)
             tensors[name] = QTensor(values, take(streams, "scale", torch.float16, shape[:1]) if scaled else None)
+        if any(map(len, streams.values())):
+            raise ValueError("a stream is longer than its tensors")
     except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise UserError(str(error) if isinstance(error, UserError) else f"malformed header ({error!r})") from None
     return header, tensors
@@ -1689,7 +1802,7 @@ def unpack_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, QTensor]]:
 def take(streams: dict[str, memoryview], key: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
     """Cut the next tensor off a stream. Raises ValueError when the stream is too short or the shape is not one."""
     if not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"shape {shape}")
+        raise ValueError(f"shape {shape!r}"[:200])
     size = math.prod(shape) * dtype.itemsize
     if size > len(streams[key]):
         raise ValueError(f"stream {key} is too short")
@@ -1708,25 +1821,20 @@ STORED_FIELDS = ("vocab_size", "train_seq_len", "matrix_bits", "codec", "seed", 
 
 
 def export(cfg: Config, rt: Runtime, model: GPT, numerics: Numerics, data: Data) -> Path:
-    """Quantise, pack and write the artifact (rank 0); returns its path on every rank."""
-    path = rt.folder / "model.golf"
-    if rt.main:
-        values = cfg.values()
-        stored = cfg.values(*STORED_GROUPS) | {name: values[name] for name in STORED_FIELDS}
-        header = dict(config=stored, numerics=numerics._asdict(), tokenizer_sha256=data.tokenizer_sha256)
-        with rt.phase("quantise"):
-            tensors = quantise(model, cfg.quant)
-        with rt.phase("serialise"):
-            blob = pack_artifact(tensors, header, CODECS[cfg.quant.codec])
+    """Quantise, pack and write the artifact (on rank 0); returns its path."""
+    stored = cfg.values(*STORED_GROUPS) | {name: cfg.values()[name] for name in STORED_FIELDS}
+    header = dict(config=stored, numerics=numerics._asdict(), tokenizer_sha256=data.tokenizer_sha256)
+    with rt.phase("quantise"):
+        tensors = quantise(model, cfg.quant)
+    with rt.phase("serialise"):
+        blob = pack_artifact(tensors, header, CODECS[cfg.quant.codec])
+        path = rt.folder / "model.golf"
         write_atomic(path, lambda f: f.write(blob))
-        raw = sum(p.numel() * 4 for p in model.parameters())
-        label = f"int{cfg.quant.matrix_bits}+{cfg.quant.codec}"
-        rt.log(f"Serialized model: {raw} bytes")
-        rt.log(f"Code size: {code_bytes()} bytes")
-        rt.log(f"Total submission size: {len(blob) + code_bytes()} bytes")
-        rt.log(f"Serialized model {label}: {len(blob)} bytes")
-        rt.log(f"audit:artifact sha256:{hashlib.sha256(blob).hexdigest()} bytes:{len(blob)}")
-    rt.from_main(None)
+    rt.log(f"Serialized model: {sum(p.numel() * 4 for p in model.parameters())} bytes")
+    rt.log(f"Code size: {code_bytes()} bytes")
+    rt.log(f"Total submission size: {len(blob) + code_bytes()} bytes")
+    rt.log(f"Serialized model int{cfg.quant.matrix_bits}+{cfg.quant.codec}: {len(blob)} bytes")
+    rt.log(f"audit:artifact sha256:{hashlib.sha256(blob).hexdigest()} bytes:{len(blob)}")
     return path
 
 
@@ -1737,17 +1845,42 @@ def code_bytes() -> int:
 
 def read_artifact(path: Path, rt: Runtime) -> tuple[dict[str, Any], dict[str, QTensor]]:
     """Read and verify an artifact on rank 0, hand it to all. Raises UserError naming the file."""
+    def work():
+        try:
+            if path.stat().st_size > MAX_STREAM_BYTES:
+                raise UserError(f"{path.stat().st_size} bytes is no artifact")
+            blob = path.read_bytes()
+            check_header(unpack_artifact(blob)[0])
+            return blob
+        except OSError as error:
+            raise UserError(f"ARTIFACT={relative(path)}: {error.strerror}") from None
+        except UserError as error:
+            raise UserError(f"ARTIFACT={relative(path)}: {error}") from None
+    return unpack_artifact(rt.on_main(work))
+
+
+def check_header(header: Any):
+    """Raise UserError unless a header has what scoring needs, each of the right type."""
+    want = dict(config=dict, numerics=dict, tokenizer_sha256=str)
+    wrong = [key for key, kind in want.items() if not isinstance(header.get(key), kind)]
+    if wrong:
+        raise UserError(f"its header lacks {', '.join(wrong)}")
+    if set(header["config"]) != set(cfg_fields()):
+        odd = sorted(set(header["config"]) ^ set(cfg_fields()))
+        raise UserError(f"its configuration does not fit this script: {', '.join(odd)}")
+    n = header["numerics"]
+    if set(n) != set(Numerics._fields) or n["mode"] not in KNOBS["numerics"][1].metadata["choices"] or \
+            not isinstance(n["attention"], str) or n["attention"] not in ATTENTION or type(n["compile"]) is not bool:
+        raise UserError(f"its numerics are unknown: {n}")
+
+
+def artifact_config(env: dict[str, str], path: Path, header: dict[str, Any]) -> Config:
+    """The configuration to score an artifact with. Raises UserError naming the file when its own part is bad."""
+    load(env)  # what the user typed is judged first, so that what is left is the file's fault
     try:
-        blob = rt.from_main(path.read_bytes() if rt.main else None)
-        header, tensors = unpack_artifact(blob)
-        unknown = set(header["config"]) - set(KNOBS)
-        if unknown or not set(cfg_fields()) <= set(header["config"]):
-            raise UserError(f"its configuration does not fit this script ({', '.join(sorted(unknown)) or 'incomplete'})")
-        return header, tensors
-    except OSError as error:
-        raise UserError(f"ARTIFACT={relative(path)}: {error.strerror}") from None
-    except (UserError, KeyError, TypeError) as error:
-        raise UserError(f"ARTIFACT={relative(path)}: {error}") from None
+        return load(env, header["config"])
+    except UserError as error:
+        raise UserError(f"ARTIFACT={relative(path)} does not fit: {'; '.join(map(str, error.args))}") from None
 
 
 def cfg_fields() -> list[str]:
@@ -1755,13 +1888,13 @@ def cfg_fields() -> list[str]:
     return [f.name for group in STORED_GROUPS for f in fields(GROUPS[group])] + list(STORED_FIELDS)
 
 
-def build_from_artifact(cfg: Config, header: dict[str, Any], tensors: dict[str, QTensor], numerics: Numerics) -> GPT:
+def build_from_artifact(cfg: Config, tensors: dict[str, QTensor], numerics: Numerics) -> GPT:
     """A model made of nothing but the file: configuration from its header, weights from its streams."""
     with torch.device("meta"):  # compare shapes before any memory is taken
         shapes = GPT(cfg.model, cfg.data.vocab_size, numerics)
     wanted = {name: tuple(p.shape) for name, p in shapes.named_parameters()}
     if wanted != {name: tuple(t.values.shape) for name, t in tensors.items()}:
-        raise UserError("artifact: its tensors do not fit its own configuration")
+        raise UserError("its tensors do not fit its own configuration")
     model = GPT(cfg.model, cfg.data.vocab_size, numerics)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -1906,6 +2039,7 @@ class Clock:
         self.since = time.monotonic()
 
     def stop(self):
+        """Stand still once the device has finished."""
         self.rt.synchronize()
         self.total, self.since = self.read(), None
 
@@ -1922,11 +2056,14 @@ class Clock:
 def load_checkpoint(cfg: Config, rt: Runtime) -> dict[str, Any] | None:
     """The run folder's checkpoint when RESUME=auto and there is one. Tensors and plain values only, never code."""
     path = rt.folder / "checkpoint.pt"
-    if cfg.run.resume != "auto" or not rt.from_main(path.exists()):
+    blob = rt.on_main(lambda: path.read_bytes() if cfg.run.resume == "auto" and path.exists() else None)
+    if blob is None:
         return None
     try:
-        blob = rt.from_main(path.read_bytes() if rt.main else None)
-        return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+        saved = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+        if set(saved) != {"state", "identity", "numerics"}:
+            raise ValueError("foreign")
+        return saved
     except Exception as error:
         raise UserError(f"{relative(path)}: not a readable checkpoint ({type(error).__name__}); move it away to start "
                         "over") from None
@@ -1944,8 +2081,8 @@ class Trainer:
         self.adam = adamw(model, cfg.optim)
         self.averager = AVERAGERS[cfg.optim.averaging](self.flat.weights, cfg.optim)
         self.loader = LOADERS[cfg.data.loader](data.train, cfg)
-        self.clock, self.step_number, self.finished = Clock(rt), 0, False
-        self.settled: tuple[int, float] | None = None  # (step, seconds) after the first, slow steps
+        self.clock, self.step_number = Clock(rt), 0
+        self.recent: list[float] = []  # seconds of the last 50 steps; the first, slow ones are not among them
         self.pending: tuple[int, Tensor] | None = None  # loss of the previous step, not yet known to be finite
         self.last_checkpoint = time.monotonic()
 
@@ -1956,18 +2093,12 @@ class Trainer:
         if not o.max_wallclock_seconds:
             return Progress(step, step / o.iterations, o.iterations - step, 1.0)
         budget = o.max_wallclock_seconds - o.reserve_seconds
-        if step >= 3 and self.settled is None:
-            self.settled = (step, elapsed)
-        known = self.settled is not None and step >= self.settled[0] + 5
-        cost = (elapsed - self.settled[1]) / (step - self.settled[0]) if known else 0.0
-        left = max(0.0, min(budget - elapsed, (o.iterations - step) * cost if known else budget))
+        cost = statistics.median(self.recent) if len(self.recent) >= 5 else 0.0
+        left = max(0.0, min(budget - elapsed, (o.iterations - step) * cost if cost else budget))
         return Progress(step, min(1.0, max(elapsed / budget, step / o.iterations)), left, cost)
 
     def micro_batches(self, rows: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         """(ids, targets) of one fixed shape; missing rows are padded with targets that give no loss."""
-        if rows.size and int(rows.max()) >= self.cfg.data.vocab_size:
-            raise UserError(f"a training shard holds token id {int(rows.max())}, out of range for "
-                            f"VOCAB_SIZE={self.cfg.data.vocab_size}")
         size = min(-(-self.loader.rows // self.rt.world),
                    max(1, self.cfg.system.micro_batch_tokens // self.cfg.data.train_seq_len))
         for lo in range(0, len(rows), size):
@@ -2013,23 +2144,24 @@ class Trainer:
         """Everything that a bit-identical continuation needs; tensors are live, not copies."""
         return dict(weights=self.flat.weights, muon=self.muon.state_dict(), adam=self.adam.state_dict(),
                     averager=self.averager.state_dict(), loader=self.loader.state_dict(), step=self.step_number,
-                    seconds=self.clock.read(), settled=self.settled, finished=self.finished, rng=torch.get_rng_state())
+                    seconds=self.clock.read(), recent=list(self.recent), rng=torch.get_rng_state())
 
     def restore(self, state: dict[str, Any]):
+        """Inverse of state(); also accepts the live state's copies."""
         self.flat.weights.copy_(state["weights"])
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
         self.averager.load_state_dict(state["averager"])
         self.loader.load_state_dict(state["loader"])
-        self.step_number, self.finished = state["step"], state["finished"]
-        self.clock.total, self.settled = state["seconds"], state["settled"]
+        self.step_number, self.recent, self.clock.total = state["step"], list(state["recent"]), state["seconds"]
         torch.set_rng_state(state["rng"])
 
     def identity(self) -> dict[str, Any]:
         """The configuration that a checkpoint must agree with."""
         free = ("data_path", "tokenizer_path", "iterations", "max_wallclock_seconds", "micro_batch_tokens",
                 "eval_batch_tokens")
-        return {k: v for k, v in self.cfg.values("data", "model", "optim", "quant").items() if k not in free}
+        identity = self.cfg.values("data", "model", "optim", "quant") | dict(seed=self.cfg.run.seed)
+        return {k: v for k, v in identity.items() if k not in free}
 
     def save(self):
         """Write the checkpoint atomically, off the training clock (rank 0)."""
@@ -2052,7 +2184,11 @@ class Trainer:
         differ = [f"{k.upper()}: checkpoint {theirs.get(k)}, now {mine[k]}" for k in mine if mine[k] != theirs.get(k)]
         if differ:
             raise UserError("RESUME=auto: the checkpoint has another configuration; " + "; ".join(differ))
-        self.restore(saved["state"])
+        try:
+            self.restore(saved["state"])
+        except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise UserError(f"RESUME=auto: the checkpoint does not fit this script ({type(error).__name__}); move it "
+                            "away to start over") from None
         self.rt.log(f"resumed:step {self.step_number} train_time:{self.clock.read() * 1e3:.0f}ms")
 
     # The loop.
@@ -2092,21 +2228,21 @@ class Trainer:
                     f"train_time:{elapsed * 1e3:.0f}ms step_avg:{elapsed * 1e3 / max(step, 1):.2f}ms")
         self.rt.metric("val", step=step, loss=result.loss, bpb=result.bpb, seconds=elapsed)
 
-    def stop_reason(self, elapsed: float, longest: float) -> str:
-        """Why training ends before another step of up to `longest` seconds; empty when it goes on."""
+    def stop_reason(self, elapsed: float) -> str:
+        """Why training ends before another step as long as the longest of the last 20; empty when it goes on."""
         o = self.cfg.optim
         if self.step_number >= o.iterations:
             return "iterations"
-        budget = o.max_wallclock_seconds - o.reserve_seconds
-        return "wallclock_cap" if o.max_wallclock_seconds and elapsed + longest > budget else ""
+        end = elapsed + max(self.recent[-20:], default=0.0)
+        return "wallclock_cap" if o.max_wallclock_seconds and end > o.max_wallclock_seconds - o.reserve_seconds else ""
 
     def run(self):
         """Train until the clock or ITERATIONS says stop, the same step on every rank, then average the weights."""
-        elapsed, longest, due, interrupted = self.rt.numbers_from_main(self.clock.read(), 0, 0, 0)
+        elapsed, due, interrupted = self.rt.numbers_from_main(self.clock.read(), 0, 0)
         every = self.cfg.run.val_loss_every
         self.clock.start()
         with self.rt.progress(1.0, "train") as bar, self.rt.catch_signals():
-            while not (self.finished or self.stop_reason(elapsed, longest)):
+            while not self.stop_reason(elapsed):
                 begin, p = elapsed, self.progress(elapsed)
                 ramps = {name: ramp(p, self.cfg) for name, ramp in RAMPS.items()}
                 loss = self.step(self.loader.next(self.rt.rank, self.rt.world), ramps)
@@ -2117,7 +2253,8 @@ class Trainer:
                 waited = time.monotonic() - self.last_checkpoint
                 elapsed, due, interrupted = self.rt.numbers_from_main(
                     self.clock.read(), waited >= (self.cfg.run.checkpoint_every or math.inf), self.rt.interrupted)
-                longest = max(longest, elapsed - begin) if self.step_number > 3 else 0.0
+                if self.step_number > 3:
+                    self.recent = [*self.recent[-49:], elapsed - begin]
                 if bar:
                     bar.update(max(0.0, round(p.frac - bar.n, 3)))
                 if due or interrupted:
@@ -2127,7 +2264,7 @@ class Trainer:
                 if every and self.step_number % every == 0:
                     with self.clock.paused():
                         self.validate(elapsed)
-            self.finish(elapsed, self.stop_reason(elapsed, longest))
+            self.finish(elapsed, self.stop_reason(elapsed))
 
     def finish(self, elapsed: float, reason: str):
         """Log why training ended, keep a last checkpoint, put the averaged weights in place and validate them."""
@@ -2136,8 +2273,7 @@ class Trainer:
         if reason == "wallclock_cap":
             self.rt.log(f"stopping_early: wallclock_cap train_time:{elapsed * 1e3:.0f}ms "
                         f"step:{self.step_number}/{self.cfg.optim.iterations}")
-        if self.cfg.run.checkpoint_every and not self.finished:
-            self.finished = True
+        if self.cfg.run.checkpoint_every:
             self.save()
         self.averager.apply()
 
@@ -2158,9 +2294,6 @@ def parameter_report(model: GPT, cfg: Config, rt: Runtime):
 def plan_only(cfg: Config, rt: Runtime):
     """RUN_MODE=plan: what a run would be, without data or training."""
     log_header(cfg, rt)
-    for name, value in cfg.values().items():
-        if cfg.origins[name] != "environment":
-            print(f"config:{name.upper()}={value} ({cfg.origins[name]})")
     torch.manual_seed(cfg.run.seed)
     model = GPT(cfg.model, cfg.data.vocab_size, Numerics())
     parameter_report(model, cfg, rt)
@@ -2171,26 +2304,25 @@ def plan_only(cfg: Config, rt: Runtime):
 
 def artifact_numerics(cfg: Config, rt: Runtime, header: dict[str, Any]) -> Numerics:
     """The arithmetic that the artifact was scored with, unless the environment or this machine says otherwise."""
-    stored = header["numerics"]
-    for name in ("numerics", "attention", "compile"):
-        if cfg.origins[name] == "environment" or stored["mode"] not in ("fp32", "medium", "bf16") or \
-                stored["attention"] not in ATTENTION:
-            return choose_numerics(cfg, rt)
-    wanted = Numerics(stored["mode"], stored["attention"], bool(stored["compile"]))
-    possible = rt.from_main(not wanted.compile or can_compile())
-    return wanted if possible else wanted._replace(compile=False)
+    if any(cfg.origins[name] == "environment" for name in ("numerics", "attention", "compile")):
+        return rt.on_main(lambda: choose_numerics(cfg, rt))
+    wanted = Numerics(**header["numerics"])
+    return wanted._replace(compile=rt.on_main(lambda: wanted.compile and can_compile()))
 
 
 def official_score(cfg: Config, rt: Runtime, path: Path, data: Data, env: dict[str, str]) -> tuple[Config, Score]:
     """Score the model that the file at `path` holds; nothing of a live model is used. Logs the one official line."""
     with rt.phase("load"):
         header, tensors = read_artifact(path, rt)
-        cfg = load(env, header["config"])
+        cfg = artifact_config(env, path, header)
         if header["tokenizer_sha256"] != data.tokenizer_sha256:
             raise UserError(f"ARTIFACT={relative(path)}: trained with another tokenizer than TOKENIZER_PATH")
         numerics = artifact_numerics(cfg, rt, header)
         apply_numerics(numerics, rt)
-        model = build_from_artifact(cfg, header, tensors, numerics).to(rt.device)
+        try:
+            model = build_from_artifact(cfg, tensors, numerics).to(rt.device)
+        except UserError as error:
+            raise UserError(f"ARTIFACT={relative(path)}: {error}") from None
     with rt.phase("eval"):
         begin = time.monotonic()
         result = score_model(cfg, rt, model, numerics, data, cfg.eval.eval)
@@ -2240,7 +2372,7 @@ def train_and_export(cfg: Config, rt: Runtime, data: Data) -> Path:
     """Build, prewarm (or resume), train, validate, quantise, pack; returns the artifact's path."""
     saved = load_checkpoint(cfg, rt)
     with rt.phase("calibrate"):
-        numerics = Numerics(**saved["numerics"]) if saved else choose_numerics(cfg, rt)
+        numerics = Numerics(**saved["numerics"]) if saved else rt.on_main(lambda: choose_numerics(cfg, rt))
         apply_numerics(numerics, rt)
     torch.manual_seed(cfg.run.seed)
     model = GPT(cfg.model, cfg.data.vocab_size, numerics).to(rt.device)
@@ -2255,7 +2387,7 @@ def train_and_export(cfg: Config, rt: Runtime, data: Data) -> Path:
     with rt.phase("validate"):
         trainer.validate(trainer.clock.read())
     rt.log(peak_memory(rt))
-    return export(cfg, rt, model, numerics, data)
+    return rt.on_main(lambda: export(cfg, rt, model, numerics, data))
 
 
 def run(cfg: Config, rt: Runtime, env: dict[str, str]):
@@ -2265,7 +2397,7 @@ def run(cfg: Config, rt: Runtime, env: dict[str, str]):
     if cfg.run.run_mode == "eval":
         path = Path(cfg.run.artifact)
         header, _ = read_artifact(path, rt)  # fail on a bad file before anything else
-        cfg = load(env, header["config"])
+        cfg = artifact_config(env, path, header)
         log_header(cfg, rt)
         data = open_data(cfg, rt)
     else:
@@ -2284,7 +2416,7 @@ def main(argv: list[str], env: dict[str, str]) -> int:
     if argv and argv[0] in ("-h", "--help", "--help=md"):
         print(help_text(markdown=argv[0] == "--help=md"))
         return 0
-    rt = None
+    rt, main_rank = None, env.get("RANK", "0") == "0"
     try:
         if argv:
             raise UserError(f"{argv[0]}: takes no arguments but --help; knobs are environment variables")
@@ -2293,8 +2425,8 @@ def main(argv: list[str], env: dict[str, str]) -> int:
         run(cfg, rt, env)
         return 0
     except (UserError, RunFailed) as error:
-        for line in str(error).splitlines() if rt is None or rt.main else ():
-            print(f"error: {line}", file=sys.stderr)
+        for message in error.args if main_rank or isinstance(error, OneRankFailed) else ():
+            print("error: " + "".join(c if c.isprintable() else "?" for c in str(message))[:1000], file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except OSError as error:  # disk full, file gone: the machine's fault, not a bug
         print(f"error: {relative(error.filename or '.')}: {error.strerror}", file=sys.stderr)

@@ -194,7 +194,7 @@ def test_reloaded_artifact_computes_what_the_last_training_forward_did(mode, bit
     assert set(used) == {name for name, p in model.named_parameters() if p.quant == "matrix"}
     for name, weight in used.items():
         assert torch.equal(tensors[name].dequant(), weight), name
-    reloaded = tg.build_from_artifact(cfg, {}, tensors, numerics)
+    reloaded = tg.build_from_artifact(cfg, tensors, numerics)
     assert reloaded(ids, targets, plan).item() == last != off
 
 

@@ -13,7 +13,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from train_gpt import Windows, schedule, score
 
-BUG = pytest.mark.xfail(strict=True, reason="known defect of train_gpt.py")
 VOCAB = 61
 RICH = dict(NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, SMEAR_GATE=1, BIGRAM_BUCKETS=32, XSA_LAST_N=2,
             ROPE_DIMS=4, MLP="leaky_relu2")
@@ -373,14 +372,12 @@ def test_another_way_of_scoring_has_another_name_and_score(trained, evaluate):
     assert len({(line["tokens"], line["bytes"]) for line in found.values()}) == 1
 
 
-@BUG
 def test_scoring_needs_no_training_text(trained, evaluate, toy, tmp_path):
     for name in ("fineweb_val_000000.bin", "tokenizer.model"):
         (tmp_path / name).write_bytes((toy / name).read_bytes())
     assert official(evaluate(DATA_PATH=tmp_path)) == official(trained.out)
 
 
-@BUG
 def test_chunks_of_another_length_have_another_name(trained, evaluate):
     line = official(evaluate(TRAIN_SEQ_LEN=256))
     assert line == official(trained.out) or "variant:chunked " not in line
