@@ -132,10 +132,21 @@ def test_all_bad_knobs_are_reported_at_once():
     (dict(BIGRAM_BUCKETS=1), ["BIGRAM_BUCKETS=1"]),
     (dict(RUN_MODE="eval"), ["RUN_MODE=eval", "ARTIFACT"]),
     (dict(RESERVE_SECONDS=60, MAX_WALLCLOCK_SECONDS=60), ["RESERVE_SECONDS=60", "MAX_WALLCLOCK_SECONDS=60"]),
+    (dict(DATA_PATH=""), ["DATA_PATH=''"]), (dict(RUNS_DIR=""), ["RUNS_DIR=''"]),
     (dict(RUN_ID="a/b"), ["RUN_ID", "a/b"]), (dict(RUN_ID=".."), ["RUN_ID"]), (dict(RUN_ID=""), ["RUN_ID"])])
 def test_knobs_that_contradict_each_other_are_refused(env, named):
     lines = errors(**env)
     assert len(lines) == 1 and all(text in lines[0] for text in named), lines
+
+
+def test_contradictions_are_reported_beside_bad_values_but_never_guessed_from_them():
+    lines = errors(NUM_HEADS="x", NUM_KV_HEADS=3, TRAIN_SEQ_LEN=1000)
+    assert sorted(line.split("=")[0] for line in lines) == ["NUM_HEADS", "TRAIN_BATCH_TOKENS"]
+
+
+def test_every_habitual_name_points_at_a_knob():
+    assert not set(train_gpt.ALIASES.values()) - {name.upper() for name in KNOBS}
+    assert not set(train_gpt.ALIASES) & {name.upper() for name in KNOBS}
 
 
 def test_all_contradictions_are_reported_at_once():
@@ -150,6 +161,7 @@ MISSPELT = {
     "MAX_WALLCLOCK_SECS": "MAX_WALLCLOCK_SECONDS", "WALLCLOCK_SECONDS": "MAX_WALLCLOCK_SECONDS",
     "MODELDIM": "MODEL_DIM", "NUM_HEAD": "NUM_HEADS", "VOCABSIZE": "VOCAB_SIZE", "DATAPATH": "DATA_PATH",
     "TOKENISER_PATH": "TOKENIZER_PATH", "RUNID": "RUN_ID", "WARMUP_STEP": "WARMUP_STEPS", "SCALER_LR": "SCALAR_LR",
+    "LR": "MATRIX_LR", "BATCH_SIZE": "TRAIN_BATCH_TOKENS", "WEIGHT_DECAY": "MUON_WD", "STEPS": "ITERATIONS",
     "TIED_EMBEDDING_LR": "TIED_EMBED_LR", "EVALSTRIDE": "EVAL_STRIDE", "COMPLIE": "COMPILE", "PRESETS": "PRESET"}
 USUAL = """HOME PATH LANG LC_ALL LANGUAGE HOSTNAME USER LOGNAME SHELL SHLVL PWD OLDPWD TERM EDITOR PAGER MAIL TMPDIR
 DISPLAY SSH_CLIENT SSH_TTY XDG_RUNTIME_DIR VIRTUAL_ENV VIRTUAL_ENV_PROMPT PYTHONPATH PYTHONUNBUFFERED PYTHONHASHSEED

@@ -150,6 +150,16 @@ def test_text_shorter_than_one_row_or_window_is_refused_by_shard(dataset, split)
     assert_refused(dataset, f"fineweb_{split}_000000.bin")
 
 
+def test_a_folder_named_like_a_shard_is_refused(dataset):
+    (dataset / "fineweb_train_000009.bin").mkdir()
+    assert_refused(dataset, "fineweb_train_000009.bin: not a file")
+
+
+def test_two_tokenizers_in_one_folder_are_refused_by_name(dataset):
+    (dataset / "a_second.model").write_bytes((dataset / "tokenizer.model").read_bytes())
+    assert_refused(dataset, "2 tokenizers (a_second.model, tokenizer.model); say which with TOKENIZER_PATH")
+
+
 def test_text_of_exactly_one_row_and_window_is_accepted(dataset):
     (dataset / "fineweb_train_000001.bin").unlink()
     write_shard(dataset / "fineweb_train_000000.bin", [5] * 65)

@@ -361,6 +361,16 @@ def test_the_environment_cannot_change_the_model_of_an_artifact(trained, evaluat
     assert official(evaluate(**knobs)) == official(trained.out)
 
 
+def test_a_knob_that_an_artifact_decides_is_said_to_have_no_effect(trained, evaluate):
+    run = run_script(PRESET="baseline+tiny", **trained.env, NUM_LAYERS=5, TRAIN_SEQ_LEN=128)
+    assert run.code == 0
+    notes = [line for line in run.out.splitlines() if line.startswith("warning: ")]
+    assert [note.split()[1] for note in notes] == ["TRAIN_SEQ_LEN", "NUM_LAYERS"]
+    assert all("has no effect: the artifact's own" in note for note in notes)
+    strict = run_script(PRESET="baseline+tiny", **trained.env, NUM_LAYERS=5, STRICT_ENV=1)
+    assert strict.code == 2 and "NUM_LAYERS has no effect" in strict.err
+
+
 def test_another_way_of_scoring_has_another_name_and_score(trained, evaluate):
     found = {}
     for knobs in (dict(), dict(EVAL="sliding"), dict(EVAL="sliding", EVAL_STRIDE=16),

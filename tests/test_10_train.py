@@ -104,6 +104,19 @@ def test_the_score_of_an_artifact_does_not_depend_on_the_number_of_ranks(ranks, 
     assert [many[k] for k in ("tokens", "bytes", "coverage")] == [one[k] for k in ("tokens", "bytes", "coverage")]
 
 
+def test_bad_text_that_only_one_rank_reads_is_named_by_that_rank(toy, tmp_path):
+    """Row 1 of the first step goes to rank 1; the first look at the shard is made to miss its bad token."""
+    shutil.copytree(toy, tmp_path / "data")
+    shard = tmp_path / "data" / "fineweb_train_000000.bin"
+    blob = bytearray(shard.read_bytes())
+    blob[1024 + 2 * 94:1024 + 2 * 95] = b"\xff\xff"
+    shard.write_bytes(blob)
+    blind = sabotaged(tmp_path, "train_gpt.TokenStream.check_ids = lambda self, sample: None")
+    done = train(tmp_path / "data", tmp_path, "a", nproc=2, script=blind, LOADER="sequential")
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert done.code and len(errors) == 1 and "fineweb_train_000000.bin: token id 65535" in errors[0], done.err
+
+
 def make_trainer(toy, numerics=train_gpt.Numerics(), **knobs) -> train_gpt.Trainer:
     """A trainer in this process, without a run folder."""
     cfg = train_gpt.load({k: str(v) for k, v in (FAST | dict(DATA_PATH=toy, CHECKPOINT_EVERY=0) | knobs).items()})
