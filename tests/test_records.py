@@ -1,0 +1,80 @@
+"""The comparison tool of records/: what is run, what is compared, and one real comparison."""
+import json
+import statistics
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, clean_env
+
+sys.path.insert(0, str(ROOT / "records" / "toolkit"))
+import ablate  # noqa: E402
+
+SPEC = dict(base=dict(A=1, B=2), texts=dict(here={}, there=dict(C="{PLACE}/x")), seeds=[1, 2, 3],
+            variants=dict(better=dict(A=5), worse=dict(B=7)))
+
+
+def result(text, seed, variant, bpb, step_ms=100.0) -> dict:
+    return dict(text=text, seed=seed, variant=variant, bpb=bpb, step_ms=step_ms, parameters=10)
+
+
+def test_every_combination_is_run_once_and_knows_its_knobs(monkeypatch):
+    monkeypatch.setenv("PLACE", "somewhere")
+    runs = ablate.wanted(SPEC)
+    assert len({ablate.identity(r) for r in runs}) == len(runs) == 3 * 2 * 3
+    knobs = {ablate.identity(r): r["knobs"] for r in runs}
+    assert knobs["here", 1, "base"] == dict(A=1, B=2) and knobs["there", 3, "base"] == dict(A=1, B=2, C="somewhere/x")
+    assert knobs["here", 2, "better"] == dict(A=5, B=2) and knobs["here", 2, "worse"] == dict(A=1, B=7)
+
+
+def test_differences_are_taken_seed_by_seed():
+    base, other = {1: 2.0, 2: 2.5, 3: 3.0}, {1: 1.9, 2: 2.45, 3: 2.8, 4: 0.0}
+    rows = [result("here", s, "base", b) for s, b in base.items()]
+    rows += [result("here", s, "better", b, 120.0 + s) for s, b in other.items()]
+    found = ablate.paired({ablate.identity(r): r for r in rows}, "here", "better")
+    gaps = [other[s] - base[s] for s in base]
+    assert found["seeds"] == 3 and found["mean"] == pytest.approx(sum(gaps) / 3)
+    assert found["sd"] == pytest.approx(statistics.stdev(gaps)) and found["ratio"] == pytest.approx(1.22)
+
+
+def test_a_failed_run_is_tried_again_and_the_last_word_counts(tmp_path):
+    rows = [dict(text="t", seed=1, variant="base", error="no"), result("t", 1, "better", 2.0),
+            result("t", 1, "better", 1.5)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = ablate.read_results(tmp_path / "results.jsonl")
+    assert list(found) == [("t", 1, "better")] and found["t", 1, "better"]["bpb"] == 1.5
+
+
+def test_a_real_comparison_ends_in_a_table_and_a_plot(toy, tmp_path):
+    base = dict(PRESET="baseline+tiny", DEVICE="cpu", THREADS=1, NUMERICS="fp32", ATTENTION="sdpa", DATA_PATH=str(toy))
+    spec = dict(base=base, texts=dict(toy={}), seeds=[1, 2],
+                variants=dict(narrow=dict(MLP_MULT=1), broken=dict(NUM_HEADS=3)))
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps(spec))
+    tool = [sys.executable, str(ROOT / "records" / "toolkit" / "ablate.py")]
+    done = subprocess.run([*tool, "run", str(path), "--scratch", str(tmp_path)], capture_output=True, text=True,
+                          env=clean_env(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 and sum("error" in r for r in lines) == 2
+    assert all("NUM_HEADS=3" in r["error"] for r in lines if "error" in r)
+    good = {ablate.identity(r): r["bpb"] for r in lines if "bpb" in r}
+    gaps = [good["toy", seed, "narrow"] - good["toy", seed, "base"] for seed in (1, 2)]
+    table = (tmp_path / "table.md").read_text()
+    assert f"| narrow | `MLP_MULT=1` | {statistics.mean(gaps):+.4f} ± {statistics.stdev(gaps):.4f} (n=2)" in table
+    assert "<svg" in (tmp_path / "plot.svg").read_text() and "nan" in table
+    subprocess.run([*tool, "run", str(path), "--scratch", str(tmp_path)], env=clean_env(), check=True, timeout=300,
+                   capture_output=True)
+    again = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(again) == 8, "only the failed runs are repeated"
+
+
+def test_every_committed_comparison_is_complete():
+    """A committed folder holds its specification, the data of every run it asks for, the table and the plot."""
+    for path in (ROOT / "records").glob("**/spec.json"):
+        spec, results = json.loads(path.read_text()), ablate.read_results(path.with_name("results.jsonl"))
+        missing = [(t, s, v) for t in spec["texts"] for s in spec["seeds"] for v in ["base", *spec["variants"]]
+                   if (t, s, v) not in results]
+        assert not missing, f"{path.parent.name}: {missing[:5]}"
+        assert path.with_name("table.md").read_text() == ablate.table(spec, results)
+        assert path.with_name("plot.svg").exists()
