@@ -120,43 +120,37 @@ class ModelConfig:
                               needs="mlp == leaky_relu2")
     leaky_slopes: str = knob("", "one slope per block, joined by commas, instead of LEAKY_SLOPE", source="PR 1089",
                              needs="mlp == leaky_relu2")
-    positions: str = knob("rotary", "how attention learns distances; none = from causality alone",
-                          choices=("rotary", "none"))
-    rope_dims: int = knob(0, "leading dims of each head that rotate; 0 = all", 0, 512, source="PR 315",
-                          needs="positions == rotary")
-    rope_base: float = knob(10000.0, "rotary base", 10, 1e7, needs="positions == rotary")
-    rope_scaling: str = knob("none", "how frequencies slow down when a row is longer than ROPE_TRAIN_LEN",
+    positions: str = knob("rotary", "how attention learns distances, if at all", choices=("rotary", "none"))
+    rope_dims: int = knob(0, "leading dims of each head that rotate; 0 = all", 0, 512, source="PR 315")
+    rope_base: float = knob(10000.0, "rotary base", 10, 1e7)
+    rope_scaling: str = knob("none", "how frequencies slow down in rows longer than ROPE_TRAIN_LEN",
                              choices=("none", "ntk", "yarn"), source="arXiv 2309.00071")
     rope_train_len: int = knob(1024, "row length that the rotary frequencies are made for", 8, 65536, unit="tokens",
                                needs="rope_scaling != none")
     qk_gain_init: float = knob(1.5, "initial per-head inverse temperature of attention", 0.1, 20, source="PR 1125")
-    attention_window: int = knob(0, "tokens that a query sees, itself included; 0 = all before it", 0, 65536,
-                                 unit="tokens")
+    attention_window: int = knob(0, "keys that a query sees, its own included; 0 = all before it", 0, 65536)
     doc_attention: bool = knob(False, "attention stops at the beginning of the document", source="PR 1530")
     xsa_last_n: int = knob(0, "blocks, counted from the top, whose heads drop the part along their own value", 0, 64,
                            source="arXiv 2603.09078, PR 265")
-    output_gate: str = knob("none", "gate on each head's output, by token: 2 sigmoid(12 dims), sigmoid of all dims with "
-                            "bias 4, of all dims, or of 12 dims", choices=("none", "out", "bias", "dense", "sparse"),
-                            source="PR 1667, PR 549, PR 1736, PR 1787")
+    output_gate: str = knob("none", "gate on each head's output by 12 or (bias, dense) all channels of the token",
+                            choices=("none", "out", "bias", "dense", "sparse"), source="PRs 1667, 549, 1736, 1787")
     output_gate_scale: float = knob(1.0, "steepness of the sparse gate", 0.01, 10, needs="output_gate == sparse")
-    value_embed_last_n: int = knob(0, "blocks, counted from the top, that add a second embedding to their values", 0, 64,
-                                   source="PR 374")
+    value_embed_last_n: int = knob(0, "top blocks that add a second embedding to their values", 0, 64, source="PR 374")
     value_embed_dim: int = knob(128, "width of the value embedding", 1, 4096, needs="value_embed_last_n > 0")
     value_residual: str = knob("none", "first block's values in the later ones: added by a gate, or mixed",
                                choices=("none", "add", "mix"), source="PR 569, PR 486")
-    smear_gate: str = knob("none", "mix each embedding with the previous token's: A before, B after normalisation, C "
-                           "gated by the token, D as C but never across documents", choices=("none", "A", "B", "C", "D"),
-                           source="PR 65, PR 162, PR 1667, PR 1851")
+    smear_gate: str = knob("none", "mix each embedding with the one before: A before, B after normalisation, C gated by "
+                           "the token, D as C within documents", choices=("none", "A", "B", "C", "D"),
+                           source="PRs 65, 162, 1667, 1851")
     bigram_buckets: int = knob(0, "rows of the hashed bigram embedding; 0 = off", 0, 2**20, source="PR 162")
     bigram_dim: int = knob(128, "width of the hashed bigram embedding", 1, 4096, needs="bigram_buckets > 0")
-    engram_buckets: int = knob(0, "rows of each of the four hashed n-gram embeddings; 0 = off", 0, 2**20,
-                               source="PR 1089")
+    engram_buckets: int = knob(0, "rows of each of four hashed n-gram embeddings; 0 = off", 0, 2**20, source="PR 1089")
     engram_dim: int = knob(32, "width of each hashed n-gram embedding", 1, 1024, needs="engram_buckets > 0")
-    x0_mix: str = knob("plain", "blend of the embedding into each block: off at the start, or strong in early blocks",
+    x0_mix: str = knob("plain", "blend of the embedding into each block: nothing at first, or much in early blocks",
                        choices=("none", "plain", "phase"))
     ln_scale: bool = knob(False, "damp the normalised input of block i by 1/sqrt(i + 1)", source="PR 315")
-    skips: str = knob("unet", "connections from the first to the second half of the slots: added by a weight, by a "
-                      "squashed weight, or blended by a gate", choices=("none", "unet", "sigmoid", "gated"))
+    skips: str = knob("unet", "first half of the slots joins the second: by weights, squashed weights or gates",
+                      choices=("none", "unet", "sigmoid", "gated"), source="PR 1539, PR 1089")
     skip_pairs: str = knob("half", "what skips connect: halves of the slot list, or the blocks around the loop",
                            choices=("half", "around_loop"), needs="skips != none")
     max_skips: int = knob(0, "most skips, the innermost first; 0 = all", 0, 64, needs="skips != none")
@@ -164,27 +158,23 @@ class ModelConfig:
     loop_start: int = knob(3, "first looped block", 0, 63, needs="num_loops > 0")
     loop_end: int = knob(5, "last looped block", 0, 63, needs="num_loops > 0")
     enable_looping_at: float = knob(0.35, "part of the run after which loops begin", 0, 1, needs="num_loops > 0")
-    loop_at_step: int = knob(0, "step at which loops begin, instead of ENABLE_LOOPING_AT; 0 = off", 0, 10**8,
-                             unit="steps", needs="num_loops > 0")
+    loop_at_step: int = knob(0, "step at which loops begin, instead; 0 = off", 0, 10**8, needs="num_loops > 0")
     loop_rest_at: float = knob(0.0, "one extra pass until this part of the run, then all; 0 = all at once", 0, 1,
                                source="PR 1412", needs="num_loops > 1")
     loop_gates: bool = knob(False, "learned strength of each extra pass of each block", needs="num_loops > 0")
-    loop_ramp_steps: int = knob(0, "steps over which gated passes grow from nothing", 0, 10**6, unit="steps",
-                                needs="num_loops > 0")
-    loop_untied_mlp: bool = knob(False, "extra passes use their own copy of the MLP", source="PR 1204",
-                                 needs="num_loops > 0")
-    parallel: str = knob("none", "attention and MLP side by side: A in one stream, B in two, C and D in two with learned "
-                         "routing, one after the other or at once", choices=("none", "A", "B", "C", "D"),
-                         source="PR 1412, PR 1334, PR 1204, PR 1530")
+    loop_ramp_steps: int = knob(0, "steps over which gated passes grow from nothing", 0, 10**6, needs="loop_gates == 1")
+    loop_untied_mlp: bool = knob(False, "extra passes have their own MLP", source="PR 1204", needs="num_loops > 0")
+    parallel: str = knob("none", "attention beside the MLP: A one stream, B two, C and D two with learned routing, in "
+                         "turn or at once", choices=("none", "A", "B", "C", "D"), source="PRs 1412, 1334, 1204, 1530")
     parallel_start: int = knob(7, "first parallel block", 0, 63, needs="parallel != none")
     softcap: str = knob("tanh", "same loss, plain or by one memory-light function of the shifted logits",
                         choices=("tanh", "shifted"), source="PR 1787")
     logit_softcap: float = knob(30.0, "logits are bounded by this through tanh", 1, 1000, unit="nats")
-    init: str = knob("default", "matrices at the start: framework's uniform or orthogonal, outputs zero or (mimetic) "
-                     "minus a bit of the values, in columns or as published in rows; uniform = outputs too",
-                     choices=("default", "uniform", "orthogonal", "mimetic", "mimetic_rows"), source="PR 162, PR 1089")
-    embed_init: str = knob("normal", "token table at the start: noise, noise with a power-law spectrum, or the singular "
-                           "vectors of the training text's token pairs", choices=("normal", "overtone", "svd"))
+    init: str = knob("default", "matrices: uniform with zero outputs, all uniform, orthogonal, and with outputs that "
+                     "undo a bit of the values, in columns or (as published) rows", source="PR 162, PR 1089",
+                     choices=("default", "uniform", "orthogonal", "mimetic", "mimetic_rows"))
+    embed_init: str = knob("normal", "token table: noise, noise of a power-law spectrum, or singular vectors of the "
+                           "training text's token pairs", choices=("normal", "overtone", "svd"))
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial token embedding", 1e-5, 1)
     mup_base_width: int = knob(0, "logits are scaled by this over MODEL_DIM, so that a step moves them equally at any "
                                "width; 0 = off", 0, 4096, source="arXiv 2203.03466")
@@ -251,7 +241,7 @@ class OptimConfig:
                           choices=("ce", "byte", "focal", "z", "mtp"), source="PR 1519, PR 1233, PR 549")
     focal_gamma: float = knob(2.0, "power of (1 - p) that multiplies a loss", 0, 10, needs="objective == focal")
     z_weight: float = knob(1e-4, "weight of the squared log-partition", 0, 1, needs="objective == z")
-    mtp_heads: int = knob(1, "further tokens predicted, by heads that are not exported", 1, 8, needs="objective == mtp")
+    mtp_heads: int = knob(1, "further tokens predicted by heads that are not exported", 1, 8, needs="objective == mtp")
     mtp_weight: float = knob(0.2, "weight of their mean loss", 0, 10, needs="objective == mtp")
 
 
@@ -335,11 +325,19 @@ OPTIMISERS, QUANTISERS_AHEAD, TEST_TIME, DATA_AHEAD = (
     "part 3 (optimisers)", "part 4 (quantisers)", "part 5 (test-time training)", "part 6 (data)")
 
 
-def fewer_slopes(values: dict[str, Any], layers: int) -> str:
-    """LEAKY_SLOPES of the first `layers` blocks."""
-    return ",".join(values["leaky_slopes"].split(",")[:layers])
+def at_most(**limits: int) -> dict[str, Callable[[dict], int]]:
+    """Overrides that lower a value to a limit and never raise it."""
+    return {name: lambda v, name=name, limit=limit: min(v[name], limit) for name, limit in limits.items()}
 
 
+# What every later record shares: 11 layers, 2048-token rows, a sliding window.
+LATE = dict(
+    num_layers=11, mlp="leaky_relu2", mlp_mult=4.0, rope_dims=16, xsa_last_n=11, ln_scale=True, init="orthogonal",
+    train_seq_len=2048, train_batch_tokens=786_432, grad_clip_norm=0.3, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
+    muon_momentum_warmup_steps=1500, muon_wd=0.095, matrix_lr=0.022, tied_embed_lr=0.03, scalar_lr=0.02, adam_wd=0.02,
+    lr_schedule="warmdown_frac", warmdown_frac=0.72, averaging="ema", ema_decay=0.9965, matrix_bits=6, eval="sliding",
+    eval_seq_len=2048, eval_stride=64)
+SP8192 = Unbuilt(8192, DATA_AHEAD, 1024)
 # Presets are overrides of the defaults, which are the naive baseline. A callable receives the values so far.
 PRESETS: dict[str, dict[str, Any]] = {
     # 9 layers, int8 + zlib: the published starting point (1.2244). 17,059,912 parameters.
@@ -375,57 +373,37 @@ PRESETS: dict[str, dict[str, Any]] = {
         qat_start_frac=0.924),
     # PR 1126, 1.1123 (PR 1089, 1.1091). 30,666,843 parameters. The rotary base is 10,000 rescaled from 1,024 to 2,048
     # tokens, as the run had it by accident; so are the rows of the mimetic start. Its QAT never ran: none.
-    "turbo_engram": dict(
-        num_layers=11, mlp="leaky_relu2", leaky_slope=0.3, mlp_mult=3.5, rope_dims=16, rope_base=22_081.0,
-        xsa_last_n=11, ln_scale=True, smear_gate="B", engram_buckets=8192, value_embed_last_n=2, skips="gated",
-        init="mimetic_rows", train_seq_len=2048, train_batch_tokens=786_432, tied_embed_lr=0.035, table_lr=0.035,
-        embed_beta1=Unbuilt(0.7, OPTIMISERS), scalar_lr=0.025, adam_wd=0.04,
-        muon=Unbuilt("turbo_muon", OPTIMISERS, "muon_polar"), matrix_lr=0.025, muon_momentum=0.99,
-        muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, muon_wd=0.04, grad_clip_norm=0.3,
-        warmdown_iters=3500, min_lr=0.05, averaging=Unbuilt("swa", OPTIMISERS, "ema"), reserve_seconds=14.0,
+    "turbo_engram": LATE | dict(
+        leaky_slope=0.3, mlp_mult=3.5, rope_base=22_081.0, smear_gate="B", engram_buckets=8192, value_embed_last_n=2,
+        skips="gated", init="mimetic_rows", tied_embed_lr=0.035, table_lr=0.035, scalar_lr=0.025, adam_wd=0.04,
+        embed_beta1=Unbuilt(0.7, OPTIMISERS), muon=Unbuilt("turbo_muon", OPTIMISERS, "muon_polar"), matrix_lr=0.025,
+        muon_wd=0.04, lr_schedule="warmdown_iters", warmdown_iters=3500, min_lr=0.05, ema_decay=0.997,
+        averaging=Unbuilt("swa", OPTIMISERS, "ema"), reserve_seconds=14.0,
         matrix_bits=Unbuilt("5, greedily 6 or 7", QUANTISERS_AHEAD, 6), rounding=Unbuilt("gptq", QUANTISERS_AHEAD),
-        prune_levels=Unbuilt(2, QUANTISERS_AHEAD), codec=Unbuilt("brotli_shuffle", QUANTISERS_AHEAD, "brotli"),
-        eval="sliding", eval_seq_len=2048, eval_stride=64),
+        prune_levels=Unbuilt(2, QUANTISERS_AHEAD), codec=Unbuilt("brotli_shuffle", QUANTISERS_AHEAD, "brotli")),
     # PR 1539, 1.0587, not admissible in the competition. 36,311,132 parameters. Rotary base as above. It kept the five
-    # skips of the plain list after looping began; its loop began by step.
-    "prequant_ttt": dict(
-        num_layers=11, vocab_size=Unbuilt(8192, DATA_AHEAD, 1024), mlp="leaky_relu2", mlp_mult=4.0, rope_dims=16,
-        rope_base=22_081.0, qk_gain_init=5.25, xsa_last_n=11, ln_scale=True, smear_gate="B", value_embed_last_n=2,
-        value_embed_dim=44, max_skips=5, num_loops=1, loop_at_step=3000, parallel="B", parallel_start=7,
-        init="orthogonal", train_seq_len=2048, train_batch_tokens=786_432, tied_embed_lr=0.03, table_lr=0.03,
-        embed_wd=Unbuilt(0.095, OPTIMISERS), scalar_lr=0.02, adam_wd=0.02,
-        muon=Unbuilt("muoneq_r_polar4", OPTIMISERS, "muoneq_r"), matrix_lr=0.022, muon_momentum=0.99,
-        muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, muon_wd=0.095, grad_clip_norm=0.3,
-        lr_schedule="warmdown_frac", warmdown_frac=0.72, averaging="ema", ema_decay=0.9965, matrix_bits=6,
+    # skips of the plain list after looping began.
+    "prequant_ttt": LATE | dict(
+        vocab_size=SP8192, rope_base=22_081.0, qk_gain_init=5.25, smear_gate="B", value_embed_last_n=2,
+        value_embed_dim=44, max_skips=5, num_loops=1, loop_at_step=3000, parallel="B", table_lr=0.03,
+        embed_wd=Unbuilt(0.095, OPTIMISERS), muon=Unbuilt("muoneq_r_polar4", OPTIMISERS, "muoneq_r"),
         rounding=Unbuilt("gptq, self-generated calibration, 12.85 and 20 sigma", QUANTISERS_AHEAD),
-        codec=Unbuilt("brotli or rans", QUANTISERS_AHEAD, "brotli"), ttt=Unbuilt("prequant", TEST_TIME),
-        eval="sliding", eval_seq_len=2048, eval_stride=64),
+        codec=Unbuilt("brotli or rans", QUANTISERS_AHEAD, "brotli"), ttt=Unbuilt("prequant", TEST_TIME)),
     # PR 1493, 1.0810. 35,944,536 parameters.
-    "score_first_ttt": dict(
-        num_layers=11, vocab_size=Unbuilt(8192, DATA_AHEAD, 1024), mlp="leaky_relu2", mlp_mult=4.0, rope_dims=16,
-        qk_gain_init=5.25, xsa_last_n=11, ln_scale=True, skips="gated", num_loops=2, parallel="A", parallel_start=7,
-        init="orthogonal", loader="shuffled", train_seq_len=2048, train_batch_tokens=786_432, tied_embed_lr=0.03,
-        embed_wd=Unbuilt(0.085, OPTIMISERS), scalar_lr=0.02, adam_wd=0.02, muon="muoneq_r", matrix_lr=0.022,
-        muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, muon_wd=0.095,
-        grad_clip_norm=0.3, lr_schedule="warmdown_frac", warmdown_frac=0.72, averaging="ema", ema_decay=0.9965,
-        reserve_seconds=12.0, matrix_bits=6, rounding=Unbuilt("gptq, 12.85 and 20 sigma", QUANTISERS_AHEAD),
-        codec=Unbuilt("brotli_shuffle", QUANTISERS_AHEAD, "brotli"), ttt=Unbuilt("sgd", TEST_TIME), eval="sliding",
-        eval_seq_len=2048, eval_stride=64),
+    "score_first_ttt": LATE | dict(
+        vocab_size=SP8192, qk_gain_init=5.25, skips="gated", num_loops=2, parallel="A", loader="shuffled",
+        embed_wd=Unbuilt(0.085, OPTIMISERS), muon="muoneq_r", reserve_seconds=12.0,
+        rounding=Unbuilt("gptq, 12.85 and 20 sigma", QUANTISERS_AHEAD),
+        codec=Unbuilt("brotli_shuffle", QUANTISERS_AHEAD, "brotli"), ttt=Unbuilt("sgd", TEST_TIME)),
     # PR 1855, 1.0611, the leaderboard's last. 35,945,671 parameters. Values are those of its log, not of its README.
-    "phased_ttt": dict(
-        num_layers=11, vocab_size=Unbuilt(8192, DATA_AHEAD, 1024), caseops=Unbuilt(True, DATA_AHEAD),
-        loader=Unbuilt("packed", DATA_AHEAD, "shuffled"), doc_attention=True, mlp="leaky_relu2", mlp_mult=4.0,
-        rope_dims=16, qk_gain_init=5.0, xsa_last_n=11, ln_scale=True, skips="gated", smear_gate="D",
-        output_gate="sparse", output_gate_scale=0.5, softcap="shifted", num_loops=2, parallel="D", parallel_start=8,
-        init="orthogonal", train_seq_len=2048, train_batch_tokens=786_432, tied_embed_lr=0.03,
-        embed_wd=Unbuilt(0.085, OPTIMISERS), scalar_lr=0.02, adam_wd=0.02, beta2=0.99,
-        muon=Unbuilt("muoneq_r_polar", OPTIMISERS, "muoneq_r"), matrix_lr=0.026, muon_momentum=0.97,
-        muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, muon_wd=0.095, grad_clip_norm=0.3,
-        lr_schedule="warmdown_frac", warmdown_frac=0.85, min_lr=0.1, averaging="ema", ema_decay=0.9965,
-        reserve_seconds=0.5, matrix_bits=6, embed_bits=7,
-        rounding=Unbuilt("gptq, 11.5, 13 and 14 sigma", QUANTISERS_AHEAD), lqer_rank=Unbuilt(4, QUANTISERS_AHEAD),
-        codec=Unbuilt("zpaq_grouped", QUANTISERS_AHEAD, "brotli"), ttt=Unbuilt("phased", TEST_TIME), eval="sliding",
-        eval_seq_len=2048, eval_stride=64),
+    "phased_ttt": LATE | dict(
+        vocab_size=SP8192, caseops=Unbuilt(True, DATA_AHEAD), loader=Unbuilt("packed", DATA_AHEAD, "shuffled"),
+        doc_attention=True, qk_gain_init=5.0, skips="gated", smear_gate="D", output_gate="sparse", output_gate_scale=0.5,
+        softcap="shifted", num_loops=2, parallel="D", parallel_start=8, embed_wd=Unbuilt(0.085, OPTIMISERS), beta2=0.99,
+        muon=Unbuilt("muoneq_r_polar", OPTIMISERS, "muoneq_r"), matrix_lr=0.026, muon_momentum=0.97, warmdown_frac=0.85,
+        min_lr=0.1, reserve_seconds=0.5, embed_bits=7, lqer_rank=Unbuilt(4, QUANTISERS_AHEAD),
+        rounding=Unbuilt("gptq, 11.5, 13 and 14 sigma", QUANTISERS_AHEAD),
+        codec=Unbuilt("zpaq_grouped", QUANTISERS_AHEAD, "brotli"), ttt=Unbuilt("phased", TEST_TIME)),
     # Overlay: what exists in place of what a preset waits for; see load().
     "plain": {},
     # Overlay: what two CPU cores train in two minutes.
@@ -434,26 +412,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         micro_batch_tokens=8192, eval_batch_tokens=16_384, eval_seq_len=512, eval_stride=64, max_wallclock_seconds=120.0,
         loader="shuffled", lr_schedule="warmdown_frac", warmdown_frac=0.6, muon_momentum_warmup_steps=50,
         warmup_steps=2, train_log_every=20, val_loss_every=0, checkpoint_every=30.0, reserve_seconds=0.0,
-        rope_dims=lambda v: min(v["rope_dims"], 64), xsa_last_n=lambda v: min(v["xsa_last_n"], 4),
-        rope_train_len=512, attention_window=lambda v: min(v["attention_window"], 128),
-        embed_dim=lambda v: min(v["embed_dim"], 128), leaky_slopes=lambda v: fewer_slopes(v, 4),
-        value_embed_last_n=lambda v: min(v["value_embed_last_n"], 2), loop_start=1, loop_end=2, parallel_start=3,
-        num_loops=lambda v: min(v["num_loops"], 2), loop_at_step=0,
-        loop_ramp_steps=lambda v: min(v["loop_ramp_steps"], 10)),
+        rope_train_len=512, leaky_slopes="", loop_start=1, loop_end=2, loop_at_step=0, parallel_start=3,
+        **at_most(rope_dims=64, xsa_last_n=4, attention_window=128, embed_dim=128, value_embed_last_n=2, num_loops=2,
+                  loop_ramp_steps=10)),
     # Overlay: what a test runs in seconds. Three layers: one before, one inside and one after a loop.
     "tiny": dict(
         num_layers=3, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=64, train_batch_tokens=512,
         micro_batch_tokens=512, eval_batch_tokens=8192, eval_seq_len=64, eval_stride=32, iterations=8,
         max_wallclock_seconds=0.0, loader="shuffled", lr_schedule="warmdown_frac", muon_momentum_warmup_steps=4,
-        warmup_steps=1, train_log_every=1, val_loss_every=0, compile="off", bigram_dim=16, reserve_seconds=0.0,
-        bigram_buckets=lambda v: min(v["bigram_buckets"], 512), engram_dim=8,
-        engram_buckets=lambda v: min(v["engram_buckets"], 128),
-        rope_dims=lambda v: min(v["rope_dims"], 16), xsa_last_n=lambda v: min(v["xsa_last_n"], 2),
-        rope_train_len=64, attention_window=lambda v: min(v["attention_window"], 32),
-        embed_dim=lambda v: min(v["embed_dim"], 32), leaky_slopes=lambda v: fewer_slopes(v, 3), value_embed_dim=16,
-        value_embed_last_n=lambda v: min(v["value_embed_last_n"], 2), loop_start=1, loop_end=1, parallel_start=2,
-        num_loops=lambda v: min(v["num_loops"], 2), loop_at_step=lambda v: min(v["loop_at_step"], 3),
-        loop_ramp_steps=lambda v: min(v["loop_ramp_steps"], 3)),
+        warmup_steps=1, train_log_every=1, val_loss_every=0, compile="off", reserve_seconds=0.0, bigram_dim=16,
+        engram_dim=8, value_embed_dim=16, rope_train_len=64, leaky_slopes="", loop_start=1, loop_end=1, parallel_start=2,
+        **at_most(bigram_buckets=512, engram_buckets=128, rope_dims=16, xsa_last_n=2, attention_window=32, embed_dim=32,
+                  value_embed_last_n=2, num_loops=2, loop_at_step=3, loop_ramp_steps=3)),
 }
 DEFAULT_PRESET = {"cuda": "mlp3x_seq4096", "cpu": "mlp3x_seq4096+cpu"}
 
@@ -1240,7 +1210,8 @@ def norm(x: Tensor) -> Tensor:
 class Linear(nn.Module):
     """x (..., n_in) -> (..., n_out), no bias; fp32 weight cast to the dtype of x.
 
-    `weight_sites` is where fake quantisation attaches (filled before compile, empty when off).
+    `weight_sites` is where fake quantisation attaches (filled before compile, empty when off). As a site of its own it
+    needs nothing but x.
     """
 
     def __init__(self, n_in: int, n_out: int, init: Callable = uniform, opt: str = "matrix", quant: str = "matrix"):
@@ -1248,7 +1219,7 @@ class Linear(nn.Module):
         self.weight, self.init = param((n_out, n_in), init, opt, quant), init
         self.weight_sites = nn.ModuleList()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *context) -> Tensor:
         w = self.weight
         for site in self.weight_sites:
             w = site(w)
@@ -1287,10 +1258,7 @@ GATE_DIMS = 12  # leading channels that the small gates read
 
 # embed sites: (x (B,T,C), ids (B,T)) -> (B,T,C)
 class BigramHash(Site):
-    """Add a learned vector for the hashed pair (previous token, token). Zero table, so the identity at start.
-
-    Source: PR 162. Knobs: BIGRAM_BUCKETS, BIGRAM_DIM.
-    """
+    """Add a learned vector for the hashed pair (previous token, token); identity at start. PR 162. Knobs: BIGRAM_*."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__(cfg, layer)
@@ -1306,10 +1274,7 @@ class BigramHash(Site):
 
 
 class EngramLite(Site):
-    """Add gated vectors of two hashes each of the last two and the last three tokens; identity at start.
-
-    One table of 4 * ENGRAM_BUCKETS rows. Source: PR 1089. Knobs: ENGRAM_BUCKETS, ENGRAM_DIM.
-    """
+    """Add gated vectors of two hashes of the last two and two of the last three tokens; identity at start. PR 1089."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__(cfg, layer)
@@ -1329,17 +1294,6 @@ class EngramLite(Site):
         return x + torch.sigmoid(self.gate).to(x.dtype) * self.proj(found)
 
 
-class FactorUp(Site):
-    """Widen a narrow token embedding to the model's width. Knob: EMBED_DIM."""
-
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
-        self.proj = Linear(cfg.embed_dim, cfg.model_dim)
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return self.proj(x)
-
-
 class EmbedNorm(Site):
     """Normalise the embedding; sites before it in the registry see the raw one, sites after it the normalised one."""
 
@@ -1348,10 +1302,7 @@ class EmbedNorm(Site):
 
 
 class SmearGate(Site):
-    """Blend each position with the one before it by a learned per-channel gate, half and half at start (variant B).
-
-    Source: PR 162. Knob: SMEAR_GATE.
-    """
+    """Blend with the position before by a per-channel gate, half and half at start. Source: PR 162. Knob: SMEAR_GATE=B."""
     sign, start = -1.0, 0.0  # the token's own share is sigmoid(sign * gate)
 
     def __init__(self, cfg: ModelConfig, layer: int):
@@ -1364,7 +1315,7 @@ class SmearGate(Site):
 
 
 class SmearGateA(SmearGate):
-    """As above on the raw embedding, the token's own share being 0.953 at start. Source: PR 65."""
+    """As B on the raw embedding, the token's own share being 0.953 at start. Source: PR 65."""
     sign, start = 1.0, 3.0
 
 
@@ -1425,15 +1376,14 @@ class KeepValue(Site):
 
 
 class ValueResidual(Site):
-    """v <- first * v0 + own * v with v0 of block 0: ("add") sigmoid(0) and 1, ("mix") two learned weights of 1/2.
-
-    Sources: PR 569, PR 486. Knob: VALUE_RESIDUAL.
-    """
+    """v <- first * v0 + own * v with v0 of block 0; first and own are sigmoid(0) and 1 ("add"), or 1/2 each ("mix").
+    Sources: PR 569, PR 486. Knob: VALUE_RESIDUAL."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__(cfg, layer)
-        self.weights = scalar(1) if cfg.value_residual == "add" else scalar(2, value=0.5)
-        self.shares = (lambda w: (torch.sigmoid(w[0]), 1.0)) if cfg.value_residual == "add" else (lambda w: w)
+        add = cfg.value_residual == "add"
+        self.weights = scalar(1 + (not add), value=0.0 if add else 0.5)
+        self.shares = (lambda w: (torch.sigmoid(w), 1.0)) if add else (lambda w: w)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
         first, own = self.shares(self.weights.to(v.dtype))
@@ -1463,9 +1413,7 @@ ROPE_SCALINGS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
 
 class Rotary(Site):
     """Rotate the first R dims of queries and keys by position, pairing dim i with i + R/2; the rest passes through.
-
-    Source: PR 315 (partial). Knobs: POSITIONS, ROPE_*.
-    """
+    Source: PR 315 (partial). Knobs: POSITIONS, ROPE_*."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__(cfg, layer)
@@ -1498,10 +1446,8 @@ class QKGain(Site):
 
 # attn_out sites: (y (B,T,H,D), v (B,T,G,D), attention's input n (B,T,C)) -> (B,T,H,D)
 class XSA(Site):
-    """Exclusive self-attention: remove from each head's output the part along the token's own value.
-
-    No parameters; grouped, so values are never repeated. Source: arXiv 2603.09078, PR 265. Knob: XSA_LAST_N.
-    """
+    """Exclusive self-attention: remove from each head's output the part along the token's own value; grouped, so
+    values are never repeated. Source: arXiv 2603.09078, PR 265. Knob: XSA_LAST_N."""
 
     def forward(self, y: Tensor, v: Tensor, n: Tensor) -> Tensor:
         B, T, H, D = y.shape
@@ -1511,34 +1457,26 @@ class XSA(Site):
 
 
 class OutputGate(Site):
-    """Scale each head's output by token: peak * sigmoid(scale * (W n + bias)).
-
-    Sources: PR 1667 (out), PR 549 (bias), PR 1736 (dense), PR 1787 (sparse). Knobs: OUTPUT_GATE, OUTPUT_GATE_SCALE.
-    """
-    # form -> (every channel or the first 12, standard deviation of W, peak, bias at start)
-    FORMS = {"out": (False, 0.0, 2.0, None), "bias": (True, 0.0, 1.0, 4.0), "dense": (True, 0.005, 1.0, None),
-             "sparse": (False, 0.0, 1.0, None)}
+    """Scale each head's output by token: peak * sigmoid(scale * W n + bias), W reading every channel or the first 12.
+    Sources: PR 1667 (out), PR 549 (bias), PR 1736 (dense), PR 1787 (sparse). Knobs: OUTPUT_GATE, OUTPUT_GATE_SCALE."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__(cfg, layer)
-        whole, std, self.peak, bias = self.FORMS[cfg.output_gate]
-        self.width = cfg.model_dim if whole else GATE_DIMS
-        self.scale = cfg.output_gate_scale if cfg.output_gate == "sparse" else 1.0
-        self.gate = Linear(self.width, cfg.num_heads, normal(std), "scalar", "keep")
-        self.biases = nn.ParameterList([] if bias is None else [scalar(cfg.num_heads, value=bias)])
+        form, bias = cfg.output_gate, scalar(cfg.num_heads, value=4.0)
+        self.width = cfg.model_dim if form in ("dense", "bias") else GATE_DIMS
+        self.peak, self.scale = 1.0 + (form == "out"), cfg.output_gate_scale if form == "sparse" else 1.0
+        self.gate = Linear(self.width, cfg.num_heads, normal(0.005) if form == "dense" else zero, "scalar", "keep")
+        self.bias = bias if form == "bias" else nn.Buffer(torch.zeros(cfg.num_heads), persistent=False)
 
     def forward(self, y: Tensor, v: Tensor, n: Tensor) -> Tensor:
-        z = self.gate(n[..., :self.width].contiguous())
-        for bias in self.biases:
-            z = z + bias.to(z.dtype)
-        return y * (self.peak * torch.sigmoid(self.scale * z)).unsqueeze(-1)
+        z = self.scale * self.gate(n[..., :self.width].contiguous()) + self.bias.to(n.dtype)
+        return y * (self.peak * torch.sigmoid(z)).unsqueeze(-1)
 
 
 # residual sites: (x (B,T,C), x0 (B,T,C)) -> (B,T,C)
 class X0Mix(Site):
     """Learned per-channel blend of the residual stream with the embedding: the identity at start ("plain"), or from
-    mostly the embedding in the first block to mostly the stream in the last ("phase"). Knob: X0_MIX.
-    """
+    mostly the embedding in the first block to mostly the stream in the last ("phase"). Knob: X0_MIX."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__(cfg, layer)
@@ -1564,56 +1502,13 @@ class LNScale(Site):
 
 
 # head sites: final normalised state (B,T,C) -> what meets the output table
-class MupLogits(Site):
-    """Scale logits by base width / width. A step of Muon already moves activations equally at every width; only the
-    head, a sum over C entries that each move by the learning rate, does not. Knob: MUP_BASE_WIDTH.
-    """
+class MupLogits(LNScale):
+    """Scale logits by base width / width: Muon already moves activations equally at every width, but the head sums C
+    entries that AdamW each moves by the learning rate. Knob: MUP_BASE_WIDTH."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__(cfg, layer)
         self.scale = cfg.mup_base_width / cfg.model_dim
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.scale * h
-
-
-class FactorDown(Site):
-    """Narrow the final state to the width of the token table. Knob: EMBED_DIM."""
-
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
-        self.proj = Linear(cfg.model_dim, cfg.embed_dim)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.proj(h)
-
-
-# lane sites and merge sites, see LanesB to LanesD
-class LaneRouting(Site):
-    """What lanes keep of themselves at attention and MLP (rows), and what each branch writes into lanes 0 and 1."""
-
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
-        self.keep = scalar(2, value={"C": 1.1**0.5, "D": 1.1}[cfg.parallel])
-        self.write = scalar(2, 2, value=1.0)
-
-
-class LearnedMerge(Site):
-    """Two lanes become one by a learned share, half at start (form B)."""
-
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
-        self.share = scalar(1, value=0.5)
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.lerp(b, a, self.share.to(a.dtype))
-
-
-class MeanMerge(Site):
-    """Two lanes become their mean (forms C and D)."""
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a + b) / 2
 
 
 # mlp: (B,T,C) -> (B,T,C)
@@ -1653,9 +1548,10 @@ class SwiGLU(ReluSquaredMLP):
 
 MLPS = {"relu2": ReluSquaredMLP, "leaky_relu2": LeakyReluSquaredMLP, "swiglu": SwiGLU}
 # site -> techniques in order of application, each with the condition under which block `i` has it
-SITES: dict[str, list[tuple[type, Callable[[ModelConfig, int], bool]]]] = {
-    "embed": [(FactorUp, lambda c, i: c.embed_dim > 0), (BigramHash, lambda c, i: c.bigram_buckets > 0),
-              (EngramLite, lambda c, i: c.engram_buckets > 0), (SmearGateA, lambda c, i: c.smear_gate == "A"),
+SITES: dict[str, list[tuple[Callable, Callable[[ModelConfig, int], bool]]]] = {
+    "embed": [(lambda c, i: Linear(c.embed_dim, c.model_dim), lambda c, i: c.embed_dim > 0),
+              (BigramHash, lambda c, i: c.bigram_buckets > 0), (EngramLite, lambda c, i: c.engram_buckets > 0),
+              (SmearGateA, lambda c, i: c.smear_gate == "A"),
               (SmearGateC, lambda c, i: c.smear_gate == "C"), (SmearGateD, lambda c, i: c.smear_gate == "D"),
               (EmbedNorm, lambda c, i: True), (SmearGate, lambda c, i: c.smear_gate == "B")],
     "qkv": [(AddValueEmbedding, lambda c, i: i >= c.num_layers - c.value_embed_last_n),
@@ -1666,9 +1562,8 @@ SITES: dict[str, list[tuple[type, Callable[[ModelConfig, int], bool]]]] = {
                  (OutputGate, lambda c, i: c.output_gate != "none")],
     "residual": [(X0Mix, lambda c, i: c.x0_mix != "none")],
     "input": [(LNScale, lambda c, i: c.ln_scale)],
-    "lanes": [(LaneRouting, lambda c, i: c.parallel in ("C", "D"))],
-    "merge": [(LearnedMerge, lambda c, i: c.parallel == "B"), (MeanMerge, lambda c, i: c.parallel in ("C", "D"))],
-    "head": [(MupLogits, lambda c, i: c.mup_base_width > 0), (FactorDown, lambda c, i: c.embed_dim > 0)],
+    "head": [(MupLogits, lambda c, i: c.mup_base_width > 0),
+             (lambda c, i: Linear(c.model_dim, c.embed_dim), lambda c, i: c.embed_dim > 0)],
 }
 
 
@@ -1712,7 +1607,8 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg, layer, kernel), MLPS[cfg.mlp](cfg, layer)
         repeats = cfg.num_loops and cfg.loop_untied_mlp and cfg.loop_start <= layer <= cfg.loop_end
         self.repeat_mlp = nn.ModuleList([MLPS[cfg.mlp](cfg, layer)] if repeats else [])
-        self.lane_sites = sites("lanes", cfg, layer)
+        keep = {"C": [1.1**0.5], "D": [1.1]}.get(cfg.parallel, [])  # in every block, as published, though few have lanes
+        self.routing = nn.ParameterList(p for k in keep for p in (scalar(2, value=k), scalar(2, 2, value=1.0)))
         self.attn_scale, self.mlp_scale = scalar(cfg.model_dim, value=1.0), scalar(cfg.model_dim, value=1.0)
 
     def mixed(self, x: Tensor, context: Context) -> Tensor:
@@ -1764,7 +1660,7 @@ class LanesC(Block):
     lanes, skip_lanes = 2, 2
 
     def forward(self, lanes: tuple[Tensor, ...], context: Context, version: int = 0) -> tuple[Tensor, ...]:
-        keep, write = (w.to(lanes[0].dtype) for w in (self.lane_sites[0].keep, self.lane_sites[0].write))
+        keep, write = (w.to(lanes[0].dtype) for w in self.routing)  # by branch; by branch and lane written into
         added = self.attend(self.mixed(lanes[0], context), context)
         lanes = tuple(keep[0] * lane + write[0, i] * added for i, lane in enumerate(lanes))
         added = self.feed(self.mixed(lanes[1], context), version)
@@ -1776,7 +1672,7 @@ class LanesD(Block):
     lanes = 2
 
     def forward(self, lanes: tuple[Tensor, ...], context: Context, version: int = 0) -> tuple[Tensor, ...]:
-        keep, write = (w.to(lanes[0].dtype) for w in (self.lane_sites[0].keep, self.lane_sites[0].write))
+        keep, write = (w.to(lanes[0].dtype) for w in self.routing)  # by branch; by branch and lane written into
         a, m = self.attend(self.mixed(lanes[0], context), context), self.feed(lanes[1], version)
         return tuple(keep[i] * lane + write[0, i] * a + write[1, i] * m for i, lane in enumerate(lanes))
 
@@ -1796,7 +1692,7 @@ Plan = tuple[Slot, ...]
 
 
 def schedule(cfg: ModelConfig, loops: int | None = None) -> Plan:
-    """The order of block applications and the skips between them, decided once, as data; `loops` = all by default.
+    """The order of block applications and the skips between them, decided once, as data.
 
     Blocks LOOP_START..LOOP_END run 1 + loops times. The first half of the slots (or those before the loop) push their
     outputs, the second half (or those after it) pop them, last in, first out. Source: PR 1394.
@@ -1826,18 +1722,14 @@ def plans(cfg: ModelConfig) -> tuple[Plan, ...]:
     return tuple(schedule(cfg, loops) for loops in loop_counts(cfg))
 
 
-def squashed_skip(model: "GPT", i: int, x: Tensor, s: Tensor) -> Tensor:
-    """Add an earlier output by weights between 0 and 1. Source: PR 1539."""
-    return x + torch.sigmoid(model.skip_weights[i]).to(x.dtype) * s
-
-
-def gated_skip(model: "GPT", i: int, x: Tensor, s: Tensor) -> Tensor:
-    """Blend the stream with a weighted earlier output, half and half at start. Source: PR 1089."""
-    return torch.lerp(model.skip_weights[i].to(x.dtype) * s, x, torch.sigmoid(model.skip_gates[i]).to(x.dtype))
-
-
-SKIPS = {"unet": lambda model, i, x, s: x + model.skip_weights[i].to(x.dtype) * s, "sigmoid": squashed_skip,
-         "gated": gated_skip, "none": None}
+# How an earlier output s joins the stream x with skip weight i. Sources: PR 1539 (sigmoid), PR 1089 (gated)
+SKIPS: dict[str, Callable] = {
+    "none": lambda model, i, x, s: x,
+    "unet": lambda model, i, x, s: x + model.skip_weights[i].to(x.dtype) * s,
+    "sigmoid": lambda model, i, x, s: x + torch.sigmoid(model.skip_weights[i]).to(x.dtype) * s,
+    "gated": lambda model, i, x, s: torch.lerp(model.skip_weights[i].to(x.dtype) * s, x,
+                                               torch.sigmoid(model.skip_gates[i]).to(x.dtype)),
+}
 
 
 class GPT(nn.Module):
@@ -1853,14 +1745,16 @@ class GPT(nn.Module):
         self.value_sites = nn.ModuleList(ValueTable(cfg, vocab) for _ in range(min(1, cfg.value_embed_last_n)))
         kernel, kinds = ATTENTION[numerics.attention], (Block, PARALLEL[cfg.parallel])
         self.blocks = nn.ModuleList(kinds[i >= cfg.parallel_start](cfg, i, kernel) for i in range(cfg.num_layers))
-        self.merge_sites = sites("merge", cfg)
+        self.lane_share = scalar(1, value=0.5) if cfg.parallel == "B" else nn.Buffer(torch.full((1,), 0.5), persistent=False)
         count = max(sum(len(slot.skips) for slot in plan) for plan in plans(cfg))
         self.skip, self.skip_weights = SKIPS[cfg.skips], scalar(count, cfg.model_dim, value=1.0)
         self.skip_gates = scalar(count * (cfg.skips == "gated"), cfg.model_dim)
         gated = cfg.loop_gates and cfg.num_loops
         self.loop_gates = scalar(*(cfg.num_loops, cfg.loop_end + 1 - cfg.loop_start) if gated else (0,), value=1.0)
         self.register_buffer("loop_strength", torch.ones(()), persistent=False)  # a tensor: a ramp recompiles nothing
-        self.objective = OBJECTIVES[optim.objective](optim, cfg, vocab)
+        self.optim, self.objective = optim, OBJECTIVES[optim.objective]
+        self.mtp_heads = param((optim.mtp_heads * (optim.objective == "mtp"), vocab, cfg.model_dim), zero, "head", "drop")
+        self.register_buffer("byte_weights", torch.ones(vocab), persistent=False)
         INITS[cfg.init](self)
         self.tie_repeats()
 
@@ -1874,7 +1768,7 @@ class GPT(nn.Module):
 
     def exported(self) -> dict[str, nn.Parameter]:
         """The parameters that belong to the artifact, by name."""
-        return {name: p for name, p in self.named_parameters() if p.quant != "drop"}
+        return {name: p for name, p in self.named_parameters() if p.quant != "drop" and p.numel()}
 
     def hidden(self, ids: Tensor, plan: Plan) -> Tensor:
         """ids (B,T) int64 -> (B,T,C), normalised."""
@@ -1894,8 +1788,8 @@ class GPT(nn.Module):
                 strength = (self.loop_gates[gate] * self.loop_strength).to(self.dtype)
                 lanes = tuple(torch.lerp(a, b, strength) for a, b in zip(entered, lanes))
             outputs.append(lanes[0])
-        for site in self.merge_sites:
-            lanes = (site(*lanes),)
+        for lane in lanes[1:]:  # two lanes end as their mean, or by form B's learned share
+            lanes = (torch.lerp(lane, lanes[0], self.lane_share.to(self.dtype)),)
         return norm(lanes[0])
 
     def logits(self, h: Tensor) -> Tensor:
@@ -1913,7 +1807,7 @@ class GPT(nn.Module):
         h = self.hidden(ids, plan)
         z = self.logits(h)
         nats = self.cross_entropy(z, targets, self.cfg.logit_softcap)
-        return self.objective(nats, targets, z, h), nats.detach().sum()
+        return self.objective(self, nats, targets, z, h), nats.detach().sum()
 
     def nll(self, ids: Tensor, targets: Tensor, rows: Tensor, plan: Plan) -> Tensor:
         """Loss of chosen positions only: ids (B,W), targets and rows (B,S) int64 -> nats (B,S) fp32."""
@@ -1927,89 +1821,57 @@ def flops_per_token(model: GPT, plan: Plan, seq: int) -> float:
         return sum(m.weight.numel() for module in modules for m in module.modules() if isinstance(m, Linear))
     window = min(model.cfg.attention_window or seq, seq)
     keys = window - window**2 / (2 * seq)  # on average; the first rows see fewer
-    outside = model.output.numel() + linears(model.embed_sites, model.value_sites, model.head_sites)
-    outside += sum(p.numel() for p in model.objective.parameters())
+    outside = model.output.numel() + model.mtp_heads.numel() + linears(
+        model.embed_sites, model.value_sites, model.head_sites)
     used = sum(linears(model.blocks[s.block]) - linears(model.blocks[s.block].repeat_mlp) for s in plan)
     return 6 * (outside + used) + 12 * len(plan) * model.cfg.model_dim * keys
 
 
-# Objectives: (nats (B,T), targets (B,T), uncapped logits z (B,T,V), final state h (B,T,C)) -> sum to be minimised
-class CrossEntropy(nn.Module):
-    """Plain nats, which the score is made of."""
-
-    def __init__(self, optim: OptimConfig, cfg: ModelConfig, vocab: int):
-        super().__init__()
-        self.optim, self.cap = optim, cfg.logit_softcap
-
-    def see_bytes(self, token_bytes: np.ndarray):
-        """The tokenizer's bytes per id (V,), for objectives that weigh by them."""
-
-    def forward(self, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
-        return nats.sum()
-
-
-class ByteWeighted(CrossEntropy):
+# Objectives: (model, nats (B,T), targets (B,T), uncapped logits z (B,T,V), final state h (B,T,C)) -> sum to be minimised
+def byte_weighted(model: GPT, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
     """Weigh each target by its bytes, at least 1; weights average to 1 over the micro-batch. Source: PR 1519."""
-
-    def __init__(self, optim: OptimConfig, cfg: ModelConfig, vocab: int):
-        super().__init__(optim, cfg, vocab)
-        self.register_buffer("weights", torch.ones(vocab), persistent=False)
-
-    def see_bytes(self, token_bytes: np.ndarray):
-        self.weights.copy_(torch.from_numpy(np.maximum(token_bytes, 1)))
-
-    def forward(self, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
-        seen = targets >= 0
-        w = self.weights[targets.clamp(min=0)] * seen
-        return (w * nats).sum() * seen.sum() / w.sum().clamp(min=1)
+    seen = targets >= 0
+    w = model.byte_weights[targets.clamp(min=0)] * seen
+    return (w * nats).sum() * seen.sum() / w.sum().clamp(min=1)
 
 
-class Focal(CrossEntropy):
+def focal(model: GPT, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
     """Nats times (1 - p)^FOCAL_GAMMA: easy tokens count less. Source: PR 1233."""
-
-    def forward(self, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
-        return (nats * (1 - torch.exp(-nats)).clamp(min=1e-6) ** self.optim.focal_gamma).sum()
+    return (nats * (1 - torch.exp(-nats)).clamp(min=1e-6) ** model.optim.focal_gamma).sum()
 
 
-class ZLoss(CrossEntropy):
+def with_z_loss(model: GPT, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
     """Add Z_WEIGHT times the squared log-partition of the capped logits."""
-
-    def forward(self, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
-        partition = torch.logsumexp(self.cap * torch.tanh(z.float() / self.cap), -1)
-        return nats.sum() + self.optim.z_weight * (partition.square() * (targets >= 0)).sum()
-
-
-class MultiToken(CrossEntropy):
-    """Add MTP_WEIGHT times the mean loss of heads that predict one, two, ... tokens further; never exported. PR 549."""
-
-    def __init__(self, optim: OptimConfig, cfg: ModelConfig, vocab: int):
-        super().__init__(optim, cfg, vocab)
-        self.heads = param((optim.mtp_heads, vocab, cfg.model_dim), zero, "head", "drop")
-
-    def forward(self, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
-        count, further = (targets >= 0).sum(), []
-        for k, head in enumerate(self.heads.to(h.dtype), 1):
-            later = F.pad(targets[:, k:], (0, min(k, targets.size(1))), value=-100)
-            loss = softcapped_cross_entropy(F.linear(h, head), later, self.cap).sum()
-            further.append(loss * count / (later >= 0).sum().clamp(min=1))
-        return nats.sum() + self.optim.mtp_weight * torch.stack(further).mean()
+    cap = model.cfg.logit_softcap
+    partition = torch.logsumexp(cap * torch.tanh(z.float() / cap), -1)
+    return nats.sum() + model.optim.z_weight * (partition.square() * (targets >= 0)).sum()
 
 
-OBJECTIVES = {"ce": CrossEntropy, "byte": ByteWeighted, "focal": Focal, "z": ZLoss, "mtp": MultiToken}
+def multi_token(model: GPT, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
+    """Add MTP_WEIGHT times the mean loss of heads that predict one, two, ... tokens further. Source: PR 549."""
+    count, further = (targets >= 0).sum(), []
+    for k, head in enumerate(model.mtp_heads.to(h.dtype), 1):
+        later = F.pad(targets[:, k:], (0, min(k, targets.size(1))), value=-100)
+        loss = softcapped_cross_entropy(F.linear(h, head), later, model.cfg.logit_softcap).sum()
+        further.append(loss * count / (later >= 0).sum().clamp(min=1))
+    return nats.sum() + model.optim.mtp_weight * torch.stack(further).mean()
+
+
+OBJECTIVES = {"ce": lambda model, nats, targets, z, h: nats.sum(), "byte": byte_weighted, "focal": focal,
+              "z": with_z_loss, "mtp": multi_token}
 
 
 # Initialisation of a whole model, after every parameter has been born with its own
 def uniform_init(model: GPT):
-    """Every matrix by the framework's default, the outputs of branches included."""
-    for m in model.blocks.modules():
-        if isinstance(m, Linear) and m.weight.opt == "matrix":
-            uniform(m.weight.data)
+    """Every block matrix by the framework's default, the outputs of branches included."""
+    for m in (m for m in model.blocks.modules() if isinstance(m, Linear) and m.weight.opt == "matrix"):
+        uniform(m.weight.data)
 
 
 def orthogonal_init(model: GPT):
-    """Orthonormal rows or columns for matrices of at least 64 x 64; outputs of branches stay zero. Source: PR 162."""
-    for m in model.modules():
-        if isinstance(m, Linear) and m.weight.opt == "matrix" and m.init is not zero and min(m.weight.shape) >= 64:
+    """Orthonormal rows or columns for matrices of at least 64 x 64 that do not start at zero. Source: PR 162."""
+    for m in (m for m in model.modules() if isinstance(m, Linear) and m.weight.opt == "matrix" and m.init is not zero):
+        if min(m.weight.shape) >= 64:
             nn.init.orthogonal_(m.weight)
 
 
@@ -2049,7 +1911,7 @@ def see_data(model: GPT, data: Data):
     training tokens, so its rows are those of the tokenizer in use; its scale is TIED_EMBED_INIT_STD.
     """
     if data.token_bytes is not None:
-        model.objective.see_bytes(data.token_bytes)
+        model.byte_weights.copy_(torch.from_numpy(np.maximum(data.token_bytes, 1)))
     if model.cfg.embed_init != "svd":
         return
     (vocab, width), table = model.embed.shape, model.embed
@@ -2567,22 +2429,22 @@ def build_from_artifact(cfg: Config, header: dict[str, Any], tensors: dict[str, 
     """A model made of nothing but the file: configuration from its header, weights from its streams."""
     with torch.device("meta"):  # compare shapes before any memory is taken
         shapes = GPT(cfg.model, cfg.data.vocab_size, numerics)
-    wanted = {name: tuple(p.shape) for name, p in shapes.named_parameters()}
+    wanted = {name: tuple(p.shape) for name, p in shapes.exported().items()}
     if wanted != {name: tuple(t.values.shape) for name, t in tensors.items()}:
         raise UserError("artifact: its tensors do not fit its own configuration")
     model = GPT(cfg.model, cfg.data.vocab_size, numerics)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in model.exported().items():
             p.copy_(tensors[name].dequant())
     return model.eval().requires_grad_(False)
 
 
 def stored_plan(cfg: Config, header: dict[str, Any]) -> Plan:
     """The plan that an artifact was trained with last. Raises UserError when its header names none."""
-    choices, index = plans(cfg.model), header.get("plan")
-    if type(index) is not int or not 0 <= index < len(choices):
-        raise UserError(f"artifact: plan {index!r} is none of its {len(choices)}")
-    return choices[index]
+    named = [plan for i, plan in enumerate(plans(cfg.model)) if [i] == [header.get("plan")]]
+    if not named:
+        raise UserError(f"artifact: it has no plan {header.get('plan')!r}")
+    return named[0]
 
 
 def predict_model_bytes(model: GPT, cfg: QuantConfig) -> int:
