@@ -139,8 +139,8 @@ class ModelConfig:
     value_embed_dim: int = knob(128, "width of the value embedding", 1, 4096, needs="value_embed_last_n > 0")
     value_residual: str = knob("none", "first block's values in the later ones: added by a gate, or mixed",
                                choices=("none", "add", "mix"), source="PR 569, PR 486")
-    smear_gate: str = knob("none", "mix each embedding with the one before: A before, B after normalisation, C gated by "
-                           "the token, D as C within documents", choices=("none", "A", "B", "C", "D"),
+    smear_gate: str = knob("none", "mix each embedding with the one before: A before, B after normalisation, C gated "
+                           "by the token, D as C within documents", choices=("none", "A", "B", "C", "D"),
                            source="PRs 65, 162, 1667, 1851")
     bigram_buckets: int = knob(0, "rows of the hashed bigram embedding; 0 = off", 0, 2**20, source="PR 162")
     bigram_dim: int = knob(128, "width of the hashed bigram embedding", 1, 4096, needs="bigram_buckets > 0")
@@ -315,14 +315,10 @@ class Config:
 
 
 class Unbuilt(NamedTuple):
-    """A preset's published value that this script cannot honour yet: refused, unless the overlay `plain` replaces it."""
+    """A preset's published value that the script cannot honour yet: refused unless the overlay `plain` replaces it."""
     value: Any
-    part: str          # what it waits for
-    plain: Any = None  # what exists; None = go without
-
-
-OPTIMISERS, QUANTISERS_AHEAD, TEST_TIME, DATA_AHEAD = (
-    "part 3 (optimisers)", "part 4 (quantisers)", "part 5 (test-time training)", "part 6 (data)")
+    waits_for: str
+    plain: Any = None  # what exists in its place; None = nothing
 
 
 def at_most(**limits: int) -> dict[str, Callable[[dict], int]]:
@@ -333,11 +329,11 @@ def at_most(**limits: int) -> dict[str, Callable[[dict], int]]:
 # What every later record shares: 11 layers, 2048-token rows, a sliding window.
 LATE = dict(
     num_layers=11, mlp="leaky_relu2", mlp_mult=4.0, rope_dims=16, xsa_last_n=11, ln_scale=True, init="orthogonal",
-    train_seq_len=2048, train_batch_tokens=786_432, grad_clip_norm=0.3, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
-    muon_momentum_warmup_steps=1500, muon_wd=0.095, matrix_lr=0.022, tied_embed_lr=0.03, scalar_lr=0.02, adam_wd=0.02,
-    lr_schedule="warmdown_frac", warmdown_frac=0.72, averaging="ema", ema_decay=0.9965, matrix_bits=6, eval="sliding",
-    eval_seq_len=2048, eval_stride=64)
-SP8192 = Unbuilt(8192, DATA_AHEAD, 1024)
+    train_seq_len=2048, train_batch_tokens=786_432, grad_clip_norm=0.3, muon_momentum=0.99,
+    muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, muon_wd=0.095, matrix_lr=0.022,
+    tied_embed_lr=0.03, scalar_lr=0.02, adam_wd=0.02, lr_schedule="warmdown_frac", warmdown_frac=0.72, averaging="ema",
+    ema_decay=0.9965, matrix_bits=6, eval="sliding", eval_seq_len=2048, eval_stride=64)
+SP8192 = Unbuilt(8192, "data tools", 1024)
 # Presets are overrides of the defaults, which are the naive baseline. A callable receives the values so far.
 PRESETS: dict[str, dict[str, Any]] = {
     # 9 layers, int8 + zlib: the published starting point (1.2244). 17,059,912 parameters.
@@ -356,8 +352,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         xsa_last_n=7, rope_dims=16, smear_gate="B", init="orthogonal", mup_base_width=256, matrix_lr=0.04,
         muon_momentum=0.99, muon_momentum_warmup_steps=500, muon_wd=0.04, averaging="ema", iterations=2000,
         max_wallclock_seconds=240.0, warmup_steps=10, matrix_bits=6, qat="ste", qat_start_frac=0.5, eval="sliding",
-        eval_seq_len=512, eval_stride=64, codec="zstd", rounding=Unbuilt("gptq_lite", QUANTISERS_AHEAD),
-        ttt=Unbuilt("sgd", TEST_TIME)),
+        eval_seq_len=512, eval_stride=64, codec="zstd", rounding=Unbuilt("gptq_lite", "quantisers"), ttt=Unbuilt("sgd",
+        "test-time training")),
     # Blocks 2-4 run 1 + 8 times, blocks 5-7 in parallel, no positions, no x0 mix, nothing starts at zero. 20,980,824.
     # QAT began when the cosine fell below 0.15, which is 92.4 % of the run. The published embedding belonged to another
     # tokenizer and its score was no bits per byte: neither is copied.
@@ -365,65 +361,66 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_layers=8, mlp="leaky_relu2", mlp_mult=3.0, positions="none", qk_gain_init=5.0, x0_mix="none",
         skip_pairs="around_loop", num_loops=8, loop_start=2, loop_end=4, loop_at_step=3000, loop_gates=True,
         loop_ramp_steps=20, parallel="A", parallel_start=5, init="uniform", embed_init="svd", objective="byte",
-        vocab_size=Unbuilt(4096, DATA_AHEAD, 1024), train_batch_tokens=131_072, micro_batch_tokens=8192,
-        iterations=50_000, max_wallclock_seconds=0.0, lr_schedule=Unbuilt("cosine", OPTIMISERS, "warmdown_frac"),
+        vocab_size=Unbuilt(4096, "data tools", 1024), train_batch_tokens=131_072, micro_batch_tokens=8192,
+        iterations=50_000, max_wallclock_seconds=0.0, lr_schedule=Unbuilt("cosine", "optimisers", "warmdown_frac"),
         warmdown_frac=0.3, muon="muoneq_r", matrix_lr=0.022, muon_momentum_warmup_start=0.95,
         muon_momentum_warmup_steps=0, muon_wd=0.095, tied_embed_lr=0.01, scalar_lr=0.01, beta2=0.999,
-        adam_l2=Unbuilt(0.095, OPTIMISERS), averaging=Unbuilt("iw_swa", OPTIMISERS, "ema"), matrix_bits=6, qat="ste",
-        qat_start_frac=0.924),
+        adam_l2=Unbuilt(0.095, "optimisers"), averaging=Unbuilt("iw_swa", "optimisers", "ema"), matrix_bits=6,
+        qat="ste", qat_start_frac=0.924),
     # PR 1126, 1.1123 (PR 1089, 1.1091). 30,666,843 parameters. The rotary base is 10,000 rescaled from 1,024 to 2,048
     # tokens, as the run had it by accident; so are the rows of the mimetic start. Its QAT never ran: none.
     "turbo_engram": LATE | dict(
         leaky_slope=0.3, mlp_mult=3.5, rope_base=22_081.0, smear_gate="B", engram_buckets=8192, value_embed_last_n=2,
         skips="gated", init="mimetic_rows", tied_embed_lr=0.035, table_lr=0.035, scalar_lr=0.025, adam_wd=0.04,
-        embed_beta1=Unbuilt(0.7, OPTIMISERS), muon=Unbuilt("turbo_muon", OPTIMISERS, "muon_polar"), matrix_lr=0.025,
+        embed_beta1=Unbuilt(0.7, "optimisers"), muon=Unbuilt("turbo_muon", "optimisers", "muon_polar"), matrix_lr=0.025,
         muon_wd=0.04, lr_schedule="warmdown_iters", warmdown_iters=3500, min_lr=0.05, ema_decay=0.997,
-        averaging=Unbuilt("swa", OPTIMISERS, "ema"), reserve_seconds=14.0,
-        matrix_bits=Unbuilt("5, greedily 6 or 7", QUANTISERS_AHEAD, 6), rounding=Unbuilt("gptq", QUANTISERS_AHEAD),
-        prune_levels=Unbuilt(2, QUANTISERS_AHEAD), codec=Unbuilt("brotli_shuffle", QUANTISERS_AHEAD, "brotli")),
+        averaging=Unbuilt("swa", "optimisers", "ema"), reserve_seconds=14.0, matrix_bits=Unbuilt("5, greedily 6 or 7",
+        "quantisers", 6), rounding=Unbuilt("gptq", "quantisers"), prune_levels=Unbuilt(2, "quantisers"),
+        codec=Unbuilt("brotli_shuffle", "quantisers", "brotli")),
     # PR 1539, 1.0587, not admissible in the competition. 36,311,132 parameters. Rotary base as above. It kept the five
     # skips of the plain list after looping began.
     "prequant_ttt": LATE | dict(
         vocab_size=SP8192, rope_base=22_081.0, qk_gain_init=5.25, smear_gate="B", value_embed_last_n=2,
         value_embed_dim=44, max_skips=5, num_loops=1, loop_at_step=3000, parallel="B", table_lr=0.03,
-        embed_wd=Unbuilt(0.095, OPTIMISERS), muon=Unbuilt("muoneq_r_polar4", OPTIMISERS, "muoneq_r"),
-        rounding=Unbuilt("gptq, self-generated calibration, 12.85 and 20 sigma", QUANTISERS_AHEAD),
-        codec=Unbuilt("brotli or rans", QUANTISERS_AHEAD, "brotli"), ttt=Unbuilt("prequant", TEST_TIME)),
+        embed_wd=Unbuilt(0.095, "optimisers"), muon=Unbuilt("muoneq_r_polar4", "optimisers", "muoneq_r"),
+        rounding=Unbuilt("gptq, self-generated calibration, 12.85 and 20 sigma", "quantisers"),
+        codec=Unbuilt("brotli or rans", "quantisers", "brotli"), ttt=Unbuilt("prequant", "test-time training")),
     # PR 1493, 1.0810. 35,944,536 parameters.
     "score_first_ttt": LATE | dict(
         vocab_size=SP8192, qk_gain_init=5.25, skips="gated", num_loops=2, parallel="A", loader="shuffled",
-        embed_wd=Unbuilt(0.085, OPTIMISERS), muon="muoneq_r", reserve_seconds=12.0,
-        rounding=Unbuilt("gptq, 12.85 and 20 sigma", QUANTISERS_AHEAD),
-        codec=Unbuilt("brotli_shuffle", QUANTISERS_AHEAD, "brotli"), ttt=Unbuilt("sgd", TEST_TIME)),
+        embed_wd=Unbuilt(0.085, "optimisers"), muon="muoneq_r", reserve_seconds=12.0,
+        rounding=Unbuilt("gptq, 12.85 and 20 sigma", "quantisers"), codec=Unbuilt("brotli_shuffle", "quantisers",
+        "brotli"), ttt=Unbuilt("sgd", "test-time training")),
     # PR 1855, 1.0611, the leaderboard's last. 35,945,671 parameters. Values are those of its log, not of its README.
     "phased_ttt": LATE | dict(
-        vocab_size=SP8192, caseops=Unbuilt(True, DATA_AHEAD), loader=Unbuilt("packed", DATA_AHEAD, "shuffled"),
-        doc_attention=True, qk_gain_init=5.0, skips="gated", smear_gate="D", output_gate="sparse", output_gate_scale=0.5,
-        softcap="shifted", num_loops=2, parallel="D", parallel_start=8, embed_wd=Unbuilt(0.085, OPTIMISERS), beta2=0.99,
-        muon=Unbuilt("muoneq_r_polar", OPTIMISERS, "muoneq_r"), matrix_lr=0.026, muon_momentum=0.97, warmdown_frac=0.85,
-        min_lr=0.1, reserve_seconds=0.5, embed_bits=7, lqer_rank=Unbuilt(4, QUANTISERS_AHEAD),
-        rounding=Unbuilt("gptq, 11.5, 13 and 14 sigma", QUANTISERS_AHEAD),
-        codec=Unbuilt("zpaq_grouped", QUANTISERS_AHEAD, "brotli"), ttt=Unbuilt("phased", TEST_TIME)),
+        vocab_size=SP8192, caseops=Unbuilt(True, "data tools"), loader=Unbuilt("packed", "data tools", "shuffled"),
+        doc_attention=True, qk_gain_init=5.0, skips="gated", smear_gate="D", output_gate="sparse",
+        output_gate_scale=0.5, softcap="shifted", num_loops=2, parallel="D", parallel_start=8, embed_wd=Unbuilt(0.085,
+        "optimisers"), beta2=0.99, muon=Unbuilt("muoneq_r_polar", "optimisers", "muoneq_r"), matrix_lr=0.026,
+        muon_momentum=0.97, warmdown_frac=0.85, min_lr=0.1, reserve_seconds=0.5, embed_bits=7, lqer_rank=Unbuilt(4,
+        "quantisers"), rounding=Unbuilt("gptq, 11.5, 13 and 14 sigma", "quantisers"), codec=Unbuilt("zpaq_grouped",
+        "quantisers", "brotli"), ttt=Unbuilt("phased", "test-time training")),
     # Overlay: what exists in place of what a preset waits for; see load().
     "plain": {},
     # Overlay: what two CPU cores train in two minutes.
     "cpu": dict(
         num_layers=4, model_dim=256, num_heads=4, num_kv_heads=2, train_seq_len=512, train_batch_tokens=8192,
-        micro_batch_tokens=8192, eval_batch_tokens=16_384, eval_seq_len=512, eval_stride=64, max_wallclock_seconds=120.0,
-        loader="shuffled", lr_schedule="warmdown_frac", warmdown_frac=0.6, muon_momentum_warmup_steps=50,
-        warmup_steps=2, train_log_every=20, val_loss_every=0, checkpoint_every=30.0, reserve_seconds=0.0,
-        rope_train_len=512, leaky_slopes="", loop_start=1, loop_end=2, loop_at_step=0, parallel_start=3,
-        **at_most(rope_dims=64, xsa_last_n=4, attention_window=128, embed_dim=128, value_embed_last_n=2, num_loops=2,
-                  loop_ramp_steps=10)),
+        micro_batch_tokens=8192, eval_batch_tokens=16_384, eval_seq_len=512, eval_stride=64,
+        max_wallclock_seconds=120.0, loader="shuffled", lr_schedule="warmdown_frac", warmdown_frac=0.6,
+        muon_momentum_warmup_steps=50, warmup_steps=2, train_log_every=20, val_loss_every=0, checkpoint_every=30.0,
+        reserve_seconds=0.0, rope_train_len=512, leaky_slopes="", loop_start=1, loop_end=2, loop_at_step=0,
+        parallel_start=3, ema_decay=0.99, **at_most(rope_dims=64, xsa_last_n=4, attention_window=128, embed_dim=128,
+        value_embed_last_n=2, num_loops=2, loop_ramp_steps=10)),
     # Overlay: what a test runs in seconds. Three layers: one before, one inside and one after a loop.
     "tiny": dict(
         num_layers=3, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=64, train_batch_tokens=512,
         micro_batch_tokens=512, eval_batch_tokens=8192, eval_seq_len=64, eval_stride=32, iterations=8,
         max_wallclock_seconds=0.0, loader="shuffled", lr_schedule="warmdown_frac", muon_momentum_warmup_steps=4,
         warmup_steps=1, train_log_every=1, val_loss_every=0, compile="off", reserve_seconds=0.0, bigram_dim=16,
-        engram_dim=8, value_embed_dim=16, rope_train_len=64, leaky_slopes="", loop_start=1, loop_end=1, parallel_start=2,
-        **at_most(bigram_buckets=512, engram_buckets=128, rope_dims=16, xsa_last_n=2, attention_window=32, embed_dim=32,
-                  value_embed_last_n=2, num_loops=2, loop_at_step=3, loop_ramp_steps=3)),
+        engram_dim=8, value_embed_dim=16, rope_train_len=64, leaky_slopes="", loop_start=1, loop_end=1,
+        parallel_start=2, ema_decay=0.9, **at_most(bigram_buckets=512, engram_buckets=128, rope_dims=16, xsa_last_n=2,
+        attention_window=32, embed_dim=32, value_embed_last_n=2, num_loops=2, mup_base_width=64, loop_at_step=3,
+        loop_ramp_steps=3)),
 }
 DEFAULT_PRESET = {"cuda": "mlp3x_seq4096", "cpu": "mlp3x_seq4096+cpu"}
 
@@ -531,7 +528,7 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
             except ValueError as error:
                 errors.append(str(error))
     waiting = {name: v for name, v in values.items() if isinstance(v, Unbuilt)}
-    errors += [f"PRESET={preset}: {name.upper()}={v.value} waits for {v.part}; PRESET={preset}+plain goes without"
+    errors += [f"PRESET={preset}: {name.upper()}={v.value} waits for {v.waits_for}; PRESET={preset}+plain goes without"
                for name, v in waiting.items()]
     values |= {name: v.plain for name, v in waiting.items()}
     if not errors:
@@ -1236,10 +1233,14 @@ class Context(NamedTuple):
 
 
 class Site(nn.Module):
-    """A technique that plugs into block `layer`; built from the configuration whether or not it has parameters."""
+    """A technique that plugs into block `layer`; `build` makes what it owns, if anything, from the configuration."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
+        self.build(cfg, layer)
+
+    def build(self, cfg: ModelConfig, layer: int):
+        """Parameters and constants."""
 
 
 def scalar(*shape: int, value: float = 0.0) -> nn.Parameter:
@@ -1260,8 +1261,7 @@ GATE_DIMS = 12  # leading channels that the small gates read
 class BigramHash(Site):
     """Add a learned vector for the hashed pair (previous token, token); identity at start. PR 162. Knobs: BIGRAM_*."""
 
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
+    def build(self, cfg: ModelConfig, layer: int):
         self.table = param((cfg.bigram_buckets, cfg.bigram_dim), constant(0.0), "table", "embed")
         self.proj = Linear(cfg.bigram_dim, cfg.model_dim)
         self.scale = param((1,), constant(0.05), "scalar", "keep")
@@ -1276,8 +1276,7 @@ class BigramHash(Site):
 class EngramLite(Site):
     """Add gated vectors of two hashes of the last two and two of the last three tokens; identity at start. PR 1089."""
 
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
+    def build(self, cfg: ModelConfig, layer: int):
         self.buckets = cfg.engram_buckets
         self.table = param((4 * cfg.engram_buckets, cfg.engram_dim), normal(0.01), "table", "embed")
         self.proj, self.gate = Linear(4 * cfg.engram_dim, cfg.model_dim, zero), scalar(cfg.model_dim)
@@ -1302,11 +1301,10 @@ class EmbedNorm(Site):
 
 
 class SmearGate(Site):
-    """Blend with the position before by a per-channel gate, half and half at start. Source: PR 162. Knob: SMEAR_GATE=B."""
+    """Blend with the position before by a per-channel gate, half and half at start. PR 162. Knob: SMEAR_GATE=B."""
     sign, start = -1.0, 0.0  # the token's own share is sigmoid(sign * gate)
 
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
+    def build(self, cfg: ModelConfig, layer: int):
         self.gate = scalar(cfg.model_dim, value=self.start)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
@@ -1322,8 +1320,7 @@ class SmearGateA(SmearGate):
 class SmearGateC(Site):
     """Add the previous raw embedding, gated by 12 dims of the token; identity at start. Source: PR 1667."""
 
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
+    def build(self, cfg: ModelConfig, layer: int):
         self.gate, self.strength = Linear(GATE_DIMS, 1, zero, "scalar", "keep"), scalar(1)
 
     def share(self, x: Tensor, ids: Tensor) -> Tensor:
@@ -1359,8 +1356,7 @@ class ValueTable(nn.Module):
 class AddValueEmbedding(Site):
     """Add the value embedding by a learned amount. Knobs: VALUE_EMBED_*."""
 
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
+    def build(self, cfg: ModelConfig, layer: int):
         self.amount = scalar(1, value=1.0)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
@@ -1379,8 +1375,7 @@ class ValueResidual(Site):
     """v <- first * v0 + own * v with v0 of block 0; first and own are sigmoid(0) and 1 ("add"), or 1/2 each ("mix").
     Sources: PR 569, PR 486. Knob: VALUE_RESIDUAL."""
 
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
+    def build(self, cfg: ModelConfig, layer: int):
         add = cfg.value_residual == "add"
         self.weights = scalar(1 + (not add), value=0.0 if add else 0.5)
         self.shares = (lambda w: (torch.sigmoid(w), 1.0)) if add else (lambda w: w)
@@ -1415,8 +1410,7 @@ class Rotary(Site):
     """Rotate the first R dims of queries and keys by position, pairing dim i with i + R/2; the rest passes through.
     Source: PR 315 (partial). Knobs: POSITIONS, ROPE_*."""
 
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
+    def build(self, cfg: ModelConfig, layer: int):
         self.dims, self.length, self.scaling = cfg.rotary_dims, cfg.rope_train_len, ROPE_SCALINGS[cfg.rope_scaling]
         frequency = cfg.rope_base ** (-torch.arange(0, self.dims, 2, dtype=torch.float64) / self.dims)
         self.register_buffer("frequency", frequency.float(), persistent=False)
@@ -1436,8 +1430,7 @@ class Rotary(Site):
 class QKGain(Site):
     """Scale each query head by a learned inverse temperature. Knob: QK_GAIN_INIT. Source: PR 1125."""
 
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
+    def build(self, cfg: ModelConfig, layer: int):
         self.gain = param((cfg.num_heads,), constant(cfg.qk_gain_init), "scalar", "keep")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
@@ -1460,8 +1453,7 @@ class OutputGate(Site):
     """Scale each head's output by token: peak * sigmoid(scale * W n + bias), W reading every channel or the first 12.
     Sources: PR 1667 (out), PR 549 (bias), PR 1736 (dense), PR 1787 (sparse). Knobs: OUTPUT_GATE, OUTPUT_GATE_SCALE."""
 
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
+    def build(self, cfg: ModelConfig, layer: int):
         form, bias = cfg.output_gate, scalar(cfg.num_heads, value=4.0)
         self.width = cfg.model_dim if form in ("dense", "bias") else GATE_DIMS
         self.peak, self.scale = 1.0 + (form == "out"), cfg.output_gate_scale if form == "sparse" else 1.0
@@ -1478,8 +1470,7 @@ class X0Mix(Site):
     """Learned per-channel blend of the residual stream with the embedding: the identity at start ("plain"), or from
     mostly the embedding in the first block to mostly the stream in the last ("phase"). Knob: X0_MIX."""
 
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
+    def build(self, cfg: ModelConfig, layer: int):
         depth = layer / max(1, cfg.num_layers - 1)
         own = {"plain": 1.0, "phase": 1 / (1 + math.exp(-3 * (depth - 0.5)))}[cfg.x0_mix]
         self.mix = param((2, cfg.model_dim), lambda t: t.copy_(torch.tensor([[own], [1 - own]])), "scalar", "keep")
@@ -1493,8 +1484,7 @@ class X0Mix(Site):
 class LNScale(Site):
     """Damp what block i reads by 1/sqrt(i + 1). Source: PR 315. Knob: LN_SCALE."""
 
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
+    def build(self, cfg: ModelConfig, layer: int):
         self.scale = (layer + 1)**-0.5
 
     def forward(self, n: Tensor) -> Tensor:
@@ -1506,8 +1496,7 @@ class MupLogits(LNScale):
     """Scale logits by base width / width: Muon already moves activations equally at every width, but the head sums C
     entries that AdamW each moves by the learning rate. Knob: MUP_BASE_WIDTH."""
 
-    def __init__(self, cfg: ModelConfig, layer: int):
-        super().__init__(cfg, layer)
+    def build(self, cfg: ModelConfig, layer: int):
         self.scale = cfg.mup_base_width / cfg.model_dim
 
 
@@ -1607,7 +1596,7 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg, layer, kernel), MLPS[cfg.mlp](cfg, layer)
         repeats = cfg.num_loops and cfg.loop_untied_mlp and cfg.loop_start <= layer <= cfg.loop_end
         self.repeat_mlp = nn.ModuleList([MLPS[cfg.mlp](cfg, layer)] if repeats else [])
-        keep = {"C": [1.1**0.5], "D": [1.1]}.get(cfg.parallel, [])  # in every block, as published, though few have lanes
+        keep = {"C": [1.1**0.5], "D": [1.1]}.get(cfg.parallel, [])  # in every block, as published; few have lanes
         self.routing = nn.ParameterList(p for k in keep for p in (scalar(2, value=k), scalar(2, 2, value=1.0)))
         self.attn_scale, self.mlp_scale = scalar(cfg.model_dim, value=1.0), scalar(cfg.model_dim, value=1.0)
 
@@ -1745,7 +1734,8 @@ class GPT(nn.Module):
         self.value_sites = nn.ModuleList(ValueTable(cfg, vocab) for _ in range(min(1, cfg.value_embed_last_n)))
         kernel, kinds = ATTENTION[numerics.attention], (Block, PARALLEL[cfg.parallel])
         self.blocks = nn.ModuleList(kinds[i >= cfg.parallel_start](cfg, i, kernel) for i in range(cfg.num_layers))
-        self.lane_share = scalar(1, value=0.5) if cfg.parallel == "B" else nn.Buffer(torch.full((1,), 0.5), persistent=False)
+        half = torch.tensor([0.5])
+        self.lane_share = scalar(1, value=0.5) if cfg.parallel == "B" else nn.Buffer(half, persistent=False)
         count = max(sum(len(slot.skips) for slot in plan) for plan in plans(cfg))
         self.skip, self.skip_weights = SKIPS[cfg.skips], scalar(count, cfg.model_dim, value=1.0)
         self.skip_gates = scalar(count * (cfg.skips == "gated"), cfg.model_dim)
@@ -1753,18 +1743,16 @@ class GPT(nn.Module):
         self.loop_gates = scalar(*(cfg.num_loops, cfg.loop_end + 1 - cfg.loop_start) if gated else (0,), value=1.0)
         self.register_buffer("loop_strength", torch.ones(()), persistent=False)  # a tensor: a ramp recompiles nothing
         self.optim, self.objective = optim, OBJECTIVES[optim.objective]
-        self.mtp_heads = param((optim.mtp_heads * (optim.objective == "mtp"), vocab, cfg.model_dim), zero, "head", "drop")
+        further = optim.mtp_heads * (optim.objective == "mtp")
+        self.mtp_heads = param((further, vocab, cfg.model_dim), zero, "head", "drop")
         self.register_buffer("byte_weights", torch.ones(vocab), persistent=False)
         INITS[cfg.init](self)
         self.tie_repeats()
 
-    @torch.no_grad()
     def tie_repeats(self):
         """While a loop has not begun, the repeats' own MLPs follow those that they will part from."""
-        for block in self.blocks:
-            for mlp in block.repeat_mlp:
-                for mine, source in zip(mlp.parameters(), block.mlp.parameters()):
-                    mine.copy_(source)
+        for mlp, source in ((mlp, block.mlp) for block in self.blocks for mlp in block.repeat_mlp):
+            mlp.load_state_dict(source.state_dict())
 
     def exported(self) -> dict[str, nn.Parameter]:
         """The parameters that belong to the artifact, by name."""
@@ -1827,7 +1815,7 @@ def flops_per_token(model: GPT, plan: Plan, seq: int) -> float:
     return 6 * (outside + used) + 12 * len(plan) * model.cfg.model_dim * keys
 
 
-# Objectives: (model, nats (B,T), targets (B,T), uncapped logits z (B,T,V), final state h (B,T,C)) -> sum to be minimised
+# Objectives: (model, nats (B,T), targets (B,T), uncapped logits z (B,T,V), final state h (B,T,C)) -> sum to minimise
 def byte_weighted(model: GPT, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
     """Weigh each target by its bytes, at least 1; weights average to 1 over the micro-batch. Source: PR 1519."""
     seen = targets >= 0
@@ -1862,17 +1850,15 @@ OBJECTIVES = {"ce": lambda model, nats, targets, z, h: nats.sum(), "byte": byte_
 
 
 # Initialisation of a whole model, after every parameter has been born with its own
-def uniform_init(model: GPT):
-    """Every block matrix by the framework's default, the outputs of branches included."""
-    for m in (m for m in model.blocks.modules() if isinstance(m, Linear) and m.weight.opt == "matrix"):
-        uniform(m.weight.data)
+def refill(model: nn.Module, fill: Callable[[Tensor], Any], wanted: Callable[[Linear], bool]):
+    """Draw chosen matrices anew."""
+    for m in (m for m in model.modules() if isinstance(m, Linear) and m.weight.opt == "matrix" and wanted(m)):
+        fill(m.weight.data)
 
 
 def orthogonal_init(model: GPT):
     """Orthonormal rows or columns for matrices of at least 64 x 64 that do not start at zero. Source: PR 162."""
-    for m in (m for m in model.modules() if isinstance(m, Linear) and m.weight.opt == "matrix" and m.init is not zero):
-        if min(m.weight.shape) >= 64:
-            nn.init.orthogonal_(m.weight)
+    refill(model, nn.init.orthogonal_, lambda m: m.init is not zero and min(m.weight.shape) >= 64)
 
 
 def mimetic_init(model: GPT, rows: bool = False):
@@ -1888,8 +1874,8 @@ def mimetic_init(model: GPT, rows: bool = False):
 
 
 INITS: dict[str, Callable[[GPT], Any]] = {
-    "default": lambda model: None, "uniform": uniform_init, "orthogonal": orthogonal_init, "mimetic": mimetic_init,
-    "mimetic_rows": lambda model: mimetic_init(model, rows=True)}
+    "default": lambda model: None, "uniform": lambda model: refill(model.blocks, uniform, lambda m: True),
+    "orthogonal": orthogonal_init, "mimetic": mimetic_init, "mimetic_rows": lambda m: mimetic_init(m, rows=True)}
 
 
 def overtone(std: float) -> Callable[[Tensor], Any]:
@@ -2695,7 +2681,8 @@ class Trainer:
         """Everything that a bit-identical continuation needs; tensors are live, not copies."""
         return dict(weights=self.flat.weights, muon=self.muon.state_dict(), adam=self.adam.state_dict(),
                     averager=self.averager.state_dict(), loader=self.loader.state_dict(), step=self.step_number,
-                    plan=self.plan, seconds=self.clock.read(), settled=self.settled, finished=self.finished, rng=torch.get_rng_state())
+                    seconds=self.clock.read(), settled=self.settled, finished=self.finished, plan=self.plan,
+                    rng=torch.get_rng_state())
 
     def restore(self, state: dict[str, Any]):
         self.flat.weights.copy_(state["weights"])
@@ -2836,7 +2823,7 @@ def parameter_report(model: GPT, cfg: Config, rt: Runtime):
     rt.log("parameters " + " ".join(f"{role}:{n}" for role, n in roles.items()))
     for i, plan in enumerate(plans(cfg.model)):
         blocks = [str(slot.block) for slot in plan]
-        blocks.insert(len(plan) // 2, "/")
+        blocks.insert(len(plan) // 2 if cfg.model.skip_pairs == "half" else len(plan), "/")
         skips = " ".join(f"{source}>{target}" for target, slot in enumerate(plan) for _, source in slot.skips)
         rt.log(f"plan:{i} flops_per_token:{flops_per_token(model, plan, cfg.data.train_seq_len):.4g} "
                f"slots:{' '.join(blocks)} skips:{skips}")
