@@ -1173,7 +1173,12 @@ def compiled(function: Callable, numerics: Numerics) -> Callable:
 
 # ---- 5 Model: a technique is a module at a named site; switched off, it is absent -----------------------------------
 def param(shape: tuple[int, ...], init: Callable[[Tensor], Any], opt: str, quant: str) -> nn.Parameter:
-    """A parameter born with its two tags: `opt` names its optimiser group, `quant` its quantiser (see QUANTISERS)."""
+    """A parameter born with its two tags: `opt` names its optimiser group, `quant` its quantiser (see QUANTISERS).
+
+    An empty one belongs to something that is off: it is no parameter.
+    """
+    if not math.prod(shape):
+        return nn.Buffer(torch.empty(shape), persistent=False)
     p = nn.Parameter(torch.empty(shape))
     with torch.no_grad():
         init(p)
@@ -1756,7 +1761,7 @@ class GPT(nn.Module):
 
     def exported(self) -> dict[str, nn.Parameter]:
         """The parameters that belong to the artifact, by name."""
-        return {name: p for name, p in self.named_parameters() if p.quant != "drop" and p.numel()}
+        return {name: p for name, p in self.named_parameters() if p.quant != "drop"}
 
     def hidden(self, ids: Tensor, plan: Plan) -> Tensor:
         """ids (B,T) int64 -> (B,T,C), normalised."""
