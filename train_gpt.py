@@ -1082,6 +1082,7 @@ class ShiftedSoftcapLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope: Tensor):
+        """dz: (softmax - one-hot) times the cap's own slope, 1 - tanh^2."""
         (z, targets, total), cap = ctx.saved_tensors, ctx.cap
         s = torch.sigmoid(z.float() * (2 / cap))
         grad = (2 * cap * s - total.unsqueeze(-1)).exp()

@@ -305,24 +305,28 @@ def test_every_parameter_carries_the_tags_of_its_role():
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_gradients_reach_every_parameter(technique):
-    cfg = config(**TECHNIQUES[technique], num_layers=4)
+    cfg = config(**dict(dict(num_layers=4), **TECHNIQUES[technique]))
     model = random_model(cfg)
     ids, targets = random_batch(cfg, 4, 48)
     total_loss(model, ids, targets).backward()
     for name, p in (item for item in model.named_parameters() if item[1].numel()):
         rows = p.grad.flatten(1) if p.dim() > 1 else p.grad[None]
+        if ".routing." in name and int(name.split(".")[1]) < cfg.model.parallel_start:
+            continue  # lanes begin later; allocated as published
         assert p.grad.isfinite().all(), name
         assert (rows != 0).any() if p.opt in ("embed", "table") else (rows != 0).any(1).all(), name
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("technique", [t for t in TECHNIQUES if t not in ("phase", "parallel C", "parallel D")])
 def test_every_block_is_the_identity_at_the_start(technique):
     cfg = config(**TECHNIQUES[technique])
     torch.manual_seed(0)
     model = tg.GPT(cfg.model, cfg.data.vocab_size, tg.Numerics())
     x, ids = torch.randn(2, 9, cfg.model.model_dim), torch.zeros(2, 9, dtype=torch.int64)
     for block in model.blocks:
-        assert torch.equal(block((x,), tg.Context(ids, torch.randn_like(x)))[0], x)
+        values = tuple(site(ids, x.dtype) for site in model.value_sites)
+        context = tg.Context(ids, torch.randn_like(x), None, values, [torch.randn(2, 9, 1, 32)])
+        assert all(torch.equal(lane, x) for lane in block((x,) * block.lanes, context))
 
 
 # ---- Schedule ----
