@@ -118,8 +118,7 @@ class ModelConfig:
     mlp_mult: float = knob(2.0, "MLP hidden width as a multiple of MODEL_DIM", 0.25, 16)
     leaky_slope: float = knob(0.5, "slope below zero, before squaring", 0, 1, source="PR 493",
                               needs="mlp == leaky_relu2")
-    leaky_slopes: str = knob("", "one slope per block, joined by commas, instead of LEAKY_SLOPE", source="PR 1089",
-                             needs="mlp == leaky_relu2")
+    leaky_slopes: str = knob("", "slopes per block, joined by commas, instead", needs="mlp == leaky_relu2")
     positions: str = knob("rotary", "how attention learns distances, if at all", choices=("rotary", "none"))
     rope_dims: int = knob(0, "leading dims of each head that rotate; 0 = all", 0, 512, source="PR 315")
     rope_base: float = knob(10000.0, "rotary base", 10, 1e7)
@@ -137,17 +136,14 @@ class ModelConfig:
     output_gate_scale: float = knob(1.0, "steepness of the sparse gate", 0.01, 10, needs="output_gate == sparse")
     value_embed_last_n: int = knob(0, "top blocks that add a second embedding to their values", 0, 64, source="PR 374")
     value_embed_dim: int = knob(128, "width of the value embedding", 1, 4096, needs="value_embed_last_n > 0")
-    value_residual: str = knob("none", "first block's values in the later ones: added by a gate, or mixed",
-                               choices=("none", "add", "mix"), source="PR 569, PR 486")
-    smear_gate: str = knob("none", "mix each embedding with the one before: A before, B after normalisation, C gated "
-                           "by the token, D as C within documents", choices=("none", "A", "B", "C", "D"),
-                           source="PRs 65, 162, 1667, 1851")
+    value_residual: str = knob("none", "how later blocks use the first block's values", choices=("none", "add", "mix"))
+    smear_gate: str = knob("none", "mix each embedding with the one before: A, C, D raw, B normalised, C, D by token, "
+                           "D within documents", choices=("none", "A", "B", "C", "D"), source="PRs 65, 162, 1667, 1851")
     bigram_buckets: int = knob(0, "rows of the hashed bigram embedding; 0 = off", 0, 2**20, source="PR 162")
     bigram_dim: int = knob(128, "width of the hashed bigram embedding", 1, 4096, needs="bigram_buckets > 0")
     engram_buckets: int = knob(0, "rows of each of four hashed n-gram embeddings; 0 = off", 0, 2**20, source="PR 1089")
     engram_dim: int = knob(32, "width of each hashed n-gram embedding", 1, 1024, needs="engram_buckets > 0")
-    x0_mix: str = knob("plain", "blend of the embedding into each block: nothing at first, or much in early blocks",
-                       choices=("none", "plain", "phase"))
+    x0_mix: str = knob("plain", "blend of the embedding into each block", choices=("none", "plain", "phase"))
     ln_scale: bool = knob(False, "damp the normalised input of block i by 1/sqrt(i + 1)", source="PR 315")
     skips: str = knob("unet", "first half of the slots joins the second: by weights, squashed weights or gates",
                       choices=("none", "unet", "sigmoid", "gated"), source="PR 1539, PR 1089")
@@ -159,16 +155,14 @@ class ModelConfig:
     loop_end: int = knob(5, "last looped block", 0, 63, needs="num_loops > 0")
     enable_looping_at: float = knob(0.35, "part of the run after which loops begin", 0, 1, needs="num_loops > 0")
     loop_at_step: int = knob(0, "step at which loops begin, instead; 0 = off", 0, 10**8, needs="num_loops > 0")
-    loop_rest_at: float = knob(0.0, "one extra pass until this part of the run, then all; 0 = all at once", 0, 1,
-                               source="PR 1412", needs="num_loops > 1")
+    loop_rest_at: float = knob(0.0, "part of the run with one extra pass at most; 0 = off", 0, 1, needs="num_loops > 1")
     loop_gates: bool = knob(False, "learned strength of each extra pass of each block", needs="num_loops > 0")
     loop_ramp_steps: int = knob(0, "steps over which gated passes grow from nothing", 0, 10**6, needs="loop_gates == 1")
     loop_untied_mlp: bool = knob(False, "extra passes have their own MLP", source="PR 1204", needs="num_loops > 0")
     parallel: str = knob("none", "attention beside the MLP: A one stream, B two, C and D two with learned routing, in "
                          "turn or at once", choices=("none", "A", "B", "C", "D"), source="PRs 1412, 1334, 1204, 1530")
     parallel_start: int = knob(7, "first parallel block", 0, 63, needs="parallel != none")
-    softcap: str = knob("tanh", "same loss, plain or by one memory-light function of the shifted logits",
-                        choices=("tanh", "shifted"), source="PR 1787")
+    softcap: str = knob("tanh", "how the loss is computed: plainly, or in less memory", choices=("tanh", "shifted"))
     logit_softcap: float = knob(30.0, "logits are bounded by this through tanh", 1, 1000, unit="nats")
     init: str = knob("default", "matrices: uniform with zero outputs, all uniform, orthogonal, and with outputs that "
                      "undo a bit of the values, in columns or (as published) rows", source="PR 162, PR 1089",
@@ -236,9 +230,8 @@ class OptimConfig:
                           choices=("none", "ema"))
     ema_decay: float = knob(0.997, "decay of the moving average per step", 0, 0.99999, needs="averaging == ema",
                             source="PR 287")
-    objective: str = knob("ce", "what is minimised; the log always reports plain nats: cross-entropy, weighted by the "
-                          "target's bytes, focal, with a z-loss, with multi-token prediction",
-                          choices=("ce", "byte", "focal", "z", "mtp"), source="PR 1519, PR 1233, PR 549")
+    objective: str = knob("ce", "what is minimised: cross-entropy, or weighted by bytes, focal, with a z-loss, with "
+                          "multi-token prediction; the log reports nats", choices=("ce", "byte", "focal", "z", "mtp"))
     focal_gamma: float = knob(2.0, "power of (1 - p) that multiplies a loss", 0, 10, needs="objective == focal")
     z_weight: float = knob(1e-4, "weight of the squared log-partition", 0, 1, needs="objective == z")
     mtp_heads: int = knob(1, "further tokens predicted by heads that are not exported", 1, 8, needs="objective == mtp")
@@ -1210,6 +1203,13 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=1.1920929e-07)
 
 
+def through(modules: nn.ModuleList, x: Tensor, *context) -> Tensor:
+    """x after one site's techniques, in their order."""
+    for site in modules:
+        x = site(x, *context)
+    return x
+
+
 class Linear(nn.Module):
     """x (..., n_in) -> (..., n_out), no bias; fp32 weight cast to the dtype of x.
 
@@ -1223,10 +1223,7 @@ class Linear(nn.Module):
         self.weight_sites = nn.ModuleList()
 
     def forward(self, x: Tensor, *context) -> Tensor:
-        w = self.weight
-        for site in self.weight_sites:
-            w = site(w)
-        return F.linear(x, w.to(x.dtype))
+        return F.linear(x, through(self.weight_sites, self.weight).to(x.dtype))
 
 
 class Context(NamedTuple):
@@ -1398,17 +1395,13 @@ class QKNorm(Site):
         return norm(q), norm(k), v
 
 
-def yarn_scaling(frequency: Tensor, ratio: float, dims: int) -> Tensor:
-    """Slow the lower three quarters of the frequencies, gradually down to 1/ratio. Source: arXiv 2309.00071."""
-    ramp = ((torch.arange(0, dims, 2, device=frequency.device) / dims - 0.25) / 0.75).clamp(0, 1)
-    return frequency / (ramp * (ratio - 1) + 1)
-
-
-ROPE_SCALINGS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
-    "none": lambda frequency, ratio, dims: frequency, "yarn": yarn_scaling,
+# Frequencies of rows that are `ratio` times too long; r = 2i/R of each, so r[1] = 2/R
+ROPE_SCALINGS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "none": lambda frequency, r, ratio: frequency,
     # base * ratio^(R/(R-2)): the slowest frequency turns as far over the long row as it did over the short one
-    "ntk": lambda frequency, ratio, dims: frequency * ratio ** (
-        -torch.arange(0, dims, 2, device=frequency.device) / (dims - 2)),
+    "ntk": lambda frequency, r, ratio: frequency * ratio ** (-r / (1 - r[1])),
+    # the lower three quarters gradually slow down, to 1/ratio. Source: arXiv 2309.00071
+    "yarn": lambda frequency, r, ratio: frequency / (((r - 0.25) / 0.75).clamp(0, 1) * (ratio - 1) + 1),
 }
 
 
@@ -1422,7 +1415,8 @@ class Rotary(Site):
         self.register_buffer("frequency", frequency.float(), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
-        frequency = self.scaling(self.frequency, max(1.0, q.size(1) / self.length), self.dims)
+        r = torch.arange(0, self.dims, 2, device=q.device) / self.dims
+        frequency = self.scaling(self.frequency, r, max(1.0, q.size(1) / self.length))
         angle = torch.arange(q.size(1), device=q.device, dtype=torch.float32)[:, None] * frequency
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # (T,1,R/2), fp32
         return self.rotate(q, cos, sin), self.rotate(k, cos, sin), v
@@ -1584,9 +1578,7 @@ class Attention(nn.Module):
         for site in self.qkv_sites:
             q, k, v = site(q, k, v, context)
         y = self.kernel(q, k, v, context.visible, self.cfg.attention_window)
-        for site in self.out_sites:
-            y = site(y, v, x)
-        return self.proj(y.flatten(2))
+        return self.proj(through(self.out_sites, y, v, x).flatten(2))
 
 
 class Block(nn.Module):
@@ -1608,24 +1600,15 @@ class Block(nn.Module):
 
     def mixed(self, x: Tensor, context: Context) -> Tensor:
         """The stream after the residual sites."""
-        for site in self.residual_sites:
-            x = site(x, context.x0)
-        return x
-
-    def read(self, x: Tensor) -> Tensor:
-        """The normalised input of a branch."""
-        n = norm(x)
-        for site in self.input_sites:
-            n = site(n)
-        return n
+        return through(self.residual_sites, x, context.x0)
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
         """What attention adds to a stream."""
-        return self.attn_scale.to(x.dtype) * self.attn(self.read(x), context)
+        return self.attn_scale.to(x.dtype) * self.attn(through(self.input_sites, norm(x)), context)
 
     def feed(self, x: Tensor, version: int) -> Tensor:
         """What the MLP adds to a stream."""
-        return self.mlp_scale.to(x.dtype) * (self.mlp, *self.repeat_mlp)[version](self.read(x))
+        return self.mlp_scale.to(x.dtype) * (self.mlp, *self.repeat_mlp)[version](through(self.input_sites, norm(x)))
 
     def forward(self, lanes: tuple[Tensor, ...], context: Context, version: int = 0) -> tuple[Tensor, ...]:
         x = self.mixed(lanes[0], context)
@@ -1766,9 +1749,7 @@ class GPT(nn.Module):
 
     def hidden(self, ids: Tensor, plan: Plan) -> Tensor:
         """ids (B,T) int64 -> (B,T,C), normalised."""
-        x = F.embedding(ids, self.embed).to(self.dtype)
-        for site in self.embed_sites:
-            x = site(x, ids)
+        x = through(self.embed_sites, F.embedding(ids, self.embed).to(self.dtype), ids)
         values = tuple(site(ids, self.dtype) for site in self.value_sites)
         context, lanes, outputs = Context(ids, x, visible_keys(ids, self.cfg), values, []), (x,), []
         for slot in plan:
@@ -1788,9 +1769,7 @@ class GPT(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """h (...,C) -> (...,V) before the softcap."""
-        for site in self.head_sites:
-            h = site(h)
-        return F.linear(h, self.output.to(h.dtype))
+        return F.linear(through(self.head_sites, h), self.output.to(h.dtype))
 
     def losses(self, h: Tensor, targets: Tensor) -> Tensor:
         """h (...,C), targets (...) -> nats (...) fp32; a target of -100 gives 0."""
@@ -1897,11 +1876,8 @@ EMBED_INITS = {"normal": normal, "overtone": overtone, "svd": normal}  # svd: re
 
 @torch.no_grad()
 def see_data(model: GPT, data: Data):
-    """What a model takes from the data before training: bytes per token, and (EMBED_INIT=svd) an embedding.
-
-    That embedding holds the leading singular vectors of the centred log counts of token pairs in the first 4 million
-    training tokens, so its rows are those of the tokenizer in use; its scale is TIED_EMBED_INIT_STD.
-    """
+    """What a model takes from the data before training: bytes per token, and (EMBED_INIT=svd) an embedding, the leading
+    singular vectors of the centred log counts of token pairs in the first 4 million tokens, at TIED_EMBED_INIT_STD."""
     if data.token_bytes is not None:
         model.byte_weights.copy_(torch.from_numpy(np.maximum(data.token_bytes, 1)))
     if model.cfg.embed_init != "svd":

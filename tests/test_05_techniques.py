@@ -241,9 +241,10 @@ def test_engram_rows_are_the_published_hashes(buckets):
 
 def test_yarn_and_ntk_leave_short_rows_and_the_fastest_frequency_alone():
     for kind in ("ntk", "yarn"):
-        scale, frequency = tg.ROPE_SCALINGS[kind], 10_000.0 ** (-torch.arange(0, 16, 2) / 16)
-        assert torch.equal(scale(frequency, 1.0, 16), frequency)
-        longer = scale(frequency, 4.0, 16)
+        scale, r = tg.ROPE_SCALINGS[kind], torch.arange(0, 16, 2) / 16
+        frequency = 10_000.0 ** -r
+        assert torch.equal(scale(frequency, r, 1.0), frequency)
+        longer = scale(frequency, r, 4.0)
         assert longer[0] == frequency[0] and (longer[1:] <= frequency[1:]).all()
     assert 10_000 * 2 ** (16 / 14) == pytest.approx(22_081, abs=1), "the base of two published systems"
 
@@ -279,7 +280,8 @@ def test_phase_start_and_uniform_start():
         assert torch.allclose(block.residual_sites[0].mix[:, 0], torch.tensor([own, 1 - own]))
         for weight in (block.attn.proj.weight, block.mlp.down.weight):
             bound = weight.size(1) ** -0.5
-            assert weight.abs().max() <= bound and float(weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+            assert weight.abs().max() <= bound
+            assert float(weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
 def test_overtone_start_has_a_power_law_spectrum():

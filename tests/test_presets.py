@@ -29,7 +29,9 @@ PUBLISHED = {
         codec="zstd", eval="sliding", eval_seq_len=4096, eval_stride=64),
 }
 # What makes a system itself: an overlay may shrink it but not change these.
-IDENTITY = ("mlp", "mlp_mult", "skips", "smear_gate", "logit_softcap", "muon", "averaging", "eval")
+IDENTITY = ("mlp", "mlp_mult", "skips", "skip_pairs", "smear_gate", "logit_softcap", "softcap", "muon", "averaging",
+            "eval", "parallel", "output_gate", "doc_attention", "x0_mix", "ln_scale", "init", "embed_init", "objective",
+            "positions", "loop_gates")
 
 
 @pytest.mark.parametrize("system", PUBLISHED)
@@ -45,10 +47,14 @@ def test_overlays_shrink_a_system_without_changing_its_techniques(system, overla
     assert small.notes == full.notes == ()
     before, after = full.values(), small.values()
     assert {name: after[name] for name in IDENTITY} == {name: before[name] for name in IDENTITY}
-    for name in ("num_layers", "model_dim", "train_seq_len", "train_batch_tokens", "max_wallclock_seconds"):
+    for name in ("num_layers", "model_dim", "train_batch_tokens"):
         assert after[name] < before[name], name
-    for name in ("xsa_last_n", "rope_dims", "bigram_buckets"):
+    for name in ("train_seq_len", "xsa_last_n", "rope_dims", "bigram_buckets", "engram_buckets", "num_loops",
+                 "value_embed_last_n", "iterations"):
         assert after[name] <= before[name], name
+    assert after["max_wallclock_seconds"] < (before["max_wallclock_seconds"] or math.inf)
+    for name in ("xsa_last_n", "num_loops", "value_embed_last_n", "engram_buckets", "mup_base_width"):
+        assert bool(after[name]) == bool(before[name]), f"{name} is still there"
     assert small.values("quant") == full.values("quant")
 
 
