@@ -9,17 +9,43 @@ import train_gpt as tg
 torch.set_num_threads(1)  # on tensors this small more threads only wait for each other
 
 OVERLAYS = ("cpu", "tiny")
-SYSTEMS = [name for name in tg.PRESETS if name not in OVERLAYS]
+# every system, as far as the script can honour it
+SYSTEMS = [f"{name}+plain" if any(isinstance(v, tg.Unbuilt) for v in values.values()) else name
+           for name, values in tg.PRESETS.items() if name not in (*OVERLAYS, "plain")]
 # one entry per technique that a knob switches
 TECHNIQUES = {
     "plain": {},
     "xsa": dict(xsa_last_n=2),
-    "smear_gate": dict(smear_gate=1),
+    **{f"smear_gate {form}": dict(smear_gate=form) for form in "ABCD"},
     "bigram": dict(bigram_buckets=64),
+    "engram": dict(engram_buckets=64, engram_dim=4),
+    "value_embed": dict(value_embed_last_n=2, value_embed_dim=8),
+    **{f"value_residual {form}": dict(value_residual=form) for form in ("add", "mix")},
+    **{f"output_gate {form}": dict(output_gate=form) for form in ("out", "bias", "dense", "sparse")},
+    "window": dict(attention_window=5),
+    "doc_attention": dict(doc_attention=1),
+    "ntk": dict(rope_scaling="ntk", rope_train_len=8),
+    "yarn": dict(rope_scaling="yarn", rope_train_len=8),
+    "no_positions": dict(positions="none"),
+    "no_x0": dict(x0_mix="none"),
+    "phase": dict(x0_mix="phase"),
+    "ln_scale": dict(ln_scale=1),
+    "factored": dict(embed_dim=24),
+    "untied": dict(tie_embeddings=0),
+    "shifted": dict(softcap="shifted"),
+    "swiglu": dict(mlp="swiglu"),
+    "mup": dict(mup_base_width=32),
+    "loops": dict(num_loops=2, loop_start=1, loop_end=1),
+    "gated_loops": dict(num_loops=2, loop_start=1, loop_end=1, loop_gates=1, loop_ramp_steps=3,
+                        skip_pairs="around_loop"),
+    "untied_loops": dict(num_loops=1, loop_start=0, loop_end=1, loop_untied_mlp=1),
+    **{f"skips {form}": dict(skips=form) for form in ("sigmoid", "gated")},
+    "one_skip": dict(max_skips=1, num_layers=5),
+    **{f"parallel {form}": dict(parallel=form, parallel_start=2) for form in "ABCD"},
     "leaky_relu2": dict(mlp="leaky_relu2", leaky_slope=0.3),
     "partial_rope": dict(rope_dims=8),
     "no_skips": dict(skips="none"),
-    "all": dict(xsa_last_n=1, smear_gate=1, bigram_buckets=64, mlp="leaky_relu2", rope_dims=8),
+    "all": dict(xsa_last_n=1, smear_gate="B", bigram_buckets=64, mlp="leaky_relu2", rope_dims=8),
 }
 
 
@@ -48,6 +74,11 @@ def random_batch(cfg: tg.Config, rows: int, length: int, seed: int = 1) -> tuple
 def token_losses(model: tg.GPT, ids: Tensor, targets: Tensor) -> Tensor:
     """Loss of every position, (rows, length)."""
     return model.losses(model.hidden(ids, tg.schedule(model.cfg)), targets)
+
+
+def total_loss(model: tg.GPT, ids: Tensor, targets: Tensor) -> Tensor:
+    """What is minimised, summed over a micro-batch, with every loop switched on."""
+    return model(ids, targets, tg.schedule(model.cfg))[0]
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

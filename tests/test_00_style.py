@@ -17,7 +17,7 @@ BANNER = re.compile(r"# -{4} (\d+) ([^:-]+?)(?::.*?)? -{3,}$")
 BANNERS = [(number, int(m[1]), m[2].strip()) for number, line in enumerate(LINES, 1) if (m := BANNER.match(line))]
 TOP_LEVEL = {"README.md", "data", "records", "requirements.txt", "tests", "train_gpt.py"}
 # Overrides whose meaning is said once, on the class or on the interface.
-UNDOCUMENTED = {"__init__", "forward", "state_dict", "load_state_dict"}
+UNDOCUMENTED = {"__init__", "build", "forward", "state_dict", "load_state_dict"}
 
 
 def length(node) -> int:

@@ -234,10 +234,10 @@ def test_gradients_accumulate_in_the_flat_vector():
     model, (ids, targets) = random_model(cfg), random_batch(cfg, 2, 16)
     plan = tg.schedule(cfg.model)
     want = dict(zip((name for name, _ in model.named_parameters()),
-                    torch.autograd.grad(model(ids, targets, plan), list(model.parameters()))))
+                    torch.autograd.grad(model(ids, targets, plan)[0], list(model.parameters()))))
     flat = tg.FlatParameters(model)
     for times in (1, 2):
-        model(ids, targets, plan).backward()
+        model(ids, targets, plan)[0].backward()
         for name, p in model.named_parameters():
             assert p.grad.untyped_storage().data_ptr() == flat.gradients.untyped_storage().data_ptr()
             torch.testing.assert_close(p.grad, times * want[name], rtol=1e-4, atol=1e-5)
@@ -252,7 +252,7 @@ def test_an_optimiser_step_moves_the_flat_weights_and_lowers_the_loss():
     before, losses = flat.weights.clone(), []
     for _ in range(5):
         flat.gradients.zero_()
-        loss = model(ids, targets, plan) / ids.numel()
+        loss = model(ids, targets, plan)[0] / ids.numel()
         loss.backward()
         muon.step(1.0, 0.9)
         adam.step()

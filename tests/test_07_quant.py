@@ -161,7 +161,7 @@ def test_qat_covers_exactly_the_block_matrices():
     attached = tg.attach_qat(model, cfg.quant)
     carriers = {name for name, m in model.named_modules() if isinstance(m, tg.Linear) and len(m.weight_sites) == 1}
     matrices = {name.removesuffix(".weight") for name, p in model.named_parameters() if p.quant == "matrix"}
-    assert carriers == matrices and len(attached) == len(matrices) == 2 * 6 + 1  # per block q k v proj up down; bigram
+    assert carriers == matrices and len(attached) == len(matrices) == 3 * 6 + 1  # per block q k v proj up down; bigram
     assert all(site.rule == tg.RoundToNearest(6, cfg.quant.clip_quantile, 0.0) for site in attached)
     assert len({id(site) for site in attached}) == len(attached) and not any(site.on for site in attached)
     untouched = random_model(config(qat="none"))
@@ -185,17 +185,17 @@ def test_reloaded_artifact_computes_what_the_last_training_forward_did(mode, bit
         if isinstance(module, tg.FakeQuant):
             keep = partial(used.__setitem__, name.removesuffix("weight_sites.0") + "weight")
             handles.append(module.register_forward_hook(lambda m, i, out, keep=keep: keep(out.detach().clone())))
-    off = model(ids, targets, plan).item()
+    off = model(ids, targets, plan)[1].item()
     for site in switches:
         site.on.fill_(1.0)
-    last = model(ids, targets, plan).item()
+    last = model(ids, targets, plan)[1].item()
     blob = tg.pack_artifact(tg.quantise(model, cfg.quant), {}, tg.CODECS["zlib"])
     _, tensors = tg.unpack_artifact(blob)
     assert set(used) == {name for name, p in model.named_parameters() if p.quant == "matrix"}
     for name, weight in used.items():
         assert torch.equal(tensors[name].dequant(), weight), name
     reloaded = tg.build_from_artifact(cfg, tensors, numerics)
-    assert reloaded(ids, targets, plan).item() == last != off
+    assert reloaded(ids, targets, plan)[1].item() == last != off
 
 
 # ---- Export ----

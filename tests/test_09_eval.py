@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from train_gpt import Windows, schedule, score
 
 VOCAB = 61
-RICH = dict(NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, SMEAR_GATE=1, BIGRAM_BUCKETS=32, XSA_LAST_N=2,
+RICH = dict(NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, SMEAR_GATE="B", BIGRAM_BUCKETS=32, XSA_LAST_N=2,
             ROPE_DIMS=4, MLP="leaky_relu2")
 
 
@@ -356,7 +356,7 @@ def test_a_fresh_process_repeats_the_official_line(trained):
 @pytest.mark.parametrize("knobs", [
     dict(), dict(PRESET="mlp3x_seq4096+cpu"),
     dict(PRESET="baseline+tiny", NUM_LAYERS=4, MODEL_DIM=128, MLP="leaky_relu2"),
-    dict(LOGIT_SOFTCAP=5, ROPE_BASE=100, SMEAR_GATE=1, XSA_LAST_N=2, BIGRAM_BUCKETS=64, SKIPS="none")], ids=str)
+    dict(LOGIT_SOFTCAP=5, ROPE_BASE=100, SMEAR_GATE="B", XSA_LAST_N=2, BIGRAM_BUCKETS=64, SKIPS="none")], ids=str)
 def test_the_environment_cannot_change_the_model_of_an_artifact(trained, evaluate, knobs):
     assert official(evaluate(**knobs)) == official(trained.out)
 

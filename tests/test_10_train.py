@@ -15,7 +15,7 @@ from conftest import ROOT, official, run_script
 from running import FAST, launch, log, metrics, train, wait_until
 
 # Everything that has state: momentum, AdamW, average, shuffled rows; fake quantisation and a hashed table on top.
-RICH = dict(PRESET="mlp3x_seq4096+tiny", AVERAGING="ema", EMA_DECAY=0.9, BIGRAM_BUCKETS=512, SMEAR_GATE=1)
+RICH = dict(PRESET="mlp3x_seq4096+tiny", AVERAGING="ema", EMA_DECAY=0.9, BIGRAM_BUCKETS=512, SMEAR_GATE="B")
 STEPS = 150
 
 

@@ -13,7 +13,7 @@ from helpers import OVERLAYS, SYSTEMS, config
 BOTH = dict(
     num_layers=9, model_dim=512, num_heads=8, num_kv_heads=4, vocab_size=1024, mlp="relu2", rope_base=10_000.0,
     rope_dims=0, qk_gain_init=1.5, skips="unet", logit_softcap=30.0, tied_embed_init_std=0.005, xsa_last_n=0,
-    smear_gate=False, bigram_buckets=0, loader="sequential", iterations=20_000, max_wallclock_seconds=600.0,
+    smear_gate="none", bigram_buckets=0, loader="sequential", iterations=20_000, max_wallclock_seconds=600.0,
     warmup_steps=20, lr_schedule="warmdown_iters", min_lr=0.0, muon="muon", muon_wd=0.0, beta1=0.9, beta2=0.95,
     adam_eps=1e-8, adam_wd=0.0, grad_clip_norm=0.0, averaging="none", clip_quantile=0.9999984,
     artifact_budget_bytes=16_000_000)
@@ -29,7 +29,9 @@ PUBLISHED = {
         codec="zstd", eval="sliding", eval_seq_len=4096, eval_stride=64),
 }
 # What makes a system itself: an overlay may shrink it but not change these.
-IDENTITY = ("mlp", "mlp_mult", "skips", "smear_gate", "logit_softcap", "muon", "averaging", "eval")
+IDENTITY = ("mlp", "mlp_mult", "skips", "skip_pairs", "smear_gate", "logit_softcap", "softcap", "muon", "averaging",
+            "eval", "parallel", "output_gate", "doc_attention", "x0_mix", "ln_scale", "init", "embed_init", "objective",
+            "positions", "loop_gates")
 
 
 @pytest.mark.parametrize("system", PUBLISHED)
@@ -45,19 +47,27 @@ def test_overlays_shrink_a_system_without_changing_its_techniques(system, overla
     assert small.notes == full.notes == ()
     before, after = full.values(), small.values()
     assert {name: after[name] for name in IDENTITY} == {name: before[name] for name in IDENTITY}
-    for name in ("num_layers", "model_dim", "train_seq_len", "train_batch_tokens", "max_wallclock_seconds"):
+    for name in ("num_layers", "model_dim", "train_batch_tokens"):
         assert after[name] < before[name], name
-    for name in ("xsa_last_n", "rope_dims", "bigram_buckets"):
+    for name in ("train_seq_len", "xsa_last_n", "rope_dims", "bigram_buckets", "engram_buckets", "num_loops",
+                 "value_embed_last_n", "iterations"):
         assert after[name] <= before[name], name
+    assert after["max_wallclock_seconds"] < (before["max_wallclock_seconds"] or math.inf)
+    for name in ("xsa_last_n", "num_loops", "value_embed_last_n", "engram_buckets", "mup_base_width"):
+        assert bool(after[name]) == bool(before[name]), f"{name} is still there"
     assert small.values("quant") == full.values("quant")
 
 
 def test_every_preset_is_a_known_overlay_or_system_and_sets_only_knobs():
-    assert set(OVERLAYS) | set(SYSTEMS) == set(tg.PRESETS) and set(PUBLISHED) <= set(SYSTEMS)
+    systems = {name.removesuffix("+plain") for name in SYSTEMS}
+    assert {"plain", *OVERLAYS} | systems == set(tg.PRESETS) and set(PUBLISHED) <= systems
     for name, values in tg.PRESETS.items():
-        assert set(values) <= set(tg.KNOBS), name
         for knob, value in values.items():
-            assert callable(value) or type(value) is type(tg.KNOBS[knob][1].default), f"{name}: {knob}"
+            waits = isinstance(value, tg.Unbuilt)
+            assert knob in tg.KNOBS or waits and value.plain is None, f"{name}: {knob}"
+            value = value.plain if waits else value
+            assert callable(value) or knob not in tg.KNOBS or type(value) is type(tg.KNOBS[knob][1].default), \
+                f"{name}: {knob}"
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
