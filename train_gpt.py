@@ -23,6 +23,7 @@ import difflib
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import lzma
 import math
@@ -37,6 +38,7 @@ import statistics
 import struct
 import sys
 import time
+import timeit
 import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -86,14 +88,12 @@ def knob(default, doc: str, lo=None, hi=None, choices=(), unit: str = "", source
 
 @dataclass(frozen=True)
 class RunConfig:
-    run_mode: str = knob("train", "train, export and score; or only predict size and cost; or only score an artifact",
-                         choices=("train", "plan", "eval"))
+    run_mode: str = knob("train", "do it all, predict, or score", choices=("train", "plan", "eval"))
     run_id: str = knob("auto", "name of the folder under RUNS_DIR; auto = date, time and seed")
     runs_dir: str = knob("runs", "folder that receives one folder per run")
     seed: int = knob(1337, "seed of initialisation and data order", 0, 2**31 - 1)
     device: str = knob("auto", "where to run; auto = CUDA when present", choices=("auto", "cpu", "cuda"))
-    resume: str = knob("none", "auto = continue from the run folder's checkpoint if there is one",
-                       choices=("none", "auto"))
+    resume: str = knob("none", "auto = go on from the run folder's checkpoint, if any", choices=("none", "auto"))
     artifact: str = knob("", "artifact file to score", needs="run_mode == eval")
     checkpoint_every: float = knob(60.0, "time between checkpoints, 0 = none", 0, 86400, unit="seconds")
     train_log_every: int = knob(200, "steps between two log lines", 1, 10**6, unit="steps")
@@ -123,21 +123,18 @@ class ModelConfig:
     tie_embeddings: bool = knob(True, "use the token table as output head too")
     mlp: str = knob("relu2", "MLP activation", choices=("relu2", "leaky_relu2", "swiglu"))
     mlp_mult: float = knob(2.0, "MLP hidden width as a multiple of MODEL_DIM", 0.25, 16)
-    leaky_slope: float = knob(0.5, "slope below zero, before squaring", 0, 1, source="PR 493",
-                              needs="mlp == leaky_relu2")
+    leaky_slope: float = knob(0.5, "slope below zero", 0, 1, source="PR 493", needs="mlp == leaky_relu2")
     leaky_slopes: str = knob("", "slopes per block, joined by commas, instead", needs="mlp == leaky_relu2")
     positions: str = knob("rotary", "how attention learns distances, if at all", choices=("rotary", "none"))
     rope_dims: int = knob(0, "leading dims of each head that rotate; 0 = all", 0, 512, source="PR 315")
     rope_base: float = knob(10000.0, "rotary base", 10, 1e7)
     rope_scaling: str = knob("none", "how frequencies slow down in rows longer than ROPE_TRAIN_LEN",
                              choices=("none", "ntk", "yarn"), source="arXiv 2309.00071")
-    rope_train_len: int = knob(1024, "row length that the rotary frequencies are made for", 8, 65536, unit="tokens",
-                               needs="rope_scaling != none")
+    rope_train_len: int = knob(1024, "longest row not scaled", 8, 65536, needs="rope_scaling != none")
     qk_gain_init: float = knob(1.5, "initial per-head inverse temperature of attention", 0.1, 20, source="PR 1125")
     attention_window: int = knob(0, "keys that a query sees, its own included; 0 = all before it", 0, 65536)
     doc_attention: bool = knob(False, "attention stops at the beginning of the document", source="PR 1530")
-    xsa_last_n: int = knob(0, "blocks, counted from the top, whose heads drop the part along their own value", 0, 64,
-                           source="arXiv 2603.09078, PR 265")
+    xsa_last_n: int = knob(0, "top blocks whose heads drop their own value", 0, 64, source="arXiv 2603.09078")
     output_gate: str = knob("none", "gate on each head's output by 12 or (bias, dense) all channels of the token",
                             choices=("none", "out", "bias", "dense", "sparse"), source="PRs 1667, 549, 1736, 1787")
     output_gate_scale: float = knob(1.0, "steepness of the sparse gate", 0.01, 10, needs="output_gate == sparse")
@@ -207,17 +204,13 @@ class OptimConfig:
     max_wallclock_seconds: float = knob(600.0, "training time; 0 = stop by ITERATIONS alone", 0, 10**7, unit="seconds")
     reserve_seconds: float = knob(0.0, "part of the training time kept for what must happen inside it", 0, 600,
                                   unit="seconds", needs="max_wallclock_seconds > 0")
-    warmup_steps: int = knob(20, "steps on synthetic tokens that prewarm kernels and are then undone", 0, 1000,
-                             unit="steps")
+    warmup_steps: int = knob(20, "synthetic steps that prewarm kernels and are undone", 0, 1000, unit="steps")
     lr_schedule: str = knob("warmdown_iters", "shape of the learning rate: constant, then linear over WARMDOWN_ITERS "
                             "steps or WARMDOWN_FRAC of the run", choices=("warmdown_iters", "warmdown_frac"))
-    warmdown_iters: int = knob(1200, "steps of the final decay", 0, 10**7, unit="steps",
-                               needs="lr_schedule == warmdown_iters")
-    warmdown_frac: float = knob(0.6, "part of the run spent in the final decay", 0, 1,
-                                needs="lr_schedule == warmdown_frac")
+    warmdown_iters: int = knob(1200, "steps of the decay", 0, 10**7, needs="lr_schedule == warmdown_iters")
+    warmdown_frac: float = knob(0.6, "part of the run that decays", 0, 1, needs="lr_schedule == warmdown_frac")
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", 0, 1)
-    muon: str = knob("muon", "optimiser of the matrices, a named list of stages",
-                     choices=("muon", "muon_polar", "muoneq_r"))
+    muon: str = knob("muon", "list of stages that updates matrices", choices=("muon", "muon_polar", "muoneq_r"))
     matrix_lr: float = knob(0.04, "Muon learning rate", 0, 1)
     muon_momentum: float = knob(0.95, "Muon momentum", 0, 0.9999)
     muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", 0, 0.9999)
@@ -233,10 +226,8 @@ class OptimConfig:
     beta2: float = knob(0.95, "AdamW beta2", 0, 0.99999)
     adam_eps: float = knob(1e-8, "AdamW epsilon", 1e-12, 1e-2)
     grad_clip_norm: float = knob(0.0, "bound of the norm of the reduced gradient; 0 = off", 0, 1e6)
-    averaging: str = knob("none", "weights that are exported: the last ones or their moving average",
-                          choices=("none", "ema"))
-    ema_decay: float = knob(0.997, "decay of the moving average per step", 0, 0.99999, needs="averaging == ema",
-                            source="PR 287")
+    averaging: str = knob("none", "export the last weights or their moving average", choices=("none", "ema"))
+    ema_decay: float = knob(0.997, "decay per step", 0, 0.99999, needs="averaging == ema", source="PR 287")
     objective: str = knob("ce", "what is minimised: cross-entropy, or weighted by bytes, focal, with a z-loss, with "
                           "multi-token prediction; the log reports nats", choices=("ce", "byte", "focal", "z", "mtp"))
     focal_gamma: float = knob(2.0, "power of (1 - p) that multiplies a loss", 0, 10, needs="objective == focal")
@@ -245,19 +236,16 @@ class OptimConfig:
     mtp_weight: float = knob(0.2, "weight of their mean loss", 0, 10, needs="objective == mtp")
 
 
-BIT_WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
-
-
 @dataclass(frozen=True)
 class QuantConfig:
+    BIT_WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)  # 16 is fp16
     matrix_bits: int = knob(8, "bits of block matrices; 16 = fp16", 2, 16, choices=BIT_WIDTHS, unit="bits")
     embed_bits: int = knob(8, "bits of embeddings and tables; 16 = fp16", 2, 16, choices=BIT_WIDTHS, unit="bits")
     qat: str = knob("none", "train the block matrices through the export grid by straight-through gradients",
                     choices=("none", "ste"), needs="matrix_bits < 16", source="PR 66")
     qat_start_frac: float = knob(0.0, "part of the run after which the grid is switched on", 0, 1, needs="qat != none")
-    clip_quantile: float = knob(0.9999984, "quantile of |w| of a row that becomes the largest level", 0.5, 1)
-    scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 reproduces the floor of the published int8 exports",
-                              0, 1)
+    clip_quantile: float = knob(0.9999984, "quantile of a row's magnitudes that becomes the largest level", 0.5, 1)
+    scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 = the published int8 exports", 0, 1)
     codec: str = knob("zlib", "byte compressor of the artifact", choices=("zlib", "lzma", "zstd", "brotli"))
     artifact_budget_bytes: int = knob(16_000_000, "largest code + model", 1, 2**40, unit="bytes")
 
@@ -266,23 +254,18 @@ class QuantConfig:
 class EvalConfig:
     eval: str = knob("chunked", "how the official score is taken: disjoint chunks of TRAIN_SEQ_LEN, or windows of "
                      "EVAL_SEQ_LEN that advance by EVAL_STRIDE", choices=("chunked", "sliding"))
-    eval_seq_len: int = knob(1024, "window of the sliding evaluation", 2, 65536, unit="tokens",
-                             needs="eval == sliding")
+    eval_seq_len: int = knob(1024, "sliding window", 2, 65536, unit="tokens", needs="eval == sliding")
     eval_stride: int = knob(64, "tokens scored per window", 1, 65536, unit="tokens", needs="eval == sliding")
     eval_batch_tokens: int = knob(131_072, "tokens of one evaluation batch on a rank", 1, 2**24, unit="tokens")
 
 
 @dataclass(frozen=True)
 class SystemConfig:
-    numerics: str = knob("auto", "arithmetic of matrix products: fp32, fp32 by the fastest route (medium), or bf16; "
-                         "auto = bf16 on CUDA, the fastest accurate one on CPU",
-                         choices=("auto", "fp32", "medium", "bf16"))
-    attention: str = knob("auto", "causal attention kernel; auto = the faster one on this machine",
-                          choices=("auto", "sdpa", "blocked"))
-    compile: str = knob("auto", "torch.compile; auto = always on CUDA, on CPU when the run is long enough to repay it",
-                        choices=("auto", "off", "on"))
-    micro_batch_tokens: int = knob(65_536, "most tokens of one forward/backward pass on a rank", 8, 2**24,
-                                   unit="tokens")
+    numerics: str = knob("auto", "matrix products in fp32, fp32 by the fastest route (medium) or bf16; auto = bf16 on "
+                         "CUDA, the fastest accurate one on CPU", choices=("auto", "fp32", "medium", "bf16"))
+    attention: str = knob("auto", "causal kernel; auto = the faster one here", choices=("auto", "sdpa", "blocked"))
+    compile: str = knob("auto", "torch.compile; auto = when it pays: always on CUDA", choices=("auto", "off", "on"))
+    micro_batch_tokens: int = knob(65_536, "most tokens of one pass on a rank", 8, 2**24, unit="tokens")
     threads: int = knob(0, "CPU threads of each rank; 0 = the cores this process may use", 0, 1024)
 
 
@@ -426,54 +409,51 @@ PRESETS: dict[str, dict[str, Any]] = {
         engram_dim=8, value_embed_dim=16, rope_train_len=64, leaky_slopes="", loop_start=1, loop_end=1,
         parallel_start=2, ema_decay=0.9, **at_most(bigram_buckets=512, engram_buckets=128, rope_dims=16, xsa_last_n=2,
         attention_window=32, embed_dim=32, value_embed_last_n=2, num_loops=2, mup_base_width=64, loop_at_step=3,
-        loop_ramp_steps=3)),
-}
+        loop_ramp_steps=3))}
 DEFAULT_PRESET = {"cuda": "mlp3x_seq4096", "cpu": "mlp3x_seq4096+cpu"}
 
-# Cross-field rules: (broken when, message). All broken ones are reported together.
-RULES: list[tuple[Callable[[dict], bool], Callable[[dict], str]]] = [
-    (lambda v: v["model_dim"] % v["num_heads"], lambda v:
-     f"MODEL_DIM={v['model_dim']} is not divisible by NUM_HEADS={v['num_heads']}"),
-    (lambda v: v["num_heads"] % v["num_kv_heads"], lambda v:
-     f"NUM_HEADS={v['num_heads']} is not divisible by NUM_KV_HEADS={v['num_kv_heads']}"),
-    (lambda v: v["model_dim"] % v["num_heads"] == 0 and v["model_dim"] // v["num_heads"] % 2, lambda v:
-     f"MODEL_DIM/NUM_HEADS={v['model_dim'] // v['num_heads']} must be even for rotary positions"),
-    (lambda v: v["rope_dims"] % 2 or v["rope_dims"] > v["model_dim"] // v["num_heads"], lambda v:
-     f"ROPE_DIMS={v['rope_dims']} must be even and at most MODEL_DIM/NUM_HEADS={v['model_dim'] // v['num_heads']}"),
-    (lambda v: v["run_mode"] != "eval" and v["train_batch_tokens"] % v["train_seq_len"], lambda v:
-     f"TRAIN_BATCH_TOKENS={v['train_batch_tokens']} is not a multiple of TRAIN_SEQ_LEN={v['train_seq_len']}"),
-    (lambda v: v["eval"] == "sliding" and v["eval_stride"] > v["eval_seq_len"], lambda v:
-     f"EVAL_STRIDE={v['eval_stride']} is larger than EVAL_SEQ_LEN={v['eval_seq_len']}"),
-    (lambda v: v["bigram_buckets"] == 1, lambda v: "BIGRAM_BUCKETS=1: want 0 (off) or at least 2"),
-    (lambda v: v["leaky_slopes"] and not re.fullmatch(r"-?\d*\.?\d+(,-?\d*\.?\d+){%d}" % (v["num_layers"] - 1),
-                                                      v["leaky_slopes"]), lambda v:
-     f"LEAKY_SLOPES={v['leaky_slopes']!r}: want NUM_LAYERS={v['num_layers']} numbers joined by commas"),
-    (lambda v: v["num_loops"] and not v["loop_start"] <= v["loop_end"] < v["num_layers"], lambda v:
-     f"LOOP_START={v['loop_start']} to LOOP_END={v['loop_end']} are not blocks of NUM_LAYERS={v['num_layers']}"),
-    (lambda v: v["parallel"] != "none" and v["parallel_start"] >= v["num_layers"], lambda v:
-     f"PARALLEL_START={v['parallel_start']} is not a block of NUM_LAYERS={v['num_layers']}"),
-    (lambda v: v["num_loops"] and v["parallel"] in ("B", "C", "D") and v["parallel_start"] <= v["loop_end"], lambda v:
-     f"PARALLEL_START={v['parallel_start']} must be larger than LOOP_END={v['loop_end']}: two lanes cannot be looped"),
-    (lambda v: v["skip_pairs"] == "around_loop" and not v["num_loops"], lambda v:
+# Cross-field rules: (broken when, message with values in braces). All broken ones are reported together.
+RULES: list[tuple[Callable[[dict], Any], str]] = [
+    (lambda v: v["model_dim"] % v["num_heads"], "MODEL_DIM={model_dim} is not divisible by NUM_HEADS={num_heads}"),
+    (lambda v: v["num_heads"] % v["num_kv_heads"],
+     "NUM_HEADS={num_heads} is not divisible by NUM_KV_HEADS={num_kv_heads}"),
+    (lambda v: v["model_dim"] % v["num_heads"] == 0 and v["model_dim"] // v["num_heads"] % 2,
+     "MODEL_DIM={model_dim} over NUM_HEADS={num_heads} must be even for rotary positions"),
+    (lambda v: v["rope_dims"] % 2 or v["rope_dims"] > v["model_dim"] // v["num_heads"],
+     "ROPE_DIMS={rope_dims} must be even and at most MODEL_DIM={model_dim} over NUM_HEADS={num_heads}"),
+    (lambda v: v["run_mode"] != "eval" and v["train_batch_tokens"] % v["train_seq_len"],
+     "TRAIN_BATCH_TOKENS={train_batch_tokens} is not a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
+    (lambda v: v["eval"] == "sliding" and v["eval_stride"] > v["eval_seq_len"],
+     "EVAL_STRIDE={eval_stride} is larger than EVAL_SEQ_LEN={eval_seq_len}"),
+    (lambda v: v["bigram_buckets"] == 1, "BIGRAM_BUCKETS=1: want 0 (off) or at least 2"),
+    (lambda v: v["leaky_slopes"] and not re.fullmatch(
+        r"-?\d*\.?\d+(,-?\d*\.?\d+){%d}" % (v["num_layers"] - 1), v["leaky_slopes"]),
+     "LEAKY_SLOPES={leaky_slopes!r}: want NUM_LAYERS={num_layers} numbers joined by commas"),
+    (lambda v: v["num_loops"] and not v["loop_start"] <= v["loop_end"] < v["num_layers"],
+     "LOOP_START={loop_start} to LOOP_END={loop_end} are not blocks of NUM_LAYERS={num_layers}"),
+    (lambda v: v["parallel"] != "none" and v["parallel_start"] >= v["num_layers"],
+     "PARALLEL_START={parallel_start} is not a block of NUM_LAYERS={num_layers}"),
+    (lambda v: v["num_loops"] and v["parallel"] in ("B", "C", "D") and v["parallel_start"] <= v["loop_end"],
+     "PARALLEL_START={parallel_start} must be larger than LOOP_END={loop_end}: two lanes cannot be looped"),
+    (lambda v: v["skip_pairs"] == "around_loop" and not v["num_loops"],
      "SKIP_PAIRS=around_loop needs NUM_LOOPS of at least 1"),
-    (lambda v: v["rope_scaling"] == "ntk" and (v["rope_dims"] or v["model_dim"] // v["num_heads"]) < 4, lambda v:
-     f"ROPE_SCALING=ntk needs at least 4 rotating dims, ROPE_DIMS={v['rope_dims']}"),
-    (lambda v: v["embed_init"] == "svd" and v["vocab_size"] > 16_384, lambda v:
-     f"EMBED_INIT=svd counts VOCAB_SIZE={v['vocab_size']} squared pairs; want at most 16 384 tokens"),
-    (lambda v: v["codec"] not in available_codecs(), lambda v:
-     f"CODEC={v['codec']} needs a package that is not installed; available: {', '.join(available_codecs())}"),
-    (lambda v: v["max_wallclock_seconds"] and v["reserve_seconds"] >= v["max_wallclock_seconds"], lambda v:
-     f"RESERVE_SECONDS={v['reserve_seconds']} must be less than MAX_WALLCLOCK_SECONDS={v['max_wallclock_seconds']}"),
-    (lambda v: v["device"] == "cuda" and not torch.cuda.is_available(), lambda v:
+    (lambda v: v["rope_scaling"] == "ntk" and (v["rope_dims"] or v["model_dim"] // v["num_heads"]) < 4,
+     "ROPE_SCALING=ntk needs at least 4 rotating dims, ROPE_DIMS={rope_dims}"),
+    (lambda v: v["embed_init"] == "svd" and v["vocab_size"] > 16_384,
+     "EMBED_INIT=svd counts VOCAB_SIZE={vocab_size} squared pairs; want at most 16 384 tokens"),
+    (lambda v: v["codec"] not in available_codecs(),
+     "CODEC={codec} needs a package that is not installed; available: {codecs}"),
+    (lambda v: v["max_wallclock_seconds"] and v["reserve_seconds"] >= v["max_wallclock_seconds"],
+     "RESERVE_SECONDS={reserve_seconds} must be less than MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
+    (lambda v: v["device"] == "cuda" and not torch.cuda.is_available(),
      "DEVICE=cuda but this machine has no usable CUDA device; set DEVICE=cpu or auto"),
-    (lambda v: any(c in v["run_id"] for c in "/\\\0") or v["run_id"] in ("", ".", ".."), lambda v:
-     f"RUN_ID={v['run_id']!r} must be a plain folder name"),
-]
+    (lambda v: any(c in v["run_id"] for c in "/\\\0") or v["run_id"] in ("", ".", ".."),
+     "RUN_ID={run_id!r} must be a plain folder name")]
 SPECIAL_ENV = ("PRESET",)  # read by load() itself, not a field
 ALIASES = {  # names that people type out of habit
     "LR": "MATRIX_LR", "LEARNING_RATE": "MATRIX_LR", "BATCH_SIZE": "TRAIN_BATCH_TOKENS", "SEQ_LEN": "TRAIN_SEQ_LEN",
     "N_LAYER": "NUM_LAYERS", "N_LAYERS": "NUM_LAYERS", "N_HEAD": "NUM_HEADS", "N_EMBD": "MODEL_DIM",
-    "STEPS": "ITERATIONS", "MAX_STEPS": "ITERATIONS", "WEIGHT_DECAY": "MUON_WD", "EMBED_LR": "TIED_EMBED_LR",
+    "STEPS": "ITERATIONS", "MAX_STEPS": "ITERATIONS", "WEIGHT_DECAY": "MUON_WD", "EPOCHS": "ITERATIONS",
     "STRIDE": "EVAL_STRIDE", "GRAD_CLIP": "GRAD_CLIP_NORM", "WARMDOWN_STEPS": "WARMDOWN_ITERS"}
 
 
@@ -516,10 +496,8 @@ def allowed(f) -> str:
 
 def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
     """Resolve default < preset < stored (an artifact's own values) < environment; what made its score is final.
-
     Raises UserError that lists every bad knob, rule and, under STRICT_ENV=1, every warning at once. Before an
-    artifact is read (RUN_MODE=eval, nothing stored) the rules wait for its values.
-    """
+    artifact is read (RUN_MODE=eval, nothing stored) the rules wait for its values."""
     preset = env.get("PRESET") or DEFAULT_PRESET[pick_device(env)]
     values = {name: f.default for name, (_, f) in KNOBS.items()}
     origins, errors, wrong = dict.fromkeys(values, "default"), [], []
@@ -532,7 +510,8 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
             values[name], origins[name] = values[name].plain, "plain"
     for name, value in (stored or {}).items():
         values[name], origins[name] = parse_knob(name, str(value)), "artifact"
-    final = final_knobs(stored)
+    # The environment may change how an artifact is scored and its budget, nothing else that it stores.
+    final = {name for name in stored or {} if KNOBS[name][0] != "eval"} - {"artifact_budget_bytes"}
     for name in values:
         if (text := env.get(name.upper())) is not None and name not in final:
             try:
@@ -547,7 +526,8 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
     if values["run_mode"] == "eval" and not values["artifact"]:
         errors.append("RUN_MODE=eval needs ARTIFACT=<path of a .golf file>")
     if values["run_mode"] != "eval" or stored:
-        broken_rules = [message(values) for broken, message in RULES if broken(values)]
+        shown = values | dict(codecs=", ".join(available_codecs()))
+        broken_rules = [message.format(**shown) for broken, message in RULES if broken(values)]
         errors += [message for message in broken_rules if not any(name in message for name in wrong)]
     notes = misspelt(env) + ineffective(values, origins)
     notes += [f"{name.upper()} has no effect: the artifact's own {name.upper()}={values[name]} is scored"
@@ -558,11 +538,6 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
         raise UserError(*errors)
     parts = {g: cls(**{f.name: values[f.name] for f in fields(cls)}) for g, cls in GROUPS.items()}
     return Config(**parts, preset=preset, origins=origins, notes=tuple(notes))
-
-
-def final_knobs(stored: dict[str, Any] | None) -> set[str]:
-    """What the environment cannot change of an artifact: all that it stores but the way of scoring and the budget."""
-    return {name for name in stored or {} if KNOBS[name][0] != "eval"} - {"artifact_budget_bytes"}
 
 
 def misspelt(env: dict[str, str]) -> list[str]:
@@ -592,22 +567,16 @@ def ineffective(values: dict[str, Any], origins: dict[str, str]) -> list[str]:
 
 def help_text(markdown: bool) -> str:
     """Every knob with default, range and meaning, grouped; as text or as the README's table."""
-    lines = [] if markdown else [__doc__.strip(), "", "Presets (join with +): " + ", ".join(PRESETS), ""]
-    if markdown:
-        lines += ["| knob | default | allowed | meaning |", "|---|---|---|---|"]
+    lines = ["| knob | default | allowed | meaning |", "|---|---|---|---|"] if markdown else [
+        __doc__.strip(), "", "Presets (join with +): " + ", ".join(PRESETS), ""]
+    form = "| `{}` | `{}` | {} | {} |" if markdown else "  {}={}  ({})\n      {}"
     for group, cls in GROUPS.items():
-        if not markdown:
-            lines.append(f"{group}:")
+        lines += [] if markdown else [f"{group}:"]
         for f in fields(cls):
-            m = f.metadata
-            default = int(f.default) if type(f.default) is bool else f.default
+            m, default = f.metadata, int(f.default) if type(f.default) is bool else f.default
             extra = "".join([f" [{m['unit']}]" if m["unit"] else "", f"; needs {m['needs'].upper()}" if m["needs"]
                              else "", f"; source: {m['source']}" if m["source"] else ""])
-            if markdown:
-                lines.append(f"| `{f.name.upper()}` | `{default}` | {allowed(f)} | {m['doc']}{extra} |".replace("|w|",
-                             "abs(w)"))
-            else:
-                lines.append(f"  {f.name.upper()}={default}  ({allowed(f)})\n      {m['doc']}{extra}")
+            lines.append(form.format(f.name.upper(), default, allowed(f), m["doc"] + extra))
     return "\n".join(lines)
 
 
@@ -622,12 +591,9 @@ def cpu_cores() -> int:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
+    """Hex sha256 of a file."""
     with open(path, "rb") as f:
-        while piece := f.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def relative(path: Path | str) -> str:
@@ -657,6 +623,7 @@ class Runtime:
 
     def __init__(self, cfg: Config, env: dict[str, str]):
         self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
         local, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", self.world))
         kind = pick_device({"DEVICE": cfg.run.device})
         if kind == "cuda" and local >= torch.cuda.device_count():
@@ -670,10 +637,6 @@ class Runtime:
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         self.start, self.phases, self.log_file, self.metrics_file, self.folder = time.monotonic(), [], None, None, None
         self.interrupted = False
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
 
     def close(self):
         """Leave the process group."""
@@ -816,9 +779,7 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 def open_shard(path: Path) -> np.ndarray:
     """Memory-map one shard: 256 little-endian int32 (magic, version, count), then `count` uint16 tokens.
-
-    Raises UserError naming the file when it is missing, empty, truncated, too long or of another format.
-    """
+    Raises UserError naming the file when it is missing, empty, truncated, too long or of another format."""
     name, size = relative(path), path.stat().st_size if path.is_file() else -1
     if size < 0:
         raise UserError(f"{name}: not a file")
@@ -964,16 +925,12 @@ def read_tokenizer(path: Path, vocab: int):
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """What a dataset says about itself, {} when it says nothing. Raises UserError for a damaged one."""
-    if not path.exists():
-        return {}
     try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict) or not isinstance(found.get("reference_bpb", {}), dict):
-            raise ValueError("not what a dataset builder writes")
-        if not found.get("comparable", True) and not isinstance(found.get("note"), str):
-            raise ValueError("`comparable` is false but there is no `note` that says why")
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(found.get("reference_bpb", {}), dict) or not (found.get("comparable", True) or found["note"]):
+            raise ValueError("reference_bpb or note")
         return found
-    except (ValueError, RecursionError) as error:
+    except (ValueError, AttributeError, KeyError, RecursionError) as error:
         raise UserError(f"{relative(path)}: damaged manifest ({error}); build the dataset again") from None
 
 
@@ -1018,6 +975,7 @@ class Loader:
         self.stream, self.seq, self.seed = stream, cfg.data.train_seq_len, cfg.run.seed
         self.rows, self.vocab = cfg.data.train_batch_tokens // self.seq, cfg.data.vocab_size
         self.epoch, self.index = 0, 0  # pass over the text, next row of it
+        self.begin_epoch()
 
     def state_dict(self) -> dict[str, int]:
         return dict(epoch=self.epoch, index=self.index)
@@ -1052,10 +1010,6 @@ class Loader:
 class ShuffledLoader(Loader):
     """Rows in a new random order and from a new random phase each epoch, decided by SEED alone."""
 
-    def __init__(self, stream: TokenStream, cfg: Config):
-        super().__init__(stream, cfg)
-        self.begin_epoch()
-
     def begin_epoch(self):
         """Draw phase and order from (SEED, epoch)."""
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -1087,9 +1041,7 @@ BOS = 1  # the id that begins each document
 
 def visible_keys(ids: Tensor, model: ModelConfig) -> Tensor | None:
     """(1 or B,T,T) bool, true where a query (row) may read a key; None = all before it, which kernels do best.
-
-    Knobs: ATTENTION_WINDOW, DOC_ATTENTION (positions stay those of the row: rotation sees only distances).
-    """
+    Knobs: ATTENTION_WINDOW, DOC_ATTENTION (positions stay those of the row: rotation sees only distances)."""
     if not (model.attention_window or model.doc_attention):
         return None
     position = torch.arange(ids.size(1), device=ids.device)
@@ -1108,10 +1060,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = Non
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, window: int = 0) -> Tensor:
     """Exact causal attention in row blocks, softmax in fp32; faster than the stock CPU kernel. Shapes as above.
-
     The g = H/G query heads of one key/value head are folded into rows, so keys and values are never repeated; keys
-    before the `window` of a whole block are skipped.
-    """
+    before the `window` of a whole block are skipped."""
     (B, T, H, D), G = q.shape, k.size(2)
     g, size = H // G, max(128, -(-T // 8))
     q = (q * D**-0.5).transpose(1, 2).reshape(B * G, g, T, D)
@@ -1140,9 +1090,7 @@ def softcapped_cross_entropy(z: Tensor, targets: Tensor, cap: float) -> Tensor:
 
 class ShiftedSoftcapLoss(torch.autograd.Function):
     """The same loss from logits shifted by the cap, 2 cap sigmoid(2z / cap): bounded by 2 cap, so no maximum is needed.
-
-    Keeps only z in its own dtype and one number per row for the backward. Source: PR 1787. Knob: SOFTCAP.
-    """
+    Keeps only z in its own dtype and one number per row for the backward. Source: PR 1787. Knob: SOFTCAP."""
 
     @staticmethod
     def forward(ctx, z: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -1169,13 +1117,7 @@ SOFTCAPS = {"tanh": softcapped_cross_entropy, "shifted": ShiftedSoftcapLoss.appl
 
 def best_time(run: Callable[[], Any], repeats: int = 3) -> float:
     """Shortest of `repeats` timings in seconds, after one warm-up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+    return min(timeit.repeat(run, number=1, repeat=repeats + 1)[1:])
 
 
 def fastest_cpu_mode(log: Callable[[str], None]) -> str:
@@ -1249,9 +1191,7 @@ def compiled(function: Callable, numerics: Numerics) -> Callable:
 # ---- 5 Model: a technique is a module at a named site; switched off, it is absent -----------------------------------
 def param(shape: tuple[int, ...], init: Callable[[Tensor], Any], opt: str, quant: str) -> nn.Parameter:
     """A parameter born with its two tags: `opt` names its optimiser group, `quant` its quantiser (see QUANTISERS).
-
-    An empty one belongs to something that is off: it is no parameter.
-    """
+    An empty one belongs to something that is off: it is no parameter."""
     if not math.prod(shape):
         return nn.Buffer(torch.empty(shape), persistent=False)
     p = nn.Parameter(torch.empty(shape))
@@ -1293,10 +1233,8 @@ def through(modules: nn.ModuleList, x: Tensor, *context) -> Tensor:
 
 class Linear(nn.Module):
     """x (..., n_in) -> (..., n_out), no bias; fp32 weight cast to the dtype of x.
-
     `weight_sites` is where fake quantisation attaches (filled before compile, empty when off). As a site of its own it
-    needs nothing but x.
-    """
+    needs nothing but x."""
 
     def __init__(self, n_in: int, n_out: int, init: Callable = uniform, opt: str = "matrix", quant: str = "matrix"):
         super().__init__()
@@ -1482,8 +1420,7 @@ ROPE_SCALINGS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     # base * ratio^(R/(R-2)): the slowest frequency turns as far over the long row as it did over the short one
     "ntk": lambda frequency, r, ratio: frequency * ratio ** (-r / (1 - r[1])),
     # the lower three quarters gradually slow down, to 1/ratio. Source: arXiv 2309.00071
-    "yarn": lambda frequency, r, ratio: frequency / (((r - 0.25) / 0.75).clamp(0, 1) * (ratio - 1) + 1),
-}
+    "yarn": lambda frequency, r, ratio: frequency / (((r - 0.25) / 0.75).clamp(0, 1) * (ratio - 1) + 1)}
 
 
 class Rotary(Site):
@@ -1634,8 +1571,7 @@ SITES: dict[str, list[tuple[Callable, Callable[[ModelConfig, int], bool]]]] = {
     "residual": [(X0Mix, lambda c, i: c.x0_mix != "none")],
     "input": [(LNScale, lambda c, i: c.ln_scale)],
     "head": [(MupLogits, lambda c, i: c.mup_base_width > 0),
-             (lambda c, i: Linear(c.model_dim, c.embed_dim), lambda c, i: c.embed_dim > 0)],
-}
+             (lambda c, i: Linear(c.model_dim, c.embed_dim), lambda c, i: c.embed_dim > 0)]}
 
 
 def sites(name: str, cfg: ModelConfig, layer: int = 0) -> nn.ModuleList:
@@ -1665,9 +1601,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """One stored layer: residual sites, attention, then the MLP on its result, each branch scaled per channel.
-
-    Takes and returns the lanes of the residual stream, each (B,T,C); here one. `version` 1 uses the repeats' own MLP.
-    """
+    Takes and returns the lanes of the residual stream, each (B,T,C), here one. `version` 1 uses the repeats' MLP."""
     lanes, skip_lanes = 1, 1  # lanes that it carries, and those that receive skips
 
     def __init__(self, cfg: ModelConfig, layer: int, kernel: Callable):
@@ -1753,10 +1687,8 @@ Plan = tuple[Slot, ...]
 
 def schedule(cfg: ModelConfig, loops: int | None = None) -> Plan:
     """The order of block applications and the skips between them, decided once, as data.
-
     Blocks LOOP_START..LOOP_END run 1 + loops times. The first half of the slots (or those before the loop) push their
-    outputs, the second half (or those after it) pop them, last in, first out. Source: PR 1394.
-    """
+    outputs, the second half (or those after it) pop them, last in, first out. Source: PR 1394."""
     loops = cfg.num_loops if loops is None else loops
     segment = range(cfg.loop_start, cfg.loop_end + 1) if cfg.num_loops else range(0)
     repeats = [Slot(b, gates=((i, b - cfg.loop_start),) * cfg.loop_gates, version=int(cfg.loop_untied_mlp))
@@ -1788,8 +1720,7 @@ SKIPS: dict[str, Callable] = {
     "unet": lambda model, i, x, s: x + model.skip_weights[i].to(x.dtype) * s,
     "sigmoid": lambda model, i, x, s: x + torch.sigmoid(model.skip_weights[i]).to(x.dtype) * s,
     "gated": lambda model, i, x, s: torch.lerp(model.skip_weights[i].to(x.dtype) * s, x,
-                                               torch.sigmoid(model.skip_gates[i]).to(x.dtype)),
-}
+                                               torch.sigmoid(model.skip_gates[i]).to(x.dtype))}
 
 
 class GPT(nn.Module):
@@ -1930,9 +1861,7 @@ def orthogonal_init(model: GPT):
 
 def mimetic_init(model: GPT, rows: bool = False):
     """Orthogonal, and each head's output starts as -0.05 times what its values read: V_h O_h = -0.05 I.
-
-    `rows` puts the same block into the rows of O instead of the columns, as published (PR 1089). arXiv 2305.09828.
-    """
+    `rows` puts the same block into the rows of O instead of the columns, as published (PR 1089). arXiv 2305.09828."""
     orthogonal_init(model)
     for attn in (block.attn for block in model.blocks):
         group, width = attn.cfg.num_heads // attn.cfg.num_kv_heads, attn.cfg.head_dim
@@ -1979,10 +1908,8 @@ def see_data(model: GPT, data: Data):
 # ---- 6 Optimisation: one Muon made of stages, AdamW groups, ramps, averaging ----------------------------------------
 class FlatParameters:
     """All weights as views of one fp32 vector and all gradients as views of another, same-shape matrices adjacent.
-
     Modules keep ordinary parameters; reduction, clipping, averaging and Muon's stacks work on whole memory.
-    The gradient vector ends with one extra number, the loss, so that one all-reduce carries both.
-    """
+    The gradient vector ends with one extra number, the loss, so that one all-reduce carries both."""
 
     def __init__(self, model: GPT):
         self.params = sorted(model.parameters(), key=lambda p: (p.opt != "matrix", p.opt, p.shape))  # stable
@@ -1998,12 +1925,10 @@ class FlatParameters:
     def stacks(self) -> list[tuple[Tensor, Tensor]]:
         """(weights, gradients) of the matrix group as (K, m, n) views, one pair per shape."""
         found, i = [], 0
-        matrices = [p for p in self.params if p.opt == "matrix"]
-        while i < len(matrices):
-            shape, k = matrices[i].shape, sum(p.shape == matrices[i].shape for p in matrices)
-            span = slice(self.offsets[i], self.offsets[i + k])
+        for shape, group in itertools.groupby((p for p in self.params if p.opt == "matrix"), lambda p: p.shape):
+            k = len(list(group))
+            span, i = slice(self.offsets[i], self.offsets[i + k]), i + k
             found.append((self.weights[span].view(k, *shape), self.gradients[span].view(k, *shape)))
-            i += k
         return found
 
     def clip(self, bound: float):
@@ -2066,16 +1991,13 @@ def aspect_scale(u: Tensor, state: dict[str, Tensor], hp: dict[str, Any]) -> Ten
 MUON = {
     "muon": (nesterov, newton_schulz, aspect_scale),
     "muon_polar": (nesterov, polar_express, aspect_scale),
-    "muoneq_r": (nesterov, row_norm, newton_schulz, aspect_scale),
-}
+    "muoneq_r": (nesterov, row_norm, newton_schulz, aspect_scale)}
 
 
 class Muon:
     """Momentum, orthogonalise, scale: runs a list of stages over every stack of same-shape matrices.
-
     Each rank orthogonalises its share of a stack; one all-reduce hands out the updates. State is equal on all ranks,
-    so a checkpoint can be resumed by any number of them. Source: Keller Jordan's Muon; stages: MUON.
-    """
+    so a checkpoint can be resumed by any number of them. Source: Keller Jordan's Muon; stages: MUON."""
 
     def __init__(self, flat: FlatParameters, cfg: OptimConfig, rt: Runtime, dtype: torch.dtype):
         self.stacks, self.stages, self.rt = flat.stacks(), MUON[cfg.muon], rt
@@ -2130,9 +2052,7 @@ class Progress(NamedTuple):
 
 def warmdown_iters(p: Progress, cfg: OptimConfig) -> float:
     """Linear to zero over the last WARMDOWN_ITERS steps, their duration estimated from the steps so far.
-
-    A slow first step must not start the decay: the estimate skips the first steps and is 0 until it is sound.
-    """
+    A slow first step must not start the decay: the estimate skips the first steps and is 0 until it is sound."""
     span = cfg.warmdown_iters * p.step_cost
     return min(1.0, p.remaining / span) if span else 1.0
 
@@ -2170,8 +2090,7 @@ RAMPS: dict[str, Callable[[Progress, Config], float]] = {
     "momentum": lambda p, c: momentum_warmup(p, c.optim),
     "qat": lambda p, c: float(p.frac >= c.quant.qat_start_frac),
     "plan": lambda p, c: plan_index(p, c.model),
-    "loop": lambda p, c: loop_strength(p, c.model),
-}
+    "loop": lambda p, c: loop_strength(p, c.model)}
 
 
 class LastWeights:
@@ -2237,9 +2156,7 @@ class Cast(NamedTuple):
 
 class RoundToNearest(NamedTuple):
     """Symmetric uniform levels -m..m per row, m = 2^(bits-1) - 1; a row's clip is a high quantile of its |w|.
-
-    `floor` is the smallest clip: 1.0 reproduces the published int8 export, 0 adapts to small rows.
-    """
+    `floor` is the smallest clip: 1.0 reproduces the published int8 export, 0 adapts to small rows."""
     bits: int
     quantile: float
     floor: float
@@ -2255,10 +2172,8 @@ class RoundToNearest(NamedTuple):
 
 def rounded_to_fp16(x: Tensor) -> Tensor:
     """The fp16 value nearest to each positive fp32 in [2^-14, 65504], ties to even, still as fp32.
-
     In integer arithmetic, because a compiler may drop a cast to fp16 and back, and the training grid would then
-    differ from the exported one.
-    """
+    differ from the exported one."""
     bits = x.view(torch.int32)
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
@@ -2281,15 +2196,12 @@ def quantiser(bits: int, cfg: QuantConfig) -> Cast | RoundToNearest:
 QUANTISERS: dict[str, Callable[[QuantConfig], Cast | RoundToNearest]] = {
     "matrix": lambda c: quantiser(c.matrix_bits, c),
     "embed": lambda c: quantiser(c.embed_bits, c),
-    "keep": lambda c: Cast(torch.float32),
-}
+    "keep": lambda c: Cast(torch.float32)}
 
 
 class FakeQuant(nn.Module):
     """Weight site: in the forward the exported values bit for bit, in the backward the identity.
-
-    `on` is a tensor, so switching it mid-run takes effect inside a compiled graph. Knobs: QAT, QAT_START_FRAC.
-    """
+    `on` is a tensor, so switching it mid-run takes effect inside a compiled graph. Knobs: QAT, QAT_START_FRAC."""
 
     def __init__(self, rule: Cast | RoundToNearest):
         super().__init__()
@@ -2343,8 +2255,7 @@ CODECS = {
     "lzma": Codec(2, lambda b: lzma.compress(b, **LZMA), lambda b, n: lzma.LZMADecompressor(**LZMA).decompress(b, n),
                   lzma),
     "zstd": Codec(3, lambda b: zstandard.ZstdCompressor(level=22).compress(b), unzstd, zstandard),
-    "brotli": Codec(4, lambda b: brotli.compress(b, quality=11, lgwin=24), unbrotli, brotli),
-}
+    "brotli": Codec(4, lambda b: brotli.compress(b, quality=11, lgwin=24), unbrotli, brotli)}
 
 
 def available_codecs() -> list[str]:
@@ -2358,9 +2269,7 @@ DTYPES = {"i1": torch.int8, "f2": torch.float16, "f4": torch.float32}
 
 def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], codec: Codec) -> bytes:
     """Serialise: prefix, packed JSON header, one packed stream per kind of number, sha256 of all before it.
-
-    Values of equal type lie in one stream in the order of the header, which lets the codec see them together.
-    """
+    Values of equal type lie in one stream in the order of the header, which lets the codec see them together."""
     streams: dict[str, list[bytes]] = {}
     table = []
     for name, t in tensors.items():
@@ -2481,49 +2390,46 @@ def code_bytes() -> int:
     return SCRIPT.stat().st_size
 
 
+@contextlib.contextmanager
+def blamed_on(path: Path):
+    """Complaints about an artifact name its file."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "; ".join(map(str, error.args))
+        raise UserError(f"ARTIFACT={relative(path)}: {reason}") from None
+
+
 def read_artifact(path: Path, rt: Runtime) -> tuple[dict[str, Any], dict[str, QTensor]]:
     """Read and verify an artifact on rank 0, hand it to all. Raises UserError naming the file."""
     def work():
-        try:
+        with blamed_on(path):
             if path.stat().st_size > MAX_STREAM_BYTES:
                 raise UserError(f"{path.stat().st_size} bytes is no artifact")
             blob = path.read_bytes()
             check_header(unpack_artifact(blob)[0])
             return blob
-        except OSError as error:
-            raise UserError(f"ARTIFACT={relative(path)}: {error.strerror}") from None
-        except UserError as error:
-            raise UserError(f"ARTIFACT={relative(path)}: {error}") from None
     return unpack_artifact(rt.on_main(work))
 
 
-def check_header(header: Any):
+def check_header(header: dict[str, Any]):
     """Raise UserError unless a header has what scoring needs, each of the right type."""
-    want = dict(config=dict, numerics=dict, tokenizer_sha256=str)
-    wrong = [key for key, kind in want.items() if not isinstance(header.get(key), kind)]
-    if wrong:
-        raise UserError(f"its header lacks {', '.join(wrong)}")
-    if set(header["config"]) != set(cfg_fields()):
-        odd = sorted(set(header["config"]) ^ set(cfg_fields()))
+    config, n = header.get("config"), header.get("numerics")
+    if not (isinstance(config, dict) and isinstance(n, dict) and isinstance(header.get("tokenizer_sha256"), str)):
+        raise UserError("its header is incomplete")
+    wanted = {f.name for group in STORED_GROUPS for f in fields(GROUPS[group])} | set(STORED_FIELDS)
+    if odd := sorted(set(config) ^ wanted):
         raise UserError(f"its configuration does not fit this script: {', '.join(odd)}")
-    n = header["numerics"]
     if set(n) != set(Numerics._fields) or n["mode"] not in KNOBS["numerics"][1].metadata["choices"] or \
-            not isinstance(n["attention"], str) or n["attention"] not in ATTENTION or type(n["compile"]) is not bool:
+            n["attention"] not in list(ATTENTION) or type(n["compile"]) is not bool:
         raise UserError(f"its numerics are unknown: {n}")
 
 
 def artifact_config(env: dict[str, str], path: Path, header: dict[str, Any]) -> Config:
     """The configuration to score an artifact with. Raises UserError naming the file when its own part is bad."""
     load(env)  # what the user typed is judged first, so that what is left is the file's fault
-    try:
+    with blamed_on(path):
         return load(env, header["config"])
-    except UserError as error:
-        raise UserError(f"ARTIFACT={relative(path)} does not fit: {'; '.join(map(str, error.args))}") from None
-
-
-def cfg_fields() -> list[str]:
-    """Names of the configuration that every artifact carries."""
-    return [f.name for group in STORED_GROUPS for f in fields(GROUPS[group])] + list(STORED_FIELDS)
 
 
 def build_from_artifact(cfg: Config, tensors: dict[str, QTensor], numerics: Numerics) -> GPT:
@@ -2550,9 +2456,7 @@ def stored_plan(cfg: Config, header: dict[str, Any]) -> Plan:
 
 def predict_model_bytes(model: GPT, cfg: QuantConfig) -> int:
     """Size of the artifact before training: the real quantisers and codec on Gaussian rows of the real lengths.
-
-    Assumes entries of unit-free Gaussian shape; a SCALE_FLOOR makes trained size depend on their size as well.
-    """
+    Assumes entries of unit-free Gaussian shape; a SCALE_FLOOR makes trained size depend on their size as well."""
     samples: dict[tuple[str, int], tuple[float, int]] = {}
     total, generator = 400.0, torch.Generator().manual_seed(0)
     for p in model.exported().values():
@@ -2588,11 +2492,9 @@ class Score(NamedTuple):
 
 class Windows(NamedTuple):
     """Fixed predictor over windows of `size` that advance by `stride` and score what no earlier window scored.
-
     Window 0 scores all its targets, later ones those past the first size - stride: every target once, each (after
     window 0) with at least that much context. stride == size gives disjoint chunks. Window starts are 0, S, 2S, ...
-    while the start plus size - stride is before the end. Source: the competition's corrected sliding rule.
-    """
+    while the start plus size - stride is before the end. Source: the competition's corrected sliding rule."""
     name: str
     size: int
     stride: int
@@ -2614,8 +2516,7 @@ class Windows(NamedTuple):
 STRATEGIES: dict[str, Callable[[Config], Windows]] = {
     "chunked": lambda c: Windows("chunked", c.data.train_seq_len, c.data.train_seq_len),
     "sliding": lambda c: Windows(f"sliding_{c.eval.eval_seq_len}_{c.eval.eval_stride}", c.eval.eval_seq_len,
-                                 c.eval.eval_stride),
-}
+                                 c.eval.eval_stride)}
 
 
 def window_batch(tokens: np.ndarray, items: np.ndarray, size: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -2629,10 +2530,8 @@ def window_batch(tokens: np.ndarray, items: np.ndarray, size: int, stride: int) 
 def score(nll: Callable, tokens: np.ndarray, target_bytes: np.ndarray, strategy: Windows, rt: Runtime,
           batch_tokens: int, observer: Callable | None = None) -> Score:
     """Score every target tokens[1:] exactly once and return the sums, equal on all ranks and for any number of them.
-
     nll(ids (B,W), targets (B,S), rows (B,S)) -> nats (B,S). `observer(items, losses)` sees each banked batch before
-    the strategy may adapt. Raises RunFailed when a target is missed, repeated or its loss not finite.
-    """
+    the strategy may adapt. Raises RunFailed when a target is missed, repeated or its loss not finite."""
     targets = len(tokens) - 1
     bank, count = torch.zeros(targets), torch.zeros(targets, dtype=torch.int32)
     items, rows = strategy.items(targets), max(1, batch_tokens // strategy.size)
@@ -2976,10 +2875,8 @@ def official_score(cfg: Config, rt: Runtime, path: Path, data: Data, env: dict[s
             raise UserError(f"ARTIFACT={relative(path)}: trained with another tokenizer than TOKENIZER_PATH")
         numerics = artifact_numerics(cfg, rt, header)
         apply_numerics(numerics, rt)
-        try:
+        with blamed_on(path):
             plan, model = stored_plan(cfg, header), build_from_artifact(cfg, tensors, numerics).to(rt.device)
-        except UserError as error:
-            raise UserError(f"ARTIFACT={relative(path)}: {error}") from None
     with rt.phase("eval"):
         begin = time.monotonic()
         result = score_model(cfg, rt, model, numerics, data, cfg.eval.eval, plan)
@@ -3018,10 +2915,9 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
 
 def peak_memory(rt: Runtime) -> str:
     """The competition's memory line; on a CPU the resident set of the process."""
+    allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if rt.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    else:
-        allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
 
 

@@ -125,9 +125,9 @@ def test_all_bad_knobs_are_reported_at_once():
 @pytest.mark.parametrize("env, named", [
     (dict(MODEL_DIM=512, NUM_HEADS=6, NUM_KV_HEADS=3), ["MODEL_DIM=512", "NUM_HEADS=6"]),
     (dict(NUM_HEADS=8, NUM_KV_HEADS=3), ["NUM_HEADS=8", "NUM_KV_HEADS=3"]),
-    (dict(MODEL_DIM=24, NUM_HEADS=8, NUM_KV_HEADS=4), ["MODEL_DIM/NUM_HEADS=3", "even"]),
+    (dict(MODEL_DIM=24, NUM_HEADS=8, NUM_KV_HEADS=4), ["MODEL_DIM=24", "NUM_HEADS=8", "even"]),
     (dict(ROPE_DIMS=7), ["ROPE_DIMS=7", "even"]),
-    (dict(ROPE_DIMS=66), ["ROPE_DIMS=66", "64"]),
+    (dict(ROPE_DIMS=66), ["ROPE_DIMS=66", "MODEL_DIM=512", "NUM_HEADS=8"]),
     (dict(TRAIN_SEQ_LEN=1000), ["TRAIN_BATCH_TOKENS=524288", "TRAIN_SEQ_LEN=1000"]),
     (dict(EVAL="sliding", EVAL_SEQ_LEN=64, EVAL_STRIDE=65), ["EVAL_STRIDE=65", "EVAL_SEQ_LEN=64"]),
     (dict(BIGRAM_BUCKETS=1), ["BIGRAM_BUCKETS=1"]),

@@ -167,7 +167,7 @@ def assert_refused(code: int, err: str):
 
 def stored_header(cfg) -> dict:
     """What an export writes beside the weights."""
-    config = {k: v for k, v in cfg.values().items() if k in train_gpt.cfg_fields()}
+    config = cfg.values(*train_gpt.STORED_GROUPS) | {k: cfg.values()[k] for k in train_gpt.STORED_FIELDS}
     return dict(config=config, numerics=train_gpt.Numerics()._asdict(), tokenizer_sha256="0" * 64)
 
 
