@@ -187,7 +187,7 @@ def oracle(model, tokens, size: int, stride: int) -> list[float]:
 def test_losses_equal_a_full_recomputation_per_target(rt, model, text, window):
     losses = banked(bind(model), text, Windows("", *window), rt)
     exact = oracle(model, text, *window)
-    assert np.abs(losses - exact).max() < 1e-5
+    assert np.abs(losses - exact).max() < 3e-5
     assert np.ptp(exact) > 1, "the model must tell targets apart"
 
 
