@@ -1815,10 +1815,8 @@ def flops_per_token(model: GPT, plan: Plan, seq: int) -> float:
 
 # Objectives: (model, nats (B,T), targets (B,T), uncapped logits z (B,T,V), final state h (B,T,C)) -> sum to minimise
 def byte_weighted(model: GPT, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
-    """Weigh each target by its bytes, at least 1; weights average to 1 over the micro-batch. Source: PR 1519."""
-    seen = targets >= 0
-    w = model.byte_weights[targets.clamp(min=0)] * seen
-    return (w * nats).sum() * seen.sum() / w.sum().clamp(min=1)
+    """Weigh each target by its bytes, at least 1; weights average to 1 over the training text. Source: PR 1519."""
+    return (model.byte_weights[targets.clamp(min=0)] * nats).sum()
 
 
 def focal(model: GPT, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
@@ -1887,14 +1885,14 @@ EMBED_INITS = {"normal": normal, "overtone": overtone, "svd": normal}  # svd: re
 
 @torch.no_grad()
 def see_data(model: GPT, data: Data):
-    """What a model takes from the data before training: bytes per token, and (EMBED_INIT=svd) an embedding, the leading
-    singular vectors of the centred log counts of token pairs in the first 4 million tokens, at TIED_EMBED_INIT_STD."""
-    if data.token_bytes is not None:
-        model.byte_weights.copy_(torch.from_numpy(np.maximum(data.token_bytes, 1)))
-    if model.cfg.embed_init != "svd":
-        return
+    """What a model takes from the first 4 million training tokens: the weight of each token's bytes, and
+    (EMBED_INIT=svd) an embedding, the leading singular vectors of the centred log counts of token pairs."""
     (vocab, width), table = model.embed.shape, model.embed
     tokens = torch.from_numpy(data.train.read(0, min(len(data.train), 4_000_000)).astype(np.int64))
+    weights = torch.from_numpy(np.maximum(data.token_bytes, 1)).float()
+    model.byte_weights.copy_(weights / weights[tokens].mean())
+    if model.cfg.embed_init != "svd":
+        return
     pairs = torch.zeros(vocab * vocab).index_add_(0, tokens[:-1] * vocab + tokens[1:], torch.ones(len(tokens) - 1))
     counts = pairs.view(vocab, vocab).log1p()
     counts = counts - counts.mean(0) - counts.mean(1, keepdim=True) + counts.mean()
