@@ -1885,8 +1885,10 @@ EMBED_INITS = {"normal": normal, "overtone": overtone, "svd": normal}  # svd: re
 
 @torch.no_grad()
 def see_data(model: GPT, data: Data):
-    """What a model takes from the first 4 million training tokens: the weight of each token's bytes, and
+    """What a model takes from the first 4 million training tokens: (OBJECTIVE=byte) the weight of each token's bytes,
     (EMBED_INIT=svd) an embedding, the leading singular vectors of the centred log counts of token pairs."""
+    if model.optim.objective != "byte" and model.cfg.embed_init != "svd":
+        return
     (vocab, width), table = model.embed.shape, model.embed
     tokens = torch.from_numpy(data.train.read(0, min(len(data.train), 4_000_000)).astype(np.int64))
     weights = torch.from_numpy(np.maximum(data.token_bytes, 1)).float()

@@ -408,7 +408,8 @@ JUNK = st.sampled_from([..., None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**3
 @given(data=st.data(), junk=JUNK)
 def test_any_change_of_the_header_is_scored_or_refused_by_name(trained, toy, tmp_path_factory, data, junk):
     header, _, body = parse(trained.blob)
-    path = data.draw(st.sampled_from([p for p in places(header) if p and p != ("numerics", "compile")]))
+    elsewhere = [(), ("numerics", "compile"), ("config", "vocab_size")]  # the last one blames the tokenizer, see below
+    path = data.draw(st.sampled_from([p for p in places(header) if p not in elsewhere]))
     suspect = tmp_path_factory.getbasetemp() / "suspect.golf"
     suspect.write_bytes(forge(replaced(header, path, junk), body))
     env = dict(PRESET="baseline+tiny", DEVICE="cpu", RUN_MODE="eval", ARTIFACT=str(suspect), DATA_PATH=str(toy))
@@ -443,7 +444,7 @@ REFUSED = {  # what -> (path, value)
     "layers negative": (("config", "num_layers"), -1), "layers are text": (("config", "num_layers"), "two"),
     "layers are a list": (("config", "num_layers"), [2]), "NaN softcap": (("config", "logit_softcap"), math.nan),
     "unknown MLP": (("config", "mlp"), "gelu"), "gate is no bool": (("config", "smear_gate"), "maybe"),
-    "heads do not divide": (("config", "num_heads"), 3), "other depth": (("config", "num_layers"), 3),
+    "heads do not divide": (("config", "num_heads"), 3), "other depth": (("config", "num_layers"), 4),
     "other width": (("config", "model_dim"), 128),
     "numerics missing": (("numerics",), ...), "numerics a list": (("numerics",), []),
     "attention a list": (("numerics", "attention"), []), "tokenizer missing": (("tokenizer_sha256",), ...),

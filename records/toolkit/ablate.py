@@ -64,11 +64,11 @@ def measure(run: dict, scratch: Path) -> dict:
                        wall=round(time.monotonic() - begin, 1))
 
 
-def run_all(spec_path: Path, scratch: Path):
-    """Append each missing result to results.jsonl as soon as it is known."""
+def run_all(spec_path: Path, scratch: Path, text: str | None):
+    """Append each missing result to results.jsonl as soon as it is known; `text` limits the work to one text."""
     spec, results = json.loads(spec_path.read_text()), spec_path.with_name("results.jsonl")
     finished = read_results(results)
-    todo = [run for run in wanted(spec) if identity(run) not in finished]
+    todo = [run for run in wanted(spec) if identity(run) not in finished and text in (None, run["text"])]
     for i, run in enumerate(todo):
         begin = time.monotonic()
         found = measure(run, scratch)
@@ -139,9 +139,10 @@ def main():
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("spec", type=Path)
     parser.add_argument("--scratch", type=Path, default=SCRIPT.parent / "runs", help="where run folders go")
+    parser.add_argument("--text", help="run only this text, so that several processes can share the work")
     asked = parser.parse_args()
     if asked.what == "run":
-        run_all(asked.spec, asked.scratch)
+        run_all(asked.spec, asked.scratch, asked.text)
     report(asked.spec)
 
 
