@@ -389,19 +389,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         muon_momentum=0.97, warmdown_frac=0.85, min_lr=0.1, reserve_seconds=0.5, embed_bits=7, lqer_rank=Unbuilt(4,
         "quantisers"), rounding=Unbuilt("gptq, 11.5, 13 and 14 sigma", "quantisers"), codec=Unbuilt("zpaq_grouped",
         "quantisers", "brotli"), ttt=Unbuilt("phased", "test-time training")),
-    # Overlay: what exists in place of what a preset waits for; see load().
-    "plain": {},
-    # Overlay: what two CPU cores train in two minutes.
-    "cpu": dict(
+    "plain": {},  # overlay: what exists in place of what a preset waits for; see load()
+    "cpu": dict(  # overlay: what two CPU cores train in two minutes
         num_layers=4, model_dim=256, num_heads=4, num_kv_heads=2, train_seq_len=512, train_batch_tokens=8192,
-        micro_batch_tokens=8192, eval_batch_tokens=16_384, eval_seq_len=512, eval_stride=64,
+        micro_batch_tokens=8192, eval_batch_tokens=16_384, eval_seq_len=512, eval_stride=128,
         max_wallclock_seconds=120.0, loader="shuffled", lr_schedule="warmdown_frac", warmdown_frac=0.6,
-        muon_momentum_warmup_steps=50, warmup_steps=2, train_log_every=20, val_loss_every=0, checkpoint_every=30.0,
-        reserve_seconds=0.0, rope_train_len=512, leaky_slopes="", loop_start=1, loop_end=2, loop_at_step=0,
-        parallel_start=3, ema_decay=0.99, **at_most(rope_dims=64, xsa_last_n=4, attention_window=128, embed_dim=128,
-        value_embed_last_n=2, num_loops=2, loop_ramp_steps=10)),
-    # Overlay: what a test runs in seconds. Three layers: one before, one inside and one after a loop.
-    "tiny": dict(
+        matrix_lr=0.04, tied_embed_lr=0.05, table_lr=0.05, scalar_lr=0.04, muon_momentum=0.95,
+        muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50, warmup_steps=2, train_log_every=20,
+        val_loss_every=0, checkpoint_every=30.0, reserve_seconds=0.0, rope_train_len=512, leaky_slopes="", loop_start=1,
+        loop_end=2, loop_at_step=0, parallel_start=3, ema_decay=0.95, **at_most(rope_dims=64, xsa_last_n=4, mlp_mult=2,
+        attention_window=128, embed_dim=128, value_embed_last_n=2, num_loops=2, loop_ramp_steps=10)),
+    "tiny": dict(  # overlay: what a test runs in seconds; one layer before, one inside and one after a loop
         num_layers=3, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=64, train_batch_tokens=512,
         micro_batch_tokens=512, eval_batch_tokens=8192, eval_seq_len=64, eval_stride=32, iterations=8,
         max_wallclock_seconds=0.0, loader="shuffled", lr_schedule="warmdown_frac", muon_momentum_warmup_steps=4,
@@ -410,7 +408,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         parallel_start=2, ema_decay=0.9, **at_most(bigram_buckets=512, engram_buckets=128, rope_dims=16, xsa_last_n=2,
         attention_window=32, embed_dim=32, value_embed_last_n=2, num_loops=2, mup_base_width=64, loop_at_step=3,
         loop_ramp_steps=3))}
-DEFAULT_PRESET = {"cuda": "mlp3x_seq4096", "cpu": "mlp3x_seq4096+cpu"}
+DEFAULT_PRESET = {"cuda": "mlp3x_seq4096", "cpu": "turbo_engram+plain+cpu"}
 
 # Cross-field rules: (broken when, message with values in braces). All broken ones are reported together.
 RULES: list[tuple[Callable[[dict], Any], str]] = [
@@ -453,8 +451,7 @@ SPECIAL_ENV = ("PRESET",)  # read by load() itself, not a field
 ALIASES = {  # names that people type out of habit
     "LR": "MATRIX_LR", "LEARNING_RATE": "MATRIX_LR", "BATCH_SIZE": "TRAIN_BATCH_TOKENS", "SEQ_LEN": "TRAIN_SEQ_LEN",
     "N_LAYER": "NUM_LAYERS", "N_LAYERS": "NUM_LAYERS", "N_HEAD": "NUM_HEADS", "N_EMBD": "MODEL_DIM",
-    "STEPS": "ITERATIONS", "MAX_STEPS": "ITERATIONS", "WEIGHT_DECAY": "MUON_WD", "EPOCHS": "ITERATIONS",
-    "STRIDE": "EVAL_STRIDE", "GRAD_CLIP": "GRAD_CLIP_NORM", "WARMDOWN_STEPS": "WARMDOWN_ITERS"}
+    "STEPS": "ITERATIONS", "MAX_STEPS": "ITERATIONS", "WEIGHT_DECAY": "MUON_WD", "GRAD_CLIP": "GRAD_CLIP_NORM"}
 
 
 def pick_device(env: dict[str, str]) -> str:
@@ -2934,6 +2931,7 @@ def train_and_export(cfg: Config, rt: Runtime, data: Data) -> Path:
     parameter_report(model, cfg, rt)
     trainer = Trainer(cfg, rt, data, model, numerics)
     with rt.phase("prewarm"):
+        rt.log("prewarm: compiling takes up to two minutes the first time" if numerics.compile else "prewarm: eager")
         trainer.prewarm()
     if saved:
         trainer.resume(saved)
