@@ -35,7 +35,7 @@ def take_steps(trainer: tg.Trainer, count: int) -> list[float]:
     """Losses of some optimiser steps, with the quantisation switch and both ramps moving."""
     losses = []
     for i in range(count):
-        ramps = dict(lr=1 - i / (2 * count), momentum=0.85 + 0.01 * i, qat=float(i % 2))
+        ramps = dict(lr=1 - i / (2 * count), momentum=0.85 + 0.01 * i, qat=float(i % 2), plan=0, loop=1.0)
         losses.append(trainer.step(trainer.loader.next(0, 1), ramps))
     return [x.item() for x in losses]
 
