@@ -477,3 +477,26 @@ def test_repeats_stay_tied_until_the_loop_begins(toy, tmp_path):
         _, tensors = tg.unpack_artifact((done.folder / "model.golf").read_bytes())
         pair = [tensors[f"blocks.1.{name}.up.weight"].values for name in ("mlp", "repeat_mlp.0")]
         assert torch.equal(*pair) == tied
+
+
+@pytest.mark.parametrize("preset", SYSTEMS)
+def test_after_some_steps_a_token_still_changes_no_earlier_loss(preset, toy):
+    """Trained weights reach what zero starts hide; every plan of the run is looked at."""
+    cfg = config(f"{preset}+tiny", data_path=toy)
+    rt = tg.Runtime(cfg, {})
+    data = tg.open_data(cfg, rt)
+    torch.manual_seed(0)
+    model = tg.GPT(cfg.model, cfg.data.vocab_size, tg.Numerics(), cfg.optim)
+    tg.see_data(model, data)
+    trainer, last = tg.Trainer(cfg, rt, data, model, tg.Numerics()), len(tg.plans(cfg.model)) - 1
+    for step in range(4):
+        trainer.step(trainer.loader.next(0, 1), dict(lr=1.0, momentum=0.9, qat=1.0, plan=min(step, last), loop=1.0))
+    ids, targets = random_batch(cfg, 2, 24)
+    for plan in tg.plans(cfg.model):
+        before = model.losses(model.hidden(ids, plan), targets).detach()
+        for place in (1, 9, 23):
+            changed = ids.clone()
+            changed[:, place] = (changed[:, place] + 7) % cfg.data.vocab_size
+            after = model.losses(model.hidden(changed, plan), targets).detach()
+            torch.testing.assert_close(after[:, :place], before[:, :place], rtol=1e-5, atol=1e-5)
+            assert (after[:, place:] - before[:, place:]).abs().max() > 1e-4
