@@ -49,8 +49,8 @@ def test_overlays_shrink_a_system_without_changing_its_techniques(system, overla
     assert {name: after[name] for name in IDENTITY} == {name: before[name] for name in IDENTITY}
     for name in ("num_layers", "model_dim", "train_batch_tokens"):
         assert after[name] < before[name], name
-    for name in ("mlp_mult", "train_seq_len", "xsa_last_n", "rope_dims", "bigram_buckets", "engram_buckets", "num_loops",
-                 "value_embed_last_n", "iterations"):
+    for name in ("mlp_mult", "train_seq_len", "xsa_last_n", "rope_dims", "bigram_buckets", "engram_buckets",
+                 "num_loops", "value_embed_last_n", "iterations"):
         assert after[name] <= before[name], name
     assert after["max_wallclock_seconds"] < (before["max_wallclock_seconds"] or math.inf)
     for name in ("xsa_last_n", "num_loops", "value_embed_last_n", "engram_buckets", "mup_base_width"):
