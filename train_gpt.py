@@ -2398,15 +2398,15 @@ def blamed_on(path: Path):
 
 
 def read_artifact(path: Path, rt: Runtime) -> tuple[dict[str, Any], dict[str, QTensor]]:
-    """Read and verify an artifact on rank 0, hand it to all. Raises UserError naming the file."""
+    """Read an artifact on rank 0, verify it on every rank. Raises UserError naming the file."""
     def work():
-        with blamed_on(path):
-            if path.stat().st_size > MAX_STREAM_BYTES:
-                raise UserError(f"{path.stat().st_size} bytes is no artifact")
-            blob = path.read_bytes()
-            check_header(unpack_artifact(blob)[0])
-            return blob
-    return unpack_artifact(rt.on_main(work))
+        if path.stat().st_size > MAX_STREAM_BYTES:
+            raise UserError(f"{path.stat().st_size} bytes is no artifact")
+        return path.read_bytes()
+    with blamed_on(path):
+        header, tensors = unpack_artifact(rt.on_main(work))
+        check_header(header)
+    return header, tensors
 
 
 def check_header(header: dict[str, Any]):
@@ -2848,7 +2848,7 @@ def plan_only(cfg: Config, rt: Runtime):
     """RUN_MODE=plan: what a run would be, without data or training."""
     log_header(cfg, rt)
     torch.manual_seed(cfg.run.seed)
-    model = GPT(cfg.model, cfg.data.vocab_size, Numerics())
+    model = GPT(cfg.model, cfg.data.vocab_size, Numerics(), cfg.optim)
     parameter_report(model, cfg, rt)
     predicted, budget = predict_model_bytes(model, cfg.quant), cfg.quant.artifact_budget_bytes
     rt.log(f"predicted_bytes model:{predicted} code:{code_bytes()} total:{predicted + code_bytes()} budget:{budget} "

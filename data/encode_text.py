@@ -15,11 +15,11 @@ import lzma
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import sentencepiece as spm
+import tqdm
 from build_sample import SEPARATOR, SPACE, shard
 
 SHARD_TOKENS = 100_000_000  # as in the competition's dataset
@@ -51,29 +51,20 @@ def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
     return tokenizer
 
 
-def encoded(tokenizer: spm.SentencePieceProcessor, documents: list[str], label: str) -> Iterator[np.ndarray]:
-    """Pieces of the token stream, each a few documents long, with progress on stderr."""
-    for start in range(0, len(documents), DOCUMENTS):
+def encode(tokenizer: spm.SentencePieceProcessor, documents: list[str], label: str) -> np.ndarray:
+    """The token stream of all documents, uint16; a bar with the time left on a terminal."""
+    pieces = []
+    for start in tqdm.trange(0, len(documents), DOCUMENTS, desc=label, disable=None):
         rows = tokenizer.encode(documents[start:start + DOCUMENTS])
-        yield np.concatenate([np.array([tokenizer.bos_id(), *ids], dtype="<u2") for ids in rows])
-        if sys.stderr.isatty():
-            print(f"\r{label} {min(start + DOCUMENTS, len(documents)):,}/{len(documents):,} documents", end="",
-                  file=sys.stderr)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+        pieces += [np.array([tokenizer.bos_id(), *ids], dtype="<u2") for ids in rows]
+    return np.concatenate(pieces)
 
 
-def write_split(folder: Path, split: str, pieces: Iterator[np.ndarray], limit: int) -> int:
+def write_split(folder: Path, split: str, tokens: np.ndarray, limit: int) -> int:
     """Write numbered shards of at most `limit` tokens; returns how many tokens there are."""
-    waiting, count, number = np.empty(0, "<u2"), 0, 0
-    for piece in pieces:
-        waiting, count = np.concatenate([waiting, piece]), count + len(piece)
-        while len(waiting) >= limit:
-            (folder / f"fineweb_{split}_{number:06d}.bin").write_bytes(shard(waiting[:limit]))
-            waiting, number = waiting[limit:], number + 1
-    if len(waiting):
-        (folder / f"fineweb_{split}_{number:06d}.bin").write_bytes(shard(waiting))
-    return count
+    for number, start in enumerate(range(0, len(tokens), limit)):
+        (folder / f"fineweb_{split}_{number:06d}.bin").write_bytes(shard(tokens[start:start + limit]))
+    return len(tokens)
 
 
 def build(tokenizer_path: Path, texts: dict[str, Path], out: Path, limit: int = SHARD_TOKENS) -> dict:
@@ -89,7 +80,7 @@ def build(tokenizer_path: Path, texts: dict[str, Path], out: Path, limit: int = 
     work.mkdir()
     try:
         splits = {split: dict(source=texts[split].name, documents=len(found),
-                              tokens=write_split(work, split, encoded(tokenizer, found, split), limit))
+                              tokens=write_split(work, split, encode(tokenizer, found, split), limit))
                   for split, found in documents.items()}
         note = f"Scores on {texts['val'].name} cannot be compared with the leaderboard, which is measured on FineWeb."
         manifest = dict(name=out.name, comparable=False, note=note, tokenizer=tokenizer_path.name,

@@ -11,16 +11,13 @@ import pytest
 import sentencepiece
 import train_gpt
 from conftest import ROOT, run_script, write_shard
+from helpers import config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from running import refused
 
 CORPUS = ROOT.parent / "shared" / "corpus"  # real web text, present only beside some checkouts
 SETTINGS = settings(deadline=None, max_examples=150, derandomize=True)
-
-
-def config(**knobs):
-    """The tiny baseline with some knobs set, as if by the environment."""
-    return train_gpt.load({"PRESET": "baseline+tiny", "DEVICE": "cpu"} | {k: str(v) for k, v in knobs.items()})
 
 
 def write_shards(folder, shards) -> train_gpt.TokenStream:
@@ -108,10 +105,8 @@ def assert_refused(dataset, named, **knobs):
     """A run ends at once with exit code 2 and one line that names the culprit, before a model is built."""
     knobs = dict(PRESET="baseline+tiny", DATA_PATH=dataset, RUNS_DIR=dataset.parent / "runs") | knobs
     run = run_script(timeout=60, **knobs)
-    lines = run.err.strip().splitlines()
-    assert run.code == 2 and len(lines) == 1, run.err[-2000:]
-    assert lines[0].startswith("error: ") and named in lines[0], lines[0]
-    assert "model_params" not in run.out and "Traceback" not in run.out
+    refused(run, named)
+    assert "model_params" not in run.out
 
 
 DAMAGE = ["empty file", "half a header", "truncated", "odd-sized", "too long", "wrong magic", "wrong version",

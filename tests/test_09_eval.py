@@ -9,6 +9,7 @@ import pytest
 import torch
 import train_gpt
 from conftest import official, run_script
+from helpers import config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from train_gpt import Windows, schedule, score
@@ -16,11 +17,6 @@ from train_gpt import Windows, schedule, score
 VOCAB = 61
 RICH = dict(NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, SMEAR_GATE="B", BIGRAM_BUCKETS=32, XSA_LAST_N=2,
             ROPE_DIMS=4, MLP="leaky_relu2")
-
-
-def config(**knobs):
-    """The tiny baseline with some knobs set, as if by the environment."""
-    return train_gpt.load({"PRESET": "baseline+tiny", "DEVICE": "cpu"} | {k: str(v) for k, v in knobs.items()})
 
 
 @pytest.fixture(scope="module")
