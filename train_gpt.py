@@ -17,9 +17,11 @@ optimiser update, a *micro-step* one forward/backward pass of it. Losses are in 
 
 # ---- 0 Imports ------------------------------------------------------------------------------------------------------
 import bisect
+import collections
 import contextlib
 import copy
 import difflib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -40,7 +42,7 @@ import sys
 import time
 import timeit
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
@@ -206,28 +208,73 @@ class OptimConfig:
                                   unit="seconds", needs="max_wallclock_seconds > 0")
     warmup_steps: int = knob(20, "synthetic steps that prewarm kernels and are undone", 0, 1000, unit="steps")
     lr_schedule: str = knob("warmdown_iters", "shape of the learning rate: constant, then linear over WARMDOWN_ITERS "
-                            "steps or WARMDOWN_FRAC of the run", choices=("warmdown_iters", "warmdown_frac"))
+                            "steps, or linear or half a cosine over WARMDOWN_FRAC of the run",
+                            choices=("warmdown_iters", "warmdown_frac", "cosine"))
     warmdown_iters: int = knob(1200, "steps of the decay", 0, 10**7, needs="lr_schedule == warmdown_iters")
-    warmdown_frac: float = knob(0.6, "part of the run that decays", 0, 1, needs="lr_schedule == warmdown_frac")
+    warmdown_frac: float = knob(0.6, "part of the run that decays", 0, 1, needs="lr_schedule != warmdown_iters")
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", 0, 1)
-    muon: str = knob("muon", "list of stages that updates matrices", choices=("muon", "muon_polar", "muoneq_r"))
-    matrix_lr: float = knob(0.04, "Muon learning rate", 0, 1)
+    batch_ramp_start: float = knob(1.0, "part of TRAIN_BATCH_TOKENS in the first step", 0.01, 1)
+    batch_ramp_frac: float = knob(0.3, "part of the run until all of it", 0, 1, needs="batch_ramp_start < 1")
+    seq_ramp_start: int = knob(0, "first length of training rows, doubled until TRAIN_SEQ_LEN; 0 = off", 0, 65536)
+    seq_ramp_frac: float = knob(0.3, "part of the run until the full length", 0, 1, needs="seq_ramp_start > 0")
+    muon: str = knob("muon", "list of stages that updates matrices", source="see MUON", choices=(
+        "muon", "muon_polar", "muoneq_r", "muoneq_r_polar", "neomuon", "turbo_muon", "muon_plus", "normuon", "mud",
+        "rmnp", "mousse", "newton_muon", "adamw", "ademamix"))
+    matrix_lr: float = knob(0.04, "learning rate of matrices", 0, 1)
+    muon_steps: int = knob(0, "steps of orthogonalisation; 0 = as many as the variant has (5, 4, 3 or 1)", 0, 12)
+    muon_table: str = knob("record", "turbo_muon's four steps: as in PR 1089, or of the paper's library",
+                           choices=("record", "library"), needs="muon == turbo_muon")
+    muon_post_norm: str = knob("row_col", "what turbo_muon and muon_plus make equal after orthogonalisation, in turn",
+                               choices=("col", "row", "col_row", "row_col"))
+    muon_beta2: float = knob(0.95, "decay of the second moments of normuon, mousse, newton_muon", 0, 0.99999)
+    muon_refresh: int = knob(10, "steps between two inversions of mousse, newton_muon", 1, 10**6, unit="steps")
+    mousse: str = knob("inverse", "how mousse returns from whitened coordinates", choices=("inverse", "forward"),
+                       needs="muon == mousse")
+    muon_cautious: bool = knob(False, "drop entries of the update that would undo the gradient", source="2411.16085")
+    muon_decay: str = knob("decoupled", "what bounds matrices: MUON_WD on all entries, on those that the update "
+                           "shrinks too, or their norm at the start", choices=("decoupled", "cautious", "fixed_norm"))
     muon_momentum: float = knob(0.95, "Muon momentum", 0, 0.9999)
     muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", 0, 0.9999)
     muon_momentum_warmup_steps: int = knob(500, "steps until MUON_MOMENTUM is reached", 0, 10**6, unit="steps")
-    muon_wd: float = knob(0.0, "decoupled weight decay of the matrices", 0, 10)
+    muon_momentum_cooldown_steps: int = knob(0, "last steps, over which it falls back", 0, 10**6, unit="steps")
+    muon_wd: float = knob(0.0, "decoupled weight decay of the matrices", 0, 10, needs="muon_decay != fixed_norm")
+    wd_taper_at: float = knob(1.0, "part of the run after which MUON_WD changes linearly", 0, 1, needs="muon_wd > 0")
+    wd_taper_to: float = knob(0.5, "its multiplier at the end", 0, 10, needs="wd_taper_at < 1")
     tied_embed_lr: float = knob(0.05, "AdamW learning rate of the tied embedding", 0, 10)
     embed_lr: float = knob(0.6, "AdamW learning rate of an untied token table", 0, 10, needs="tie_embeddings < 1")
     head_lr: float = knob(0.008, "AdamW learning rate of untied and of multi-token heads", 0, 10)
     table_lr: float = knob(0.05, "AdamW learning rate of hashed and value tables", 0, 10)
     scalar_lr: float = knob(0.04, "AdamW learning rate of gains, scales, mixes and gates", 0, 10)
     adam_wd: float = knob(0.0, "decoupled weight decay of the AdamW groups", 0, 10)
+    embed_wd: float = knob(-1.0, "that of token embeddings; -1 = ADAM_WD", -1, 10)
+    head_wd: float = knob(-1.0, "that of heads; -1 = ADAM_WD", -1, 10)
+    table_wd: float = knob(-1.0, "that of tables; -1 = ADAM_WD", -1, 10)
+    adam_l2: float = knob(0.0, "weight decay inside the gradient of the AdamW groups, as plain Adam has it", 0, 10)
     beta1: float = knob(0.9, "AdamW beta1", 0, 0.9999)
+    embed_beta1: float = knob(0.0, "that of token embeddings; 0 = BETA1", 0, 0.9999)
+    head_beta1: float = knob(0.0, "that of heads; 0 = BETA1", 0, 0.9999)
+    table_beta1: float = knob(0.0, "that of tables; 0 = BETA1", 0, 0.9999)
     beta2: float = knob(0.95, "AdamW beta2", 0, 0.99999)
+    embed_beta2: float = knob(0.0, "that of token embeddings; 0 = BETA2", 0, 0.99999)
+    head_beta2: float = knob(0.0, "that of heads; 0 = BETA2", 0, 0.99999)
+    table_beta2: float = knob(0.0, "that of tables; 0 = BETA2", 0, 0.99999)
     adam_eps: float = knob(1e-8, "AdamW epsilon", 1e-12, 1e-2)
+    ademamix: str = knob("none", "groups with a second, slow momentum: embeddings, heads and tables, scalars, or all",
+                         choices=("none", "embed", "scalar", "all"), source="arXiv 2409.03137")
+    ademamix_alpha: float = knob(2.0, "weight of the slow momentum at the end, from 0", 0, 100)
+    ademamix_beta3: float = knob(0.999, "its decay at the end, from BETA1", 0.01, 0.99999)
     grad_clip_norm: float = knob(0.0, "bound of the norm of the reduced gradient; 0 = off", 0, 1e6)
-    averaging: str = knob("none", "export the last weights or their moving average", choices=("none", "ema"))
+    averaging: str = knob("none", "what is exported: the last weights, their moving average, the mean of snapshots, "
+                          "that weighted by held-out loss, or the best growing mean",
+                          choices=("none", "ema", "swa", "iw_swa", "soup"))
     ema_decay: float = knob(0.997, "decay per step", 0, 0.99999, needs="averaging == ema", source="PR 287")
+    swa_start: float = knob(0.2, "snapshots begin when the learning rate is below this part of its peak", 0, 1.01)
+    swa_every: int = knob(50, "steps between snapshots", 1, 10**6, unit="steps")
+    swa_snapshots: int = knob(8, "how many snapshots iw_swa and soup keep, the last ones", 1, 100)
+    swa_temperature: float = knob(0.003, "difference of loss that divides a weight by e", 1e-6, 10, unit="nats",
+                                  needs="averaging == iw_swa")
+    held_out_tokens: int = knob(65_536, "end of the training text that is kept to score averages (iw_swa, soup)", 8,
+                                10**8, unit="tokens")
     objective: str = knob("ce", "what is minimised: cross-entropy, or weighted by bytes, focal, with a z-loss, with "
                           "multi-token prediction; the log reports nats", choices=("ce", "byte", "focal", "z", "mtp"))
     focal_gamma: float = knob(2.0, "power of (1 - p) that multiplies a loss", 0, 10, needs="objective == focal")
@@ -351,41 +398,41 @@ PRESETS: dict[str, dict[str, Any]] = {
         skip_pairs="around_loop", num_loops=8, loop_start=2, loop_end=4, loop_at_step=3000, loop_gates=True,
         loop_ramp_steps=20, parallel="A", parallel_start=5, init="uniform", embed_init="svd", objective="byte",
         vocab_size=Unbuilt(4096, "data tools", 1024), train_batch_tokens=131_072, micro_batch_tokens=8192,
-        iterations=50_000, max_wallclock_seconds=0.0, lr_schedule=Unbuilt("cosine", "optimisers", "warmdown_frac"),
-        warmdown_frac=0.3, muon="muoneq_r", matrix_lr=0.022, muon_momentum_warmup_start=0.95,
+        iterations=50_000, max_wallclock_seconds=0.0, lr_schedule="cosine", warmdown_frac=0.3, muon="muoneq_r",
+        matrix_lr=0.022, muon_momentum_warmup_start=0.95,
         muon_momentum_warmup_steps=0, muon_wd=0.095, tied_embed_lr=0.01, scalar_lr=0.01, beta2=0.999,
-        adam_l2=Unbuilt(0.095, "optimisers"), averaging=Unbuilt("iw_swa", "optimisers", "ema"), matrix_bits=6,
+        adam_l2=0.095, averaging="iw_swa", matrix_bits=6,
         qat="ste", qat_start_frac=0.924),
     # PR 1126, 1.1123 (PR 1089, 1.1091). 30,666,843 parameters. The rotary base is 10,000 rescaled from 1,024 to 2,048
     # tokens, as the run had it by accident; so are the rows of the mimetic start. Its QAT never ran: none.
     "turbo_engram": LATE | dict(
         leaky_slope=0.3, mlp_mult=3.5, rope_base=22_081.0, smear_gate="B", engram_buckets=8192, value_embed_last_n=2,
         skips="gated", init="mimetic_rows", tied_embed_lr=0.035, table_lr=0.035, scalar_lr=0.025, adam_wd=0.04,
-        embed_beta1=Unbuilt(0.7, "optimisers"), muon=Unbuilt("turbo_muon", "optimisers", "muon_polar"), matrix_lr=0.025,
-        muon_wd=0.04, lr_schedule="warmdown_iters", warmdown_iters=3500, min_lr=0.05, ema_decay=0.997,
-        averaging=Unbuilt("swa", "optimisers", "ema"), reserve_seconds=14.0, matrix_bits=Unbuilt("5, greedily 6 or 7",
-        "quantisers", 6), rounding=Unbuilt("gptq", "quantisers"), prune_levels=Unbuilt(2, "quantisers"),
+        embed_beta1=0.7, head_beta1=0.7, muon="turbo_muon", matrix_lr=0.025, muon_wd=0.04,
+        lr_schedule="warmdown_iters", warmdown_iters=3500, min_lr=0.05, averaging="swa", reserve_seconds=14.0,
+        matrix_bits=Unbuilt("5, greedily 6 or 7", "quantisers", 6), rounding=Unbuilt("gptq", "quantisers"),
+        prune_levels=Unbuilt(2, "quantisers"),
         codec=Unbuilt("brotli_shuffle", "quantisers", "brotli")),
     # PR 1539, 1.0587, not admissible in the competition. 36,311,132 parameters. Rotary base as above. It kept the five
-    # skips of the plain list after looping began.
+    # skips of the plain list after looping began. Its four polar steps were five, cut; ours are four.
     "prequant_ttt": LATE | dict(
         vocab_size=SP8192, rope_base=22_081.0, qk_gain_init=5.25, smear_gate="B", value_embed_last_n=2,
         value_embed_dim=44, max_skips=5, num_loops=1, loop_at_step=3000, parallel="B", table_lr=0.03,
-        embed_wd=Unbuilt(0.095, "optimisers"), muon=Unbuilt("muoneq_r_polar4", "optimisers", "muoneq_r"),
+        embed_wd=0.095, muon="muoneq_r_polar", muon_steps=4,
         rounding=Unbuilt("gptq, self-generated calibration, 12.85 and 20 sigma", "quantisers"),
         codec=Unbuilt("brotli or rans", "quantisers", "brotli"), ttt=Unbuilt("prequant", "test-time training")),
     # PR 1493, 1.0810. 35,944,536 parameters.
     "score_first_ttt": LATE | dict(
         vocab_size=SP8192, qk_gain_init=5.25, skips="gated", num_loops=2, parallel="A", loader="shuffled",
-        embed_wd=Unbuilt(0.085, "optimisers"), muon="muoneq_r", reserve_seconds=12.0,
+        embed_wd=0.085, muon="muoneq_r", reserve_seconds=12.0,
         rounding=Unbuilt("gptq, 12.85 and 20 sigma", "quantisers"), codec=Unbuilt("brotli_shuffle", "quantisers",
         "brotli"), ttt=Unbuilt("sgd", "test-time training")),
     # PR 1855, 1.0611, the leaderboard's last. 35,945,671 parameters. Values are those of its log, not of its README.
     "phased_ttt": LATE | dict(
         vocab_size=SP8192, caseops=Unbuilt(True, "data tools"), loader=Unbuilt("packed", "data tools", "shuffled"),
         doc_attention=True, qk_gain_init=5.0, skips="gated", smear_gate="D", output_gate="sparse",
-        output_gate_scale=0.5, softcap="shifted", num_loops=2, parallel="D", parallel_start=8, embed_wd=Unbuilt(0.085,
-        "optimisers"), beta2=0.99, muon=Unbuilt("muoneq_r_polar", "optimisers", "muoneq_r"), matrix_lr=0.026,
+        output_gate_scale=0.5, softcap="shifted", num_loops=2, parallel="D", parallel_start=8, embed_wd=0.085,
+        beta2=0.99, muon="muoneq_r_polar", matrix_lr=0.026,
         muon_momentum=0.97, warmdown_frac=0.85, min_lr=0.1, reserve_seconds=0.5, embed_bits=7, lqer_rank=Unbuilt(4,
         "quantisers"), rounding=Unbuilt("gptq, 11.5, 13 and 14 sigma", "quantisers"), codec=Unbuilt("zpaq_grouped",
         "quantisers", "brotli"), ttt=Unbuilt("phased", "test-time training")),
@@ -397,15 +444,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         matrix_lr=0.04, tied_embed_lr=0.05, table_lr=0.05, scalar_lr=0.04, muon_momentum=0.95,
         muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50, warmup_steps=2, train_log_every=20,
         val_loss_every=0, checkpoint_every=30.0, reserve_seconds=0.0, rope_train_len=512, leaky_slopes="", loop_start=1,
-        loop_end=2, loop_at_step=0, parallel_start=3, ema_decay=0.95, **at_most(rope_dims=64, xsa_last_n=4, mlp_mult=2,
-        attention_window=128, embed_dim=128, value_embed_last_n=2, num_loops=2, loop_ramp_steps=10)),
+        loop_end=2, loop_at_step=0, parallel_start=3, ema_decay=0.95, swa_every=5, **at_most(
+            rope_dims=64, xsa_last_n=4, mlp_mult=2, attention_window=128, embed_dim=128, value_embed_last_n=2,
+            num_loops=2, loop_ramp_steps=10)),
     "tiny": dict(  # overlay: what a test runs in seconds; one layer before, one inside and one after a loop
         num_layers=3, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=64, train_batch_tokens=512,
         micro_batch_tokens=512, eval_batch_tokens=8192, eval_seq_len=64, eval_stride=32, iterations=8,
         max_wallclock_seconds=0.0, loader="shuffled", lr_schedule="warmdown_frac", muon_momentum_warmup_steps=4,
         warmup_steps=1, train_log_every=1, val_loss_every=0, compile="off", reserve_seconds=0.0, bigram_dim=16,
         engram_dim=8, value_embed_dim=16, rope_train_len=64, leaky_slopes="", loop_start=1, loop_end=1,
-        parallel_start=2, ema_decay=0.9, **at_most(bigram_buckets=512, engram_buckets=128, rope_dims=16, xsa_last_n=2,
+        parallel_start=2, ema_decay=0.9, swa_every=1, held_out_tokens=512, **at_most(
+            bigram_buckets=512, engram_buckets=128, rope_dims=16, xsa_last_n=2,
         attention_window=32, embed_dim=32, value_embed_last_n=2, num_loops=2, mup_base_width=64, loop_at_step=3,
         loop_ramp_steps=3))}
 DEFAULT_PRESET = {"cuda": "mlp3x_seq4096", "cpu": "turbo_engram+plain+cpu"}
@@ -421,6 +470,8 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
      "ROPE_DIMS={rope_dims} must be even and at most MODEL_DIM={model_dim} over NUM_HEADS={num_heads}"),
     (lambda v: v["run_mode"] != "eval" and v["train_batch_tokens"] % v["train_seq_len"],
      "TRAIN_BATCH_TOKENS={train_batch_tokens} is not a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
+    (lambda v: v["seq_ramp_start"] and v["train_seq_len"] not in (v["seq_ramp_start"] << i for i in range(17)),
+     "SEQ_RAMP_START={seq_ramp_start} doubled some times is not TRAIN_SEQ_LEN={train_seq_len}"),
     (lambda v: v["eval"] == "sliding" and v["eval_stride"] > v["eval_seq_len"],
      "EVAL_STRIDE={eval_stride} is larger than EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda v: v["bigram_buckets"] == 1, "BIGRAM_BUCKETS=1: want 0 (off) or at least 2"),
@@ -647,6 +698,23 @@ class Runtime:
             dist.all_reduce(x)
         return x
 
+    def start_all_reduce(self, x: Tensor) -> Callable[[], Any]:
+        """Begin summing over ranks, in place; returns what waits for the end."""
+        return dist.all_reduce(x, async_op=True).wait if self.world > 1 else lambda: None
+
+    def reduce_scatter(self, mine: Tensor, x: Tensor) -> Callable[[], Any]:
+        """Begin summing x over ranks, `mine` receiving this rank's equal share; returns what waits for the end."""
+        if self.world == 1:
+            return lambda: None
+        return dist.reduce_scatter(mine, list(x.chunk(self.world)), async_op=True).wait
+
+    def all_gather(self, mine: Tensor) -> tuple[Tensor, Callable[[], Any]]:
+        """Begin joining equal shares along the first axis; returns where they land and what waits for the end."""
+        if self.world == 1:
+            return mine, lambda: None
+        full = mine.new_empty(self.world * len(mine), *mine.shape[1:])
+        return full, dist.all_gather(list(full.chunk(self.world)), mine.contiguous(), async_op=True).wait
+
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0 alone; every rank returns its picklable result or raises its error."""
         box: list[Any] = [None, None]
@@ -800,9 +868,17 @@ class TokenStream:
             raise UserError(f"DATA_PATH={relative(folder)}: no file matches fineweb_{split}_*.bin")
         self.shards = [open_shard(f) for f in self.files]
         self.starts = np.cumsum([0] + [len(s) for s in self.shards]).tolist()
+        self.length = self.starts[-1]
 
     def __len__(self) -> int:
-        return self.starts[-1]
+        return self.length
+
+    def hold_out(self, count: int) -> np.ndarray:
+        """Take the last `count` tokens off the stream and return them. Raises UserError when nothing would remain."""
+        if count >= len(self):
+            raise UserError(f"HELD_OUT_TOKENS={count} leaves nothing of {len(self)} training tokens")
+        self.length -= count
+        return self.read(self.length, count)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) as uint16, across shard borders."""
@@ -991,10 +1067,15 @@ class Loader:
     def rows_in_epoch(self) -> int:
         return (len(self.stream) - 1) // self.seq
 
-    def next(self, rank: int, world: int) -> np.ndarray:
-        """Rows rank, rank + world, ... of the next step as (rows of this rank, T + 1) uint16."""
+    def dealt(self) -> int:
+        """Tokens dealt so far to all ranks."""
+        return (self.epoch * self.rows_in_epoch() + self.index) * self.seq
+
+    def next(self, rank: int, world: int, share: float = 1.0) -> np.ndarray:
+        """Rows rank, rank + world, ... of the next step, which has a share of the full batch, as (rows of this rank,
+        T + 1) uint16."""
         mine = []
-        for row in range(self.rows):
+        for row in range(max(1, round(share * self.rows))):
             if self.index >= self.rows_in_epoch():
                 self.epoch, self.index = self.epoch + 1, 0
                 self.begin_epoch()
@@ -1903,140 +1984,467 @@ def see_data(model: GPT, data: Data):
 
 
 # ---- 6 Optimisation: one Muon made of stages, AdamW groups, ramps, averaging ----------------------------------------
+class Bank:
+    """Matrices of one shape as one contiguous stack (K,m,n), dealt to the ranks in equal shares. Modules keep ordinary
+    parameters, which are views of it. Optimiser state exists for this rank's share only, always fp32."""
+
+    def __init__(self, params: list[nn.Parameter], weights: Tensor, gradients: Tensor, rt: Runtime):
+        self.params, self.weights, self.gradients = params, weights, gradients  # gradients padded to equal shares
+        self.share, count = len(gradients) // rt.world, len(params)
+        self.mine = slice(min(count, rt.rank * self.share), min(count, (rt.rank + 1) * self.share))
+        self.owned = self.mine.stop - self.mine.start
+        self.reduced = gradients if rt.world == 1 else torch.zeros_like(gradients[:self.share])
+        self.norms = weights.norm(dim=(1, 2), keepdim=True)  # what MUON_DECAY=fixed_norm keeps
+        self.norms[self.norms == 0] = (weights.size(1) / 3)**0.5  # what the framework's default would have drawn
+        self.state: dict[str, Tensor] = {}
+
+
 class FlatParameters:
-    """All weights as views of one fp32 vector and all gradients as views of another, same-shape matrices adjacent.
-    Modules keep ordinary parameters; reduction, clipping, averaging and Muon's stacks work on whole memory.
-    The gradient vector ends with one extra number, the loss, so that one all-reduce carries both."""
+    """All weights as views of one fp32 vector and all gradients as views of another: first a bank per shape of matrix,
+    the largest first, then the other parameters by tag, then one extra number, the loss: `rest` carries both in one
+    all-reduce. Gradients are padded so that every rank owns as many matrices of a bank."""
 
-    def __init__(self, model: GPT):
-        self.params = sorted(model.parameters(), key=lambda p: (p.opt != "matrix", p.opt, p.shape))  # stable
-        total, device = sum(p.numel() for p in self.params), self.params[0].device
-        self.weights = torch.zeros(total, device=device)
-        self.gradients = torch.zeros(total + 1, device=device)
-        self.offsets = np.cumsum([0] + [p.numel() for p in self.params]).tolist()
-        for p, offset in zip(self.params, self.offsets):
-            self.weights[offset:offset + p.numel()] = p.data.flatten()
-            p.data = self.weights[offset:offset + p.numel()].view(p.shape)
-            p.grad = self.gradients[offset:offset + p.numel()].view(p.shape)
-
-    def stacks(self) -> list[tuple[Tensor, Tensor]]:
-        """(weights, gradients) of the matrix group as (K, m, n) views, one pair per shape."""
-        found, i = [], 0
-        for shape, group in itertools.groupby((p for p in self.params if p.opt == "matrix"), lambda p: p.shape):
-            k = len(list(group))
-            span, i = slice(self.offsets[i], self.offsets[i + k]), i + k
-            found.append((self.weights[span].view(k, *shape), self.gradients[span].view(k, *shape)))
-        return found
+    def __init__(self, model: GPT, rt: Runtime):
+        counts = collections.Counter(p.shape for p in model.parameters() if p.opt == "matrix")
+        self.rt, self.params = rt, sorted(model.parameters(), key=lambda p: (  # stable
+            p.opt != "matrix", p.opt, -p.numel() * counts[p.shape] * (p.opt == "matrix"), p.shape))
+        kinds = [(key, list(group)) for key, group in itertools.groupby(
+            self.params, lambda p: (p.opt, p.shape if p.opt == "matrix" else None))]
+        sizes = [sum(p.numel() for p in group) for _, group in kinds]
+        spare = [-len(group) % rt.world * group[0].numel() * (key[0] == "matrix") for key, group in kinds]
+        device, matrices = self.params[0].device, sum(key[0] == "matrix" for key, _ in kinds)
+        self.weights = torch.zeros(sum(sizes), device=device)
+        self.gradients = torch.zeros(sum(sizes) + sum(spare) + 1, device=device)
+        self.rest = self.gradients[sum(sizes[:matrices]) + sum(spare):]
+        self.banks, self.vectors = [], {}  # tag -> (weights, gradients), both flat
+        w = g = 0
+        for ((tag, shape), group), size, extra in zip(kinds, sizes, spare):
+            weights, gradients = self.weights[w:w + size], self.gradients[g:g + size]
+            for p, a, b in zip(group, weights.split([p.numel() for p in group]),
+                               gradients.split([p.numel() for p in group])):
+                a.copy_(p.data.flatten())
+                p.data, p.grad = a.view(p.shape), b.view(p.shape)
+            if tag == "matrix":
+                self.banks.append(Bank(group, weights.view(-1, *shape),
+                                       self.gradients[g:g + size + extra].view(-1, *shape), rt))
+            else:
+                self.vectors[tag] = weights, gradients
+            w, g = w + size, g + size + extra
 
     def clip(self, bound: float):
-        """Scale the gradient down to the given norm; 0 leaves it alone."""
+        """Scale the reduced gradient down to the given norm; 0 leaves it alone."""
         if bound:
-            g = self.gradients[:-1]
-            g.mul_((bound / (g.norm() + 1e-6)).clamp(max=1.0))
+            shares = torch.stack([bank.reduced.square().sum() for bank in self.banks]).sum()
+            norm = (self.rt.all_reduce(shares) + self.rest[:-1].square().sum()).sqrt()
+            for part in (self.rest[:-1], *(bank.reduced for bank in self.banks)):
+                part.mul_((bound / (norm + 1e-6)).clamp(max=1.0))
 
 
-# Stages: stage(u (K,m,n), state, hp) -> (K,m,n). `state` belongs to the stack, hp holds 0-D tensors and constants.
-def nesterov(u: Tensor, state: dict[str, Tensor], hp: dict[str, Any]) -> Tensor:
+@dataclass
+class Hyper:
+    """What a stage may look at besides its input and its state."""
+    cfg: OptimConfig
+    dtype: torch.dtype = torch.float32   # of the products inside orthogonalisation
+    momentum: Tensor | None = None       # 0-D: a ramp recompiles nothing
+    step: int = 0                        # updates done before
+    betas: tuple[float, float] = (0.9, 0.95)
+    beta3: float = 0.0                   # AdEMAMix's slow decay and its weight, both warmed up
+    alpha: float = 0.0
+    gradient: Tensor | None = None       # what the first stage received
+
+
+# Stages: stage(u (K,m,n), state, hp) -> (K,m,n). `state` belongs to the share of a bank: tensors with K rows.
+def kept(state: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """A tensor of the state, zeros at first."""
+    return state.setdefault(name, torch.zeros_like(like))
+
+
+def nesterov(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
     """Heavy-ball buffer b <- mu*b + g, look-ahead g + mu*b."""
-    buffer = state.setdefault("momentum", torch.zeros_like(u))
-    buffer.mul_(hp["momentum"]).add_(u)
-    return u + hp["momentum"] * buffer
+    buffer = kept(state, "momentum", u)
+    buffer.mul_(hp.momentum).add_(u)
+    return u + hp.momentum * buffer
 
 
-def row_norm(u: Tensor, state: dict[str, Tensor], hp: dict[str, Any]) -> Tensor:
+def normalised(u: Tensor, *axes: int) -> Tensor:
+    """Unit norm along one axis after the other: -1 makes rows equal, -2 columns."""
+    for axis in axes:
+        u = u / u.norm(dim=axis, keepdim=True).clamp(min=1e-7)
+    return u
+
+
+def row_norm(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
     """Equal norm for every output row before orthogonalisation. Source: MuonEq-R, arXiv 2603.28254."""
-    return u / u.norm(dim=-1, keepdim=True).clamp(min=1e-7)
+    return normalised(u, -1)
 
 
-QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
-POLAR_EXPRESS = (  # arXiv 2505.16932, designed for exactly five steps
+QUINTIC = (3.4445, -4.7750, 2.0315)
+POLAR_EXPRESS = (  # arXiv 2505.16932, made for exactly five steps with a 2 % margin on the input norm
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+TURBO = {  # four steps after the AOL scaling, arXiv 2512.04632: as PR 1089 ran it, and as the paper's library has it
+    "record": ((4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+               (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+               (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+               (2.300652019954817, -1.6689039845747493, 0.4188073119525673)),
+    "library": ((4.6051, -9.6552, 5.6769), (4.7505, -6.0861, 2.1790), (2.7763, -2.3190, 0.5523),
+                (2.4231, -2.2861, 0.8193))}
 
 
-def orthogonalise(u: Tensor, table: tuple[tuple[float, float, float], ...], dtype: torch.dtype) -> Tensor:
-    """Replace singular values by about one: X <- aX + (bA + cA^2)X with A = XX^T, one (a,b,c) per step."""
-    x = u.to(dtype)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
+    """(a,b,c) of the odd quintic ax + bx^3 + cx^5 that is nearest to 1 on [low, high]; exchange algorithm of Remez."""
+    inner, points = 0.0, np.array([low, (3 * low + high) / 4, (low + 3 * high) / 4, high])
+    for _ in range(100):
+        system = np.stack([points, points**3, points**5, [1, -1, 1, -1]], 1)
+        a, b, c, _ = np.linalg.solve(system, np.ones(4))
+        root = math.sqrt(9 * b * b - 20 * a * c)  # the extremes between: a + 3bx^2 + 5cx^4 = 0
+        points[1:3] = np.sqrt(np.sort([(-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)]))
+        if abs(points[1] - inner) < 1e-14:
+            break
+        inner = points[1]
+    return float(a), float(b), float(c)
+
+
+def polar_table(steps: int, low: float, margin: float = 1.02) -> list[tuple[float, float, float]]:
+    """Each step's best quintic for what the steps before leave of [low, 1]: the composition nearest to the polar
+    factor. A step never aims below 0.024 of the largest value, which costs the largest less, and expects values to be
+    larger than promised by a margin, because beyond its range a polynomial explodes. Source: arXiv 2505.16932."""
+    table, high, cushion = [], 1.0, 0.02407327424182761
+    for _ in range(steps):
+        abc = np.array(minimax_quintic(max(low, cushion * high), high))
+        ends = [float(abc @ [x, x**3, x**5]) for x in (low, high)]
+        abc *= 2 / sum(ends) if low < cushion * high else 1.0  # the ends lie equally far from 1
+        table.append(tuple(abc.tolist()))
+        low = float(abc @ [low, low**3, low**5])
+        high = margin * (2 - low)
+    return table
+
+
+@functools.cache
+def best_polar_table(steps: int) -> tuple[tuple[float, float, float], ...]:
+    """The table for a number of steps: all singular values above some bound end within 1 +- 0.15, the bound being as
+    low as the steps allow, at least 0.001. The first steps of a longer table aim lower and end far from 1: never cut
+    one."""
+    lowest, highest = 1e-3, 0.5  # the bound is found by bisection of its logarithm
+    for _ in range(40):
+        low = end = math.sqrt(lowest * highest)
+        for a, b, c in polar_table(steps, low):
+            end = a * end + b * end**3 + c * end**5
+        lowest, highest = (lowest, low) if end > 0.85 else (low, highest)
+    return tuple(polar_table(steps, highest))
+
+
+def polynomials(x: Tensor, table) -> Tensor:
+    """Odd polynomials of the singular values of x (K,m,n), m <= n: X <- aX + (bA + cA^2)X with A = XX^T."""
     for a, b, c in table:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.mT if tall else x).to(u.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
-def newton_schulz(u: Tensor, state: dict[str, Tensor], hp: dict[str, Any]) -> Tensor:
-    """Five equal quintic steps; singular values end within about [0.7, 1.2]."""
-    return orthogonalise(u, QUINTIC, hp["dtype"])
+def orthogonalise(u: Tensor, table, hp: Hyper, margin: float = 1.0) -> Tensor:
+    """Replace singular values by about one, after division by the Frobenius norm times a margin."""
+    x = (u.mT if u.size(-2) > u.size(-1) else u).to(hp.dtype)
+    x = polynomials(x / (margin * x.norm(dim=(-2, -1), keepdim=True) + 1e-7), table)
+    return (x.mT if u.size(-2) > u.size(-1) else x).to(u.dtype)
 
 
-def polar_express(u: Tensor, state: dict[str, Tensor], hp: dict[str, Any]) -> Tensor:
-    """Five minimax steps, after a 2 % margin on the input norm."""
-    return orthogonalise(u, ((lambda a, b, c: (a / 1.02, b / 1.02**3, c / 1.02**5))(*POLAR_EXPRESS[0]),)
-                         + POLAR_EXPRESS[1:], hp["dtype"])
+def newton_schulz(u: Tensor, state: dict[str, Tensor], hp: Hyper, steps: int = 5) -> Tensor:
+    """Equal quintic steps; singular values end within about [0.7, 1.2]. Knob: MUON_STEPS."""
+    return orthogonalise(u, (QUINTIC,) * (hp.cfg.muon_steps or steps), hp)
 
 
-def aspect_scale(u: Tensor, state: dict[str, Tensor], hp: dict[str, Any]) -> Tensor:
+def polar_express(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
+    """Minimax steps, the published five or as many as MUON_STEPS says, after a 2 % margin for rounding."""
+    steps = hp.cfg.muon_steps or 5
+    return orthogonalise(u, POLAR_EXPRESS if steps == 5 else best_polar_table(steps), hp, 1.02)
+
+
+def turbo(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
+    """Almost-orthogonal scaling, which bounds the largest singular value by one without shrinking all, saves a step:
+    rows of the short side are divided by the root of their sum of |XX^T|. arXiv 2208.03160, 2512.04632; PR 1089."""
+    x = (u.mT if u.size(-2) > u.size(-1) else u).to(hp.dtype)
+    bound = (x @ x.mT).float().abs().sum(-1, keepdim=True).clamp(min=1e-14)
+    x = (x * (bound.rsqrt() / 1.02)).to(hp.dtype)  # a margin for rounding, as above
+    x = polynomials(x, TURBO[hp.cfg.muon_table] if hp.cfg.muon_steps in (0, 4) else best_polar_table(hp.cfg.muon_steps))
+    return (x.mT if u.size(-2) > u.size(-1) else x).to(u.dtype)
+
+
+POST_NORMS = {"col": (-2,), "row": (-1,), "col_row": (-2, -1), "row_col": (-1, -2)}
+
+
+def post_norm(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
+    """Unit rows, columns or both in turn, after orthogonalisation. Muon+, arXiv 2602.21545. Knob: MUON_POST_NORM."""
+    return normalised(u, *POST_NORMS[hp.cfg.muon_post_norm])
+
+
+def neuron_norm(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
+    """Divide each row by the root of its running mean square, then restore the norm of the whole. Source: NorMuon,
+    arXiv 2510.05491. Knob: MUON_BETA2."""
+    mean = kept(state, "rows", u[..., :1])
+    mean.lerp_(u.square().mean(-1, keepdim=True), 1 - hp.cfg.muon_beta2)
+    scaled = u / (mean.sqrt() + 1e-10)
+    return scaled * (u.norm(dim=(-2, -1), keepdim=True) / scaled.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7))
+
+
+def triangular(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
+    """In place of orthogonalisation: equal rows, then the inverse of the lower triangle of their Gram matrix, then
+    equal rows, MUON_STEPS times or once; depends on the order of rows. Source: MUD, arXiv 2603.17970."""
+    x = (u.mT if u.size(-2) > u.size(-1) else u).float()
+    ridge = 1e-6 * torch.eye(x.size(-2), device=x.device)
+    for _ in range(hp.cfg.muon_steps or 1):
+        x = normalised(x, -1)
+        x = normalised(torch.linalg.solve_triangular((x @ x.mT + ridge).tril(), x, upper=False), -1)
+    return x.mT if u.size(-2) > u.size(-1) else x
+
+
+def matrix_power(a: Tensor, exponent: float) -> Tensor:
+    """Power of symmetric positive (K,n,n) of any size, made of mean eigenvalue 1 beforehand; no eigenvalue is below
+    1e-4, where fp32 knows little."""
+    mean = a.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    values, vectors = torch.linalg.eigh(a / mean.clamp(min=1e-30) + 1e-4 * torch.eye(a.size(-1), device=a.device))
+    return (vectors * values.clamp(min=1e-4).pow(exponent).unsqueeze(-2)) @ vectors.mT
+
+
+def whitened_polar(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
+    """Orthogonalise L^-a U R^-a, L and R being running second moments of the gradient's rows and columns and a = 1/8,
+    then multiply once more, which solves the steepest descent bounded in the whitened coordinates (MOUSSE=inverse;
+    "forward" undoes the whitening, as a digest of the paper has it), and restore the norm. Mousse, arXiv 2603.09697.
+    Knobs: MOUSSE, MUON_BETA2, MUON_REFRESH."""
+    g, powers = hp.gradient, []
+    for name, moment in (("left", g @ g.mT), ("right", g.mT @ g)):
+        kept(state, name, moment).lerp_(moment, 1 - hp.cfg.muon_beta2)  # a common factor is normalised away
+        if hp.step % hp.cfg.muon_refresh == 0 or f"{name}_power" not in state:
+            state[f"{name}_power"] = matrix_power(state[name], -0.125)
+        powers.append(state[f"{name}_power"])
+    y = newton_schulz(powers[0] @ u @ powers[1], state, hp)
+    back = powers if hp.cfg.mousse == "inverse" else [torch.linalg.inv(p) for p in powers]
+    x = back[0] @ y @ back[1]
+    return x * (y.norm(dim=(-2, -1), keepdim=True) / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7))
+
+
+def input_whitening(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
+    """The gradient times the damped inverse second moment of what its matrix reads, before momentum; what it reads is
+    observed every MUON_REFRESH steps (see InputWatch). Source: Newton-Muon, arXiv 2604.01472."""
+    return u @ state["inverse"] if "inverse" in state else u
+
+
+def adam(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
+    """Bias-corrected mean over root mean square, arXiv 1412.6980; its weight decay is decoupled, arXiv 1711.05101."""
+    (beta1, beta2), t = hp.betas, hp.step + 1
+    mean, square = kept(state, "mean", u), kept(state, "square", u)
+    mean.lerp_(u, 1 - beta1)
+    square.mul_(beta2).addcmul_(u, u, value=1 - beta2)
+    return mean / (1 - beta1**t) / ((square / (1 - beta2**t)).sqrt() + hp.cfg.adam_eps)
+
+
+def ademamix(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
+    """Adam whose mean has a second, slow one added, alpha times and not bias-corrected. Source: arXiv 2409.03137.
+    Knobs: ADEMAMIX_ALPHA, ADEMAMIX_BETA3."""
+    fast = adam(u, state, hp)
+    slow = kept(state, "slow", u)
+    slow.lerp_(u, 1 - hp.beta3)
+    return fast + hp.alpha * slow / ((state["square"] / (1 - hp.betas[1]**(hp.step + 1))).sqrt() + hp.cfg.adam_eps)
+
+
+def aspect_scale(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
     """sqrt(max(1, rows/columns)): the same update size per entry for wide and tall matrices."""
     return u * max(1.0, u.size(-2) / u.size(-1))**0.5
 
 
-MUON = {
+def aspect_scale_plus(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
+    """sqrt(rows/columns), smaller for wide matrices too, as Muon+ has it."""
+    return u * (u.size(-2) / u.size(-1))**0.5
+
+
+def cautious(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
+    """Drop entries that would undo the gradient and make up for their share. arXiv 2411.16085. Knob: MUON_CAUTIOUS."""
+    agrees = (u * hp.gradient > 0).to(u.dtype)
+    return u * agrees / agrees.mean(dim=(-2, -1), keepdim=True).clamp(min=1e-3)
+
+
+def three_steps(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
+    """NeoMuon's number of steps."""
+    return newton_schulz(u, state, hp, 3)
+
+
+MUON: dict[str, tuple[Callable[[Tensor, dict[str, Tensor], Hyper], Tensor], ...]] = {
     "muon": (nesterov, newton_schulz, aspect_scale),
     "muon_polar": (nesterov, polar_express, aspect_scale),
-    "muoneq_r": (nesterov, row_norm, newton_schulz, aspect_scale)}
+    "muoneq_r": (nesterov, row_norm, newton_schulz, aspect_scale),
+    "muoneq_r_polar": (nesterov, row_norm, polar_express, aspect_scale),
+    "neomuon": (nesterov, row_norm, three_steps, aspect_scale),  # MuonEq-R under another name, with three steps
+    "turbo_muon": (nesterov, turbo, post_norm, aspect_scale),
+    "muon_plus": (nesterov, newton_schulz, post_norm, aspect_scale_plus),
+    "normuon": (nesterov, newton_schulz, neuron_norm, aspect_scale),
+    "mud": (nesterov, triangular, aspect_scale),
+    "rmnp": (nesterov, row_norm, aspect_scale),  # no orthogonalisation at all, arXiv 2603.20527; wants a lower rate
+    "mousse": (nesterov, whitened_polar, aspect_scale),
+    "newton_muon": (input_whitening, nesterov, newton_schulz, aspect_scale),
+    "adamw": (adam,), "ademamix": (ademamix,)}  # for comparison; they want a much lower rate
+# How updates meet weights: (w (K,m,n), update, learning rate, weight decay, norms of the start (K,1,1)), in place
+def decoupled(w: Tensor, u: Tensor, lr: float, wd: float, norms: Tensor):
+    """Shrink all weights by lr * wd, then step."""
+    w.mul_(1 - lr * wd).sub_(u, alpha=lr)
 
 
-class Muon:
-    """Momentum, orthogonalise, scale: runs a list of stages over every stack of same-shape matrices.
-    Each rank orthogonalises its share of a stack; one all-reduce hands out the updates. State is equal on all ranks,
-    so a checkpoint can be resumed by any number of them. Source: Keller Jordan's Muon; stages: MUON."""
+def cautious_decay(w: Tensor, u: Tensor, lr: float, wd: float, norms: Tensor):
+    """Shrink only weights that the update shrinks too, as modded-nanogpt does."""
+    w.sub_(w * (u * w > 0), alpha=lr * wd).sub_(u, alpha=lr)
 
-    def __init__(self, flat: FlatParameters, cfg: OptimConfig, rt: Runtime, dtype: torch.dtype):
-        self.stacks, self.stages, self.rt = flat.stacks(), MUON[cfg.muon], rt
-        self.lr, self.wd = cfg.matrix_lr, cfg.muon_wd
-        self.state: list[dict[str, Tensor]] = [{} for _ in self.stacks]
-        self.hp = dict(momentum=torch.tensor(0.0, device=flat.weights.device), dtype=dtype)
+
+def fixed_norm(w: Tensor, u: Tensor, lr: float, wd: float, norms: Tensor):
+    """Back to the norm of the start after the step, in place of decay; what starts at zero may grow up to the norm of
+    an ordinary start."""
+    w.sub_(u, alpha=lr)
+    w.mul_(norms / torch.maximum(w.norm(dim=(1, 2), keepdim=True), norms))
+
+
+DECAYS = {"decoupled": decoupled, "cautious": cautious_decay, "fixed_norm": fixed_norm}
+
+
+class Optimiser:
+    """Muon over banks of matrices, AdamW or AdEMAMix over one vector per other tag. Every rank reduces, remembers and
+    orthogonalises its own share of each bank, largest bank first; while one bank's gradients or updates travel, others
+    are computed. The result depends on the number of ranks through rounding alone. Sources: Keller Jordan's Muon,
+    PR 399 (banks), arXiv 2511.07464."""
+
+    def __init__(self, flat: FlatParameters, cfg: OptimConfig, rt: Runtime, dtype: torch.dtype, tied: bool = True):
+        self.flat, self.cfg, self.rt = flat, cfg, rt
+        self.stages, self.decay = MUON[cfg.muon] + (cautious,) * cfg.muon_cautious, DECAYS[cfg.muon_decay]
+        self.hyper = Hyper(cfg, dtype, torch.zeros((), device=flat.weights.device), betas=(cfg.beta1, cfg.beta2))
+        self.groups = {tag: group for tag, group in adam_groups(cfg, tied).items() if tag in flat.vectors}
+        if set(flat.vectors) != set(self.groups):
+            raise RuntimeError("a parameter's `opt` tag belongs to no optimiser group")
+        self.vector_state: dict[str, dict[str, Tensor]] = {tag: {} for tag in self.groups}
 
     @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float):
-        """Update the matrices from their reduced gradients."""
-        self.hp["momentum"].fill_(momentum)
-        for (weights, gradients), state in zip(self.stacks, self.state):
-            u = self.stages[0](gradients, state, self.hp)
-            share = slice(len(u) * self.rt.rank // self.rt.world, len(u) * (self.rt.rank + 1) // self.rt.world)
-            mine = u[share]
-            for stage in self.stages[1:] if len(mine) else ():
-                mine = stage(mine, state, self.hp)
-            update = mine if self.rt.world == 1 else torch.zeros_like(u)
-            if self.rt.world > 1:
-                update[share] = mine
-                self.rt.all_reduce(update)
-            weights.mul_(1 - self.lr * lr_scale * self.wd).sub_(update, alpha=self.lr * lr_scale)
+    def step(self, ramps: dict[str, float]):
+        """One update of all weights from the gradients of all ranks."""
+        arrivals = [self.rt.reduce_scatter(bank.reduced, bank.gradients) for bank in self.flat.banks]
+        rest_arrived = self.rt.start_all_reduce(self.flat.rest)
+        for arrived in (*arrivals, rest_arrived) if self.cfg.grad_clip_norm else (rest_arrived,):
+            arrived()
+        self.flat.clip(self.cfg.grad_clip_norm)
+        self.hyper.momentum.fill_(ramps["momentum"])
+        self.hyper.alpha, self.hyper.beta3 = ramps["alpha"], ramps["beta3"]
+        self.step_vectors(ramps)
+        finish = lambda: None  # noqa: E731  (what remains of the bank before)
+        for bank, arrived in zip(self.flat.banks, arrivals):
+            arrived()
+            update, landed = self.rt.all_gather(self.direction(bank))
+            finish()
+            finish = functools.partial(self.apply, bank, update, landed, ramps)
+        finish()
+        self.hyper.step += 1
 
-    def state_dict(self) -> list[dict[str, Tensor]]:
-        return self.state
+    def step_vectors(self, ramps: dict[str, float]):
+        """AdamW, or AdEMAMix, for all but matrices."""
+        for tag, group in self.groups.items():
+            weights, gradient = self.flat.vectors[tag]
+            gradient.add_(weights, alpha=self.cfg.adam_l2)
+            lr = group.lr * ramps["lr"]
+            update = group.rule(gradient, self.vector_state[tag], replace(self.hyper, betas=group.betas))
+            weights.mul_(1 - lr * group.wd).sub_(update, alpha=lr)
 
-    def load_state_dict(self, state: list[dict[str, Tensor]]):
-        device = self.hp["momentum"].device
-        self.state = [{name: value.to(device) for name, value in stack.items()} for stack in state]
+    def direction(self, bank: Bank) -> Tensor:
+        """The update of this rank's share of a bank, (share,m,n) in the dtype that travels."""
+        u = bank.reduced[:bank.owned]
+        hp = replace(self.hyper, gradient=u)
+        for stage in self.stages:
+            u = stage(u, bank.state, hp)
+        return F.pad(u.to(self.hyper.dtype), (0, 0, 0, 0, 0, bank.share - bank.owned))
+
+    def apply(self, bank: Bank, update: Tensor, landed: Callable[[], Any], ramps: dict[str, float]):
+        """Change the weights of a whole bank, the same on every rank."""
+        landed()
+        self.decay(bank.weights, update[:len(bank.weights)].float(), self.cfg.matrix_lr * ramps["lr"],
+                   self.cfg.muon_wd * ramps["wd"], bank.norms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same on any number of ranks; every rank must call it."""
+        banks = []
+        for bank in self.flat.banks:
+            full = {}
+            for name, value in bank.state.items():
+                padded = F.pad(value, (0, 0) * (value.dim() - 1) + (0, bank.share - bank.owned))
+                gathered, landed = self.rt.all_gather(padded)
+                landed()
+                full[name] = gathered[:len(bank.weights)]
+            banks.append(full)
+        return dict(step=self.hyper.step, banks=banks, vectors=self.vector_state)
+
+    def load_state_dict(self, state: dict[str, Any]):
+        device = self.flat.weights.device
+        self.hyper.step = state["step"]
+        for bank, full in zip(self.flat.banks, state["banks"], strict=True):
+            bank.state = {name: value[bank.mine].to(device, copy=True) for name, value in full.items()}
+        self.vector_state = {tag: {name: value.to(device, copy=True) for name, value in state["vectors"][tag].items()}
+                             for tag in self.groups}
 
 
-def adamw(model: GPT, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over everything that is no matrix, one group per tag; `base_lr` is what the ramp multiplies."""
-    rates = {"embed": cfg.tied_embed_lr if model.cfg.tie_embeddings else cfg.embed_lr, "head": cfg.head_lr,
-             "table": cfg.table_lr, "scalar": cfg.scalar_lr}
-    groups = [dict(params=[p for p in model.parameters() if p.opt == tag], lr=lr, base_lr=lr)
-              for tag, lr in rates.items()]
-    owned = sum(len(g["params"]) for g in groups) + sum(p.opt == "matrix" for p in model.parameters())
-    if owned != sum(1 for _ in model.parameters()):
-        raise RuntimeError("a parameter's `opt` tag belongs to no optimiser group")
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
-                             weight_decay=cfg.adam_wd, fused=True)
+class AdamGroup(NamedTuple):
+    """How one tag's vector is updated."""
+    lr: float
+    wd: float
+    betas: tuple[float, float]
+    rule: Callable[[Tensor, dict[str, Tensor], Hyper], Tensor]
+
+
+def adam_groups(c: OptimConfig, tied: bool) -> dict[str, AdamGroup]:
+    """Tag -> its group. Knobs: *_LR, *_WD (-1 = ADAM_WD), *_BETA1 and *_BETA2 (0 = BETA1 and BETA2), ADEMAMIX."""
+    own = {"embed": (c.tied_embed_lr if tied else c.embed_lr, c.embed_wd, c.embed_beta1, c.embed_beta2),
+           "head": (c.head_lr, c.head_wd, c.head_beta1, c.head_beta2),
+           "table": (c.table_lr, c.table_wd, c.table_beta1, c.table_beta2), "scalar": (c.scalar_lr, -1, 0, 0)}
+    slow = {"none": (), "embed": ("embed", "head", "table"), "scalar": ("scalar",), "all": tuple(own)}[c.ademamix]
+    return {tag: AdamGroup(lr, c.adam_wd if wd < 0 else wd, (beta1 or c.beta1, beta2 or c.beta2),
+                           ademamix if tag in slow else adam) for tag, (lr, wd, beta1, beta2) in own.items()}
+
+
+@torch.no_grad()
+def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Tensor]:
+    """Mean outer product (n,n) fp32 of what each matrix reads, over this rank's ids (B,T) and all visits of a plan;
+    zero for one that the plan does not visit. By hooks on an eager pass: compiled graphs never hear of it."""
+    sums: dict[nn.Parameter, Tensor] = {}
+
+    def watch(module: Linear, inputs: tuple[Tensor, ...]):
+        x = inputs[0].flatten(0, -2).float()
+        sums[module.weight] += x.mT @ x / ids.numel()
+    readers = [m for m in model.modules() if isinstance(m, Linear) and m.weight.opt == "matrix"]
+    for module in readers:
+        sums[module.weight] = torch.zeros(module.weight.size(1), module.weight.size(1), device=ids.device)
+    hooks = [module.register_forward_pre_hook(watch) for module in readers]
+    try:
+        through(model.head_sites, model.hidden(ids, plan))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sums
+
+
+class InputWatch:
+    """For Newton-Muon: every MUON_REFRESH steps, look at what the matrices read and invert its running mean, damped by
+    a fifth of the mean eigenvalue (the paper's damping is not known to us)."""
+
+    def __init__(self, model: GPT, optimiser: Optimiser):
+        self.model, self.optimiser = model, optimiser
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, plan: Plan):
+        o = self.optimiser
+        if o.hyper.step % o.cfg.muon_refresh:
+            return
+        moments = second_moments(self.model, ids, plan)
+        for bank in o.flat.banks:
+            fresh = o.rt.all_reduce(torch.stack([moments[p] for p in bank.params]))[bank.mine]
+            k = bank.state.setdefault("inputs", fresh.clone()).lerp_(fresh, 1 - o.cfg.muon_beta2)
+            eye = torch.eye(k.size(-1), device=k.device)
+            mean = k.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+            k = torch.where(mean > 0, k / mean.clamp(min=1e-30), eye)
+            bank.state["inverse"] = torch.linalg.inv(k + 0.2 * eye)
 
 
 class Progress(NamedTuple):
@@ -2046,12 +2454,15 @@ class Progress(NamedTuple):
     remaining: float  # seconds of training left, or steps when there is no wall-clock limit
     step_cost: float  # seconds of one step (0 = not known yet), or 1 step
 
+    def steps_left(self) -> float:
+        """Steps until the end at the present pace; infinite while that is not known."""
+        return self.remaining / self.step_cost if self.step_cost else math.inf
+
 
 def warmdown_iters(p: Progress, cfg: OptimConfig) -> float:
     """Linear to zero over the last WARMDOWN_ITERS steps, their duration estimated from the steps so far.
     A slow first step must not start the decay: the estimate skips the first steps and is 0 until it is sound."""
-    span = cfg.warmdown_iters * p.step_cost
-    return min(1.0, p.remaining / span) if span else 1.0
+    return min(1.0, p.steps_left() / cfg.warmdown_iters) if cfg.warmdown_iters else 1.0
 
 
 def warmdown_frac(p: Progress, cfg: OptimConfig) -> float:
@@ -2059,13 +2470,55 @@ def warmdown_frac(p: Progress, cfg: OptimConfig) -> float:
     return min(1.0, (1 - p.frac) / cfg.warmdown_frac) if cfg.warmdown_frac else 1.0
 
 
-LR_SCHEDULES = {"warmdown_iters": warmdown_iters, "warmdown_frac": warmdown_frac}
+def cosine(p: Progress, cfg: OptimConfig) -> float:
+    """Half a cosine over the last WARMDOWN_FRAC of the run."""
+    return (1 - math.cos(math.pi * warmdown_frac(p, cfg))) / 2
 
 
-def momentum_warmup(p: Progress, cfg: OptimConfig) -> float:
-    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
-    f = min(1.0, p.step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
+LR_SCHEDULES = {"warmdown_iters": warmdown_iters, "warmdown_frac": warmdown_frac, "cosine": cosine}
+
+
+def momentum(p: Progress, cfg: OptimConfig) -> float:
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM, and back at the very end of the run."""
+    up = p.step / cfg.muon_momentum_warmup_steps if cfg.muon_momentum_warmup_steps else 1.0
+    down = p.steps_left() / cfg.muon_momentum_cooldown_steps if cfg.muon_momentum_cooldown_steps else 1.0
+    f = min(1.0, up, down)
     return (1 - f) * cfg.muon_momentum_warmup_start + f * cfg.muon_momentum
+
+
+def wd_taper(p: Progress, cfg: OptimConfig) -> float:
+    """Multiplier of MUON_WD: 1 until WD_TAPER_AT of the run, then linear to WD_TAPER_TO. Source: record of 04-18."""
+    late = max(0.0, p.frac - cfg.wd_taper_at) / (1 - cfg.wd_taper_at) if cfg.wd_taper_at < 1 else 0.0
+    return 1 + (cfg.wd_taper_to - 1) * late
+
+
+def slow_decay(p: Progress, cfg: OptimConfig) -> float:
+    """AdEMAMix's beta3: its half-life grows linearly from that of BETA1 over the whole run. arXiv 2409.03137."""
+    def half_life(beta: float) -> float:
+        return math.log(0.5) / math.log(beta) - 1 if beta else -1.0
+    steps = (1 - p.frac) * half_life(cfg.beta1) + p.frac * half_life(cfg.ademamix_beta3)
+    return 0.5 ** (1 / (steps + 1)) if steps > -1 else 0.0
+
+
+def row_lengths(cfg: Config) -> list[int]:
+    """Lengths of training rows in order: SEQ_RAMP_START doubled until TRAIN_SEQ_LEN; each becomes a compiled graph."""
+    lengths = [cfg.data.train_seq_len]
+    while cfg.optim.seq_ramp_start and lengths[0] > cfg.optim.seq_ramp_start:
+        lengths.insert(0, lengths[0] // 2)
+    return lengths
+
+
+def row_length(p: Progress, cfg: Config) -> int:
+    """Which of row_lengths() a step uses: equal parts of the first SEQ_RAMP_FRAC of the run, then the last."""
+    lengths = row_lengths(cfg)
+    part = p.frac / cfg.optim.seq_ramp_frac if cfg.optim.seq_ramp_frac else 1.0
+    return lengths[min(len(lengths) - 1, int(part * (len(lengths) - 1)))]
+
+
+def batch_share(p: Progress, cfg: OptimConfig) -> float:
+    """Part of TRAIN_BATCH_TOKENS in a step: linear from BATCH_RAMP_START to 1 over BATCH_RAMP_FRAC of the run."""
+    part = min(1.0, p.frac / cfg.batch_ramp_frac) if cfg.batch_ramp_frac else 1.0
+    return cfg.batch_ramp_start + (1 - cfg.batch_ramp_start) * part
 
 
 def plan_index(p: Progress, cfg: ModelConfig) -> int:
@@ -2084,23 +2537,50 @@ def loop_strength(p: Progress, cfg: ModelConfig) -> float:
 # name -> value at a point of the run; the training loop applies them all before each step
 RAMPS: dict[str, Callable[[Progress, Config], float]] = {
     "lr": lambda p, c: max(c.optim.min_lr, LR_SCHEDULES[c.optim.lr_schedule](p, c.optim)),
-    "momentum": lambda p, c: momentum_warmup(p, c.optim),
+    "momentum": lambda p, c: momentum(p, c.optim),
+    "wd": lambda p, c: wd_taper(p, c.optim),
+    "alpha": lambda p, c: c.optim.ademamix_alpha * p.frac,
+    "beta3": lambda p, c: slow_decay(p, c.optim),
+    "batch": lambda p, c: batch_share(p, c.optim),
+    "row": row_length,
     "qat": lambda p, c: float(p.frac >= c.quant.qat_start_frac),
     "plan": lambda p, c: plan_index(p, c.model),
     "loop": lambda p, c: loop_strength(p, c.model)}
 
 
+def schedule_plot(cfg: Config, points: int = 400) -> str:
+    """The ramps that move, over a run of exactly ITERATIONS steps, as an SVG file: one strip each."""
+    steps = cfg.optim.iterations
+    at = [Progress(i, i / steps, steps - i, 1.0) for i in (round(x * steps / points) for x in range(points + 1))]
+    curves = {name: [float(ramp(p, cfg)) for p in at] for name, ramp in RAMPS.items()}
+    curves = {name: values for name, values in curves.items() if min(values) < max(values)}
+    body = []
+    for row, (name, values) in enumerate(curves.items()):
+        top, low, high = 30 + 60 * row, min(values), max(values)
+        line = " ".join(f"{100 + 500 * i / points:.1f},{top + 40 - 40 * (v - low) / (high - low):.1f}"
+                        for i, v in enumerate(values))
+        body += [f'<polyline points="{line}" fill="none" stroke="#1f77b4" stroke-width="1.5"/>',
+                 f'<text x="90" y="{top + 24}" text-anchor="end">{name}</text>',
+                 f'<text x="606" y="{top + 8}">{high:g}</text>', f'<text x="606" y="{top + 44}">{low:g}</text>']
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{50 + 60 * len(curves)}" font-size="12" '
+            f'font-family="sans-serif"><rect width="100%" height="100%" fill="white"/>'
+            f'<text x="100" y="18">what changes during {steps} steps ({cfg.preset})</text>{"".join(body)}</svg>\n')
+
+
 class LastWeights:
     """No averaging: what is exported is what the last step left. Interface of every averager."""
+    needs_scores = False  # whether apply() asks for losses of held-out training text
 
     def __init__(self, weights: Tensor, cfg: OptimConfig):
-        self.weights = weights
+        self.weights, self.cfg = weights, cfg
 
-    def update(self):
-        """Called after every step."""
+    def update(self, step: int, lr: float):
+        """Called after every step with the number of steps done and the learning-rate multiplier."""
 
-    def apply(self):
-        """Replace the live weights by the averaged ones, once, after training."""
+    def apply(self, loss: Callable[[], float]) -> str:
+        """Replace the live weights by the averaged ones, once, after training; `loss` scores the live weights on
+        held-out training text. Returns what was done."""
+        return "last weights"
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
@@ -2114,13 +2594,14 @@ class EMA(LastWeights):
 
     def __init__(self, weights: Tensor, cfg: OptimConfig):
         super().__init__(weights, cfg)
-        self.decay, self.average = cfg.ema_decay, weights.clone()
+        self.average = weights.clone()
 
-    def update(self):
-        self.average.lerp_(self.weights, 1 - self.decay)
+    def update(self, step: int, lr: float):
+        self.average.lerp_(self.weights, 1 - self.cfg.ema_decay)
 
-    def apply(self):
+    def apply(self, loss: Callable[[], float]) -> str:
         self.weights.copy_(self.average)
+        return f"moving average, decay {self.cfg.ema_decay}"
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"average": self.average}
@@ -2129,7 +2610,93 @@ class EMA(LastWeights):
         self.average.copy_(state["average"])
 
 
-AVERAGERS = {"none": LastWeights, "ema": EMA}
+class SWA(LastWeights):
+    """Plain mean, in fp32, of snapshots taken every SWA_EVERY steps once the learning rate has fallen below SWA_START
+    of its peak. Source: the records from 03-20 on."""
+
+    def __init__(self, weights: Tensor, cfg: OptimConfig):
+        super().__init__(weights, cfg)
+        self.average, self.count = torch.zeros_like(weights), 0
+
+    def update(self, step: int, lr: float):
+        if lr < self.cfg.swa_start and step % self.cfg.swa_every == 0:
+            self.take()
+
+    def take(self):
+        """Add the live weights."""
+        self.count += 1
+        self.average.lerp_(self.weights, 1 / self.count)
+
+    def apply(self, loss: Callable[[], float]) -> str:
+        if self.count:
+            self.weights.copy_(self.average)
+        return f"mean of {self.count} snapshots" if self.count else "last weights: no snapshot was due, see SWA_START"
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"average": self.average, "count": torch.tensor(self.count)}
+
+    def load_state_dict(self, state: dict[str, Tensor]):
+        self.average.copy_(state["average"])
+        self.count = int(state["count"])
+
+
+class WeightedSWA(SWA):
+    """The last SWA_SNAPSHOTS snapshots weighted by exp(-(loss - least loss) / SWA_TEMPERATURE), their losses taken on
+    held-out training text. Our reading of importance-weighted SWA, which has no published rule."""
+    needs_scores = True
+
+    def __init__(self, weights: Tensor, cfg: OptimConfig):
+        LastWeights.__init__(self, weights, cfg)
+        self.snapshots: list[Tensor] = []
+
+    def take(self):
+        """Keep the live weights, forget the oldest."""
+        self.snapshots = [*self.snapshots, self.weights.clone()][-self.cfg.swa_snapshots:]
+
+    def apply(self, loss: Callable[[], float]) -> str:
+        if not self.snapshots:
+            return "last weights: no snapshot was due, see SWA_START"
+        losses = []
+        for snapshot in self.snapshots:
+            self.weights.copy_(snapshot)
+            losses.append(loss())
+        shares = self.shares(torch.tensor(losses, dtype=torch.float64), loss).tolist()
+        self.blend(shares)
+        return " ".join(f"{nll:.4f}:{share:.3f}" for nll, share in zip(losses, shares))
+
+    def blend(self, shares: list[float]):
+        """Live weights <- weighted sum of the snapshots, in fp32."""
+        self.weights.zero_()
+        for share, snapshot in zip(shares, self.snapshots):
+            self.weights.add_(snapshot, alpha=share)
+
+    def shares(self, losses: Tensor, loss: Callable[[], float]) -> Tensor:
+        """Weight of each snapshot; they sum to 1."""
+        return torch.softmax(-losses / self.cfg.swa_temperature, 0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {str(i): snapshot for i, snapshot in enumerate(self.snapshots)}
+
+    def load_state_dict(self, state: dict[str, Tensor]):
+        self.snapshots = [state[str(i)].to(self.weights.device, copy=True) for i in range(len(state))]
+
+
+class GreedySoup(WeightedSWA):
+    """From the best snapshot on, add each next best to the mean if the mean's held-out loss falls. arXiv 2203.05482."""
+
+    def shares(self, losses: Tensor, loss: Callable[[], float]) -> Tensor:
+        def equal(chosen: list[int]) -> Tensor:
+            return F.one_hot(torch.tensor(chosen), len(losses)).sum(0) / len(chosen)
+        order, best = losses.argsort().tolist(), float(losses.min())
+        chosen = order[:1]
+        for i in order[1:]:
+            self.blend(equal([*chosen, i]).tolist())
+            if (found := loss()) < best:
+                best, chosen = found, [*chosen, i]
+        return equal(chosen)
+
+
+AVERAGERS = {"none": LastWeights, "ema": EMA, "swa": SWA, "iw_swa": WeightedSWA, "soup": GreedySoup}
 
 
 # ---- 7 Quantisation -------------------------------------------------------------------------------------------------
@@ -2568,6 +3135,12 @@ def score_model(cfg: Config, rt: Runtime, model: GPT, numerics: Numerics, data: 
 
 
 # ---- 10 Training ----------------------------------------------------------------------------------------------------
+def full_speed(cfg: Config) -> dict[str, float]:
+    """Ramps of a step without any ramp: full rate, whole batch, longest rows, no momentum."""
+    return dict(lr=1.0, momentum=0.0, wd=1.0, alpha=0.0, beta3=0.0, batch=1.0, row=cfg.data.train_seq_len, qat=1.0,
+                plan=0, loop=1.0)
+
+
 class Clock:
     """Training seconds on a monotonic clock; validation and checkpoints stop it."""
 
@@ -2618,10 +3191,11 @@ class Trainer:
         self.cfg, self.rt, self.data, self.model, self.numerics = cfg, rt, data, model, numerics
         self.plans, self.plan, self.loss = plans(cfg.model), 0, compiled(model.forward, numerics)
         self.qat = attach_qat(model, cfg.quant)
-        self.flat = FlatParameters(model)
-        self.muon = Muon(self.flat, cfg.optim, rt, torch.bfloat16 if numerics.mode == "bf16" else torch.float32)
-        self.adam = adamw(model, cfg.optim)
+        self.flat = FlatParameters(model, rt)
+        self.optimiser = Optimiser(self.flat, cfg.optim, rt, numerics.dtype, cfg.model.tie_embeddings)
+        self.watchers = [InputWatch(model, self.optimiser)] * (input_whitening in self.optimiser.stages)
         self.averager = AVERAGERS[cfg.optim.averaging](self.flat.weights, cfg.optim)
+        self.held_out = data.train.hold_out(cfg.optim.held_out_tokens) if self.averager.needs_scores else None
         self.loader = LOADERS[cfg.data.loader](data.train, cfg)
         self.clock, self.step_number = Clock(rt), 0
         self.recent: list[float] = []  # seconds of the last 50 steps; the first, slow ones are not among them
@@ -2639,16 +3213,18 @@ class Trainer:
         left = max(0.0, min(budget - elapsed, (o.iterations - step) * cost if cost else budget))
         return Progress(step, min(1.0, max(elapsed / budget, step / o.iterations)), left, cost)
 
-    def micro_batches(self, rows: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        """(ids, targets) of one fixed shape; missing rows are padded with targets that give no loss."""
-        size = min(-(-self.loader.rows // self.rt.world),
+    def micro_batches(self, rows: np.ndarray, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(ids, targets), rows cut to `length`, always as many of them; missing ones are padded with targets that give
+        no loss. A pass is never larger than the smallest step's share of a rank."""
+        smallest = max(1, round(self.cfg.optim.batch_ramp_start * self.loader.rows))
+        size = min(-(-smallest // self.rt.world),
                    max(1, self.cfg.system.micro_batch_tokens // self.cfg.data.train_seq_len))
-        for lo in range(0, len(rows), size):
+        for lo in range(0, max(1, len(rows)), size):  # a rank without rows joins in all the same
             part = torch.from_numpy(rows[lo:lo + size].astype(np.int64))
             ids = torch.zeros(size, part.size(1) - 1, dtype=torch.int64)
             targets = torch.full_like(ids, -100)
             ids[:len(part)], targets[:len(part)] = part[:, :-1], part[:, 1:]
-            yield ids.to(self.rt.device, non_blocking=True), targets.to(self.rt.device, non_blocking=True)
+            yield tuple(x.view(-1, length).to(self.rt.device, non_blocking=True) for x in (ids, targets))
 
     def step(self, rows: np.ndarray, ramps: dict[str, float]) -> Tensor:
         """One optimiser update from this rank's rows; returns the mean loss of the whole batch (0-D, on the device)."""
@@ -2657,38 +3233,48 @@ class Trainer:
         self.model.loop_strength.fill_(ramps["loop"])
         self.plan = int(ramps["plan"])
         self.flat.gradients.zero_()
-        share = 1 / (self.loader.rows * self.cfg.data.train_seq_len)
-        for ids, targets in self.micro_batches(rows):
+        share = 1 / (max(1, round(ramps["batch"] * self.loader.rows)) * self.cfg.data.train_seq_len)
+        for ids, targets in self.micro_batches(rows, int(ramps["row"])):
             objective, nats = self.loss(ids, targets, self.plans[self.plan])
             (objective * share).backward()
-            self.flat.gradients[-1] += nats * share
-        self.rt.all_reduce(self.flat.gradients)
-        self.flat.clip(self.cfg.optim.grad_clip_norm)
-        self.muon.step(ramps["lr"], ramps["momentum"])
-        for group in self.adam.param_groups:
-            group["lr"] = group["base_lr"] * ramps["lr"]
-        self.adam.step()
+            self.flat.rest[-1] += nats * share
+        for watch in self.watchers:
+            watch(ids, self.plans[self.plan])
+        self.optimiser.step(ramps)
         if self.plan < len(self.plans) - 1:
             self.model.tie_repeats()
-        self.averager.update()
-        return self.flat.gradients[-1].clone()
+        self.averager.update(self.step_number + 1, ramps["lr"])
+        return self.flat.rest[-1].clone()
 
     def prewarm(self):
         """Run whole steps on synthetic tokens so that kernels compile off the clock, then undo everything."""
-        steps = self.cfg.optim.warmup_steps * len(self.plans)
+        graphs = list(itertools.product(range(len(self.plans)), row_lengths(self.cfg)))
+        steps = self.cfg.optim.warmup_steps * len(graphs)
         before = copy.deepcopy(self.state())
         generator = np.random.default_rng(0)
         mine = len(range(self.rt.rank, self.loader.rows, self.rt.world))
         for i in range(steps):
             fake = generator.integers(self.cfg.data.vocab_size, size=(mine, self.cfg.data.train_seq_len + 1))
-            self.step(fake.astype(np.uint16), dict(lr=1.0, momentum=0.0, qat=1.0, loop=1.0, plan=i % len(self.plans)))
+            plan, row = graphs[i % len(graphs)]
+            self.step(fake.astype(np.uint16), full_speed(self.cfg) | dict(plan=plan, row=row))
             self.rt.log(f"warmup_step:{i + 1}/{steps}", echo=False)
         self.restore(before)
 
+    def held_out_loss(self) -> float:
+        """Nats per token of the live weights on the held-out training text, the same on every rank, by the graph that
+        training compiled."""
+        rows, length = (len(self.held_out) - 1) // self.cfg.data.train_seq_len, self.cfg.data.train_seq_len
+        starts = np.arange(self.rt.rank, rows, self.rt.world)[:, None] * length
+        total = torch.zeros((), dtype=torch.float64)
+        for ids, targets in self.micro_batches(self.held_out[starts + np.arange(length + 1)], length):
+            total += self.loss(ids, targets, self.plans[self.plan])[1].cpu()
+        return float(self.rt.all_reduce(total)) / (rows * length)
+
     # Checkpoints.
     def state(self) -> dict[str, Any]:
-        """Everything that a bit-identical continuation needs; tensors are live, not copies."""
-        return dict(weights=self.flat.weights, muon=self.muon.state_dict(), adam=self.adam.state_dict(),
+        """Everything that a bit-identical continuation needs, the same on any number of ranks; tensors are live, not
+        copies. Every rank must call it."""
+        return dict(weights=self.flat.weights, optimiser=self.optimiser.state_dict(),
                     averager=self.averager.state_dict(), loader=self.loader.state_dict(), step=self.step_number,
                     seconds=self.clock.read(), recent=list(self.recent), plan=self.plan,
                     rng=torch.get_rng_state())
@@ -2696,8 +3282,7 @@ class Trainer:
     def restore(self, state: dict[str, Any]):
         """Inverse of state(); also accepts the live state's copies."""
         self.flat.weights.copy_(state["weights"])
-        self.muon.load_state_dict(state["muon"])
-        self.adam.load_state_dict(state["adam"])
+        self.optimiser.load_state_dict(state["optimiser"])
         self.averager.load_state_dict(state["averager"])
         self.loader.load_state_dict(state["loader"])
         self.step_number, self.recent, self.plan = state["step"], list(state["recent"]), state["plan"]
@@ -2717,8 +3302,8 @@ class Trainer:
         with self.clock.paused():
             if not self.flat.weights.isfinite().all():
                 raise RunFailed(self.not_finite("weights", self.step_number))
+            content = dict(state=self.state(), identity=self.identity(), numerics=self.numerics._asdict())
             if self.rt.main:
-                content = dict(state=self.state(), identity=self.identity(), numerics=self.numerics._asdict())
                 try:
                     write_atomic(self.rt.folder / "checkpoint.pt", lambda f: torch.save(content, f))
                     self.rt.metric("checkpoint", step=self.step_number)
@@ -2760,7 +3345,7 @@ class Trainer:
             loss_now, elapsed = loss.item(), self.clock.read()
             average = elapsed * 1e3 / step
             self.rt.metric("train", step=step, loss=loss_now, seconds=elapsed, **ramps)
-            speed = step * self.cfg.data.train_batch_tokens / max(elapsed, 1e-9)
+            speed = self.loader.dealt() / max(elapsed, 1e-9)
             left = p.remaining * (1 if self.cfg.optim.max_wallclock_seconds else average / 1e3)
             self.rt.log(f"step:{step}/{self.cfg.optim.iterations} train_loss:{loss_now:.4f} "
                         f"train_time:{elapsed * 1e3:.0f}ms step_avg:{average:.2f}ms tok/s:{speed:.0f} left:{left:.0f}s")
@@ -2795,7 +3380,7 @@ class Trainer:
             while not self.stop_reason(elapsed):
                 begin, p = elapsed, self.progress(elapsed)
                 ramps = {name: ramp(p, self.cfg) for name, ramp in RAMPS.items()}
-                loss = self.step(self.loader.next(self.rt.rank, self.rt.world), ramps)
+                loss = self.step(self.loader.next(self.rt.rank, self.rt.world, ramps["batch"]), ramps)
                 self.check_finite()
                 self.step_number += 1
                 self.pending = (self.step_number, loss)
@@ -2817,15 +3402,20 @@ class Trainer:
             self.finish(elapsed, self.stop_reason(elapsed))
 
     def finish(self, elapsed: float, reason: str):
-        """Log why training ended, keep a last checkpoint, put the averaged weights in place and validate them."""
+        """Log why training ended, keep a last checkpoint, put the averaged weights in place: all that reads training
+        text happens on the training clock."""
         self.check_finite()
-        self.clock.stop()
         if reason == "wallclock_cap":
             self.rt.log(f"stopping_early: wallclock_cap train_time:{elapsed * 1e3:.0f}ms "
                         f"step:{self.step_number}/{self.cfg.optim.iterations}")
         if self.cfg.run.checkpoint_every:
             self.save()
-        self.averager.apply()
+        with self.rt.phase("average"), torch.no_grad():
+            self.rt.log(f"averaging:{self.cfg.optim.averaging} {self.averager.apply(self.held_out_loss)}")
+        self.clock.stop()
+        late = self.clock.read() - self.cfg.optim.max_wallclock_seconds
+        if self.averager.needs_scores and self.cfg.optim.max_wallclock_seconds and late > 0:
+            self.rt.log(f"warning: averaging ended {late:.1f} s after MAX_WALLCLOCK_SECONDS; raise RESERVE_SECONDS")
 
 
 # ---- 11 main: the story in reading order ----------------------------------------------------------------------------
@@ -2845,7 +3435,7 @@ def parameter_report(model: GPT, cfg: Config, rt: Runtime):
 
 
 def plan_only(cfg: Config, rt: Runtime):
-    """RUN_MODE=plan: what a run would be, without data or training."""
+    """RUN_MODE=plan: what a run would be, without data or training, and a drawing of its ramps."""
     log_header(cfg, rt)
     torch.manual_seed(cfg.run.seed)
     model = GPT(cfg.model, cfg.data.vocab_size, Numerics(), cfg.optim)
@@ -2853,6 +3443,18 @@ def plan_only(cfg: Config, rt: Runtime):
     predicted, budget = predict_model_bytes(model, cfg.quant), cfg.quant.artifact_budget_bytes
     rt.log(f"predicted_bytes model:{predicted} code:{code_bytes()} total:{predicted + code_bytes()} budget:{budget} "
            f"fits:{int(predicted + code_bytes() <= budget)}")
+    rt.log(f"schedules:{relative(rt.on_main(lambda: draw_schedules(cfg)))}")
+
+
+def draw_schedules(cfg: Config) -> Path:
+    """Write the drawing of a configuration's ramps; returns its path. Raises UserError."""
+    path = Path(cfg.run.runs_dir) / "schedule.svg"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, lambda f: f.write(schedule_plot(cfg).encode()))
+    except OSError as error:
+        raise UserError(f"RUNS_DIR={relative(path.parent)}: cannot write {path.name} ({error.strerror})") from None
+    return path
 
 
 def artifact_numerics(cfg: Config, rt: Runtime, header: dict[str, Any]) -> Numerics:

@@ -68,7 +68,7 @@ def trainer_step(cfg: tg.Config, rt: tg.Runtime, numerics: tg.Numerics) -> Calla
 
     def step():
         torch.set_float32_matmul_precision(precision)
-        return trainer.step(rows, dict(lr=0.1, momentum=0.9, qat=0.0, loop=1.0, plan=0)).item()
+        return trainer.step(rows, tg.full_speed(cfg) | dict(lr=0.1, momentum=0.9, qat=0.0)).item()
     return step
 
 

@@ -49,6 +49,9 @@ TECHNIQUES = {
 }
 
 
+ALONE = tg.Runtime(tg.load({"PRESET": "baseline+tiny", "DEVICE": "cpu", "THREADS": "1"}), {})  # one rank
+
+
 def config(preset: str = "baseline+tiny", **knobs) -> tg.Config:
     """The configuration of a preset with knobs on top, as the environment would give it."""
     return tg.load({"PRESET": preset, "DEVICE": "cpu"} | {name.upper(): str(value) for name, value in knobs.items()})
@@ -63,6 +66,12 @@ def random_model(cfg: tg.Config, numerics: tg.Numerics = tg.Numerics(), seed: in
             noise = torch.randn(p.shape)
             p.copy_(noise * p.size(-1)**-0.5 if p.opt == "matrix" else p + 0.3 * noise)
     return model
+
+
+def flattened(model: torch.nn.Module, cfg: tg.Config, rt: tg.Runtime = ALONE, dtype: torch.dtype = torch.float32):
+    """(flat memory of a model, its optimiser)."""
+    flat = tg.FlatParameters(model, rt)
+    return flat, tg.Optimiser(flat, cfg.optim, rt, dtype, cfg.model.tie_embeddings)
 
 
 def random_batch(cfg: tg.Config, rows: int, length: int, seed: int = 1) -> tuple[Tensor, Tensor]:

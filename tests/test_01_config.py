@@ -209,6 +209,12 @@ INEFFECTIVE = [("LEAKY_SLOPE", 0.3, {}, dict(MLP="leaky_relu2")), ("BIGRAM_DIM",
                ("QAT_START_FRAC", 0.5, {}, dict(QAT="ste")), ("QAT", "ste", dict(MATRIX_BITS=16), dict(MATRIX_BITS=6)),
                ("WARMDOWN_FRAC", 0.5, {}, dict(LR_SCHEDULE="warmdown_frac")),
                ("WARMDOWN_ITERS", 9, dict(LR_SCHEDULE="warmdown_frac"), {}),
+               ("BATCH_RAMP_FRAC", 0.5, {}, dict(BATCH_RAMP_START=0.5)),
+               ("SEQ_RAMP_FRAC", 0.5, {}, dict(SEQ_RAMP_START=1024)),
+               ("MUON_TABLE", "library", {}, dict(MUON="turbo_muon")), ("MOUSSE", "forward", {}, dict(MUON="mousse")),
+               ("MUON_WD", 0.1, dict(MUON_DECAY="fixed_norm"), {}), ("WD_TAPER_AT", 0.5, {}, dict(MUON_WD=0.1)),
+               ("WD_TAPER_TO", 0.1, {}, dict(MUON_WD=0.1, WD_TAPER_AT=0.5)),
+               ("SWA_TEMPERATURE", 0.1, {}, dict(AVERAGING="iw_swa")),
                ("RESERVE_SECONDS", 5, dict(MAX_WALLCLOCK_SECONDS=0), {}),
                ("ARTIFACT", "x.golf", {}, dict(RUN_MODE="eval"))]
 
@@ -260,7 +266,8 @@ HAND = {"baseline": dict(params=17_059_912, mlp=1024, seq=1024), "mlp3x_seq4096"
 def test_plan_predicts_a_run_without_data(preset, tmp_path):
     given = dict(PRESET=preset, MATRIX_LR=0.03, TRAIN_LOG_EVERY=7, EVAL_BATCH_TOKENS=4096, THREADS=1, LOADER="shuffled")
     done = run_script(cwd=tmp_path, RUN_MODE="plan", DATA_PATH="nowhere", **given)
-    assert done.code == 0 and done.err == "" and not list(tmp_path.iterdir())
+    assert done.code == 0 and done.err == ""
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")] == ["runs/schedule.svg"]
     hand = HAND[preset]
     assert f"model_params:{hand['params']}\n" in done.out
     matrices = 9 * (2 * 512 * 512 + 2 * 256 * 512 + 2 * 512 * hand["mlp"]) + 1024 * 512

@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
-from helpers import SYSTEMS, TECHNIQUES, config, random_batch, random_model, token_losses, total_loss
+from helpers import (ALONE, SYSTEMS, TECHNIQUES, config, flattened, random_batch, random_model, token_losses,
+                     total_loss)
 
 EVERY = dict(TECHNIQUES["all"], num_layers=4, xsa_last_n=2)  # a model that has each kind of parameter
 
@@ -300,7 +301,7 @@ def test_every_parameter_carries_the_tags_of_its_role():
         ("matrix", "matrix"): layers * (2 * d * d + 2 * c.kv_dim * d + 2 * c.mlp_dim * d) + c.bigram_dim * d,
         ("scalar", "keep"): layers * (4 * d + c.num_heads) + (layers // 2) * d + d + 1,  # skips, smear gate, scale
     }
-    tg.adamw(model, cfg.optim)  # raises when a tag has no optimiser group
+    flattened(model, cfg)  # raises when a tag has no optimiser group
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
@@ -517,7 +518,7 @@ def test_compiled_forward_is_one_graph_per_plan_with_the_eager_loss(preset, monk
     model = random_model(cfg)
     switches = tg.attach_qat(model, cfg.quant)
     assert switches
-    flat, seen = tg.FlatParameters(model), set()
+    flat, seen = tg.FlatParameters(model, ALONE), set()
     loss = tg.compiled(model.forward, tg.Numerics(compile=True))
     plans = tg.schedule(cfg.model), tg.schedule(tg.ModelConfig(num_layers=2, skips="none"))
     for graphs, plan in enumerate(plans, 1):

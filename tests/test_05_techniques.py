@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as tg
-from helpers import SYSTEMS, config, distance, random_batch, random_model, token_losses
+from helpers import ALONE, SYSTEMS, config, distance, flattened, random_batch, random_model, token_losses
 from running import train
 
 RUN = SimpleNamespace(lines=[], log=lambda line: RUN.lines.append(line))
@@ -336,14 +336,11 @@ def coordinate(width: int, base: int) -> float:
                  mup_base_width=base, init="orthogonal", tied_embed_lr=0.01, matrix_lr=0.02, scalar_lr=0.01)
     torch.manual_seed(0)
     model = tg.GPT(cfg.model, 64, tg.Numerics())
-    flat, (ids, targets) = tg.FlatParameters(model), random_batch(cfg, 8, 32)
-    muon = tg.Muon(flat, cfg.optim, SimpleNamespace(rank=0, world=1), torch.float32)
-    adam, plan = tg.adamw(model, cfg.optim), tg.schedule(cfg.model)
+    (flat, optimiser), (ids, targets), plan = flattened(model, cfg), random_batch(cfg, 8, 32), tg.schedule(cfg.model)
     for _ in range(5):
         flat.gradients.zero_()
         (model(ids, targets, plan)[0] / ids.numel()).backward()
-        muon.step(1.0, 0.9)
-        adam.step()
+        optimiser.step(tg.full_speed(cfg) | dict(momentum=0.9))
     with torch.no_grad():
         return float(model.logits(model.hidden(ids, plan)).square().mean().sqrt())
 
@@ -440,7 +437,7 @@ def test_a_run_compiles_one_graph_per_plan_and_nothing_at_the_switch(preset, mon
     torch._dynamo.reset()
     cfg = config(f"{preset}+tiny")
     model = random_model(cfg)
-    tg.FlatParameters(model)
+    tg.FlatParameters(model, ALONE)
     loss, plans = tg.compiled(model.forward, tg.Numerics(compile=True)), tg.plans(cfg.model)
     for plan in plans:
         loss(*random_batch(cfg, 2, 16), plan)[0].backward()
@@ -490,7 +487,8 @@ def test_after_some_steps_a_token_still_changes_no_earlier_loss(preset, toy):
     tg.see_data(model, data)
     trainer, last = tg.Trainer(cfg, rt, data, model, tg.Numerics()), len(tg.plans(cfg.model)) - 1
     for step in range(4):
-        trainer.step(trainer.loader.next(0, 1), dict(lr=1.0, momentum=0.9, qat=1.0, plan=min(step, last), loop=1.0))
+        trainer.step(trainer.loader.next(0, 1), 
+                     tg.full_speed(cfg) | dict(momentum=0.9, plan=min(step, last)))
     ids, targets = random_batch(cfg, 2, 24)
     for plan in tg.plans(cfg.model):
         before = model.losses(model.hidden(ids, plan), targets).detach()

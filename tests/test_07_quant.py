@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as tg
-from helpers import TECHNIQUES, config, random_batch, random_model
+from helpers import ALONE, TECHNIQUES, config, random_batch, random_model
 
 QUANTILE = 0.9999984
 BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -179,7 +179,7 @@ def test_reloaded_artifact_computes_what_the_last_training_forward_did(mode, bit
         if p.quant == "embed":  # not part of QAT: let its export be lossless
             p.data = p.data.half().float()
     switches, plan = tg.attach_qat(model, cfg.quant), tg.schedule(cfg.model)
-    tg.FlatParameters(model)
+    tg.FlatParameters(model, ALONE)
     used, handles = {}, []
     for name, module in model.named_modules():
         if isinstance(module, tg.FakeQuant):

@@ -301,7 +301,7 @@ clip, calls = train_gpt.FlatParameters.clip, []
 def spoiling_clip(self, bound):
     calls.append(1)
     if len(calls) == {step}:
-        self.gradients[:-1] = float("nan")
+        self.rest[:-1] = float("nan")
     clip(self, bound)
 train_gpt.FlatParameters.clip = spoiling_clip
 """

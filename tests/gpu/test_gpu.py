@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 
 import train_gpt as tg
 from conftest import official, run_script
-from helpers import TECHNIQUES, config, distance, exact_attention, random_batch, random_model, token_losses
+from helpers import TECHNIQUES, config, distance, exact_attention, flattened, random_batch, random_model, token_losses
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no usable CUDA device")]
@@ -35,8 +35,8 @@ def take_steps(trainer: tg.Trainer, count: int) -> list[float]:
     """Losses of some optimiser steps, with the quantisation switch and both ramps moving."""
     losses = []
     for i in range(count):
-        ramps = dict(lr=1 - i / (2 * count), momentum=0.85 + 0.01 * i, qat=float(i % 2), plan=0, loop=1.0)
-        losses.append(trainer.step(trainer.loader.next(0, 1), ramps))
+        moving = dict(lr=1 - i / (2 * count), momentum=0.85 + 0.01 * i, qat=float(i % 2))
+        losses.append(trainer.step(trainer.loader.next(0, 1), tg.full_speed(trainer.cfg) | moving))
     return [x.item() for x in losses]
 
 
@@ -108,10 +108,11 @@ def test_muon_on_cuda_equals_the_cpu(kind):
     results = []
     for device in ("cpu", "cuda"):
         cfg = config(muon=kind, matrix_lr=1.0)
-        flat = tg.FlatParameters(random_model(cfg).to(device))
+        rt = tg.Runtime(config(device=device), {})
+        flat, optimiser = flattened(random_model(cfg).to(device), cfg, rt, torch.bfloat16)
         flat.gradients.copy_(torch.randn(flat.gradients.shape, generator=torch.Generator().manual_seed(0)))
         before = flat.weights.clone()
-        tg.Muon(flat, cfg.optim, tg.Runtime(config(), {}), torch.bfloat16).step(1.0, 0.9)
+        optimiser.step(tg.full_speed(cfg) | dict(momentum=0.9))
         results.append((flat.weights - before).cpu())
     assert distance(results[1], results[0]) < 2e-2
 
