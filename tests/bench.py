@@ -3,6 +3,8 @@
 
 python tests/bench.py cpu        training tokens per second: plain eager fp32 against the script's automatic choice
 python tests/bench.py attention  forward and backward of both attention kernels at T = 256 ... 4096
+python tests/bench.py optimiser  a step of the baseline's optimiser: banks, batched, against torch's matrix by matrix
+python tests/bench.py polar      how near every orthogonalisation comes to the polar factor; a table, no timing
 Options: --seconds N (measured time per side or point), --json FILE
 """
 import argparse
@@ -110,13 +112,70 @@ def bench_attention(seconds: float) -> dict[str, object]:
     return table
 
 
+def bench_optimiser(seconds: float) -> dict[str, object]:
+    """Milliseconds of one optimiser step for the baseline's 17 million parameters, on a GPU when there is one."""
+    table: dict[str, dict[str, float]] = {}
+    for preset in ("baseline", "baseline+cpu"):
+        cfg = tg.load(dict(PRESET=preset))
+        rt = tg.Runtime(cfg, {})
+        model = tg.GPT(cfg.model, cfg.data.vocab_size, tg.Numerics("bf16"), cfg.optim).to(rt.device)
+        matrices, others = ([torch.nn.Parameter(p.detach().clone()) for p in model.parameters()
+                             if (p.opt == "matrix") == wanted] for wanted in (True, False))
+        flat = tg.FlatParameters(model, rt)
+        flat.gradients.normal_()
+        for p in (*matrices, *others):
+            p.grad = torch.randn_like(p)
+        mine = tg.Optimiser(flat, cfg.optim, rt, torch.bfloat16)
+        theirs = [torch.optim.Muon(matrices, lr=0.01, weight_decay=0.0), torch.optim.AdamW(others, fused=True)]
+        ramps = tg.full_speed(cfg) | dict(momentum=0.9)
+        sides = {"matrix by matrix": lambda: ([o.step() for o in theirs], rt.synchronize()),
+                 "banks": lambda: (mine.step(ramps), rt.synchronize())}
+        rates = alternate(sides, seconds)
+        point = {name: 1e3 / statistics.median(values) for name, values in rates.items()}
+        ratio = statistics.median(b / a for a, b in zip(rates["matrix by matrix"], rates["banks"]))
+        table[preset] = point | dict(ratio=ratio)
+        print(f"{preset:14s} {len(matrices):3d} matrices  "
+              + "  ".join(f"{name} {ms:.1f} ms" for name, ms in point.items()) + f"  ratio {ratio:.2f}", flush=True)
+    return table
+
+
+def bench_polar(seconds: float) -> dict[str, object]:
+    """Mean cosine to the polar factor and largest singular value by variant, steps and kind of matrix, in bf16."""
+    generator = torch.Generator().manual_seed(0)
+    gaussian, tall = torch.randn(4, 256, 256, generator=generator), torch.randn(4, 1024, 256, generator=generator)
+    rows = gaussian * 10 ** (2 * torch.rand(4, 256, 1, generator=generator) - 1)
+    left, _, right = torch.linalg.svd(gaussian)
+    kinds = {"Gaussian": gaussian, "tall Gaussian": tall, "rows of 10^±1": rows,
+             "power law": left * torch.arange(1, 257)**-1.0 @ right}
+    variants = [("muon", n) for n in (3, 4, 5)] + [("muon_polar", n) for n in (2, 3, 4, 5, 6, 7)] + [
+        ("turbo_muon record", 4), ("turbo_muon library", 4), ("turbo_muon", 5), ("mud", 1), ("mud", 3), ("rmnp", 0)]
+    table: dict[str, dict[str, list[float]]] = {}
+    print("| variant | steps | " + " | ".join(kinds) + " |\n|---|---|" + "---|" * len(kinds))
+    for name, steps in variants:
+        kind, _, which = name.partition(" ")
+        hp = tg.Hyper(tg.load(dict(MUON=kind, MUON_STEPS=str(steps), MUON_TABLE=which or "record")).optim,
+                      torch.bfloat16)
+        stage, cells = tg.MUON[kind][1], {}
+        for label, u in kinds.items():
+            for prepared, v in ((label, u), (f"{label}, equal rows", tg.row_norm(u, {}, hp))):
+                x, (a, _, b) = stage(v, {}, hp).double(), torch.linalg.svd(v.double(), full_matrices=False)
+                cosine = torch.nn.functional.cosine_similarity(x.flatten(1), (a @ b).flatten(1)).mean()
+                cells[prepared] = [float(cosine), float(torch.linalg.matrix_norm(x, 2).max())]
+        table[f"{name} {steps}"] = cells
+        print(f"| {name} | {steps} | " + " | ".join(
+            f"{cells[k][0]:.3f} ≤{cells[k][1]:.2f} ({cells[k + ', equal rows'][0]:.3f})" for k in kinds) + " |")
+    print("cosine, largest singular value, and (cosine after the rows were made equal, as in muoneq_r)")
+    return table
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cpu", "attention"))
+    parser.add_argument("what", choices=("cpu", "attention", "optimiser", "polar"))
     parser.add_argument("--seconds", type=float, help="measured time per side or point; default 20 or 1")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     asked = parser.parse_args()
-    bench, default = {"cpu": (bench_cpu, 20.0), "attention": (bench_attention, 1.0)}[asked.what]
+    bench, default = {"cpu": (bench_cpu, 20.0), "attention": (bench_attention, 1.0),
+                      "optimiser": (bench_optimiser, 10.0), "polar": (bench_polar, 0.0)}[asked.what]
     with contextlib.suppress(KeyboardInterrupt):
         figures = bench(asked.seconds or default)
         about = machine()

@@ -394,7 +394,7 @@ def trainer(positions):
 
 def test_training_targets_are_the_inputs_shifted_by_one(trainer):
     rows = trainer.loader.next(0, 1)
-    batches = list(trainer.micro_batches(rows))
+    batches = list(trainer.micro_batches(rows, SEQ))
     assert len({ids.shape for ids, _ in batches}) == 1, "one shape, so that one graph serves all"
     ids, targets = (np.concatenate([b[i].numpy() for b in batches]) for i in (0, 1))
     assert np.array_equal(ids[:7], rows[:, :-1]) and np.array_equal(targets[:7], ids[:7] + 1)
