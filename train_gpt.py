@@ -293,7 +293,10 @@ class QuantConfig:
     qat_start_frac: float = knob(0.0, "part of the run after which the grid is switched on", 0, 1, needs="qat != none")
     clip_quantile: float = knob(0.9999984, "quantile of a row's magnitudes that becomes the largest level", 0.5, 1)
     scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 = the published int8 exports", 0, 1)
-    codec: str = knob("zlib", "byte compressor of the artifact", choices=("zlib", "lzma", "zstd", "brotli"))
+    codec: str = knob("zlib", "compressor of the artifact; rans = the entropy coder of this script, made for levels; "
+                      "best = the smallest for each stream, slowly",
+                      choices=("zlib", "lzma", "zstd", "brotli", "brotli_shuffle", "rans", "best"))
+    scale_bits: int = knob(10, "mantissa bits of the rows' fp16 scales; fewer take less room", 1, 10, unit="bits")
     artifact_budget_bytes: int = knob(16_000_000, "largest code + model", 1, 2**40, unit="bytes")
 
 
@@ -412,7 +415,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         lr_schedule="warmdown_iters", warmdown_iters=3500, min_lr=0.05, averaging="swa", reserve_seconds=14.0,
         matrix_bits=Unbuilt("5, greedily 6 or 7", "quantisers", 6), rounding=Unbuilt("gptq", "quantisers"),
         prune_levels=Unbuilt(2, "quantisers"),
-        codec=Unbuilt("brotli_shuffle", "quantisers", "brotli")),
+        codec="brotli_shuffle"),
     # PR 1539, 1.0587, not admissible in the competition. 36,311,132 parameters. Rotary base as above. It kept the five
     # skips of the plain list after looping began. Its four polar steps were five, cut; ours are four.
     "prequant_ttt": LATE | dict(
@@ -420,13 +423,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         value_embed_dim=44, max_skips=5, num_loops=1, loop_at_step=3000, parallel="B", table_lr=0.03,
         embed_wd=0.095, muon="muoneq_r_polar", muon_steps=4,
         rounding=Unbuilt("gptq, self-generated calibration, 12.85 and 20 sigma", "quantisers"),
-        codec=Unbuilt("brotli or rans", "quantisers", "brotli"), ttt=Unbuilt("prequant", "test-time training")),
+        codec="rans", ttt=Unbuilt("prequant", "test-time training")),
     # PR 1493, 1.0810. 35,944,536 parameters.
     "score_first_ttt": LATE | dict(
         vocab_size=SP8192, qk_gain_init=5.25, skips="gated", num_loops=2, parallel="A", loader="shuffled",
         embed_wd=0.085, muon="muoneq_r", reserve_seconds=12.0,
-        rounding=Unbuilt("gptq, 12.85 and 20 sigma", "quantisers"), codec=Unbuilt("brotli_shuffle", "quantisers",
-        "brotli"), ttt=Unbuilt("sgd", "test-time training")),
+        rounding=Unbuilt("gptq, 12.85 and 20 sigma", "quantisers"), codec="brotli_shuffle",
+        ttt=Unbuilt("sgd", "test-time training")),
     # PR 1855, 1.0611, the leaderboard's last. 35,945,671 parameters. Values are those of its log, not of its README.
     "phased_ttt": LATE | dict(
         vocab_size=SP8192, caseops=Unbuilt(True, "data tools"), loader=Unbuilt("packed", "data tools", "shuffled"),
@@ -435,7 +438,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         beta2=0.99, muon="muoneq_r_polar", matrix_lr=0.026,
         muon_momentum=0.97, warmdown_frac=0.85, min_lr=0.1, reserve_seconds=0.5, embed_bits=7, lqer_rank=Unbuilt(4,
         "quantisers"), rounding=Unbuilt("gptq, 11.5, 13 and 14 sigma", "quantisers"), codec=Unbuilt("zpaq_grouped",
-        "quantisers", "brotli"), ttt=Unbuilt("phased", "test-time training")),
+        "quantisers", "rans"), ttt=Unbuilt("phased", "test-time training")),
     "plain": {},  # overlay: what exists in place of what a preset waits for; see load()
     "cpu": dict(  # overlay: what two CPU cores train in two minutes
         num_layers=4, model_dim=256, num_heads=4, num_kv_heads=2, train_seq_len=512, train_batch_tokens=8192,
@@ -490,7 +493,7 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
      "ROPE_SCALING=ntk needs at least 4 rotating dims, ROPE_DIMS={rope_dims}"),
     (lambda v: v["embed_init"] == "svd" and v["vocab_size"] > 16_384,
      "EMBED_INIT=svd counts VOCAB_SIZE={vocab_size} squared pairs; want at most 16 384 tokens"),
-    (lambda v: v["codec"] not in available_codecs(),
+    (lambda v: v["codec"] not in available_packings(),
      "CODEC={codec} needs a package that is not installed; available: {codecs}"),
     (lambda v: v["max_wallclock_seconds"] and v["reserve_seconds"] >= v["max_wallclock_seconds"],
      "RESERVE_SECONDS={reserve_seconds} must be less than MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
@@ -574,7 +577,7 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
     if values["run_mode"] == "eval" and not values["artifact"]:
         errors.append("RUN_MODE=eval needs ARTIFACT=<path of a .golf file>")
     if values["run_mode"] != "eval" or stored:
-        shown = values | dict(codecs=", ".join(available_codecs()))
+        shown = values | dict(codecs=", ".join(available_packings()))
         broken_rules = [message.format(**shown) for broken, message in RULES if broken(values)]
         errors += [message for message in broken_rules if not any(name in message for name in wrong)]
     notes = misspelt(env) + ineffective(values, origins)
@@ -2724,22 +2727,23 @@ class RoundToNearest(NamedTuple):
     bits: int
     quantile: float
     floor: float
+    scale_bits: int = 10
 
     def fit(self, w: Tensor) -> QTensor:
         """w (m,n) fp32 -> levels and fp16 scales. The error is at most half a scale inside the clip."""
         top = 2 ** (self.bits - 1) - 1
         clip = row_quantile(w.abs(), self.quantile).clamp(min=self.floor)
-        scale = rounded_to_fp16((clip / top).clamp(2**-14, 65504))  # a normal fp16: never zero, never infinite
+        scale = rounded_mantissa((clip / top).clamp(2**-14, 49152), self.scale_bits)  # a normal fp16, never infinite
         levels = (w / scale[:, None]).round().clamp(-top, top)
         return QTensor(levels.to(torch.int8), scale.half())
 
 
-def rounded_to_fp16(x: Tensor) -> Tensor:
-    """The fp16 value nearest to each positive fp32 in [2^-14, 65504], ties to even, still as fp32.
+def rounded_mantissa(x: Tensor, bits: int) -> Tensor:
+    """Positive fp32 in [2^-14, 49152] rounded to some mantissa bits, ties to even, still as fp32; 10 bits make fp16.
     In integer arithmetic, because a compiler may drop a cast to fp16 and back, and the training grid would then
     differ from the exported one."""
-    bits = x.view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+    b, drop = x.view(torch.int32), 23 - bits
+    return ((b + (1 << drop - 1) - 1 + (b >> drop & 1)) >> drop << drop).view(torch.float32)
 
 
 def row_quantile(a: Tensor, q: float) -> Tensor:
@@ -2753,7 +2757,9 @@ def row_quantile(a: Tensor, q: float) -> Tensor:
 
 def quantiser(bits: int, cfg: QuantConfig) -> Cast | RoundToNearest:
     """The quantiser of a bit width: 16 means fp16."""
-    return Cast(torch.float16) if bits == 16 else RoundToNearest(bits, cfg.clip_quantile, cfg.scale_floor)
+    if bits == 16:
+        return Cast(torch.float16)
+    return RoundToNearest(bits, cfg.clip_quantile, cfg.scale_floor, cfg.scale_bits)
 
 
 # tag of a parameter -> its quantiser
@@ -2813,42 +2819,195 @@ def unbrotli(data: bytes, size: int) -> bytes:
     return out[:size]
 
 
+RANS_BITS = 14                         # probabilities are multiples of 2^-14; states lie in [2^16, 2^32)
+RANS_HEAD = struct.Struct("<IIIHB")    # symbols, symbols per block, bytes of side information, least symbol, classes
+
+
+def rans_grid(symbols: np.ndarray) -> tuple[np.ndarray, int]:
+    """(grid (longest, lanes), lanes of full length): column j is lane j's consecutive piece of the symbols. Lanes are
+    enough for numpy to be fast, so few that their states cost little."""
+    lanes = min(4096, max(1, len(symbols) // 8192))
+    longest = -(-len(symbols) // lanes)
+    full = len(symbols) - lanes * (longest - 1)
+    grid = np.zeros((lanes, longest), symbols.dtype)
+    grid[:full] = symbols[:full * longest].reshape(full, longest)
+    grid[full:, :longest - 1] = symbols[full * longest:].reshape(lanes - full, longest - 1)
+    return np.ascontiguousarray(grid.T), full
+
+
+def rans_frequencies(counts: np.ndarray) -> np.ndarray:
+    """Counts (classes, symbols) -> whole numbers whose rows sum to 2^14, at least 1 where a count is."""
+    sums = np.maximum(counts.sum(1, keepdims=True), 1)
+    f = np.maximum(np.rint(counts * ((1 << RANS_BITS) - (counts > 0).sum(1, keepdims=True)) / sums), counts > 0)
+    f[np.arange(len(f)), f.argmax(1)] += (1 << RANS_BITS) - f.sum(1)
+    return f.astype(np.int64)
+
+
+def rans_classes(histograms: np.ndarray, classes: int) -> np.ndarray:
+    """Counts (blocks, symbols) -> class of each block: k-means by code length, begun by spread."""
+    places = np.arange(histograms.shape[1])
+    weight = histograms / np.maximum(histograms.sum(1, keepdims=True), 1)
+    spread = weight @ places**2 - (weight @ places)**2
+    chosen = np.searchsorted(np.quantile(spread, np.arange(1, classes) / classes), spread)
+    for _ in range(8 * (classes > 1)):
+        sums = np.stack([histograms[chosen == k].sum(0) for k in range(classes)]) + 0.01
+        chosen = (histograms @ -np.log2(sums / sums.sum(1, keepdims=True)).T).argmin(1)
+    return chosen.astype(np.uint8)
+
+
+def rans_model(grid: np.ndarray, full: int, block: int, classes: int) -> tuple[float, np.ndarray, np.ndarray, bytes]:
+    """(bytes in all, class of each block and lane, frequencies, side information) of one way to cut."""
+    width, lanes = int(grid.max()) + 1, grid.shape[1]
+    ids = grid + width * np.arange(lanes)
+    counts = np.stack([np.bincount(ids[i:i + block].ravel(), minlength=width * lanes)
+                       for i in range(0, len(grid), block)]).reshape(-1, lanes, width)
+    counts[-1, full:, 0] -= 1  # beyond the end
+    chosen = rans_classes(counts.reshape(-1, width), classes).reshape(-1, lanes)
+    table = rans_frequencies(np.stack([counts[chosen == k].sum(0) for k in range(classes)]))
+    bits = sum((counts[chosen == k].sum(0) * -np.log2(np.maximum(table[k], 1) / (1 << RANS_BITS))).sum()
+               for k in range(classes))
+    side = zlib.compress(table.astype("<u2").tobytes() + chosen.tobytes(), 9)
+    return bits / 8 + len(side), chosen, table, side
+
+
+def rans_pack(data: bytes) -> bytes:
+    """Asymmetric numeral systems with static tables, many lanes at once. Blocks of symbols belong to classes with a
+    histogram each, so that rows, columns and matrices of different spread are coded apart; the cheapest cut is taken.
+    Source: arXiv 1311.2540."""
+    if not data:
+        return RANS_HEAD.pack(0, 1, 0, 0, 1)
+    symbols = np.frombuffer(data, np.uint8) ^ 128  # signed numbers in order
+    least = int(symbols.min())
+    grid, full = rans_grid(symbols - least)
+    cuts = [(len(grid), 1)] + [(block, classes) for block, classes in ((1024, 8), (256, 16)) if len(grid) >= block]
+    block, (_, chosen, table, side) = min(((cut[0], rans_model(grid, full, *cut)) for cut in cuts),
+                                          key=lambda found: found[1][0])
+    starts = np.cumsum(table, 1) - table
+    state, words = np.full(grid.shape[1], 1 << 16, np.uint64), []
+    for t in range(len(grid) - 1, -1, -1):
+        active = slice(0, full if t == len(grid) - 1 else None)
+        row = chosen[t // block, active], grid[t, active]
+        f, x = table[row].astype(np.uint64), state[active]
+        large = x >= f << np.uint64(32 - RANS_BITS)
+        words.append(x[large].astype("<u2"))
+        x = np.where(large, x >> np.uint64(16), x)
+        state[active] = (x // f << np.uint64(RANS_BITS)) + x % f + starts[row].astype(np.uint64)
+    head = RANS_HEAD.pack(len(symbols), block, len(side), least, len(table))
+    return head + side + state.astype("<u4").tobytes() + b"".join(w.tobytes() for w in reversed(words))
+
+
+def rans_unpack(data: bytes, size: int) -> bytes:
+    """Inverse of rans_pack. Raises ValueError when the data cannot be right, more than `size` bytes included."""
+    count, block, length, least, classes = RANS_HEAD.unpack_from(data)
+    if not count:
+        return b""
+    if count > size or not block:
+        raise ValueError("impossible size")
+    lanes = min(4096, max(1, count // 8192))
+    longest = -(-count // lanes)
+    full, blocks = count - lanes * (longest - 1), -(-longest // block)
+    offset = RANS_HEAD.size + length
+    side = zlib.decompressobj().decompress(data[RANS_HEAD.size:offset], blocks * lanes + 512 * classes)
+    width = (len(side) - blocks * lanes) // (2 * classes)
+    table = np.frombuffer(side, "<u2", width * classes).reshape(classes, width).astype(np.int64)
+    chosen = np.frombuffer(side, np.uint8, offset=2 * width * classes).reshape(blocks, lanes)
+    if (table.sum(1) != 1 << RANS_BITS).any() or chosen.max() >= classes or least + width > 256:
+        raise ValueError("impossible tables")
+    symbol = np.stack([np.repeat(np.arange(width), row) for row in table]).ravel().astype(np.uint8)
+    starts = np.cumsum(table, 1) - table
+    row = np.repeat(np.arange(classes), 1 << RANS_BITS)
+    step = table[row, symbol].astype(np.uint32)
+    first = (np.arange(len(row)) % (1 << RANS_BITS) - starts[row, symbol]).astype(np.uint32)
+    state = np.frombuffer(data, "<u4", lanes, offset).astype(np.uint32)
+    words, read = np.frombuffer(data, "<u2", offset=offset + 4 * lanes).astype(np.uint32), 0
+    grid, mask = np.zeros((longest, lanes), np.uint8), np.uint32((1 << RANS_BITS) - 1)
+    for t in range(longest):
+        active = slice(0, full if t == longest - 1 else None)
+        if t % block == 0:
+            base = chosen[t // block].astype(np.uint32) << np.uint32(RANS_BITS)
+        x = state[active]
+        at = base[active] + (x & mask)
+        grid[t, active] = symbol[at]
+        x = step[at] * (x >> np.uint32(RANS_BITS)) + first[at]
+        small = np.flatnonzero(x < 1 << 16)
+        x[small] = (x[small] << np.uint32(16)) | words[read:read + len(small)]
+        read += len(small)
+        state[active] = x
+    if read != len(words) or (state != 1 << 16).any():
+        raise ValueError("damaged")
+    symbols = np.concatenate([grid.T[:full].ravel(), grid.T[full:, :longest - 1].ravel()])
+    return ((symbols + np.uint8(least)) ^ np.uint8(128)).tobytes()
+
+
+def shuffled(data: bytes, back: bool = False) -> bytes:
+    """First every even byte, then every odd one (or `back`), so that the halves of fp16 numbers lie together."""
+    a = np.frombuffer(data, np.uint8)
+    if not back:
+        return a[::2].tobytes() + a[1::2].tobytes()
+    out = np.empty_like(a)
+    out[::2], out[1::2] = a[:len(a) - len(a) // 2], a[len(a) - len(a) // 2:]
+    return out.tobytes()
+
+
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}])
 CODECS = {
     "zlib": Codec(1, lambda b: zlib.compress(b, 9), lambda b, n: zlib.decompressobj().decompress(b, n or 1)[:n]),
     "lzma": Codec(2, lambda b: lzma.compress(b, **LZMA), lambda b, n: lzma.LZMADecompressor(**LZMA).decompress(b, n),
                   lzma),
     "zstd": Codec(3, lambda b: zstandard.ZstdCompressor(level=22).compress(b), unzstd, zstandard),
-    "brotli": Codec(4, lambda b: brotli.compress(b, quality=11, lgwin=24), unbrotli, brotli)}
+    "brotli": Codec(4, lambda b: brotli.compress(b, quality=11, lgwin=24), unbrotli, brotli),
+    "brotli_shuffle": Codec(5, lambda b: brotli.compress(shuffled(b), quality=11, lgwin=24),
+                            lambda b, n: shuffled(unbrotli(b, n), back=True), brotli),
+    "rans": Codec(6, rans_pack, rans_unpack)}
 
 
-def available_codecs() -> list[str]:
-    return [name for name, codec in CODECS.items() if codec.module]
+class Packing(NamedTuple):
+    """What CODEC stands for: the codecs to try on each stream and the orders to try for levels; the smallest wins."""
+    codecs: tuple[str, ...]
+    orders: tuple[str, ...] = ("rows",)
 
 
-MAGIC, FORMAT_VERSION, PREFIX = b"GOLF", 1, struct.Struct("<4sHBxII")  # magic, version, codec, header bytes, raw bytes
+PACKINGS = {name: Packing((name,)) for name in CODECS} | {
+    "rans": Packing(("rans", "lzma"), ("rows", "columns")), "best": Packing(tuple(CODECS), ("rows", "columns"))}
+
+
+def available_packings() -> list[str]:
+    """What CODEC may be on this machine."""
+    return [name for name, packing in PACKINGS.items()
+            if name == "best" or all(CODECS[codec].module for codec in packing.codecs)]
+
+
+def packed_smallest(data: bytes, packing: Packing) -> tuple[Codec, bytes]:
+    """The codec that makes least of the data, and what it makes."""
+    tried = [(c, c.pack(data)) for c in (CODECS[name] for name in packing.codecs) if c.module]
+    return min(tried, key=lambda pair: len(pair[1]))
+
+
+MAGIC, FORMAT_VERSION, PREFIX = b"GOLF", 2, struct.Struct("<4sHBxII")  # magic, version, codec, header bytes, raw bytes
 MAX_STREAM_BYTES = 1 << 30
 DTYPES = {"i1": torch.int8, "f2": torch.float16, "f4": torch.float32}
 
 
-def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], codec: Codec) -> bytes:
+def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], packing: Packing) -> bytes:
     """Serialise: prefix, packed JSON header, one packed stream per kind of number, sha256 of all before it.
     Values of equal type lie in one stream in the order of the header, which lets the codec see them together."""
-    streams: dict[str, list[bytes]] = {}
-    table = []
+    table, parts = [], {}
     for name, t in tensors.items():
         kind = {v: k for k, v in DTYPES.items()}[t.values.dtype]
         table.append([name, kind, list(t.values.shape), int(t.scale is not None)])
         for key, part in ((kind, t.values), ("scale", t.scale)):
             if part is not None:
-                little = part.numpy().astype(part.numpy().dtype.newbyteorder("<"))
-                streams.setdefault(key, []).append(little.tobytes())
-    raw = {key: b"".join(parts) for key, parts in streams.items()}
-    packed = {key: codec.pack(data) for key, data in raw.items()}
-    sizes = [[key, codec.number, len(raw[key]), len(packed[key])] for key in raw]
+                parts.setdefault(key, []).append(part.numpy().astype(part.numpy().dtype.newbyteorder("<")))
+    sizes, bodies = [], []
+    for key, arrays in parts.items():
+        tried = [(order, *packed_smallest(b"".join(a.tobytes("F" if order == "columns" else "C") for a in arrays),
+                                          packing)) for order in (packing.orders if key == "i1" else ("rows",))]
+        order, codec, body = min(tried, key=lambda found: len(found[2]))
+        sizes.append([key, codec.number, sum(a.nbytes for a in arrays), len(body), order])
+        bodies.append(body)
     text = json.dumps(dict(header, tensors=table, streams=sizes), separators=(",", ":")).encode()
-    small = codec.pack(text)
-    body = PREFIX.pack(MAGIC, FORMAT_VERSION, codec.number, len(small), len(text)) + small + b"".join(packed.values())
+    codec, small = packed_smallest(text, packing)
+    body = PREFIX.pack(MAGIC, FORMAT_VERSION, codec.number, len(small), len(text)) + small + b"".join(bodies)
     return body + hashlib.sha256(body).digest()
 
 
@@ -2872,14 +3031,15 @@ def unpack_streams(lines: list, body: bytes) -> dict[str, memoryview]:
     """All streams by name. Raises UserError unless names are known and different and every byte belongs to one."""
     if len({line[0] for line in lines}) != len(lines) or not {line[0] for line in lines} <= {*DTYPES, "scale"}:
         raise UserError("its streams are repeated or unknown")
-    if not all(type(n) is int and n >= 0 for line in lines for n in line[1:]):
-        raise UserError("its streams have impossible sizes")
-    if (claimed := sum(raw for _, _, raw, _ in lines)) > MAX_STREAM_BYTES:
+    if not all(type(n) is int and n >= 0 for line in lines for n in line[1:4]) or any(
+            line[4] not in ("rows", "columns") for line in lines):
+        raise UserError("its streams have impossible sizes or orders")
+    if (claimed := sum(raw for _, _, raw, *_ in lines)) > MAX_STREAM_BYTES:
         raise UserError(f"it claims {claimed} bytes in its streams")
-    if sum(length for *_, length in lines) != len(body):
+    if sum(length for *_, length, _ in lines) != len(body):
         raise UserError("its streams do not fill the file")
     streams, offset = {}, 0
-    for key, number, raw, length in lines:
+    for key, number, raw, length, _ in lines:
         streams[key] = memoryview(unpack_stream(body[offset:offset + length], number, raw))
         offset += length
     return streams
@@ -2898,10 +3058,12 @@ def unpack_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, QTensor]]:
         header = json.loads(unpack_stream(blob[PREFIX.size:PREFIX.size + packed], number, size))
         streams = unpack_streams(header["streams"], blob[PREFIX.size + packed:-32])
         tensors: dict[str, QTensor] = {}
+        by_columns = {line[0] for line in header["streams"] if line[4] == "columns"}
         for name, kind, shape, scaled in header["tensors"]:
             if type(name) is not str or name in tensors or scaled and (kind != "i1" or len(shape) != 2):
                 raise ValueError("a tensor is repeated, or has scales that it cannot have")
-            values = take(streams, kind, DTYPES[kind], shape)
+            values = take(streams, kind, DTYPES[kind], shape[::-1] if kind in by_columns else shape)
+            values = values.T.contiguous() if kind in by_columns else values
             tensors[name] = QTensor(values, take(streams, "scale", torch.float16, shape[:1]) if scaled else None)
         if any(map(len, streams.values())):
             raise ValueError("a stream is longer than its tensors")
@@ -2938,7 +3100,7 @@ def export(cfg: Config, rt: Runtime, model: GPT, numerics: Numerics, data: Data,
     with rt.phase("quantise"):
         tensors = quantise(model, cfg.quant)
     with rt.phase("serialise"):
-        blob = pack_artifact(tensors, header, CODECS[cfg.quant.codec])
+        blob = pack_artifact(tensors, header, PACKINGS[cfg.quant.codec])
         path = rt.folder / "model.golf"
         write_atomic(path, lambda f: f.write(blob))
     rt.log(f"Serialized model: {sum(p.numel() * 4 for p in model.exported().values())} bytes")
@@ -3028,7 +3190,7 @@ def predict_model_bytes(model: GPT, cfg: QuantConfig) -> int:
         if (p.quant, columns) not in samples:
             rows = max(1, min(2**19 // columns, 4096))
             t = QUANTISERS[p.quant](cfg).fit(torch.randn(rows, columns, generator=generator))
-            packed = len(CODECS[cfg.codec].pack(t.values.numpy().tobytes()))
+            packed = len(packed_smallest(t.values.numpy().tobytes(), PACKINGS[cfg.codec])[1])
             samples[p.quant, columns] = packed / (rows * columns), 2 if t.scale is not None else 0
         per_weight, per_row = samples[p.quant, columns]
         total += p.numel() * per_weight + p.numel() / columns * per_row + 12

@@ -292,7 +292,7 @@ def test_predicted_bytes_are_those_of_gaussian_weights(preset):
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         p.data.normal_(0, 0.02, generator=generator)
-    packed = train_gpt.pack_artifact(train_gpt.quantise(model, cfg.quant), {}, train_gpt.CODECS[cfg.quant.codec])
+    packed = train_gpt.pack_artifact(train_gpt.quantise(model, cfg.quant), {}, train_gpt.PACKINGS[cfg.quant.codec])
     assert train_gpt.predict_model_bytes(model, cfg.quant) == pytest.approx(len(packed), rel=0.01)
 
 

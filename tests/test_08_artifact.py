@@ -25,12 +25,51 @@ import zstandard
 from conftest import ROOT, SCRIPT, clean_env, official, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from train_gpt import CODECS, QTensor, UserError, pack_artifact, unpack_artifact
+from train_gpt import CODECS, PACKINGS, QTensor, UserError, pack_artifact, unpack_artifact
 
 PREFIX = struct.Struct("<4sHBxII")
 LZMA2 = dict(format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])
+
+
+def unshuffle(data: bytes) -> bytes:
+    """Even bytes, then odd bytes -> as they were."""
+    half = -(-len(data) // 2)
+    return bytes(data[half + i // 2] if i % 2 else data[i // 2] for i in range(len(data)))
+
+
+def scalar_rans(data: bytes) -> bytes:
+    """The entropy coder's format read symbol by symbol and lane by lane, in plain integers."""
+    count, block, length, least, classes = struct.unpack_from("<IIIHB", data)
+    if not count:
+        return b""
+    lanes = min(4096, max(1, count // 8192))
+    longest = -(-count // lanes)
+    full, blocks = count - lanes * (longest - 1), -(-longest // block)
+    side = zlib.decompress(data[15:15 + length])
+    width = (len(side) - blocks * lanes) // (2 * classes)
+    tables = [struct.unpack_from(f"<{width}H", side, 2 * width * k) for k in range(classes)]
+    symbols = [[s for s in range(width) for _ in range(table[s])] for table in tables]
+    starts = [[sum(table[:s]) for s in range(width)] for table in tables]
+    kinds = side[2 * width * classes:]
+    states = list(struct.unpack_from(f"<{lanes}I", data, 15 + length))
+    words = iter(struct.unpack(f"<{(len(data) - 15 - length - 4 * lanes) // 2}H", data[15 + length + 4 * lanes:]))
+    out = [bytearray() for _ in range(lanes)]
+    for t in range(longest):
+        for j in range(lanes if t < longest - 1 else full):
+            k = kinds[t // block * lanes + j]
+            slot = states[j] % 16384
+            s = symbols[k][slot]
+            out[j].append((s + least) % 256 ^ 128)
+            states[j] = tables[k][s] * (states[j] // 16384) + slot - starts[k][s]
+            if states[j] < 65536:
+                states[j] = states[j] * 65536 + next(words)
+    assert set(states) == {65536} and next(words, None) is None
+    return b"".join(map(bytes, out))
+
+
 UNPACK = {1: zlib.decompress, 2: lambda b: lzma.decompress(b, **LZMA2), 4: brotli.decompress,
-          3: lambda b: zstandard.ZstdDecompressor().decompress(b)}
+          3: lambda b: zstandard.ZstdDecompressor().decompress(b), 5: lambda b: unshuffle(brotli.decompress(b)),
+          6: scalar_rans}
 
 
 def examples(count: int):
@@ -43,11 +82,11 @@ def examples(count: int):
 def parse(blob: bytes) -> tuple[dict, dict[str, bytes], bytes]:
     """Header, unpacked streams and the packed body of an artifact."""
     magic, version, codec, packed, size = PREFIX.unpack_from(blob)
-    assert (magic, version) == (b"GOLF", 1) and hashlib.sha256(blob[:-32]).digest() == blob[-32:]
+    assert (magic, version) == (b"GOLF", 2) and hashlib.sha256(blob[:-32]).digest() == blob[-32:]
     text = UNPACK[codec](blob[PREFIX.size:PREFIX.size + packed])
     assert len(text) == size
     header, body, streams, offset = json.loads(text), blob[PREFIX.size + packed:-32], {}, 0
-    for key, number, raw, length in header["streams"]:
+    for key, number, raw, length, _ in header["streams"]:
         streams[key] = UNPACK[number](body[offset:offset + length])
         offset += length
         assert len(streams[key]) == raw
@@ -64,7 +103,7 @@ def forge(header, body: bytes, **claims) -> bytes:
     """An artifact with a valid checksum around any header; `claims` replaces what the prefix says."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     small = zlib.compress(text)
-    said = dict(version=1, codec=1, packed=len(small), size=len(text)) | claims
+    said = dict(version=2, codec=1, packed=len(small), size=len(text)) | claims
     return seal(PREFIX.pack(b"GOLF", said["version"], said["codec"], said["packed"], said["size"]) + small + body)
 
 
@@ -72,18 +111,20 @@ def weights(blob: bytes) -> dict[str, np.ndarray]:
     """Dequantised weights of an artifact, read with numpy alone."""
     header, streams, _ = parse(blob)
     used, found = dict.fromkeys(streams, 0), {}
+    orders = {line[0]: line[4] for line in header["streams"]}
     for name, kind, shape, scaled in header["tensors"]:
-        found[name] = cut(streams[kind], used, kind, shape).astype(np.float32)
+        found[name] = cut(streams[kind], used, kind, shape, orders[kind]).astype(np.float32)
         if scaled:
             found[name] *= cut(streams["scale"], used, "scale", shape[:1]).astype(np.float32)[:, None]
     assert used == {key: len(stream) for key, stream in streams.items()}
     return found
 
 
-def cut(stream: bytes, used: dict[str, int], key: str, shape: list[int]) -> np.ndarray:
+def cut(stream: bytes, used: dict[str, int], key: str, shape: list[int], order: str = "rows") -> np.ndarray:
     """The next array of a stream; `used` counts the bytes taken so far."""
     dtype = {"i1": "<i1", "f2": "<f2", "f4": "<f4", "scale": "<f2"}[key]
-    array = np.frombuffer(stream, dtype, math.prod(shape), used[key]).reshape(shape)
+    array = np.frombuffer(stream, dtype, math.prod(shape), used[key])
+    array = array.reshape(shape, order={"rows": "C", "columns": "F"}[order])
     used[key] += array.nbytes
     return array
 
@@ -111,13 +152,13 @@ def bits(tensor: torch.Tensor | None):
     return None if tensor is None else (tensor.dtype, tuple(tensor.shape), tensor.numpy().tobytes())
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", PACKINGS)
 def test_the_container_returns_every_bit(codec):
     @examples(40)
     @given(tensors=st.dictionaries(st.text(max_size=5), qtensors(), min_size=1, max_size=5),
            extra=st.dictionaries(st.sampled_from(["config", "numerics"]), st.integers() | st.text(), max_size=2))
     def check(tensors, extra):
-        header, back = unpack_artifact(pack_artifact(tensors, extra, CODECS[codec]))
+        header, back = unpack_artifact(pack_artifact(tensors, extra, PACKINGS[codec]))
         assert {k: header[k] for k in extra} == extra and list(back) == list(tensors)
         assert all(bits(a) == bits(b) for name in tensors for a, b in zip(tensors[name], back[name], strict=True))
     check()
@@ -128,6 +169,77 @@ def test_each_codec_returns_large_incompressible_and_repetitive_data(codec):
     for data in (np.random.default_rng(0).bytes(1_500_000), b"abc" * 500_000, b"\0"):
         packed = CODECS[codec].pack(data)
         assert CODECS[codec].unpack(packed, len(data)) == data == UNPACK[CODECS[codec].number](packed)
+
+
+# ---- Entropy coding ----
+
+def levels(count: int, spread: float = 0.0, seed: int = 0) -> np.ndarray:
+    """int8 levels of Gaussian rows of 1,000 at a step of 0.41 sigma; `spread` is that of the rows' log scale."""
+    rng = np.random.default_rng(seed)
+    z = rng.standard_normal(count) * np.repeat(np.exp(spread * rng.standard_normal(-(-count // 1000))), 1000)[:count]
+    return np.clip(np.round(z / 0.41), -31, 31).astype(np.int8)
+
+
+def entropy_bytes(q: np.ndarray) -> float:
+    """Zero-order entropy of all symbols together."""
+    p = np.bincount(q.view(np.uint8)) / len(q)
+    return -float((p[p > 0] * np.log2(p[p > 0])).sum()) * len(q) / 8
+
+
+def test_levels_are_coded_at_the_entropy_and_below_every_byte_compressor():
+    q = levels(2_000_000)
+    packed = CODECS["rans"].pack(q.tobytes())
+    assert CODECS["rans"].unpack(packed, len(q)) == q.tobytes()
+    assert 1 <= len(packed) / entropy_bytes(q) < 1.002
+    assert len(packed) < 0.99 * len(CODECS["brotli"].pack(q.tobytes()))
+
+
+def test_rows_of_different_spread_are_coded_apart():
+    q = levels(2_000_000, 0.5)
+    packed, apart = CODECS["rans"].pack(q.tobytes()), sum(entropy_bytes(row) for row in q.reshape(-1, 1000))
+    assert CODECS["rans"].unpack(packed, len(q)) == q.tobytes()
+    assert apart < len(packed) < 0.97 * entropy_bytes(q), "below what one table could reach"
+
+
+def test_the_order_is_chosen_by_what_differs():
+    """Columns of different spread want columns together, rows rows; both come back."""
+    for order in ("rows", "columns"):
+        values = torch.from_numpy(levels(1_500_000, 0.8).reshape(1500, 1000).copy())
+        values = values if order == "rows" else values.T.contiguous()
+        tensors = {"w": QTensor(values, torch.ones(len(values), dtype=torch.float16))}
+        header, back = unpack_artifact(pack_artifact(tensors, {}, PACKINGS["rans"]))
+        assert [line[4] for line in header["streams"] if line[0] == "i1"] == [order]
+        assert torch.equal(back["w"].values, values)
+
+
+@pytest.mark.parametrize("count", (1, 2, 255, 8191, 8192, 16_384, 20_001, 100_003))
+def test_the_scalar_reader_reads_what_the_vector_coder_writes(count):
+    for q in (levels(count, 0.5), np.full(count, -7, np.int8),
+              np.random.default_rng(1).integers(-128, 128, count).astype(np.int8)):
+        packed = CODECS["rans"].pack(q.tobytes())
+        assert scalar_rans(packed) == q.tobytes() == CODECS["rans"].unpack(packed, count)
+        with pytest.raises(ValueError):
+            CODECS["rans"].unpack(packed, count - 1)
+
+
+@examples(300)
+@given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+def test_damaged_codes_are_refused_or_decode_to_as_many_symbols(at, bit, cut):
+    q = levels(20_001, 0.5)
+    packed = bytearray(CODECS["rans"].pack(q.tobytes()))
+    i = int(at * len(packed))
+    packed[i] ^= 1 << bit
+    try:
+        assert len(CODECS["rans"].unpack(bytes(packed[:i] if cut else packed), len(q))) <= len(q)
+    except (ValueError, struct.error, zlib.error, IndexError):
+        pass
+
+
+def test_the_best_packing_is_never_larger_than_any_other():
+    tensors = {"w": QTensor(torch.from_numpy(levels(60_000).reshape(60, 1000).copy()), torch.rand(60).half()),
+               "g": QTensor(torch.randn(77))}
+    sizes = {name: len(pack_artifact(tensors, {}, packing)) for name, packing in PACKINGS.items()}
+    assert sizes["best"] <= min(sizes.values()) + 16 and sizes["rans"] < sizes["brotli"]
 
 
 # ---- A trained artifact ----
@@ -179,7 +291,7 @@ def test_another_process_reads_the_exported_weights_bit_for_bit(tmp_path):
         p.data.normal_()
     tensors = train_gpt.quantise(model, cfg.quant)
     header = stored_header(cfg)
-    blob = pack_artifact(tensors, header, CODECS["zstd"])
+    blob = pack_artifact(tensors, header, PACKINGS["best"])
     (tmp_path / "model.golf").write_bytes(blob)
     child = """if True:
         import hashlib, pathlib, sys, train_gpt as g
@@ -227,7 +339,7 @@ def test_the_predicted_size_is_that_of_packed_gaussian_weights(knobs):
     for p in model.parameters():
         p.data.normal_()
     header = stored_header(cfg)
-    real = len(pack_artifact(train_gpt.quantise(model, cfg.quant), header, CODECS[cfg.quant.codec]))
+    real = len(pack_artifact(train_gpt.quantise(model, cfg.quant), header, PACKINGS[cfg.quant.codec]))
     assert abs(predicted / real - 1) < 0.02, f"predicted {predicted}, really {real}"
 
 
@@ -306,7 +418,7 @@ def small_container(codec: str = "zlib", **said) -> bytes:
     packed = CODECS[codec].pack(data)
     line = dict(key="f4", number=number, raw=len(data), length=len(packed)) | said
     header = dict(tensors=[["w", "f4", said.get("shape", [2, 3]), 0]],
-                  streams=[[line["key"], line["number"], line["raw"], line["length"]]])
+                  streams=[[line["key"], line["number"], line["raw"], line["length"], line.get("order", "rows")]])
     return forge(header, packed)
 
 
@@ -314,7 +426,7 @@ def small_container(codec: str = "zlib", **said) -> bytes:
 @pytest.mark.parametrize("said", [
     dict(raw=25), dict(raw=23), dict(raw=0), dict(raw=-1), dict(raw=2**30 + 1), dict(raw=2**70), dict(raw=24.5),
     dict(length=0), dict(length=3), dict(length=-1), dict(number=0), dict(number=7), dict(key="f2"), dict(shape=[2, 4]),
-    dict(shape=[3])], ids=str)
+    dict(shape=[3]), dict(order="x"), dict(order=1)], ids=str)
 def test_a_wrong_size_codec_or_shape_is_refused(codec, said):
     assert unpack_artifact(small_container(codec))[1]["w"].values.tolist() == [[0, 1, 2], [3, 4, 5]]
     with pytest.raises(UserError):
@@ -337,7 +449,7 @@ def test_every_byte_of_the_file_has_a_purpose(trained, change):
         header["streams"][-1][3] += 1
     elif change != "bytes after the end":
         name = "x" if change == "a stream that no tensor uses" else header["streams"][0][0]
-        header["streams"].insert(0, [name, 1, 7, len(packed)])
+        header["streams"].insert(0, [name, 1, 7, len(packed), "rows"])
         body = packed + body
     else:
         body += packed
@@ -479,7 +591,7 @@ def test_a_header_that_is_no_header_is_refused_by_name(evaluate, text):
 
 
 @pytest.mark.parametrize("claims", [
-    dict(version=2), dict(version=0), dict(codec=0), dict(codec=200), dict(size=5), dict(size=2**32 - 1), dict(size=0),
+    dict(version=3), dict(version=0), dict(codec=0), dict(codec=200), dict(size=5), dict(size=2**32 - 1), dict(size=0),
     dict(packed=0), dict(packed=2**32 - 1)], ids=str)
 def test_a_prefix_that_lies_is_refused_by_name(trained, evaluate, claims):
     header, _, body = parse(trained.blob)
@@ -503,7 +615,7 @@ def test_a_scaled_vector_is_refused_by_name(trained, evaluate):
     _, tensors = unpack_artifact(trained.blob)
     scales = QTensor(torch.ones(64, dtype=torch.int8), torch.ones(64, dtype=torch.float16))
     header = {k: v for k, v in parse(trained.blob)[0].items() if k not in ("tensors", "streams")}
-    code, _, err = evaluate(pack_artifact(tensors | {"blocks.0.attn_scale": scales}, header, CODECS["zlib"]))
+    code, _, err = evaluate(pack_artifact(tensors | {"blocks.0.attn_scale": scales}, header, PACKINGS["zlib"]))
     assert_refused(code, err)
 
 
@@ -512,7 +624,7 @@ def test_weights_that_are_no_numbers_end_without_a_score(trained, evaluate, valu
     _, tensors = unpack_artifact(trained.blob)
     tensors["blocks.0.attn_scale"].values[3] = value
     header = {k: v for k, v in parse(trained.blob)[0].items() if k not in ("tensors", "streams")}
-    code, out, err = evaluate(pack_artifact(tensors, header, CODECS["zlib"]))
+    code, out, err = evaluate(pack_artifact(tensors, header, PACKINGS["zlib"]))
     assert code in (1, 2) and "final:official" not in out
     assert len(err.splitlines()) == 1 and err.startswith("error: ")
 
@@ -544,7 +656,7 @@ BROKEN = {
     "truncated": (lambda b: b[:-1000], "checksum"),
     "a script": (lambda b: b"import os; os.mkdir('owned')\n" * 99, "not an artifact"),
     "one bit flipped": (lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:], "checksum"),
-    "from the future": (lambda b: seal(b[:4] + b"\x02" + b[5:-32]), "version 2"),
+    "from the future": (lambda b: seal(b[:4] + b"\x03" + b[5:-32]), "version 3"),
     "negative shape": (lambda b: hostile(b, (*FIRST, 2), [-1, 64]), "shape"),
     "deep header": (lambda b: forge(b"[" * 200_000, b""), "malformed"),
     "a GiB and a byte": (lambda b: hostile(b, ("streams", 0, 2), 2**30 + 1), "claims"),
