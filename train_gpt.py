@@ -475,6 +475,8 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
      "TRAIN_BATCH_TOKENS={train_batch_tokens} is not a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
     (lambda v: v["seq_ramp_start"] and v["train_seq_len"] not in (v["seq_ramp_start"] << i for i in range(17)),
      "SEQ_RAMP_START={seq_ramp_start} doubled some times is not TRAIN_SEQ_LEN={train_seq_len}"),
+    (lambda v: v["averaging"] in ("iw_swa", "soup") and v["held_out_tokens"] <= v["train_seq_len"],
+     "HELD_OUT_TOKENS={held_out_tokens} must be larger than TRAIN_SEQ_LEN={train_seq_len}"),
     (lambda v: v["eval"] == "sliding" and v["eval_stride"] > v["eval_seq_len"],
      "EVAL_STRIDE={eval_stride} is larger than EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda v: v["bigram_buckets"] == 1, "BIGRAM_BUCKETS=1: want 0 (off) or at least 2"),

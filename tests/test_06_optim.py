@@ -1071,6 +1071,8 @@ def test_unknown_variants_are_refused_by_name(toy, tmp_path):
     refused(train(toy, tmp_path, "x", MUON="shampoo"), "MUON=shampoo", "turbo_muon")
     refused(train(toy, tmp_path, "y", AVERAGING="mean", LR_SCHEDULE="step"), "AVERAGING=mean", "LR_SCHEDULE=step",
             lines=2)
+    refused(train(toy, tmp_path, "v", AVERAGING="soup", HELD_OUT_TOKENS=64), "HELD_OUT_TOKENS=64", "TRAIN_SEQ_LEN=64")
+    refused(train(toy, tmp_path, "w", AVERAGING="iw_swa", HELD_OUT_TOKENS=10**7), "HELD_OUT_TOKENS=10000000")
     done = train(toy, tmp_path, "z", RUN_MODE="plan", MUON_TABLE="library", ADEMAMIX_ALPHA=3, **{
         k: v for k, v in FAST.items() if k not in ("PRESET",)})
     assert "MUON_TABLE has no effect unless MUON == turbo_muon" in done.out
