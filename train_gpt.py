@@ -287,17 +287,34 @@ class OptimConfig:
 class QuantConfig:
     BIT_WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)  # 16 is fp16
     matrix_bits: int = knob(8, "bits of block matrices; 16 = fp16", 2, 16, choices=BIT_WIDTHS, unit="bits")
+    mlp_bits: int = knob(0, "bits of the MLP's matrices; 0 = MATRIX_BITS", 0, 16, choices=(0, *BIT_WIDTHS), unit="bits")
     embed_bits: int = knob(8, "bits of embeddings and tables; 16 = fp16", 2, 16, choices=BIT_WIDTHS, unit="bits")
     qat: str = knob("none", "train the block matrices through the export grid by straight-through gradients",
                     choices=("none", "ste"), needs="matrix_bits < 16", source="PR 66")
     qat_start_frac: float = knob(0.0, "part of the run after which the grid is switched on", 0, 1, needs="qat != none")
-    clip_quantile: float = knob(0.9999984, "quantile of a row's magnitudes that becomes the largest level", 0.5, 1)
+    clip: str = knob("quantile", "what becomes a row's largest level: a quantile of its magnitudes, the best of five, "
+                     "a multiple of its standard deviation, or that weighted by the inputs' size",
+                     choices=("quantile", "search", "sigma", "sigma_hessian"), source="PRs 374, 1394")
+    clip_quantile: float = knob(0.9999984, "that quantile", 0.5, 1, needs="clip == quantile")
+    matrix_clip_sigmas: float = knob(12.85, "that multiple for attention", 0.5, 100, unit="sigmas")
+    mlp_clip_sigmas: float = knob(0.0, "that of the MLP; 0 = MATRIX_CLIP_SIGMAS", 0, 100, unit="sigmas")
+    embed_clip_sigmas: float = knob(20.0, "that of embeddings and tables", 0.5, 100, unit="sigmas")
+    rounding: str = knob("nearest", "levels: each the nearest, or each making up for the errors before it, as seen by "
+                         "the matrix's inputs", choices=("nearest", "gptq"), source="arXiv 2210.17323")
+    calibration_tokens: int = knob(65_536, "training tokens that show what matrices read", 8, 2**26, unit="tokens",
+                                   needs="rounding == gptq")
+    fill_budget: bool = knob(False, "choose the multiples so that code + model just fit ARTIFACT_BUDGET_BYTES",
+                             needs="clip == sigma")
     scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 = the published int8 exports", 0, 1)
     codec: str = knob("zlib", "compressor of the artifact; rans = the entropy coder of this script, made for levels; "
                       "best = the smallest for each stream, slowly",
                       choices=("zlib", "lzma", "zstd", "brotli", "brotli_shuffle", "rans", "best"))
     scale_bits: int = knob(10, "mantissa bits of the rows' fp16 scales; fewer take less room", 1, 10, unit="bits")
     artifact_budget_bytes: int = knob(16_000_000, "largest code + model", 1, 2**40, unit="bytes")
+
+    @property
+    def sees_inputs(self) -> bool:
+        return self.rounding == "gptq" or self.clip == "sigma_hessian"
 
 
 @dataclass(frozen=True)
@@ -391,8 +408,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         xsa_last_n=7, rope_dims=16, smear_gate="B", init="orthogonal", mup_base_width=256, matrix_lr=0.04,
         muon_momentum=0.99, muon_momentum_warmup_steps=500, muon_wd=0.04, averaging="ema", iterations=2000,
         max_wallclock_seconds=240.0, warmup_steps=10, matrix_bits=6, qat="ste", qat_start_frac=0.5, eval="sliding",
-        eval_seq_len=512, eval_stride=64, codec="zstd", rounding=Unbuilt("gptq_lite", "quantisers"), ttt=Unbuilt("sgd",
-        "test-time training")),
+        eval_seq_len=512, eval_stride=64, codec="zstd", clip="search", ttt=Unbuilt("sgd", "test-time training")),
     # Blocks 2-4 run 1 + 8 times, blocks 5-7 in parallel, no positions, no x0 mix, nothing starts at zero. 20,980,824.
     # QAT began when the cosine fell below 0.15, which is 92.4 % of the run. The published embedding belonged to another
     # tokenizer and its score was no bits per byte: neither is copied.
@@ -413,7 +429,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         skips="gated", init="mimetic_rows", tied_embed_lr=0.035, table_lr=0.035, scalar_lr=0.025, adam_wd=0.04,
         embed_beta1=0.7, head_beta1=0.7, muon="turbo_muon", matrix_lr=0.025, muon_wd=0.04,
         lr_schedule="warmdown_iters", warmdown_iters=3500, min_lr=0.05, averaging="swa", reserve_seconds=14.0,
-        matrix_bits=Unbuilt("5, greedily 6 or 7", "quantisers", 6), rounding=Unbuilt("gptq", "quantisers"),
+        matrix_bits=Unbuilt("5, greedily 6 or 7", "quantisers", 6), rounding="gptq", clip="search",
         prune_levels=Unbuilt(2, "quantisers"),
         codec="brotli_shuffle"),
     # PR 1539, 1.0587, not admissible in the competition. 36,311,132 parameters. Rotary base as above. It kept the five
@@ -422,23 +438,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         vocab_size=SP8192, rope_base=22_081.0, qk_gain_init=5.25, smear_gate="B", value_embed_last_n=2,
         value_embed_dim=44, max_skips=5, num_loops=1, loop_at_step=3000, parallel="B", table_lr=0.03,
         embed_wd=0.095, muon="muoneq_r_polar", muon_steps=4,
-        rounding=Unbuilt("gptq, self-generated calibration, 12.85 and 20 sigma", "quantisers"),
+        rounding="gptq", clip="sigma", calibration=Unbuilt("self-generated", "quantisers"),
         codec="rans", ttt=Unbuilt("prequant", "test-time training")),
     # PR 1493, 1.0810. 35,944,536 parameters.
     "score_first_ttt": LATE | dict(
         vocab_size=SP8192, qk_gain_init=5.25, skips="gated", num_loops=2, parallel="A", loader="shuffled",
         embed_wd=0.085, muon="muoneq_r", reserve_seconds=12.0,
-        rounding=Unbuilt("gptq, 12.85 and 20 sigma", "quantisers"), codec="brotli_shuffle",
+        rounding="gptq", clip="sigma", codec="brotli_shuffle",
         ttt=Unbuilt("sgd", "test-time training")),
     # PR 1855, 1.0611, the leaderboard's last. 35,945,671 parameters. Values are those of its log, not of its README.
     "phased_ttt": LATE | dict(
         vocab_size=SP8192, caseops=Unbuilt(True, "data tools"), loader=Unbuilt("packed", "data tools", "shuffled"),
         doc_attention=True, qk_gain_init=5.0, skips="gated", smear_gate="D", output_gate="sparse",
         output_gate_scale=0.5, softcap="shifted", num_loops=2, parallel="D", parallel_start=8, embed_wd=0.085,
-        beta2=0.99, muon="muoneq_r_polar", matrix_lr=0.026,
-        muon_momentum=0.97, warmdown_frac=0.85, min_lr=0.1, reserve_seconds=0.5, embed_bits=7, lqer_rank=Unbuilt(4,
-        "quantisers"), rounding=Unbuilt("gptq, 11.5, 13 and 14 sigma", "quantisers"), codec=Unbuilt("zpaq_grouped",
-        "quantisers", "rans"), ttt=Unbuilt("phased", "test-time training")),
+        beta2=0.99, muon="muoneq_r_polar", matrix_lr=0.026, muon_momentum=0.97, warmdown_frac=0.85, min_lr=0.1,
+        reserve_seconds=0.5, embed_bits=7, rounding="gptq", clip="sigma", matrix_clip_sigmas=13.0,
+        mlp_clip_sigmas=11.5, embed_clip_sigmas=14.0, lqer_rank=Unbuilt(4, "quantisers"),
+        codec=Unbuilt("zpaq_grouped", "quantisers", "rans"), ttt=Unbuilt("phased", "test-time training")),
     "plain": {},  # overlay: what exists in place of what a preset waits for; see load()
     "cpu": dict(  # overlay: what two CPU cores train in two minutes
         num_layers=4, model_dim=256, num_heads=4, num_kv_heads=2, train_seq_len=512, train_batch_tokens=8192,
@@ -447,7 +463,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         matrix_lr=0.04, tied_embed_lr=0.05, table_lr=0.05, scalar_lr=0.04, muon_momentum=0.95,
         muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50, warmup_steps=2, train_log_every=20,
         val_loss_every=0, checkpoint_every=30.0, reserve_seconds=0.0, rope_train_len=512, leaky_slopes="", loop_start=1,
-        loop_end=2, loop_at_step=0, parallel_start=3, ema_decay=0.95, swa_every=5, **at_most(
+        loop_end=2, loop_at_step=0, parallel_start=3, ema_decay=0.95, swa_every=5, calibration_tokens=16_384, **at_most(
             rope_dims=64, xsa_last_n=4, mlp_mult=2, attention_window=128, embed_dim=128, value_embed_last_n=2,
             num_loops=2, loop_ramp_steps=10)),
     "tiny": dict(  # overlay: what a test runs in seconds; one layer before, one inside and one after a loop
@@ -456,7 +472,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_wallclock_seconds=0.0, loader="shuffled", lr_schedule="warmdown_frac", muon_momentum_warmup_steps=4,
         warmup_steps=1, train_log_every=1, val_loss_every=0, compile="off", reserve_seconds=0.0, bigram_dim=16,
         engram_dim=8, value_embed_dim=16, rope_train_len=64, leaky_slopes="", loop_start=1, loop_end=1,
-        parallel_start=2, ema_decay=0.9, swa_every=1, held_out_tokens=512, **at_most(
+        parallel_start=2, ema_decay=0.9, swa_every=1, held_out_tokens=512, calibration_tokens=1024, **at_most(
             bigram_buckets=512, engram_buckets=128, rope_dims=16, xsa_last_n=2,
         attention_window=32, embed_dim=32, value_embed_last_n=2, num_loops=2, mup_base_width=64, loop_at_step=3,
         loop_ramp_steps=3))}
@@ -1608,8 +1624,8 @@ class ReluSquaredMLP(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int = 0):
         super().__init__()
-        self.up = Linear(cfg.model_dim, cfg.mlp_dim)
-        self.down = Linear(cfg.mlp_dim, cfg.model_dim, zero)
+        self.up = Linear(cfg.model_dim, cfg.mlp_dim, quant="mlp")
+        self.down = Linear(cfg.mlp_dim, cfg.model_dim, zero, quant="mlp")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.relu(self.up(x)).square())
@@ -1631,7 +1647,7 @@ class SwiGLU(ReluSquaredMLP):
 
     def __init__(self, cfg: ModelConfig, layer: int = 0):
         super().__init__(cfg, layer)
-        self.gate = Linear(cfg.model_dim, cfg.mlp_dim)
+        self.gate = Linear(cfg.model_dim, cfg.mlp_dim, quant="mlp")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -2411,8 +2427,8 @@ def adam_groups(c: OptimConfig, tied: bool) -> dict[str, AdamGroup]:
 
 @torch.no_grad()
 def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Tensor]:
-    """Mean outer product (n,n) fp32 of what each matrix reads, over this rank's ids (B,T) and all visits of a plan;
-    zero for one that the plan does not visit. By hooks on an eager pass: compiled graphs never hear of it."""
+    """Mean outer product (n,n) fp32 of what each matrix and the head read, over this rank's ids (B,T) and all visits of
+    a plan; zero for one that the plan does not visit. By hooks on an eager pass: compiled graphs never hear of it."""
     sums: dict[nn.Parameter, Tensor] = {}
 
     def watch(module: Linear, inputs: tuple[Tensor, ...]):
@@ -2423,11 +2439,11 @@ def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Te
         sums[module.weight] = torch.zeros(module.weight.size(1), module.weight.size(1), device=ids.device)
     hooks = [module.register_forward_pre_hook(watch) for module in readers]
     try:
-        through(model.head_sites, model.hidden(ids, plan))
+        h = through(model.head_sites, model.hidden(ids, plan)).flatten(0, -2).float()
     finally:
         for hook in hooks:
             hook.remove()
-    return sums
+    return sums | {model.output: h.mT @ h / ids.numel()}
 
 
 class InputWatch:
@@ -2719,25 +2735,92 @@ class Cast(NamedTuple):
     """Store as a float type. `fake` is the rounding that the export will do."""
     dtype: torch.dtype
 
-    def fit(self, w: Tensor) -> QTensor:
+    def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
         return QTensor(w.to(self.dtype))
 
 
 class RoundToNearest(NamedTuple):
-    """Symmetric uniform levels -m..m per row, m = 2^(bits-1) - 1; a row's clip is a high quantile of its |w|.
+    """Symmetric uniform levels -m..m per row, m = 2^(bits-1) - 1; what the largest level stands for is a row's clip.
     `floor` is the smallest clip: 1.0 reproduces the published int8 export, 0 adapts to small rows."""
     bits: int
     quantile: float
     floor: float
     scale_bits: int = 10
+    clip: str = "quantile"
+    sigmas: float = 0.0
 
-    def fit(self, w: Tensor) -> QTensor:
-        """w (m,n) fp32 -> levels and fp16 scales. The error is at most half a scale inside the clip."""
-        top = 2 ** (self.bits - 1) - 1
-        clip = row_quantile(w.abs(), self.quantile).clamp(min=self.floor)
-        scale = rounded_mantissa((clip / top).clamp(2**-14, 49152), self.scale_bits)  # a normal fp16, never infinite
-        levels = (w / scale[:, None]).round().clamp(-top, top)
+    def scale(self, w: Tensor, hessian: Tensor | None = None) -> Tensor:
+        """Steps of the rows of w (m,n), each a normal fp16 number, never zero or infinite."""
+        clip = CLIPS[self.clip](self, w, hessian).clamp(min=self.floor)
+        return rounded_mantissa((clip / self.top).clamp(2**-14, 49152), self.scale_bits)
+
+    @property
+    def top(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
+        """w (m,n) fp32 -> levels and fp16 scales; hessian (n,n), the second moment of what w reads, if it is known.
+        The error is at most half a scale inside the clip."""
+        scale = self.scale(w, hessian)
+        levels = (w / scale[:, None]).round().clamp(-self.top, self.top)
         return QTensor(levels.to(torch.int8), scale.half())
+
+
+class GPTQ(RoundToNearest):
+    """The same grid, rounded column by column, largest inputs first, each column making up for the errors of those
+    before it; without a Hessian the nearest levels. Source: arXiv 2210.17323. Knob: ROUNDING."""
+    BLOCK, DAMPING = 128, 0.01  # columns whose corrections are applied together; part of the mean added to the diagonal
+
+    def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
+        """As RoundToNearest.fit, with less error in what comes out of the matrix."""
+        if hessian is None or not hessian.any():
+            return super().fit(w)
+        scale = self.scale(w, hessian)
+        h = hessian.double()
+        h = h + self.DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+        order = h.diagonal().argsort(descending=True, stable=True)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order]))
+        u = torch.linalg.cholesky(inverse, upper=True).float()
+        rest, levels = w[:, order].clone(), torch.zeros_like(w)
+        for lo in range(0, w.size(1), self.BLOCK):
+            hi = min(lo + self.BLOCK, w.size(1))
+            errors = torch.zeros(len(w), hi - lo)
+            for j in range(lo, hi):
+                levels[:, j] = (rest[:, j] / scale).round().clamp(-self.top, self.top)
+                errors[:, j - lo] = (rest[:, j] - levels[:, j] * scale) / u[j, j]
+                rest[:, j:hi] -= errors[:, j - lo, None] * u[j, j:hi]
+            rest[:, hi:] -= errors @ u[lo:hi, hi:]
+        return QTensor(levels[:, order.argsort()].to(torch.int8), scale.half())
+
+
+ROUNDINGS = {"nearest": RoundToNearest, "gptq": GPTQ}
+
+
+def best_quantile(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tensor:
+    """Per row the one of five quantiles whose levels have the least error, weighted by the inputs' size if known.
+    Source: GPTQ-lite, PR 374, whose code chose per matrix."""
+    weight = torch.ones(w.size(1)) if hessian is None else hessian.diagonal()
+    clips = torch.stack([row_quantile(w.abs(), q) for q in (0.999, 0.9995, 0.9999, 0.99999, 1.0)])
+    scales = (clips / rule.top).clamp(min=2**-14)[:, :, None]
+    error = ((w - (w / scales).round().clamp(-rule.top, rule.top) * scales).square() * weight).sum(-1)
+    return clips.gather(0, error.argmin(0, keepdim=True))[0]
+
+
+def sigma_hessian(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tensor:
+    """Multiples of the standard deviation, larger where a row's weights meet large inputs. Source: record of 04-06."""
+    clip = CLIPS["sigma"](rule, w, None)
+    if hessian is None or not hessian.any():
+        return clip
+    met = (w.abs() * hessian.diagonal()).mean(1)
+    return clip * (1 + 0.175 * (met / met.mean() - 1))
+
+
+# (rule, w (m,n), Hessian (n,n) or None) -> clip of each row (m,)
+CLIPS: dict[str, Callable[[RoundToNearest, Tensor, Tensor | None], Tensor]] = {
+    "quantile": lambda rule, w, hessian: row_quantile(w.abs(), rule.quantile),
+    "search": best_quantile,
+    "sigma": lambda rule, w, hessian: rule.sigmas * (w.std(1) if w.size(1) > 1 else w.abs().amax(1)),
+    "sigma_hessian": sigma_hessian}
 
 
 def rounded_mantissa(x: Tensor, bits: int) -> Tensor:
@@ -2757,18 +2840,20 @@ def row_quantile(a: Tensor, q: float) -> Tensor:
     return torch.lerp(largest[:, -1], upper, position - below)
 
 
-def quantiser(bits: int, cfg: QuantConfig) -> Cast | RoundToNearest:
+def quantiser(bits: int, sigmas: float, cfg: QuantConfig) -> Cast | RoundToNearest:
     """The quantiser of a bit width: 16 means fp16."""
     if bits == 16:
         return Cast(torch.float16)
-    return RoundToNearest(bits, cfg.clip_quantile, cfg.scale_floor, cfg.scale_bits)
+    return ROUNDINGS[cfg.rounding](bits, cfg.clip_quantile, cfg.scale_floor, cfg.scale_bits, cfg.clip, sigmas)
 
 
 # tag of a parameter -> its quantiser
 QUANTISERS: dict[str, Callable[[QuantConfig], Cast | RoundToNearest]] = {
-    "matrix": lambda c: quantiser(c.matrix_bits, c),
-    "embed": lambda c: quantiser(c.embed_bits, c),
+    "matrix": lambda c: quantiser(c.matrix_bits, c.matrix_clip_sigmas, c),
+    "mlp": lambda c: quantiser(c.mlp_bits or c.matrix_bits, c.mlp_clip_sigmas or c.matrix_clip_sigmas, c),
+    "embed": lambda c: quantiser(c.embed_bits, c.embed_clip_sigmas, c),
     "keep": lambda c: Cast(torch.float32)}
+LEARNED_GRID = ("matrix", "mlp")  # tags that quantisation-aware training covers
 
 
 class FakeQuant(nn.Module):
@@ -2777,7 +2862,7 @@ class FakeQuant(nn.Module):
 
     def __init__(self, rule: Cast | RoundToNearest):
         super().__init__()
-        self.rule = rule
+        self.rule = RoundToNearest(*rule) if isinstance(rule, GPTQ) else rule  # GPTQ's grid
         self.register_buffer("on", torch.zeros(()), persistent=False)
 
     def forward(self, w: Tensor) -> Tensor:
@@ -2789,8 +2874,8 @@ def attach_qat(model: GPT, cfg: QuantConfig) -> list[FakeQuant]:
     """Give every block matrix its fake quantiser; returns them so that the training loop can switch them."""
     attached = []
     for module in model.modules() if cfg.qat == "ste" else ():
-        if isinstance(module, Linear) and module.weight.quant == "matrix":
-            module.weight_sites.append(FakeQuant(QUANTISERS["matrix"](cfg)).to(module.weight.device))
+        if isinstance(module, Linear) and module.weight.quant in LEARNED_GRID:
+            module.weight_sites.append(FakeQuant(QUANTISERS[module.weight.quant](cfg)).to(module.weight.device))
             attached.append(module.weight_sites[-1])
     return attached
 
@@ -3086,23 +3171,70 @@ def take(streams: dict[str, memoryview], key: str, dtype: torch.dtype, shape: li
     return torch.from_numpy(np.frombuffer(data, numpy_dtype).astype(numpy_dtype[1:]).reshape(shape))
 
 
-def quantise(model: GPT, cfg: QuantConfig) -> dict[str, QTensor]:
+Hessians = dict[nn.Parameter, Tensor]
+
+
+def quantise(model: GPT, cfg: QuantConfig, hessians: Hessians | None = None) -> dict[str, QTensor]:
     """Every parameter through the quantiser of its tag, on the CPU."""
-    return {name: QUANTISERS[p.quant](cfg).fit(p.detach().float().cpu()) for name, p in model.exported().items()}
+    return {name: QUANTISERS[p.quant](cfg).fit(p.detach().float().cpu(), (hessians or {}).get(p))
+            for name, p in model.exported().items()}
+
+
+def with_steps(cfg: QuantConfig, factor: float) -> QuantConfig:
+    """All steps of a grid by standard deviations times a factor; more levels where clips would come below six sigma."""
+    mlp_bits, mlp_sigmas = cfg.mlp_bits or cfg.matrix_bits, cfg.mlp_clip_sigmas or cfg.matrix_clip_sigmas
+    found = []
+    for bits, sigmas in ((cfg.matrix_bits, cfg.matrix_clip_sigmas), (mlp_bits, mlp_sigmas),
+                         (cfg.embed_bits, cfg.embed_clip_sigmas)):
+        sigmas *= factor
+        while sigmas < 6 and bits < 8:
+            sigmas, bits = sigmas * (2**bits - 1) / (2 ** (bits - 1) - 1), bits + 1
+        found += [bits, sigmas]
+    names = ("matrix_bits", "matrix_clip_sigmas", "mlp_bits", "mlp_clip_sigmas", "embed_bits", "embed_clip_sigmas")
+    return replace(cfg, **dict(zip(names, found)))
+
+
+def pack_to_fit(model: GPT, cfg: QuantConfig, hessians: Hessians, header: dict[str, Any], rt: Runtime) -> bytes:
+    """The artifact; under FILL_BUDGET=1 with steps such that it and the code take 99.8 to 100 % of the budget: a factor
+    on all steps costs a bit per weight when it halves them, real packings correct that. Raises RunFailed."""
+    room, packing, weights = cfg.artifact_budget_bytes - code_bytes(), PACKINGS[cfg.codec], 0
+    for name, t in (quantised := quantise(model, cfg, hessians)).items():
+        weights += t.values.numel() * (t.scale is not None)
+    tried = {0.0: pack_artifact(quantised, header, packing)}
+    for _ in range(8 * cfg.fill_budget):
+        x, blob = min(tried.items(), key=lambda item: abs(len(item[1]) - room))
+        if 0.998 * room <= len(blob) <= room:
+            break
+        slope = -weights / (8 * math.log(2))  # bytes per unit of the factor's logarithm
+        if len(tried) > 1:
+            (a, u), (b, v) = sorted(tried.items(), key=lambda item: abs(len(item[1]) - room))[:2]
+            slope = min((len(u) - len(v)) / (a - b), 0.2 * slope)
+        x += (0.9991 * room - len(blob)) / slope
+        tried[x] = pack_artifact(quantise(model, with_steps(cfg, math.exp(x)), hessians), header, packing)
+    fitting = {x: blob for x, blob in tried.items() if len(blob) <= room}
+    if not cfg.fill_budget:
+        return tried[0.0]
+    if not fitting:
+        raise RunFailed(f"FILL_BUDGET: no steps found that fit {room} bytes beside the code; the smallest model took "
+                        f"{min(map(len, tried.values()))}; raise ARTIFACT_BUDGET_BYTES or shrink the model")
+    x, blob = max(fitting.items(), key=lambda item: len(item[1]))
+    rt.log(f"fill_budget:{len(tried)} packings, steps times {math.exp(x):.4f}, {100 * len(blob) / room:.2f} % of "
+           f"{room} bytes" + ("" if len(blob) >= 0.998 * room else "; finer steps are beyond eight bits"))
+    return blob
 
 
 STORED_GROUPS = ("model", "eval")  # what an artifact must know to be scored again
 STORED_FIELDS = ("vocab_size", "train_seq_len", "matrix_bits", "codec", "seed", "artifact_budget_bytes")
 
 
-def export(cfg: Config, rt: Runtime, model: GPT, numerics: Numerics, data: Data, plan: int) -> Path:
-    """Quantise, pack and write the artifact (on rank 0) with the index of its plan; returns its path."""
+def export(trainer: "Trainer") -> Path:
+    """Quantise, pack and write the artifact of a finished run (on rank 0); returns its path."""
+    cfg, rt, model, numerics, data = trainer.cfg, trainer.rt, trainer.model, trainer.numerics, trainer.data
+    plan, hessians = trainer.plan, trainer.hessians
     stored = cfg.values(*STORED_GROUPS) | {name: cfg.values()[name] for name in STORED_FIELDS}
     header = dict(config=stored, numerics=numerics._asdict(), tokenizer_sha256=data.tokenizer_sha256, plan=plan)
     with rt.phase("quantise"):
-        tensors = quantise(model, cfg.quant)
-    with rt.phase("serialise"):
-        blob = pack_artifact(tensors, header, PACKINGS[cfg.quant.codec])
+        blob = pack_to_fit(model, cfg.quant, hessians, header, rt)
         path = rt.folder / "model.golf"
         write_atomic(path, lambda f: f.write(blob))
     rt.log(f"Serialized model: {sum(p.numel() * 4 for p in model.exported().values())} bytes")
@@ -3361,7 +3493,7 @@ class Trainer:
         self.averager = AVERAGERS[cfg.optim.averaging](self.flat.weights, cfg.optim)
         self.held_out = data.train.hold_out(cfg.optim.held_out_tokens) if self.averager.needs_scores else None
         self.loader = LOADERS[cfg.data.loader](data.train, cfg)
-        self.clock, self.step_number = Clock(rt), 0
+        self.clock, self.step_number, self.hessians = Clock(rt), 0, {}
         self.recent: list[float] = []  # seconds of the last 50 steps; the first, slow ones are not among them
         self.pending: tuple[int, Tensor] | None = None  # loss of the previous step, not yet known to be finite
         self.last_checkpoint = time.monotonic()
@@ -3423,6 +3555,17 @@ class Trainer:
             self.step(fake.astype(np.uint16), full_speed(self.cfg) | dict(plan=plan, row=row))
             self.rt.log(f"warmup_step:{i + 1}/{steps}", echo=False)
         self.restore(before)
+
+    def observe_inputs(self, tokens: int) -> Hessians:
+        """Second moments of what each matrix reads, on the CPU, over at least so many training tokens of all ranks."""
+        seen, sums = torch.zeros((), dtype=torch.float64), {}
+        while seen < tokens:
+            for ids, targets in self.micro_batches(self.loader.next(self.rt.rank, self.rt.world), self.loader.seq):
+                ids = ids[targets[:, 0] >= 0]
+                for p, moment in second_moments(self.model, ids, self.plans[self.plan]).items() if len(ids) else ():
+                    sums[p] = sums.get(p, 0) + moment * ids.numel()
+            seen += self.loader.rows * self.loader.seq
+        return {p: (self.rt.all_reduce(total) / seen).float().cpu() for p, total in sums.items()}
 
     def held_out_loss(self) -> float:
         """Nats per token of the live weights on the held-out training text, the same on every rank, by the graph that
@@ -3536,7 +3679,7 @@ class Trainer:
         return "wallclock_cap" if o.max_wallclock_seconds and end > o.max_wallclock_seconds - o.reserve_seconds else ""
 
     def run(self):
-        """Train until the clock or ITERATIONS says stop, the same step on every rank, then average the weights."""
+        """Train until the clock or ITERATIONS says stop, the same step on every rank."""
         elapsed, due, interrupted = self.rt.numbers_from_main(self.clock.read(), 0, 0)
         every = self.cfg.run.val_loss_every
         self.clock.start()
@@ -3563,23 +3706,30 @@ class Trainer:
                 if every and self.step_number % every == 0:
                     with self.clock.paused():
                         self.validate(elapsed)
-            self.finish(elapsed, self.stop_reason(elapsed))
+            self.end(elapsed, self.stop_reason(elapsed))
 
-    def finish(self, elapsed: float, reason: str):
-        """Log why training ended, keep a last checkpoint, put the averaged weights in place: all that reads training
-        text happens on the training clock."""
+    def end(self, elapsed: float, reason: str):
+        """Log why training ended and keep a last checkpoint."""
         self.check_finite()
         if reason == "wallclock_cap":
             self.rt.log(f"stopping_early: wallclock_cap train_time:{elapsed * 1e3:.0f}ms "
                         f"step:{self.step_number}/{self.cfg.optim.iterations}")
         if self.cfg.run.checkpoint_every:
             self.save()
-        with self.rt.phase("average"), torch.no_grad():
-            self.rt.log(f"averaging:{self.cfg.optim.averaging} {self.averager.apply(self.held_out_loss)}")
+
+    @torch.no_grad()
+    def average(self):
+        """Put the averaged weights in place. What reads training text happens on the training clock: so does this."""
+        self.rt.log(f"averaging:{self.cfg.optim.averaging} {self.averager.apply(self.held_out_loss)}")
+
+    def observe(self):
+        """See what the matrices read, if the quantiser asks for it; then the training clock stops."""
+        self.hessians = self.observe_inputs(self.cfg.quant.calibration_tokens * self.cfg.quant.sees_inputs)
         self.clock.stop()
         late = self.clock.read() - self.cfg.optim.max_wallclock_seconds
-        if self.averager.needs_scores and self.cfg.optim.max_wallclock_seconds and late > 0:
-            self.rt.log(f"warning: averaging ended {late:.1f} s after MAX_WALLCLOCK_SECONDS; raise RESERVE_SECONDS")
+        if self.cfg.optim.max_wallclock_seconds and late > 1:
+            self.rt.log(f"warning: the last use of training text ended {late:.1f} s after MAX_WALLCLOCK_SECONDS; raise "
+                        "RESERVE_SECONDS")
 
 
 # ---- 11 main: the story in reading order ----------------------------------------------------------------------------
@@ -3703,10 +3853,14 @@ def train_and_export(cfg: Config, rt: Runtime, data: Data) -> Path:
         trainer.resume(saved)
     with rt.phase("train"):
         trainer.run()
+    with rt.phase("average"):
+        trainer.average()
+    with rt.phase("inputs"):
+        trainer.observe()
     with rt.phase("validate"):
         trainer.validate(trainer.clock.read())
     rt.log(peak_memory(rt))
-    return rt.on_main(lambda: export(cfg, rt, model, numerics, data, trainer.plan))
+    return rt.on_main(lambda: export(trainer))
 
 
 def run(cfg: Config, rt: Runtime, env: dict[str, str]):

@@ -157,8 +157,8 @@ def test_log_ends_with_one_official_line(finished):
 
 def test_phases_follow_each_other(finished):
     phases = [(name, int(a), int(b)) for name, a, b in lines(finished, r"phase:(\w+) start_ms:(\d+) end_ms:(\d+)")]
-    assert [p[0] for p in phases] == ["data", "calibrate", "prewarm", "train", "validate", "quantise", "serialise",
-                                      "load", "eval"]
+    assert [p[0] for p in phases] == ["data", "calibrate", "prewarm", "train", "average", "inputs", "validate",
+                                      "quantise", "load", "eval"]
     moments = [t for _, begin, end in phases for t in (begin, end)]
     assert moments == sorted(moments)
 

@@ -292,13 +292,14 @@ def test_every_parameter_carries_the_tags_of_its_role():
     c, model = cfg.model, random_model(cfg)
     roles: dict[tuple[str, str], int] = {}
     for p in model.parameters():
-        assert p.quant in tg.QUANTISERS and (p.quant != "matrix" or p.dim() == 2)
+        assert p.quant in tg.QUANTISERS and (p.quant not in tg.LEARNED_GRID or p.dim() == 2)
         roles[p.opt, p.quant] = roles.get((p.opt, p.quant), 0) + p.numel()
     d, layers = c.model_dim, c.num_layers
     assert roles == {
         ("embed", "embed"): cfg.data.vocab_size * d,
         ("table", "embed"): c.bigram_buckets * c.bigram_dim,
-        ("matrix", "matrix"): layers * (2 * d * d + 2 * c.kv_dim * d + 2 * c.mlp_dim * d) + c.bigram_dim * d,
+        ("matrix", "matrix"): layers * (2 * d * d + 2 * c.kv_dim * d) + c.bigram_dim * d,
+        ("matrix", "mlp"): layers * 2 * c.mlp_dim * d,
         ("scalar", "keep"): layers * (4 * d + c.num_heads) + (layers // 2) * d + d + 1,  # skips, smear gate, scale
     }
     flattened(model, cfg)  # raises when a tag has no optimiser group

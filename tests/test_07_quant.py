@@ -1,4 +1,4 @@
-"""Round-to-nearest and its error bounds, the row quantile, and the training grid against the export grid."""
+"""Rounding and its error bounds, clips, GPTQ, the training grid against the export grid, filling the budget."""
 import math
 from functools import partial
 
@@ -11,7 +11,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as tg
+from conftest import official
 from helpers import ALONE, TECHNIQUES, config, random_batch, random_model
+from running import train
 
 QUANTILE = 0.9999984
 BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -160,9 +162,9 @@ def test_qat_covers_exactly_the_block_matrices():
     model = random_model(cfg)
     attached = tg.attach_qat(model, cfg.quant)
     carriers = {name for name, m in model.named_modules() if isinstance(m, tg.Linear) and len(m.weight_sites) == 1}
-    matrices = {name.removesuffix(".weight") for name, p in model.named_parameters() if p.quant == "matrix"}
+    matrices = {name.removesuffix(".weight") for name, p in model.named_parameters() if p.opt == "matrix"}
     assert carriers == matrices and len(attached) == len(matrices) == 3 * 6 + 1  # per block q k v proj up down; bigram
-    assert all(site.rule == tg.RoundToNearest(6, cfg.quant.clip_quantile, 0.0) for site in attached)
+    assert all(site.rule == tg.RoundToNearest(6, QUANTILE, 0.0, 10, "quantile", 12.85) for site in attached)
     assert len({id(site) for site in attached}) == len(attached) and not any(site.on for site in attached)
     untouched = random_model(config(qat="none"))
     assert tg.attach_qat(untouched, config(qat="none").quant) == []
@@ -191,7 +193,7 @@ def test_reloaded_artifact_computes_what_the_last_training_forward_did(mode, bit
     last = model(ids, targets, plan)[1].item()
     blob = tg.pack_artifact(tg.quantise(model, cfg.quant), {}, tg.PACKINGS["zlib"])
     _, tensors = tg.unpack_artifact(blob)
-    assert set(used) == {name for name, p in model.named_parameters() if p.quant == "matrix"}
+    assert set(used) == {name for name, p in model.named_parameters() if p.opt == "matrix"}
     for name, weight in used.items():
         assert torch.equal(tensors[name].dequant(), weight), name
     reloaded = tg.build_from_artifact(cfg, tensors, numerics)
@@ -206,7 +208,7 @@ def test_each_parameter_is_stored_by_the_rule_of_its_tag(matrix_bits, embed_bits
     stored = tg.quantise(model, cfg.quant)
     assert list(stored) == [name for name, _ in model.named_parameters()]
     for name, p in model.named_parameters():
-        t, bits = stored[name], {"matrix": matrix_bits, "embed": embed_bits, "keep": 32}[p.quant]
+        t, bits = stored[name], {"matrix": matrix_bits, "mlp": matrix_bits, "embed": embed_bits, "keep": 32}[p.quant]
         assert t.values.shape == p.shape
         if bits >= 16:
             assert t.scale is None and torch.equal(t.values, p.half() if bits == 16 else p)
@@ -227,7 +229,7 @@ def test_scales_keep_their_mantissa_bits_and_stay_exact_in_fp16(bits):
     assert bits < 10 or torch.equal(rounded, x.half().float()), "ten bits are fp16"
     cfg = config(matrix_bits=6, scale_bits=bits)
     w = random_rows(40, 300)
-    t = tg.quantiser(6, cfg.quant).fit(w)
+    t = tg.quantiser(6, 0.0, cfg.quant).fit(w)
     assert torch.equal(t.scale, tg.rounded_mantissa(t.scale.float(), bits).half())
     error, scale = (t.dequant() - w).abs(), t.scale.float()[:, None]
     assert (error <= 0.5001 * scale)[w.abs() <= 31 * scale].all(), "the levels belong to the rounded scale"
@@ -239,3 +241,158 @@ def test_more_bits_lose_less():
     assert errors == sorted(errors, reverse=True)
     for coarse, fine in zip(errors[3:], errors[4:]):
         assert math.log2(coarse / fine) == pytest.approx(1, abs=0.15), "one bit halves the step"
+
+
+# ---- Hessians: what a matrix reads decides where its errors hurt ----
+def inputs(columns: int, seed: int = 0) -> Tensor:
+    """Second moment (n,n) of correlated inputs of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    z = z * 10 ** (2 * torch.rand(columns, generator=generator) - 1)
+    return z.T @ z / len(z)
+
+
+def grid(rounding: str, bits: int = 4, clip: str = "sigma", sigmas: float = 4.0):
+    return tg.ROUNDINGS[rounding](bits, QUANTILE, 0.0, 10, clip, sigmas)
+
+
+def weighted_error(w: Tensor, t: tg.QTensor, h: Tensor) -> float:
+    """What the errors do to the outputs: tr(E H E^T)."""
+    e = (t.dequant() - w).double()
+    return float(((e @ h.double()) * e).sum())
+
+
+def optimal_brain_quantiser(w: np.ndarray, h: np.ndarray, scale: np.ndarray, top: int) -> np.ndarray:
+    """Column by column in float64, with the inverse Hessian of the columns that remain updated explicitly."""
+    h = h + 0.01 * np.trace(h) / len(h) * np.eye(len(h))
+    order = np.argsort(-np.diag(h), kind="stable")
+    w, inverse, levels = w[:, order].copy(), np.linalg.inv(h[np.ix_(order, order)]), np.zeros(w.shape)
+    for j in range(w.shape[1]):
+        levels[:, j] = np.clip(np.round(w[:, j] / scale), -top, top)
+        error = (w[:, j] - levels[:, j] * scale) / inverse[j, j]
+        w[:, j:] -= np.outer(error, inverse[j, j:])
+        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return levels[:, np.argsort(order)]
+
+
+@pytest.mark.parametrize("columns", (16, 130, 300))
+def test_gptq_agrees_with_an_independent_float64_one(columns):
+    w, h, rule = torch.randn(24, columns), inputs(columns), grid("gptq")
+    found, scale = rule.fit(w, h), rule.scale(w)
+    want = optimal_brain_quantiser(w.double().numpy(), h.double().numpy(), scale.double().numpy(), 7)
+    same = (found.values.numpy() == want).mean()
+    assert same > 0.98, "all but a few ties, after which a row goes its own way"
+    exact = tg.QTensor(torch.from_numpy(want).to(torch.int8), scale.half())
+    assert weighted_error(w, found, h) == pytest.approx(weighted_error(w, exact, h), rel=0.02)
+
+
+@pytest.mark.parametrize("clip", tg.CLIPS)
+@pytest.mark.parametrize("bits", (3, 4, 6, 8))
+def test_gptq_hurts_the_outputs_less_than_rounding(bits, clip):
+    for seed in range(3):
+        w, h = random_rows(seed, 200, -1, 1), inputs(200, seed)
+        nearest, gptq = grid("nearest", bits, clip).fit(w, h), grid("gptq", bits, clip).fit(w, h)
+        assert torch.equal(nearest.scale, gptq.scale), "the same grid"
+        assert weighted_error(w, gptq, h) < 0.8 * weighted_error(w, nearest, h)
+
+
+def test_gptq_is_rounding_where_inputs_are_alike_or_unknown():
+    w = torch.randn(8, 200)
+    for h in (None, torch.zeros(200, 200), 3 * torch.eye(200)):
+        assert torch.equal(grid("gptq").fit(w, h).values, grid("nearest").fit(w).values)
+    h = inputs(200)
+    h[:, 7] = h[7] = 0  # an input that is always zero
+    t = grid("gptq").fit(w, h)
+    assert t.dequant().isfinite().all()
+    assert torch.equal(t.values[:, 7], grid("nearest").fit(w).values[:, 7]), "nothing to make up for"
+
+
+def test_clips_equal_their_formulas():
+    w, h = random_rows(1, 500), inputs(500)
+    rows = w.double().numpy()
+    sigma = 12.85 * rows.std(1, ddof=1)
+    met = (np.abs(rows) * np.diag(h)).mean(1)
+    want = dict(sigma=sigma, sigma_hessian=sigma * (1 + 0.175 * (met / met.mean() - 1)))
+    for clip, values in want.items():
+        np.testing.assert_allclose(tg.CLIPS[clip](grid("nearest", 6, clip, 12.85), w, h), values, rtol=1e-4)
+    np.testing.assert_allclose(tg.CLIPS["sigma_hessian"](grid("nearest", 6, "sigma_hessian", 12.85), w, None), sigma,
+                               rtol=1e-4)
+    for hessian in (None, h):
+        weight = np.ones(500) if hessian is None else np.diag(hessian)
+        chosen = tg.CLIPS["search"](grid("nearest", 4), w, hessian)
+        for i, row in enumerate(rows):
+            errors = []
+            for q in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+                clip = np.quantile(np.abs(row), q)
+                level = np.clip(np.round(row / (clip / 7)), -7, 7)
+                errors.append((float((weight * (row - level * clip / 7)**2).sum()), clip))
+            assert float(chosen[i]) == pytest.approx(min(errors)[1], rel=1e-4), "per row, as the name promises"
+
+
+def test_observed_inputs_are_those_of_the_forward_and_of_all_ranks(toy, tmp_path):
+    cfg = config("prequant_ttt+plain+tiny", data_path=toy, calibration_tokens=2000)
+    rt = tg.Runtime(cfg, {})
+    torch.manual_seed(0)
+    model = random_model(cfg)
+    trainer = tg.Trainer(cfg, rt, tg.open_data(cfg, rt), model, tg.Numerics())
+    trainer.plan = len(trainer.plans) - 1
+    place = trainer.loader.state_dict()
+    found = trainer.observe_inputs(2000)
+    trainer.loader.load_state_dict(place)
+    rows = np.concatenate([trainer.loader.next(0, 1) for _ in range(4)])  # 4 steps of 512 tokens
+    seen: dict[Tensor, list[Tensor]] = {}
+    for m in model.modules():
+        if isinstance(m, tg.Linear):
+            m.register_forward_pre_hook(lambda m, i: seen.setdefault(m.weight, []).append(i[0].detach().flatten(0, -2)))
+    ids = torch.from_numpy(rows[:, :-1].astype(np.int64))
+    h = model.hidden(ids, trainer.plans[trainer.plan]).detach().flatten(0, -2)
+    assert len(trainer.plans[trainer.plan]) > cfg.model.num_layers, "a loop: some matrices read several times"
+    for p in (p for p in model.parameters() if p.opt == "matrix"):
+        z = torch.cat(seen[p]).double()
+        torch.testing.assert_close(found[p].double(), z.T @ z / ids.numel(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[model.output], h.T @ h / ids.numel(), rtol=1e-3, atol=1e-4)
+    knobs = dict(PRESET="prequant_ttt+plain+tiny", ITERATIONS=3, TRAIN_BATCH_TOKENS=448, CALIBRATION_TOKENS=448)
+    scores = [float(official(train(toy, tmp_path, f"r{n}", nproc=n, **knobs).out).split("val_loss:")[1].split()[0])
+              for n in (0, 2)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4), "seven rows on two ranks: one pass has a row missing"
+
+
+# ---- Filling the budget ----
+def budget_case(budget: int, **knobs):
+    """(model, quantisation, a runtime that remembers what it logged)."""
+    cfg = config(clip="sigma", fill_budget=1, codec="rans", artifact_budget_bytes=budget + tg.code_bytes(), **knobs)
+    return random_model(cfg), cfg.quant, type("Log", (), dict(lines=[], log=lambda self, x: self.lines.append(x)))()
+
+
+@pytest.mark.parametrize("bits", (4, 6))
+@pytest.mark.parametrize("share", (0.3, 0.55, 0.8, 1.2))
+def test_the_budget_is_filled_and_never_exceeded(bits, share):
+    model, cfg, log = budget_case(10**9, model_dim=128, vocab_size=2048, matrix_bits=bits)
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    budget = int(weights * 0.42 * share)
+    model, cfg, log = budget_case(budget, model_dim=128, vocab_size=2048, matrix_bits=bits)
+    blob = tg.pack_to_fit(model, cfg, {}, {}, log)
+    assert 0.998 * budget <= len(blob) <= budget, log.lines
+    assert int(log.lines[0].split(":")[1].split()[0]) <= 6, "a handful of packings"
+    _, tensors = tg.unpack_artifact(blob)
+    error = sum(float((tensors[n].dequant() - p).square().sum()) for n, p in model.exported().items())
+    assert error < 0.5 * sum(float(p.square().sum()) for p in model.parameters())
+
+
+def test_a_budget_that_cannot_be_met_says_why():
+    model, cfg, log = budget_case(3000)
+    with pytest.raises(tg.RunFailed, match="ARTIFACT_BUDGET_BYTES"):
+        tg.pack_to_fit(model, cfg, {}, {}, log)
+    model, cfg, log = budget_case(10**8)
+    assert len(tg.pack_to_fit(model, cfg, {}, {}, log)) < 10**8 and "beyond eight bits" in log.lines[0]
+
+
+@quick
+@given(st.integers(2, 8), st.floats(1, 40), st.floats(0.05, 20))
+def test_finer_steps_bring_more_levels_and_the_same_ratio_everywhere(bits, sigmas, factor):
+    cfg = config(clip="sigma", matrix_bits=bits, matrix_clip_sigmas=sigmas, mlp_bits=6, embed_bits=16).quant
+    found = tg.with_steps(cfg, factor)
+    step = lambda b, s: s / (2 ** (b - 1) - 1)  # noqa: E731
+    assert step(found.matrix_bits, found.matrix_clip_sigmas) == pytest.approx(factor * step(bits, sigmas))
+    assert step(found.mlp_bits, found.mlp_clip_sigmas) == pytest.approx(factor * step(6, sigmas))
+    assert found.embed_bits == 16 and (found.matrix_clip_sigmas >= 6 or found.matrix_bits == 8)
