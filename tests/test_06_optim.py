@@ -371,7 +371,8 @@ def test_newton_muon_whitens_by_what_each_matrix_reads():
     for hook in hooks:
         hook.remove()
     moments = tg.second_moments(model, ids, plan)
-    assert set(moments) == {p for p in model.parameters() if p.opt == "matrix"}
+    head = moments.pop(model.output)
+    assert set(moments) == {p for p in model.parameters() if p.opt == "matrix"} and head.shape == (24, 24)
     for p, k in moments.items():
         z = torch.cat(inputs.get(p, [torch.zeros(1, p.size(1))])).double().detach()
         assert distance(k, z.T @ z / ids.numel()) < 1e-5 if p in inputs else not k.any()

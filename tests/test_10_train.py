@@ -228,15 +228,15 @@ LYING_CLOCK = """
 import glob
 if os.environ["RANK"] == "1":
     train_gpt.Clock.read = lambda self: 0.0
-finish, close = train_gpt.Trainer.finish, train_gpt.Runtime.close
-def finish_aloud(self, *args):
+end, close = train_gpt.Trainer.end, train_gpt.Runtime.close
+def end_aloud(self, *args):
     print(f"rank {self.rt.rank} stopped at step {self.step_number}", flush=True)
-    finish(self, *args)
+    end(self, *args)
 def close_aloud(self):
     close(self)
     names = [open(f).read() for f in glob.glob("/proc/self/task/*/comm")]
     print(f"rank {self.rank} leaves {sum('gloo' in name for name in names)} threads", flush=True)
-train_gpt.Trainer.finish, train_gpt.Runtime.close = finish_aloud, close_aloud
+train_gpt.Trainer.end, train_gpt.Runtime.close = end_aloud, close_aloud
 """
 
 

@@ -55,7 +55,7 @@ def test_overlays_shrink_a_system_without_changing_its_techniques(system, overla
     assert after["max_wallclock_seconds"] < (before["max_wallclock_seconds"] or math.inf)
     for name in ("xsa_last_n", "num_loops", "value_embed_last_n", "engram_buckets", "mup_base_width"):
         assert bool(after[name]) == bool(before[name]), f"{name} is still there"
-    assert small.values("quant") == full.values("quant")
+    assert {k for k, v in small.values("quant").items() if v != full.values("quant")[k]} <= {"calibration_tokens"}
 
 
 def test_every_preset_is_a_known_overlay_or_system_and_sets_only_knobs():
