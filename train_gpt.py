@@ -377,7 +377,7 @@ class Unbuilt(NamedTuple):
     plain: Any = None  # what exists in its place; None = nothing
 
 
-def at_most(**limits: int) -> dict[str, Callable[[dict], int]]:
+def at_most(**limits: float) -> dict[str, Callable[[dict], float]]:
     """Overrides that lower a value to a limit and never raise it."""
     return {name: lambda v, name=name, limit=limit: min(v[name], limit) for name, limit in limits.items()}
 
@@ -462,10 +462,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_wallclock_seconds=120.0, loader="shuffled", lr_schedule="warmdown_frac", warmdown_frac=0.6,
         matrix_lr=0.04, tied_embed_lr=0.05, table_lr=0.05, scalar_lr=0.04, muon_momentum=0.95,
         muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50, warmup_steps=2, train_log_every=20,
-        val_loss_every=0, checkpoint_every=30.0, reserve_seconds=0.0, rope_train_len=512, leaky_slopes="", loop_start=1,
+        val_loss_every=0, checkpoint_every=30.0, reserve_seconds=2.0, rope_train_len=512, leaky_slopes="", loop_start=1,
         loop_end=2, loop_at_step=0, parallel_start=3, ema_decay=0.95, swa_every=5, calibration_tokens=16_384, **at_most(
             rope_dims=64, xsa_last_n=4, mlp_mult=2, attention_window=128, embed_dim=128, value_embed_last_n=2,
-            num_loops=2, loop_ramp_steps=10)),
+            num_loops=2, loop_ramp_steps=10, adam_l2=0.001)),  # over a short run 0.095 keeps embeddings from growing
     "tiny": dict(  # overlay: what a test runs in seconds; one layer before, one inside and one after a loop
         num_layers=3, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=64, train_batch_tokens=512,
         micro_batch_tokens=512, eval_batch_tokens=8192, eval_seq_len=64, eval_stride=32, iterations=8,
@@ -475,7 +475,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         parallel_start=2, ema_decay=0.9, swa_every=1, held_out_tokens=512, calibration_tokens=1024, **at_most(
             bigram_buckets=512, engram_buckets=128, rope_dims=16, xsa_last_n=2,
         attention_window=32, embed_dim=32, value_embed_last_n=2, num_loops=2, mup_base_width=64, loop_at_step=3,
-        loop_ramp_steps=3))}
+            loop_ramp_steps=3, adam_l2=0.001))}
 DEFAULT_PRESET = {"cuda": "mlp3x_seq4096", "cpu": "turbo_engram+plain+cpu"}
 
 # Cross-field rules: (broken when, message with values in braces). All broken ones are reported together.
