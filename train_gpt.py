@@ -1092,11 +1092,15 @@ class Loader:
         """Tokens dealt so far to all ranks."""
         return (self.epoch * self.rows_in_epoch() + self.index) * self.seq
 
+    def rows_of(self, share: float) -> int:
+        """Rows of a step that has a share of the full batch."""
+        return max(1, round(share * self.rows))
+
     def next(self, rank: int, world: int, share: float = 1.0) -> np.ndarray:
         """Rows rank, rank + world, ... of the next step, which has a share of the full batch, as (rows of this rank,
         T + 1) uint16."""
         mine = []
-        for row in range(max(1, round(share * self.rows))):
+        for row in range(self.rows_of(share)):
             if self.index >= self.rows_in_epoch():
                 self.epoch, self.index = self.epoch + 1, 0
                 self.begin_epoch()
@@ -2158,6 +2162,16 @@ def best_polar_table(steps: int) -> tuple[tuple[float, float, float], ...]:
     return tuple(polar_table(steps, highest))
 
 
+def on_short_side(u: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """`work` on u (K,m,n) turned so that m <= n, turned back."""
+    return work(u.mT).mT if u.size(-2) > u.size(-1) else work(u)
+
+
+def as_large_as(x: Tensor, y: Tensor) -> Tensor:
+    """x with the Frobenius norm of y, matrix by matrix."""
+    return x * (y.norm(dim=(-2, -1), keepdim=True) / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7))
+
+
 def polynomials(x: Tensor, table) -> Tensor:
     """Odd polynomials of the singular values of x (K,m,n), m <= n: X <- aX + (bA + cA^2)X with A = XX^T."""
     for a, b, c in table:
@@ -2168,9 +2182,9 @@ def polynomials(x: Tensor, table) -> Tensor:
 
 def orthogonalise(u: Tensor, table, hp: Hyper, margin: float = 1.0) -> Tensor:
     """Replace singular values by about one, after division by the Frobenius norm times a margin."""
-    x = (u.mT if u.size(-2) > u.size(-1) else u).to(hp.dtype)
-    x = polynomials(x / (margin * x.norm(dim=(-2, -1), keepdim=True) + 1e-7), table)
-    return (x.mT if u.size(-2) > u.size(-1) else x).to(u.dtype)
+    x = u.to(hp.dtype)
+    x = x / (margin * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    return on_short_side(x, lambda x: polynomials(x, table)).to(u.dtype)
 
 
 def newton_schulz(u: Tensor, state: dict[str, Tensor], hp: Hyper, steps: int = 5) -> Tensor:
@@ -2187,11 +2201,12 @@ def polar_express(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
 def turbo(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
     """Almost-orthogonal scaling, which bounds the largest singular value by one without shrinking all, saves a step:
     rows of the short side are divided by the root of their sum of |XX^T|. arXiv 2208.03160, 2512.04632; PR 1089."""
-    x = (u.mT if u.size(-2) > u.size(-1) else u).to(hp.dtype)
-    bound = (x @ x.mT).float().abs().sum(-1, keepdim=True).clamp(min=1e-14)
-    x = (x * (bound.rsqrt() / 1.02)).to(hp.dtype)  # a margin for rounding, as above
-    x = polynomials(x, TURBO[hp.cfg.muon_table] if hp.cfg.muon_steps in (0, 4) else best_polar_table(hp.cfg.muon_steps))
-    return (x.mT if u.size(-2) > u.size(-1) else x).to(u.dtype)
+    table = TURBO[hp.cfg.muon_table] if hp.cfg.muon_steps in (0, 4) else best_polar_table(hp.cfg.muon_steps)
+
+    def work(x: Tensor) -> Tensor:
+        bound = (x @ x.mT).float().abs().sum(-1, keepdim=True).clamp(min=1e-14)
+        return polynomials((x * (bound.rsqrt() / 1.02)).to(hp.dtype), table)  # a margin for rounding, as above
+    return on_short_side(u.to(hp.dtype), work).to(u.dtype)
 
 
 POST_NORMS = {"col": (-2,), "row": (-1,), "col_row": (-2, -1), "row_col": (-1, -2)}
@@ -2207,19 +2222,19 @@ def neuron_norm(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
     arXiv 2510.05491. Knob: MUON_BETA2."""
     mean = kept(state, "rows", u[..., :1])
     mean.lerp_(u.square().mean(-1, keepdim=True), 1 - hp.cfg.muon_beta2)
-    scaled = u / (mean.sqrt() + 1e-10)
-    return scaled * (u.norm(dim=(-2, -1), keepdim=True) / scaled.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7))
+    return as_large_as(u / (mean.sqrt() + 1e-10), u)
 
 
 def triangular(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
     """In place of orthogonalisation: equal rows, then the inverse of the lower triangle of their Gram matrix, then
     equal rows, MUON_STEPS times or once; depends on the order of rows. Source: MUD, arXiv 2603.17970."""
-    x = (u.mT if u.size(-2) > u.size(-1) else u).float()
-    ridge = 1e-6 * torch.eye(x.size(-2), device=x.device)
-    for _ in range(hp.cfg.muon_steps or 1):
-        x = normalised(x, -1)
-        x = normalised(torch.linalg.solve_triangular((x @ x.mT + ridge).tril(), x, upper=False), -1)
-    return x.mT if u.size(-2) > u.size(-1) else x
+    def work(x: Tensor) -> Tensor:
+        ridge = 1e-6 * torch.eye(x.size(-2), device=x.device)
+        for _ in range(hp.cfg.muon_steps or 1):
+            x = normalised(x, -1)
+            x = normalised(torch.linalg.solve_triangular((x @ x.mT + ridge).tril(), x, upper=False), -1)
+        return x
+    return on_short_side(u.float(), work)
 
 
 def matrix_power(a: Tensor, exponent: float) -> Tensor:
@@ -2243,8 +2258,7 @@ def whitened_polar(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
         powers.append(state[f"{name}_power"])
     y = newton_schulz(powers[0] @ u @ powers[1], state, hp)
     back = powers if hp.cfg.mousse == "inverse" else [torch.linalg.inv(p) for p in powers]
-    x = back[0] @ y @ back[1]
-    return x * (y.norm(dim=(-2, -1), keepdim=True) / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7))
+    return as_large_as(back[0] @ y @ back[1], y)
 
 
 def input_whitening(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
@@ -2253,22 +2267,28 @@ def input_whitening(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
     return u @ state["inverse"] if "inverse" in state else u
 
 
-def adam(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """Bias-corrected mean over root mean square, arXiv 1412.6980; its weight decay is decoupled, arXiv 1711.05101."""
+def adam_moments(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> tuple[Tensor, Tensor]:
+    """Bias-corrected running mean and root mean square of the gradient. Source: arXiv 1412.6980."""
     (beta1, beta2), t = hp.betas, hp.step + 1
     mean, square = kept(state, "mean", u), kept(state, "square", u)
     mean.lerp_(u, 1 - beta1)
     square.mul_(beta2).addcmul_(u, u, value=1 - beta2)
-    return mean / (1 - beta1**t) / ((square / (1 - beta2**t)).sqrt() + hp.cfg.adam_eps)
+    return mean / (1 - beta1**t), (square / (1 - beta2**t)).sqrt() + hp.cfg.adam_eps
+
+
+def adam(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
+    """Mean over root mean square; its weight decay is decoupled. Source: arXiv 1711.05101."""
+    mean, root = adam_moments(u, state, hp)
+    return mean / root
 
 
 def ademamix(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
     """Adam whose mean has a second, slow one added, alpha times and not bias-corrected. Source: arXiv 2409.03137.
     Knobs: ADEMAMIX_ALPHA, ADEMAMIX_BETA3."""
-    fast = adam(u, state, hp)
+    mean, root = adam_moments(u, state, hp)
     slow = kept(state, "slow", u)
     slow.lerp_(u, 1 - hp.beta3)
-    return fast + hp.alpha * slow / ((state["square"] / (1 - hp.betas[1]**(hp.step + 1))).sqrt() + hp.cfg.adam_eps)
+    return (mean + hp.alpha * slow) / root
 
 
 def aspect_scale(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
@@ -2287,17 +2307,13 @@ def cautious(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
     return u * agrees / agrees.mean(dim=(-2, -1), keepdim=True).clamp(min=1e-3)
 
 
-def three_steps(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """NeoMuon's number of steps."""
-    return newton_schulz(u, state, hp, 3)
-
-
 MUON: dict[str, tuple[Callable[[Tensor, dict[str, Tensor], Hyper], Tensor], ...]] = {
     "muon": (nesterov, newton_schulz, aspect_scale),
     "muon_polar": (nesterov, polar_express, aspect_scale),
     "muoneq_r": (nesterov, row_norm, newton_schulz, aspect_scale),
     "muoneq_r_polar": (nesterov, row_norm, polar_express, aspect_scale),
-    "neomuon": (nesterov, row_norm, three_steps, aspect_scale),  # MuonEq-R under another name, with three steps
+    # MuonEq-R under another name, with three steps
+    "neomuon": (nesterov, row_norm, functools.partial(newton_schulz, steps=3), aspect_scale),
     "turbo_muon": (nesterov, turbo, post_norm, aspect_scale),
     "muon_plus": (nesterov, newton_schulz, post_norm, aspect_scale_plus),
     "normuon": (nesterov, newton_schulz, neuron_norm, aspect_scale),
@@ -2428,22 +2444,26 @@ def adam_groups(c: OptimConfig, tied: bool) -> dict[str, AdamGroup]:
 @torch.no_grad()
 def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Tensor]:
     """Mean outer product (n,n) fp32 of what each matrix and the head read, over this rank's ids (B,T) and all visits of
-    a plan; zero for one that the plan does not visit. By hooks on an eager pass: compiled graphs never hear of it."""
-    sums: dict[nn.Parameter, Tensor] = {}
+    a plan; zero for one that the plan does not visit, and for all when there are no ids. By hooks on an eager pass:
+    compiled graphs never hear of it."""
+    readers = [m for m in model.modules() if isinstance(m, Linear) and m.weight.opt == "matrix"]
+    sums = {p: torch.zeros(p.size(1), p.size(1), device=ids.device)
+            for p in (*(m.weight for m in readers), model.output)}
+
+    def add(p: nn.Parameter, read: Tensor):
+        x = read.flatten(0, -2).float()
+        sums[p] += x.mT @ x / ids.numel()
 
     def watch(module: Linear, inputs: tuple[Tensor, ...]):
-        x = inputs[0].flatten(0, -2).float()
-        sums[module.weight] += x.mT @ x / ids.numel()
-    readers = [m for m in model.modules() if isinstance(m, Linear) and m.weight.opt == "matrix"]
-    for module in readers:
-        sums[module.weight] = torch.zeros(module.weight.size(1), module.weight.size(1), device=ids.device)
+        add(module.weight, inputs[0])
     hooks = [module.register_forward_pre_hook(watch) for module in readers]
     try:
-        h = through(model.head_sites, model.hidden(ids, plan)).flatten(0, -2).float()
+        if len(ids):
+            add(model.output, through(model.head_sites, model.hidden(ids, plan)))
     finally:
         for hook in hooks:
             hook.remove()
-    return sums | {model.output: h.mT @ h / ids.numel()}
+    return sums
 
 
 class InputWatch:
@@ -2910,12 +2930,17 @@ RANS_BITS = 14                         # probabilities are multiples of 2^-14; s
 RANS_HEAD = struct.Struct("<IIIHB")    # symbols, symbols per block, bytes of side information, least symbol, classes
 
 
+def rans_lanes(count: int) -> tuple[int, int, int]:
+    """(lanes, symbols of the longest, lanes of that length): enough for numpy to be fast, so few that states cost
+    little."""
+    lanes = min(4096, max(1, count // 8192))
+    longest = -(-count // lanes)
+    return lanes, longest, count - lanes * (longest - 1)
+
+
 def rans_grid(symbols: np.ndarray) -> tuple[np.ndarray, int]:
-    """(grid (longest, lanes), lanes of full length): column j is lane j's consecutive piece of the symbols. Lanes are
-    enough for numpy to be fast, so few that their states cost little."""
-    lanes = min(4096, max(1, len(symbols) // 8192))
-    longest = -(-len(symbols) // lanes)
-    full = len(symbols) - lanes * (longest - 1)
+    """(grid (longest, lanes), lanes of full length): column j is lane j's consecutive piece of the symbols."""
+    lanes, longest, full = rans_lanes(len(symbols))
     grid = np.zeros((lanes, longest), symbols.dtype)
     grid[:full] = symbols[:full * longest].reshape(full, longest)
     grid[full:, :longest - 1] = symbols[full * longest:].reshape(lanes - full, longest - 1)
@@ -2950,9 +2975,9 @@ def rans_model(grid: np.ndarray, full: int, block: int, classes: int) -> tuple[f
                        for i in range(0, len(grid), block)]).reshape(-1, lanes, width)
     counts[-1, full:, 0] -= 1  # beyond the end
     chosen = rans_classes(counts.reshape(-1, width), classes).reshape(-1, lanes)
-    table = rans_frequencies(np.stack([counts[chosen == k].sum(0) for k in range(classes)]))
-    bits = sum((counts[chosen == k].sum(0) * -np.log2(np.maximum(table[k], 1) / (1 << RANS_BITS))).sum()
-               for k in range(classes))
+    sums = np.stack([counts[chosen == k].sum(0) for k in range(classes)])
+    table = rans_frequencies(sums)
+    bits = (sums * (RANS_BITS - np.log2(np.maximum(table, 1)))).sum()
     side = zlib.compress(table.astype("<u2").tobytes() + chosen.tobytes(), 9)
     return bits / 8 + len(side), chosen, table, side
 
@@ -2990,9 +3015,8 @@ def rans_unpack(data: bytes, size: int) -> bytes:
         return b""
     if count > size or not block:
         raise ValueError("impossible size")
-    lanes = min(4096, max(1, count // 8192))
-    longest = -(-count // lanes)
-    full, blocks = count - lanes * (longest - 1), -(-longest // block)
+    lanes, longest, full = rans_lanes(count)
+    blocks = -(-longest // block)
     offset = RANS_HEAD.size + length
     side = zlib.decompressobj().decompress(data[RANS_HEAD.size:offset], blocks * lanes + 512 * classes)
     width = (len(side) - blocks * lanes) // (2 * classes)
@@ -3197,11 +3221,13 @@ def with_steps(cfg: QuantConfig, factor: float) -> QuantConfig:
 def pack_to_fit(model: GPT, cfg: QuantConfig, hessians: Hessians, header: dict[str, Any], rt: Runtime) -> bytes:
     """The artifact; under FILL_BUDGET=1 with steps such that it and the code take 99.8 to 100 % of the budget: a factor
     on all steps costs a bit per weight when it halves them, real packings correct that. Raises RunFailed."""
-    room, packing, weights = cfg.artifact_budget_bytes - code_bytes(), PACKINGS[cfg.codec], 0
-    for name, t in (quantised := quantise(model, cfg, hessians)).items():
-        weights += t.values.numel() * (t.scale is not None)
-    tried = {0.0: pack_artifact(quantised, header, packing)}
-    for _ in range(8 * cfg.fill_budget):
+    room, packing = cfg.artifact_budget_bytes - code_bytes(), PACKINGS[cfg.codec]
+    tensors = quantise(model, cfg, hessians)
+    tried = {0.0: pack_artifact(tensors, header, packing)}
+    if not cfg.fill_budget:
+        return tried[0.0]
+    weights = sum(t.values.numel() for t in tensors.values() if t.scale is not None)
+    for _ in range(8):
         x, blob = min(tried.items(), key=lambda item: abs(len(item[1]) - room))
         if 0.998 * room <= len(blob) <= room:
             break
@@ -3212,8 +3238,6 @@ def pack_to_fit(model: GPT, cfg: QuantConfig, hessians: Hessians, header: dict[s
         x += (0.9991 * room - len(blob)) / slope
         tried[x] = pack_artifact(quantise(model, with_steps(cfg, math.exp(x)), hessians), header, packing)
     fitting = {x: blob for x, blob in tried.items() if len(blob) <= room}
-    if not cfg.fill_budget:
-        return tried[0.0]
     if not fitting:
         raise RunFailed(f"FILL_BUDGET: no steps found that fit {room} bytes beside the code; the smallest model took "
                         f"{min(map(len, tried.values()))}; raise ARTIFACT_BUDGET_BYTES or shrink the model")
@@ -3512,8 +3536,7 @@ class Trainer:
     def micro_batches(self, rows: np.ndarray, length: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(ids, targets), rows cut to `length`, always as many of them; missing ones are padded with targets that give
         no loss. A pass is never larger than the smallest step's share of a rank."""
-        smallest = max(1, round(self.cfg.optim.batch_ramp_start * self.loader.rows))
-        size = min(-(-smallest // self.rt.world),
+        size = min(-(-self.loader.rows_of(self.cfg.optim.batch_ramp_start) // self.rt.world),
                    max(1, self.cfg.system.micro_batch_tokens // self.cfg.data.train_seq_len))
         for lo in range(0, max(1, len(rows)), size):  # a rank without rows joins in all the same
             part = torch.from_numpy(rows[lo:lo + size].astype(np.int64))
@@ -3529,7 +3552,7 @@ class Trainer:
         self.model.loop_strength.fill_(ramps["loop"])
         self.plan = int(ramps["plan"])
         self.flat.gradients.zero_()
-        share = 1 / (max(1, round(ramps["batch"] * self.loader.rows)) * self.cfg.data.train_seq_len)
+        share = 1 / (self.loader.rows_of(ramps["batch"]) * self.cfg.data.train_seq_len)
         for ids, targets in self.micro_batches(rows, int(ramps["row"])):
             objective, nats = self.loss(ids, targets, self.plans[self.plan])
             (objective * share).backward()
@@ -3558,14 +3581,14 @@ class Trainer:
 
     def observe_inputs(self, tokens: int) -> Hessians:
         """Second moments of what each matrix reads, on the CPU, over at least so many training tokens of all ranks."""
-        seen, sums = torch.zeros((), dtype=torch.float64), {}
+        seen, sums = 0, collections.Counter()
         while seen < tokens:
             for ids, targets in self.micro_batches(self.loader.next(self.rt.rank, self.rt.world), self.loader.seq):
                 ids = ids[targets[:, 0] >= 0]
-                for p, moment in second_moments(self.model, ids, self.plans[self.plan]).items() if len(ids) else ():
-                    sums[p] = sums.get(p, 0) + moment * ids.numel()
+                for p, moment in second_moments(self.model, ids, self.plans[self.plan]).items():
+                    sums[p] = sums[p] + moment * ids.numel()
             seen += self.loader.rows * self.loader.seq
-        return {p: (self.rt.all_reduce(total) / seen).float().cpu() for p, total in sums.items()}
+        return {p: self.rt.all_reduce(total).cpu() / seen for p, total in sums.items()}
 
     def held_out_loss(self) -> float:
         """Nats per token of the live weights on the held-out training text, the same on every rank, by the graph that

@@ -355,6 +355,8 @@ def test_observed_inputs_are_those_of_the_forward_and_of_all_ranks(toy, tmp_path
     scores = [float(official(train(toy, tmp_path, f"r{n}", nproc=n, **knobs).out).split("val_loss:")[1].split()[0])
               for n in (0, 2)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4), "seven rows on two ranks: one pass has a row missing"
+    done = train(toy, tmp_path, "idle", nproc=3, **knobs | dict(TRAIN_BATCH_TOKENS=128))
+    assert done.code == 0 and "phase:inputs" in done.out, "two rows on three ranks: one has nothing to look at"
 
 
 # ---- Filling the budget ----
