@@ -64,11 +64,11 @@ def measure(run: dict, scratch: Path) -> dict:
                        wall=round(time.monotonic() - begin, 1))
 
 
-def run_all(spec_path: Path, scratch: Path, text: str | None):
-    """Append each missing result to results.jsonl as soon as it is known; `text` limits the work to one text."""
+def run_all(spec_path: Path, scratch: Path, share: tuple[int, int]):
+    """Append each missing result to results.jsonl as soon as it is known; share (i, n) is the i-th of n equal parts."""
     spec, results = json.loads(spec_path.read_text()), spec_path.with_name("results.jsonl")
-    finished = read_results(results)
-    todo = [run for run in wanted(spec) if identity(run) not in finished and text in (None, run["text"])]
+    finished, (part, parts) = read_results(results), share
+    todo = [run for run in wanted(spec)[part - 1::parts] if identity(run) not in finished]
     for i, run in enumerate(todo):
         begin = time.monotonic()
         found = measure(run, scratch)
@@ -139,10 +139,11 @@ def main():
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("spec", type=Path)
     parser.add_argument("--scratch", type=Path, default=SCRIPT.parent / "runs", help="where run folders go")
-    parser.add_argument("--text", help="run only this text, so that several processes can share the work")
+    parser.add_argument("--share", default="1/1", metavar="I/N", type=lambda s: tuple(map(int, s.split("/", 1))),
+                        help="only the I-th of N equal parts, so that N processes can share the work")
     asked = parser.parse_args()
     if asked.what == "run":
-        run_all(asked.spec, asked.scratch, asked.text)
+        run_all(asked.spec, asked.scratch, asked.share)
     report(asked.spec)
 
 
