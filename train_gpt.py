@@ -3184,10 +3184,11 @@ def rescaled(rule: Cast | RoundToNearest, factor: float) -> Cast | RoundToNeares
     """A grid by standard deviations with steps times a factor; more levels where clips would come below six sigma."""
     if isinstance(rule, Cast):
         return rule
-    bits, sigmas = rule.bits, rule.sigmas * factor
-    while sigmas < 6 and bits < 8:
-        sigmas, bits = sigmas * (2**bits - 1) / (2 ** (bits - 1) - 1), bits + 1
-    return rule._replace(bits=bits, sigmas=sigmas)
+    bits, step = rule.bits, factor / rule.top
+    while step * (2 ** (bits - 1) - 1) * rule.sigmas < 6 and bits < 8:
+        bits += 1
+    clip = step * (2 ** (bits - 1) - 1)
+    return rule._replace(bits=bits, sigmas=rule.sigmas * clip, floor=rule.floor * clip)
 
 
 def output_errors(model: GPT, cfg: QuantConfig, hessians: Hessians) -> dict[str, float]:

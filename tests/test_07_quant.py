@@ -642,9 +642,10 @@ def test_a_budget_that_cannot_be_met_keeps_the_run_and_says_why(fit):
 @quick
 @given(st.integers(2, 8), st.floats(1, 40), st.floats(0.05, 20))
 def test_finer_steps_bring_more_levels(bits, sigmas, factor):
-    rule = tg.RoundToNearest(bits, QUANTILE, 0.0, 10, "sigma", sigmas)
+    rule = tg.RoundToNearest(bits, QUANTILE, 0.5, 10, "sigma", sigmas)
     found = tg.rescaled(rule, factor)
     assert found.sigmas / found.top == pytest.approx(factor * sigmas / rule.top)
+    assert found.floor / found.top == pytest.approx(factor * 0.5 / rule.top)
     assert found.sigmas >= 6 or found.bits == 8
     assert tg.rescaled(tg.Cast(torch.float16), factor) == tg.Cast(torch.float16)
 
