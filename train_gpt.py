@@ -111,8 +111,11 @@ class DataConfig:
     vocab_size: int = knob(1024, "tokenizer size V", 2, 65535, unit="tokens")
     train_seq_len: int = knob(1024, "training context T", 8, 65536, unit="tokens")
     train_batch_tokens: int = knob(524_288, "tokens of one step over all ranks", 8, 2**24, unit="tokens")
-    loader: str = knob("sequential", "order of training text: one contiguous stream, or rows shuffled anew each epoch",
-                       choices=("sequential", "shuffled"))
+    caseops: bool = knob(False, "capital letters are spelt as operators; bytes come from the shards' sidecar",
+                         source="PR 1729")
+    loader: str = knob("sequential", "order of training text: one stream; its rows at a stride, or shuffled; or whole "
+                       "documents packed into rows, those shuffled", source="PRs 726, 1394, arXiv 2404.10830",
+                       choices=("sequential", "coprime", "shuffled", "packed"))
 
 
 @dataclass(frozen=True)
@@ -407,7 +410,6 @@ LATE = dict(
     muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, muon_wd=0.095, matrix_lr=0.022,
     tied_embed_lr=0.03, scalar_lr=0.02, adam_wd=0.02, lr_schedule="warmdown_frac", warmdown_frac=0.72, averaging="ema",
     ema_decay=0.9965, matrix_bits=6, eval="sliding", eval_seq_len=2048, eval_stride=64)
-SP8192 = Unbuilt(8192, "data tools", 1024)
 # Presets are overrides of the defaults, which are the naive baseline. A callable receives the values so far.
 PRESETS: dict[str, dict[str, Any]] = {
     # 9 layers, int8 + zlib: the published starting point (1.2244). 17,059,912 parameters.
@@ -434,7 +436,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_layers=8, mlp="leaky_relu2", mlp_mult=3.0, positions="none", qk_gain_init=5.0, x0_mix="none",
         skip_pairs="around_loop", num_loops=8, loop_start=2, loop_end=4, loop_at_step=3000, loop_gates=True,
         loop_ramp_steps=20, parallel="A", parallel_start=5, init="uniform", embed_init="svd", objective="byte",
-        vocab_size=Unbuilt(4096, "data tools", 1024), train_batch_tokens=131_072, micro_batch_tokens=8192,
+        vocab_size=4096, train_batch_tokens=131_072, micro_batch_tokens=8192,
         iterations=50_000, max_wallclock_seconds=0.0, lr_schedule="cosine", warmdown_frac=0.3, muon="muoneq_r",
         matrix_lr=0.022, muon_momentum_warmup_start=0.95,
         muon_momentum_warmup_steps=0, muon_wd=0.095, tied_embed_lr=0.01, scalar_lr=0.01, beta2=0.999,
@@ -452,21 +454,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     # PR 1539, 1.0587, not admissible in the competition. 36,311,132 parameters. Rotary base as above. It kept the five
     # skips of the plain list after looping began. Its four polar steps were five, cut; ours are four.
     "prequant_ttt": LATE | dict(
-        vocab_size=SP8192, rope_base=22_081.0, qk_gain_init=5.25, smear_gate="B", value_embed_last_n=2,
+        vocab_size=8192, rope_base=22_081.0, qk_gain_init=5.25, smear_gate="B", value_embed_last_n=2,
         value_embed_dim=44, max_skips=5, num_loops=1, loop_at_step=3000, parallel="B", table_lr=0.03,
         embed_wd=0.095, muon="muoneq_r_polar", muon_steps=4,
         rounding="gptq", clip="sigma", calibration="self",
         codec="rans", ttt=Unbuilt("prequant", "test-time training")),
     # PR 1493, 1.0810. 35,944,536 parameters.
     "score_first_ttt": LATE | dict(
-        vocab_size=SP8192, qk_gain_init=5.25, skips="gated", num_loops=2, parallel="A", loader="shuffled",
+        vocab_size=8192, qk_gain_init=5.25, skips="gated", num_loops=2, parallel="A", loader="shuffled",
         embed_wd=0.085, muon="muoneq_r", reserve_seconds=12.0,
         rounding="gptq", clip="sigma", codec="brotli_shuffle",
         ttt=Unbuilt("sgd", "test-time training")),
     # PR 1855, 1.0611, the leaderboard's last. 35,945,671 parameters. Values are those of its log, not of its README.
     # It packed with ZPAQ, which takes more bytes than ours on the same levels.
     "phased_ttt": LATE | dict(
-        vocab_size=SP8192, caseops=Unbuilt(True, "data tools"), loader=Unbuilt("packed", "data tools", "shuffled"),
+        vocab_size=8192, caseops=True, loader="packed",
         doc_attention=True, qk_gain_init=5.0, skips="gated", smear_gate="D", output_gate="sparse",
         output_gate_scale=0.5, softcap="shifted", num_loops=2, parallel="D", parallel_start=8, embed_wd=0.085,
         beta2=0.99, muon="muoneq_r_polar", matrix_lr=0.026, muon_momentum=0.97, warmdown_frac=0.85, min_lr=0.1,
@@ -474,7 +476,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         mlp_clip_sigmas=11.5, embed_clip_sigmas=14.0, lqer_rank=4, codec="rans",
         ttt=Unbuilt("phased", "test-time training")),
     "plain": {},  # overlay: what exists in place of what a preset waits for; see load()
-    "cpu": dict(  # overlay: what two CPU cores train in two minutes
+    "cpu": dict(  # overlay: what two CPU cores train in two minutes, on the embedded sample or anything in its tokens
+        vocab_size=1024, caseops=False,
         num_layers=4, model_dim=256, num_heads=4, num_kv_heads=2, train_seq_len=512, train_batch_tokens=8192,
         micro_batch_tokens=8192, eval_batch_tokens=16_384, eval_seq_len=512, eval_stride=128,
         max_wallclock_seconds=120.0, loader="shuffled", lr_schedule="warmdown_frac", warmdown_frac=0.6,
@@ -485,6 +488,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             rope_dims=64, xsa_last_n=4, mlp_mult=2, attention_window=128, embed_dim=128, value_embed_last_n=2,
             num_loops=2, loop_ramp_steps=10, adam_l2=0.001)),  # over a short run 0.095 keeps embeddings from growing
     "tiny": dict(  # overlay: what a test runs in seconds; one layer before, one inside and one after a loop
+        vocab_size=1024, caseops=False,
         num_layers=3, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=64, train_batch_tokens=512,
         micro_batch_tokens=512, eval_batch_tokens=8192, eval_seq_len=64, eval_stride=32, iterations=8,
         max_wallclock_seconds=0.0, loader="shuffled", lr_schedule="warmdown_frac", muon_momentum_warmup_steps=4,
@@ -912,7 +916,7 @@ class TokenStream:
     """The shards of one split ("train" or "val") of a folder as one long sequence of tokens, memory-mapped."""
 
     def __init__(self, folder: Path, split: str, vocab: int):
-        self.files, self.vocab = sorted(folder.glob(f"fineweb_{split}_*.bin")), vocab
+        self.files, self.vocab = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin")), vocab
         if not self.files:
             raise UserError(f"DATA_PATH={relative(folder)}: no file matches fineweb_{split}_*.bin")
         self.shards = [open_shard(f) for f in self.files]
@@ -981,11 +985,14 @@ def byte_table(tokenizer, vocab: int) -> ByteTable:
     return ByteTable(base, lead, border)
 
 
+CASE_OPERATORS = "\ue001\ue002\ue003\ue004"  # spell capital letters; see data/caseops.py
+
+
 class Data(NamedTuple):
     """An opened dataset: training stream, validation tokens and the bytes each validation target stands for."""
     train: TokenStream | None  # None when only scoring
     val: np.ndarray           # (N,) uint16
-    val_bytes: np.ndarray     # (N - 1,) int16
+    val_bytes: np.ndarray     # (N - 1,) int16 or uint16
     tokenizer_sha256: str
     manifest: dict[str, Any]  # empty when the folder has none
     token_bytes: np.ndarray | None = None  # (V,) int16, without leading spaces
@@ -994,10 +1001,16 @@ class Data(NamedTuple):
 def locate_data(cfg: Config, rt: Runtime) -> tuple[Path, Path]:
     """Folder of the shards and path of the tokenizer; builds the embedded sample when nothing else is asked for."""
     vocab, folder = cfg.data.vocab_size, Path(cfg.data.data_path)
+    form = "_lossless_caps_caseops_v1_reserved" if cfg.data.caseops else ""  # as the published dataset calls it
     if cfg.data.data_path == "auto":
-        folder = SCRIPT.parent / "data" / "datasets" / f"fineweb10B_sp{vocab}"
-        if rt.device.type != "cuda" or not any(folder.glob("fineweb_train_*.bin")):
+        folder = SCRIPT.parent / "data" / "datasets" / f"fineweb10B_sp{vocab}{form}"
+        present, plain = any(folder.glob("fineweb_train_*.bin")), vocab == 1024 and not form
+        if plain and not (present and rt.device.type == "cuda"):
             folder = build_sample(rt)
+        elif not present:
+            raise UserError(f"DATA_PATH=auto: no shards in {relative(folder)}; get them with data/cached_challenge_fine"
+                            f"web.py --variant sp{vocab}{form} or make them with data/prepare.py; the embedded sample "
+                            "needs VOCAB_SIZE=1024 CASEOPS=0")
     if not folder.is_dir():
         raise UserError(f"DATA_PATH={relative(folder)}: no such folder")
     if cfg.data.tokenizer_path != "auto":
@@ -1006,7 +1019,7 @@ def locate_data(cfg: Config, rt: Runtime) -> tuple[Path, Path]:
     if len(own) > 1:
         raise UserError(f"DATA_PATH={relative(folder)} holds {len(own)} tokenizers ({', '.join(p.name for p in own)}); "
                         "say which with TOKENIZER_PATH")
-    return folder, own[0] if own else SCRIPT.parent / "data" / "tokenizers" / f"fineweb_{vocab}_bpe.model"
+    return folder, own[0] if own else SCRIPT.parent / "data" / "tokenizers" / f"fineweb_{vocab}_bpe{form}.model"
 
 
 def build_sample(rt: Runtime) -> Path:
@@ -1051,9 +1064,33 @@ def read_manifest(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text()) if path.exists() else {}
         if not isinstance(found.get("reference_bpb", {}), dict) or not (found.get("comparable", True) or found["note"]):
             raise ValueError("reference_bpb or note")
+        [(entry["tokens"], entry["sha256"]) for entry in found.get("files", {}).values()]
         return found
-    except (ValueError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{relative(path)}: damaged manifest ({error}); build the dataset again") from None
+
+
+def check_manifest(manifest: dict[str, Any], stream: TokenStream, content: bool):
+    """Raise UserError for the first shard that is not what the manifest says: another length or (if `content`) sha256;
+    a training shard that the manifest does not name is one that nobody compared with the validation text."""
+    for path, shard in zip(stream.files, stream.shards) if "files" in manifest else ():
+        told = manifest["files"].get(path.name, dict(tokens=0))
+        if told["tokens"] != len(shard) or content and told["sha256"] != sha256_file(path):
+            raise UserError(f"{relative(path)}: not the shard that manifest.json names; download or build it again")
+
+
+def validation_bytes(folder: Path, cfg: Config, table: ByteTable, val: np.ndarray) -> np.ndarray:
+    """(N - 1,) bytes of each validation target: by the tokenizer's pieces or, where capital letters are spelt as
+    operators, by the sidecar fineweb_val_bytes_*.bin, one uint16 per token. Raises UserError for a wrong sidecar."""
+    if not cfg.data.caseops:
+        return table.target_bytes(val)
+    sidecar = TokenStream(folder, "val_bytes", 2**16)
+    if len(sidecar) != len(val):
+        raise UserError(f"{relative(sidecar.files[0])}: {len(sidecar)} byte counts for {len(val)} validation tokens")
+    counts = sidecar.read(0, len(val))
+    if counts[val == BOS].any():
+        raise UserError(f"{relative(sidecar.files[0])}: BOS tokens have bytes: the counts are shifted")
+    return counts[1:]
 
 
 def open_train(folder: Path, cfg: Config, rt: Runtime) -> TokenStream:
@@ -1072,8 +1109,17 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
     """Open and verify everything that this run will read. Raises UserError before any long work."""
     folder, tokenizer_path = locate_data(cfg, rt)
     tokenizer = read_tokenizer(tokenizer_path, cfg.data.vocab_size)
+    operators = [i for i in map(tokenizer.piece_to_id, CASE_OPERATORS) if i != tokenizer.unk_id()]
+    if cfg.data.caseops != bool(operators):
+        raise UserError(f"TOKENIZER_PATH={relative(tokenizer_path)} has {len(operators)} case operators but "
+                        f"CASEOPS={int(cfg.data.caseops)}")
+    manifest, digest = read_manifest(folder / "manifest.json"), sha256_file(tokenizer_path)
+    if manifest.get("tokenizer_sha256", digest) != digest:
+        raise UserError(f"TOKENIZER_PATH={relative(tokenizer_path)}: not the tokenizer that manifest.json names")
     train = open_train(folder, cfg, rt) if cfg.run.run_mode == "train" else None
     stream = TokenStream(folder, "val", cfg.data.vocab_size)
+    for each in (train, stream) if train else (stream,):
+        check_manifest(manifest, each, content=each is stream)
     stream.check_ids(len(stream))
     val = np.ascontiguousarray(stream.read(0, len(stream)))
     window = cfg.eval.eval_seq_len if cfg.eval.eval == "sliding" else cfg.data.train_seq_len
@@ -1081,10 +1127,10 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
         raise UserError(f"{relative(stream.files[0])}: {len(val)} validation tokens are fewer than one window of "
                         f"{window} + 1")
     table = byte_table(tokenizer, cfg.data.vocab_size)
-    val_bytes = table.target_bytes(val)
-    manifest, digest = read_manifest(folder / "manifest.json"), sha256_file(tokenizer_path)
+    table.base[operators] = 0
+    val_bytes = validation_bytes(folder, cfg, table, val)
     rt.log(f"val_loader:shards pattern={relative(folder)}/fineweb_val_*.bin tokens:{len(val) - 1}")
-    rt.log(f"audit:data manifest:{sha256_file(folder / 'manifest.json')[:16] if manifest else 'none'} "
+    rt.log(f"audit:data manifest_sha256:{sha256_file(folder / 'manifest.json') if manifest else 'none'} "
            f"train_shards:{len(train.files) if train else 0} val_tokens:{len(val) - 1} "
            f"val_bytes:{int(val_bytes.sum(dtype=np.int64))} tokenizer_sha256:{digest}")
     return Data(train, val, val_bytes, digest, manifest, table.base)
@@ -1113,6 +1159,10 @@ class Loader:
         """Stream offset of row `index` of this epoch."""
         return index * self.seq
 
+    def row(self, index: int) -> np.ndarray:
+        """Row `index` of this epoch, (T + 1,) uint16."""
+        return self.stream.read(self.row_start(index), self.seq + 1)
+
     def rows_in_epoch(self) -> int:
         return (len(self.stream) - 1) // self.seq
 
@@ -1133,7 +1183,7 @@ class Loader:
                 self.epoch, self.index = self.epoch + 1, 0
                 self.begin_epoch()
             if row % world == rank:
-                mine.append(self.stream.read(self.row_start(self.index), self.seq + 1))
+                mine.append(self.row(self.index))
             self.index += 1
         return np.stack(mine) if mine else np.zeros((0, self.seq + 1), np.uint16)
 
@@ -1143,16 +1193,74 @@ class ShuffledLoader(Loader):
 
     def begin_epoch(self):
         """Draw phase and order from (SEED, epoch)."""
-        rng = np.random.default_rng([self.seed, self.epoch])
-        spare = len(self.stream) - 1 - super().rows_in_epoch() * self.seq
-        self.phase = int(rng.integers(spare + 1))
-        self.order = rng.permutation(super().rows_in_epoch())
+        rng, rows = np.random.default_rng([self.seed, self.epoch]), self.rows_in_epoch()
+        self.phase = int(rng.integers(len(self.stream) - rows * self.seq))
+        self.draw_order(rng, rows)
+
+    def draw_order(self, rng: np.random.Generator, rows: int):
+        """Decide the order of this epoch."""
+        self.order = rng.permutation(rows)
 
     def row_start(self, index: int) -> int:
         return self.phase + int(self.order[index]) * self.seq
 
 
-LOADERS = {"sequential": Loader, "shuffled": ShuffledLoader}
+class CoprimeLoader(ShuffledLoader):
+    """Rows at a stride that shares no factor with their number: each once per epoch, those of a step far apart in the
+    text, and no table in memory. Source: PR 726, here over all shards at once."""
+
+    def draw_order(self, rng: np.random.Generator, rows: int):
+        """Draw the first row and the stride."""
+        self.first, self.stride = int(rng.integers(rows)), int(rows * rng.uniform(0.55, 0.68)) + 1
+        while math.gcd(self.stride, rows) > 1:
+            self.stride += 1
+
+    def row_start(self, index: int) -> int:
+        return self.phase + (self.first + index * self.stride) % self.rows_in_epoch() * self.seq
+
+
+def best_fit(lengths: list[int], filled: int, row: int) -> list[int]:
+    """An order of documents that cuts few of them when they are written one after the other into rows, the first of
+    which is already filled so far: always the longest that still fits, or the longest of all, which is then cut."""
+    waiting, order, room = sorted((length, i) for i, length in enumerate(lengths)), [], row - filled % row
+    while waiting:
+        length, chosen = waiting.pop(bisect.bisect_right(waiting, (room, len(lengths))) - 1)
+        order.append(chosen)
+        room = (room - length) % row or row
+    return order
+
+
+class PackedLoader(ShuffledLoader):
+    """Rows that hold whole documents where they can: the documents of each window of the text are put in another order
+    before they are cut into rows. Windows, and the rows of each, come in random order. Every token is read once per
+    epoch and predicted from what is before it in its document. Source: arXiv 2404.10830 (best-fit packing)."""
+    WINDOW = 512  # rows
+
+    def draw_order(self, rng: np.random.Generator, rows: int):
+        """Draw the order of the windows."""
+        whole, self.opened = rows // self.WINDOW, -1
+        self.order = [*rng.permutation(whole).tolist(), whole]  # what is left after whole windows comes last
+
+    def open_window(self, number: int):
+        """Read and reorder a window. Its first and its last document stay there: they may go on in its neighbours."""
+        rows = min(self.WINDOW, self.rows_in_epoch() - self.order[number] * self.WINDOW)
+        text = self.stream.read(self.phase + self.order[number] * self.WINDOW * self.seq, rows * self.seq + 1)
+        pieces = np.split(text, np.flatnonzero(text[1:-1] == BOS) + 1)
+        middle = best_fit([len(piece) for piece in pieces[1:-1]], len(pieces[0]), self.seq)
+        self.text = np.concatenate([pieces[0], *(pieces[i + 1] for i in middle), *pieces[1:][-1:]])
+        self.opened = number
+        self.shuffled = np.random.default_rng([self.seed, self.epoch, number]).permutation(rows)
+
+    def row(self, index: int) -> np.ndarray:
+        """A row of the window that is open, or is opened now."""
+        number, index = divmod(index, self.WINDOW)
+        if number != self.opened:
+            self.open_window(number)
+        start = self.shuffled[index] * self.seq
+        return self.text[start:start + self.seq + 1]
+
+
+LOADERS = {"sequential": Loader, "coprime": CoprimeLoader, "shuffled": ShuffledLoader, "packed": PackedLoader}
 
 
 # ---- 4 Kernels: fast paths, each beside its reference ---------------------------------------------------------------
