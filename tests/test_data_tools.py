@@ -85,7 +85,7 @@ def test_byte_counts_follow_the_decoded_text_token_by_token(tokenizers):
 
 
 def test_ordinary_byte_counts_are_those_of_the_scores(tokenizers):
-    """Without operators the sidecar's formula is train_gpt's table, but for a space after BOS, which that leaves out."""
+    """Without operators it is train_gpt's table, but for a space after BOS, which that leaves out."""
     tokenizer, text = tokenizers["plain"], "Some text, na\u00efve \u20ac \x00 and all."
     tokens = prepare.encode_documents([text], tokenizer, None, False).tokens
     table = train_gpt.byte_table(tokenizer.processor, 400)
