@@ -8,8 +8,8 @@ Arguments, environment and layout are those of the competition's own downloader:
 tokenizers to data/tokenizers/, the repository's manifest.json to data/. The validation split always comes whole. Other
 variables: MATCHED_FINEWEB_REMOTE_ROOT_PREFIX (folder inside the repository), HF_TOKEN, HF_ENDPOINT.
 
-Every file is compared with the sha256 that the hub tells before it gets its name, and shards with their header. What was
-downloaded when the connection broke, or the process was killed, is kept and continued; files that are there already
+Every file is compared with the sha256 that the hub tells before it gets its name, and shards with their header. What
+was downloaded when the connection broke, or the process was killed, is kept and continued; files that are there already
 are kept when their content is right. Exit codes: 0 done, 2 not possible, with one line that says why.
 """
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Hub(NamedTuple):
         found = {i.path: Remote(i.path, i.size, i.lfs.sha256 if i.lfs else "", i.blob_id) for i in told
                  if hasattr(i, "blob_id")}
         if missing := [path for path in full if path not in found]:
-            raise DataError(f"{self.repo}: has no {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
+            raise DataError(f"{self.repo}: has no {missing[0]}" + f" ({len(missing)} files are missing)")
         return [found[path] for path in full]
 
 

@@ -10,41 +10,52 @@ Source: PR 1729 (its transform and code points; the counts are our own, see byte
 """
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
 
 TITLE, ALLCAPS, NEXT, ESCAPE = OPERATORS = "\ue001\ue002\ue003\ue004"
 LITERAL_BYTES = 3  # of an operator that stands for itself, in UTF-8
-# The look-behind starts a match only where a run of letters starts: without it a long run would take quadratic time.
-_CAPITALS = re.compile(r"(?<![A-Za-z])[a-z]*+[A-Z][A-Za-z]*+|[\ue001-\ue004]")
-_SPELT = re.compile(r"\ue004([\ue001-\ue004])|\ue002([a-z]+)|[\ue001\ue003]([a-z])|[\ue001-\ue004]")
-_LATER_CAPITAL = re.compile(r"(?<=.)[A-Z]")
+# Both begin with a set of characters, which the search for a match skips to fast.
+_CAPITALS = re.compile("[A-Z\ue001-\ue004][A-Za-z]*+")
+_SPELT = re.compile("[\ue001-\ue003][a-z]*+|\ue004[\ue001-\ue004]?")
 
 
-def _spell(match: re.Match) -> str:
-    run = match[0]
-    if run in OPERATORS:
-        return ESCAPE + run
-    if len(run) > 1 and run.isupper():
+@functools.lru_cache(1 << 16)
+def _spell(run: str, inside: bool) -> str:
+    """Letters from a capital to the end of their run, which may have begun before (inside); or an operator and letters
+    after it."""
+    if run[0] in OPERATORS:
+        return ESCAPE + run[0] + (_CAPITALS.sub(_spell_match, run[1:]))
+    if len(run) > 1 and run.isupper() and not inside:
         return ALLCAPS + run.lower()
-    spelt = _LATER_CAPITAL.sub(lambda capital: NEXT + capital[0].lower(), run)
-    return TITLE + spelt[0].lower() + spelt[1:] if spelt[0].isupper() else spelt
+    later = "".join(NEXT + c.lower() if c.isupper() else c for c in run[1:])
+    return (NEXT if inside else TITLE) + run[0].lower() + later
 
 
-def _read(match: re.Match) -> str:
-    literal, capitals, capital = match.groups()
-    return literal or (capitals or capital or "").upper()
+def _spell_match(match: re.Match) -> str:
+    start = match.start()
+    return _spell(match[0], start > 0 and "a" <= match.string[start - 1] <= "z")
+
+
+@functools.lru_cache(1 << 16)
+def _read(spelt: str) -> str:
+    """What an operator and the letters after it stand for."""
+    operator, letters = spelt[0], spelt[1:]
+    if operator in (ESCAPE, ALLCAPS):
+        return letters.upper()  # upper case of a literal operator is itself
+    return letters[:1].upper() + letters[1:]
 
 
 def encode(text: str) -> str:
     """Spell the capital ASCII letters of a text as operators."""
-    return _CAPITALS.sub(_spell, text)
+    return _CAPITALS.sub(_spell_match, text)
 
 
 def decode(text: str) -> str:
     """The text that was spelt. Operators that nothing follows which they could change stand for nothing."""
-    return _SPELT.sub(_read, text)
+    return _SPELT.sub(lambda match: _read(match[0]), text)
 
 
 def operator_ids(tokenizer) -> list[int]:

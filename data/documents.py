@@ -161,6 +161,8 @@ class Tokenizer(NamedTuple):
     processor: spm.SentencePieceProcessor
     pieces: list[bytes]   # spelling of each id; empty for control and unknown ids
     sizes: np.ndarray     # (V,) int32, their lengths
+    starts: np.ndarray    # (V,) int32, where each begins in all of them
+    joined: np.ndarray    # uint8, all of them
     operators: list[int]  # ids of the case operators, none in an ordinary tokenizer
     sha256: str
 
@@ -168,18 +170,22 @@ class Tokenizer(NamedTuple):
     def bos(self) -> int:
         return self.processor.bos_id()
 
-    def spell(self, ids: list[int]) -> bytes:
+    def spell(self, ids: np.ndarray) -> bytes:
         """The text that tokens stand for, case operators still in it, as UTF-8 that may be cut anywhere."""
-        return b"".join(map(self.pieces.__getitem__, ids))
+        sizes = self.sizes[ids]
+        ends = np.cumsum(sizes, dtype=np.int64)
+        where = np.repeat((self.starts[ids] - ends + sizes), sizes)  # of each piece, less where its text begins
+        where += np.arange(len(where))
+        return self.joined[where].tobytes()
 
-    def text(self, ids: list[int]) -> str:
+    def text(self, ids: np.ndarray) -> str:
         """The original text of one document. Raises UnicodeDecodeError when the bytes are no text."""
         spelt = self.spell(ids).decode("utf-8")
         return caseops.decode(spelt) if self.operators else spelt
 
     def changes_text(self) -> bool:
         """Whether text is normalised, or anything else lost, before it is cut into pieces."""
-        return self.spell(self.processor.encode(PROBE)).decode("utf-8", "replace") != PROBE
+        return self.spell(np.array(self.processor.encode(PROBE))).decode("utf-8", "replace") != PROBE
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -200,7 +206,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
         operators = caseops.operator_ids(processor)
     except ValueError as error:
         raise DataError(f"{path.name}: {error}") from None
-    return Tokenizer(path, processor, pieces, np.array([len(piece) for piece in pieces], np.int32), operators,
+    sizes = np.array([len(piece) for piece in pieces], np.int32)
+    joined = np.frombuffer(b"".join(pieces), np.uint8)
+    return Tokenizer(path, processor, pieces, sizes, np.cumsum(sizes) - sizes, joined, operators,
                      hashlib.sha256(raw).hexdigest())
 
 

@@ -144,9 +144,9 @@ def original(item, source: Tokenizer | None) -> str:
     if source is None:
         return item
     try:
-        return source.text(item.tolist())
+        return source.text(item)
     except UnicodeDecodeError as error:
-        spelt = source.spell(item.tolist())
+        spelt = source.spell(item)
         if error.reason != "unexpected end of data" or error.end < len(spelt):
             raise DataError("a document of the shards does not spell text: they belong to another tokenizer than "
                             f"{source.path.name}") from None
@@ -157,25 +157,26 @@ def original(item, source: Tokenizer | None) -> str:
 def encode_documents(items: list, tokenizer: Tokenizer, source: Tokenizer | None, with_counts: bool) -> Encoded:
     """Encode documents and prove that nothing is lost. Raises DataError for an unknown piece."""
     texts = [original(item, source) for item in items]
-    rows = tokenizer.processor.encode([caseops.encode(text) for text in texts] if tokenizer.operators else texts,
-                                      return_type="numpy")
-    parts, lengths, sizes, changed = [], [], [], []
-    bos, unknown = np.array([tokenizer.bos], np.uint16), tokenizer.processor.unk_id()
-    for text, row in zip(texts, rows, strict=True):
-        ids, raw = row.tolist(), text.encode("utf-8")
-        if unknown in ids:
-            raise DataError(f"{tokenizer.path.name}: the tokenizer is lossy: it has no pieces for some characters "
-                            f"(document that begins {text[:30]!r}); train it with byte fallback")
-        back = tokenizer.text(ids).encode("utf-8") if tokenizer.operators else tokenizer.spell(ids)
-        parts += [bos, row.astype(np.uint16)]
-        lengths.append(len(ids) + 1)
-        sizes.append(len(back))
-        changed.append(-1 if back == raw else len(raw))
-    tokens = np.concatenate(parts)
+    spelt = [caseops.encode(text) for text in texts] if tokenizer.operators else texts
+    rows = tokenizer.processor.encode(spelt, return_type="numpy", num_threads=1)
+    lengths = [len(row) + 1 for row in rows]
+    bos = np.array([tokenizer.bos], np.int32)
+    tokens = np.concatenate([part for row in rows for part in (bos, row)])
+    if (tokens == tokenizer.processor.unk_id()).any():
+        raise DataError(f"{tokenizer.path.name}: the tokenizer is lossy: it has no pieces for some characters; train "
+                        "it with byte fallback")
+    back, sizes, changed = tokenizer.spell(tokens), [], []
+    ends = np.cumsum(np.add.reduceat(tokenizer.sizes[tokens], np.cumsum(lengths) - lengths)).tolist()
+    for text, start, end in zip(texts, [0, *ends], ends):
+        raw, decoded = text.encode("utf-8"), back[start:end]
+        if tokenizer.operators:
+            decoded = caseops.decode(decoded.decode("utf-8")).encode("utf-8")
+        sizes.append(len(decoded))
+        changed.append(-1 if decoded == raw else len(raw))
     counts = caseops.byte_counts(tokens, tokenizer.sizes, tokenizer.operators) if with_counts else None
     if with_counts and int(counts.sum(dtype=np.int64)) != sum(sizes):
         raise RuntimeError("the bytes of the tokens are not those of the text")
-    return Encoded(tokens, lengths, sizes, changed, counts)
+    return Encoded(tokens.astype(np.uint16), lengths, sizes, changed, counts)
 
 
 WORKER: dict[str, Tokenizer | None] = {}  # what a worker process encodes with

@@ -116,7 +116,7 @@ def sums_of(folder: Path, split: str, tokenizer: Tokenizer, every: int) -> Split
             if tokenizer.operators and split == "val":
                 counts.append(caseops.byte_counts(whole, tokenizer.sizes, tokenizer.operators))
             try:
-                text = tokenizer.text(ids.tolist())
+                text = tokenizer.text(ids)
             except UnicodeDecodeError:
                 total["broken"] += not last  # the last document of downloaded shards may be cut
                 continue

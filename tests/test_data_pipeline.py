@@ -95,7 +95,7 @@ def test_the_bytes_of_every_stage_are_those_of_the_raw_text(made, name):
 def test_shards_decode_to_the_raw_text(made, name):
     tokenizer = docs.load_tokenizer(made / f"{name}.model")
     stream = docs.stream_of(made / name, "train", len(tokenizer.pieces))
-    assert [tokenizer.text(ids.tolist()) for ids in docs.documents_of_shards(stream, 1)] == TEXTS[VAL:]
+    assert [tokenizer.text(ids) for ids in docs.documents_of_shards(stream, 1)] == TEXTS[VAL:]
     assert len(stream.files) > 2 and all(len(s) == SHARD for s in stream.shards[:-1])
 
 

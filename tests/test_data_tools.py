@@ -77,7 +77,7 @@ def test_byte_counts_follow_the_decoded_text_token_by_token(tokenizers):
     """Two errors that cancel in a document do not cancel here."""
     tokenizer = tokenizers["caseops"]
     batch = prepare.encode_documents(["The NASA iPhone na\u00efve Z. \ue002 x"], tokenizer, None, True)
-    ids, running = batch.tokens[1:].tolist(), np.cumsum(batch.counts[1:])
+    ids, running = batch.tokens[1:], np.cumsum(batch.counts[1:])
     for k in range(1, len(ids) + 1):
         spelt = tokenizer.spell(ids[:k])
         if ids[k - 1] not in tokenizer.operators and not spelt.decode("utf-8", "replace").endswith("\ufffd"):
@@ -103,7 +103,7 @@ def test_a_trained_tokenizer_has_what_byte_counting_needs(tokenizers):
 
 def test_a_text_without_spaces_still_gives_a_lone_space_piece(tmp_path):
     (tmp_path / "m.model").write_bytes(prepare.train_model(["abcdefg" * 300, "gfabc\nd" * 300], 280, False))
-    assert docs.load_tokenizer(tmp_path / "m.model").text([5, 4 + 32]) == "\x01 "
+    assert docs.load_tokenizer(tmp_path / "m.model").text(np.array([5, 4 + 32])) == "\x01 "
     assert not docs.load_tokenizer(tmp_path / "m.model").changes_text()
 
 
