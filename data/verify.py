@@ -93,22 +93,29 @@ class SplitSums(NamedTuple):
     miscounted: int      # documents whose scored bytes are not those of their text
     foreign: int         # of `sampled` documents, those that encode to other tokens
     sampled: int
-    fingerprints: dict[bytes, int]  # of each document, with its number
-    beginnings: dict[bytes, int]    # of the first 64 tokens of documents that are longer
-    counts: np.ndarray | None       # bytes of each token, for a tokenizer with case operators
+    marks: set[bytes]          # fingerprints of the validation documents
+    beginnings: set[bytes]     # and of their first 64 tokens, where they are longer
+    leaked: list[int]          # training documents that are validation documents
+    alike: int                 # training documents that begin like one
+    counts: np.ndarray | None  # bytes of each token, for a tokenizer with case operators
 
 
-def sums_of(folder: Path, split: str, tokenizer: Tokenizer, every: int) -> SplitSums:
-    """Read every document of a split; decode, recount and re-encode the validation split and a sample of training."""
+def sums_of(folder: Path, split: str, tokenizer: Tokenizer, every: int, val: SplitSums | None) -> SplitSums:
+    """Read every document of a split; decode and recount the validation split and every n-th training document, encode
+    every n-th again, and compare training documents with those of `val`."""
     tool = docs.script()
     stream = docs.stream_of(folder, split, len(tokenizer.pieces))
     table, total = tool.byte_table(tokenizer.processor, len(tokenizer.pieces)), collections.Counter()
-    marks, beginnings, counts = {}, {}, []
+    marks, beginnings, leaked, counts, number = set(), set(), [], [], -1
     bar = tqdm.tqdm(docs.documents_of_shards(stream, tokenizer.bos), f"read {split}", unit=" documents", disable=None)
     for number, ids in enumerate(bar):
-        marks.setdefault(docs.fingerprint(ids.tobytes()), number)
-        if len(ids) > 64:
-            beginnings.setdefault(docs.fingerprint(ids[:64].tobytes()), number)
+        mark, beginning = docs.fingerprint(ids.tobytes()), len(ids) > 64 and docs.fingerprint(ids[:64].tobytes())
+        if split == "val":
+            marks.add(mark)
+            beginnings |= {beginning} if beginning else set()
+        elif val:
+            leaked += [number] if mark in val.marks else []
+            total["alike"] += beginning in val.beginnings
         total.update(tokens=len(ids) + 1, unknown=int(np.count_nonzero(ids == tokenizer.processor.unk_id())))
         last = stream.length == total["tokens"]
         if split == "val" or number % every == 0:
@@ -126,8 +133,8 @@ def sums_of(folder: Path, split: str, tokenizer: Tokenizer, every: int) -> Split
             if number % every == 0 and not last:
                 spelt = caseops.encode(text) if tokenizer.operators else text
                 total.update(sampled=1, foreign=tokenizer.processor.encode(spelt) != ids.tolist())
-    return SplitSums(len(marks) and number + 1, total["tokens"], total["bytes"], total["scored"], total["unknown"],
-                     total["broken"], total["miscounted"], total["foreign"], total["sampled"], marks, beginnings,
+    return SplitSums(number + 1, total["tokens"], total["bytes"], total["scored"], total["unknown"], total["broken"],
+                     total["miscounted"], total["foreign"], total["sampled"], marks, beginnings, leaked, total["alike"],
                      np.concatenate(counts) if counts else None)
 
 
@@ -176,12 +183,11 @@ def check_sidecar(folder: Path, tokenizer: Tokenizer, sums: SplitSums, manifest:
 
 def check_overlap(train: SplitSums, val: SplitSums, report: Report):
     """No validation document is in the training text."""
-    leaked = sorted(train.fingerprints[mark] for mark in val.fingerprints.keys() & train.fingerprints.keys())
-    if leaked:
-        report.find("overlap", "train", f"{len(leaked):,} of {val.documents:,} validation documents are in the "
-                                        f"training text, the first as document {leaked[0] + 1:,}")
-    if alike := len(val.beginnings.keys() & train.beginnings.keys()):
-        report.notes.append(f"{alike:,} validation documents begin with the same 64 tokens as a training document")
+    if train.leaked:
+        report.find("overlap", "train", f"{len(train.leaked):,} training documents are among the {val.documents:,} "
+                                        f"validation documents, the first is number {train.leaked[0] + 1:,}")
+    if train.alike:
+        report.notes.append(f"{train.alike:,} training documents begin as a validation document does, 64 tokens")
 
 
 def check_known(folder: Path, tokenizer: Tokenizer, val: SplitSums, report: Report):
@@ -213,7 +219,7 @@ def verify(folder: Path, tokenizer_path: Path | None = None) -> dict:
     for split in ("val", "train") if not any(f["check"] == "shard" for f in report.findings) else ():
         try:
             sums = sums_of(folder, split, tokenizer, max(1, manifest.get("splits", {}).get(split, {}).get(
-                "documents", 50 * SAMPLE) // SAMPLE))
+                "documents", 50 * SAMPLE) // SAMPLE), found.get("val"))
         except DataError as error:
             report.find("split", split, str(error))
             continue

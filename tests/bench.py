@@ -206,7 +206,8 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the figures here")
     asked = parser.parse_args()
     bench, default = {"cpu": (bench_cpu, 20.0), "attention": (bench_attention, 1.0),
-                      "optimiser": (bench_optimiser, 10.0), "data": (bench_data, 20.0), "polar": (bench_polar, 0.0)}[asked.what]
+                      "optimiser": (bench_optimiser, 10.0), "data": (bench_data, 20.0),
+                      "polar": (bench_polar, 0.0)}[asked.what]
     with contextlib.suppress(KeyboardInterrupt):
         figures = bench(asked.seconds or default)
         about = machine()

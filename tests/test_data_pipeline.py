@@ -106,6 +106,18 @@ def test_reencoding_gives_the_shards_of_encoding(made, old, new):
     assert {n for n in ours if ours[n] != theirs.get(n)} == {"manifest.json"}, "only the inputs differ"
 
 
+def test_a_tokenizer_can_be_trained_on_the_text_of_shards(made, tmp_path, capsys):
+    """The same documents are read, without those of the validation split: so it is the same tokenizer."""
+    assert prepared("train-tokenizer", made / "caseops", "--from", made / "caseops.model", "--vocab-size=512", "--out",
+                    tmp_path / "again.model") == 0
+    assert (tmp_path / "again.model").read_bytes() == (made / "plain.model").read_bytes()
+    told, held = json.loads((tmp_path / "again.json").read_text())["held_out"], TEXTS[49]  # every 50th of all
+    tokens = len(docs.load_tokenizer(tmp_path / "again.model").processor.encode(held))
+    assert told == dict(documents=1, bytes=len(held.encode()), tokens=tokens,
+                        bytes_per_token=len(held.encode()) / tokens)
+    assert "held-out documents, all of which" in capsys.readouterr().out
+
+
 def test_a_clean_dataset_has_no_findings(made):
     for name in ("plain", "caseops", "plain_to_caseops"):
         found = verify.verify(made / name)
