@@ -120,6 +120,7 @@ def _decoded(raw: bytes, path: Path, start: int) -> Iterator[str]:
 def table_rows(path: Path, field: str) -> Iterator[str]:
     """Documents of a .parquet file: the rows of a column."""
     try:
+        import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
         raise DataError(f"{path.name}: reading parquet needs the package pyarrow, which is not installed") from None
@@ -132,7 +133,7 @@ def table_rows(path: Path, field: str) -> Iterator[str]:
                 if not isinstance(row, str):
                     raise DataError(f"{path.name}: column {field!r} has a row without text")
                 yield row
-    except parquet.lib.ArrowException as error:
+    except pyarrow.ArrowException as error:
         raise DataError(f"{path.name}: {error}") from None
 
 

@@ -218,8 +218,9 @@ def encoded(items: Iterable, tokenizer: Tokenizer, source: Tokenizer | None, wor
             yield (split, sum(map(len, batch)),
                    encode_documents(batch, tokenizer, source, sidecar and split == "val"))
         return
-    with concurrent.futures.ProcessPoolExecutor(workers, initializer=start_worker,
-                                                initargs=(tokenizer.path, source and source.path)) as pool:
+    fresh = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads may hold
+    with concurrent.futures.ProcessPoolExecutor(workers, fresh, start_worker,
+                                                (tokenizer.path, source and source.path)) as pool:
         waiting: collections.deque = collections.deque()
         try:
             for split, batch in batches(items):

@@ -171,9 +171,9 @@ sys.exit(prepare.main(sys.argv[2:]))
 
 
 def processes(mentioning: str) -> list[str]:
-    """Numbers of the running processes whose command line has a text in it; none where there is no /proc."""
+    """Numbers of the running processes whose environment has a text in it; none where there is no /proc."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             found += [path.parent.name] * (mentioning.encode() in path.read_bytes())
     return found
@@ -182,14 +182,15 @@ def processes(mentioning: str) -> list[str]:
 def test_a_killed_encoding_goes_on_from_the_last_whole_shard(made, tmp_path):
     arguments = ["encode", made / "documents.jsonl", f"--val-docs={VAL}", "--tokenizer", made / "caseops.model",
                  "--out", tmp_path / "caseops", f"--shard-tokens={SHARD}", "--workers=2"]
-    died = subprocess.run([sys.executable, "-c", CHILD, "4", *map(str, arguments)], capture_output=True, timeout=120)
+    died = subprocess.run([sys.executable, "-c", CHILD, "4", *map(str, arguments)], timeout=120,
+                          env=clean_env(STARTED_BY=tmp_path))
     partial = tmp_path / ".caseops.partial"
     assert died.returncode == -signal.SIGKILL and not (tmp_path / "caseops").exists()
     kept = snapshot(partial)
     assert sum(name.endswith(".bin") for name in kept) == 4
     deadline = time.monotonic() + 30
-    while mentioned := processes(str(tmp_path)):
-        assert time.monotonic() < deadline, f"the workers of a killed parent must end too: {mentioned}"
+    while left := processes(f"STARTED_BY={tmp_path}"):
+        assert time.monotonic() < deadline, f"the workers of a killed parent must end too: {left}"
         time.sleep(0.1)
     assert prepared(*arguments) == 0 and not partial.exists()
     after = snapshot(tmp_path / "caseops")

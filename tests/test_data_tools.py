@@ -160,6 +160,9 @@ def test_parquet_gives_its_column_or_says_what_is_missing(tmp_path, monkeypatch)
     for field, said in (("body", "no column 'body'"), ("n", "a row without text")):
         with pytest.raises(docs.DataError, match=said):
             read(path, field=field)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(docs.DataError, match="d.parquet"):
+        read(path)
 
 
 BAD_FILES = {
