@@ -333,7 +333,8 @@ def sync(folder: Path) -> None:
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(manifest: dict) -> str:

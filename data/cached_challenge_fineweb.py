@@ -32,7 +32,7 @@ from typing import NamedTuple
 import documents as docs
 import tqdm
 import verify
-from build_sample import SHARD_MAGIC, SHARD_VERSION, sync
+from build_sample import SHARD_MAGIC, SHARD_VERSION, sha256_file, sync
 from documents import DataError
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
@@ -132,7 +132,7 @@ def wrong_with(path: Path, remote: Remote) -> str:
         if (magic, version, 1024 + 2 * count) != (SHARD_MAGIC, SHARD_VERSION, size):
             return f"its header (magic {magic}, version {version}, {count} tokens) is not that of such a shard"
     if remote.sha256:
-        return "" if docs.sha256_file(path) == remote.sha256 else "its sha256 is not the one that the hub tells"
+        return "" if sha256_file(path) == remote.sha256 else "its sha256 is not the one that the hub tells"
     blob = hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest()
     return "" if blob == remote.blob_id else "its content is not the one that the hub tells"
 
@@ -272,7 +272,7 @@ def download(variant: str, train_shards: int, skip_manifest: bool, with_docs: bo
 
 def describe(hub: Hub, folder: Path, remotes: list[Remote], models: list[Path], before: dict) -> None:
     """Write the manifest of the dataset folder, which training checks and its log quotes."""
-    files = {PurePosixPath(r.path).name: dict(tokens=(r.size - 1024) // 2, sha256=r.sha256 or docs.sha256_file(
+    files = {PurePosixPath(r.path).name: dict(tokens=(r.size - 1024) // 2, sha256=r.sha256 or sha256_file(
         hub.local(r))) for r in remotes if r.path.endswith(".bin")}
     files = {name: e for name, e in before.items() if (folder / name).is_file()} | files
     targets = sum(e["tokens"] for n, e in files.items() if re.fullmatch(r"fineweb_val_\d+\.bin", n)) - 1
@@ -280,7 +280,7 @@ def describe(hub: Hub, folder: Path, remotes: list[Remote], models: list[Path], 
     note = (f"Validation split of the competition, {known}." if known else
             f"{targets:,} validation targets are not the competition's under a tokenizer that is known here.")
     manifest = dict(name=folder.name, comparable=bool(known), note=note, repository=hub.repo, commit=hub.commit,
-                    normalised=True, **({"tokenizer": models[0].name, "tokenizer_sha256": docs.sha256_file(models[0])}
+                    normalised=True, **({"tokenizer": models[0].name, "tokenizer_sha256": sha256_file(models[0])}
                                         if models else {}), files=dict(sorted(files.items())))
     if docs.read_json(folder / docs.MANIFEST) != manifest:
         docs.write_json(folder / docs.MANIFEST, manifest)
@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
             raise DataError(f"--variant {asked.variant}: want byte260, sp<vocabulary> or sp<vocabulary>_<name>")
         shards = asked.train_shards if asked.positional is None else asked.positional
         folder = download(asked.variant, shards, asked.skip_manifest, asked.with_docs)
-        print(f"ready: {folder.name}; check its content with data/prepare.py verify")
+        print(f"ready; what is in it: python data/prepare.py verify data/datasets/{folder.name} --tokenizer MODEL")
         return 0
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import caseops
 import numpy as np
 import sentencepiece as spm
-from build_sample import SEPARATOR, SPACE, save, sync
+from build_sample import SEPARATOR, SPACE, save, sha256_file, sync
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,12 +34,6 @@ def script():
 
 
 # ---- Files ----
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that its name never stands for half of it, not even after a power cut."""

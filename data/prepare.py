@@ -39,7 +39,7 @@ import numpy as np
 import sentencepiece as spm
 import tqdm
 import verify
-from build_sample import TRAINER, exclusive, shard, sync
+from build_sample import SPACE, TRAINER, exclusive, save, sha256_file, shard, sync
 from documents import DataError, Tokenizer, load_tokenizer
 
 VAL_DOCUMENTS = 50_000       # of the competition's split
@@ -69,7 +69,7 @@ class TextFiles(NamedTuple):
 
     def inputs(self) -> dict:
         """What identifies the documents. Raises DataError when docs_selected.jsonl is not what its manifest says."""
-        files = {path.name: docs.sha256_file(path) for path in (*self.val_paths, *self.paths)}
+        files = {path.name: sha256_file(path) for path in (*self.val_paths, *self.paths)}
         for path in self.paths:
             told = docs.read_json(path.with_name(f"{path.stem}.source_manifest.json")) or {}
             if told.get("docs_sha256", files[path.name]) != files[path.name]:
@@ -92,7 +92,7 @@ class Shards(NamedTuple):
     def inputs(self) -> dict:
         """What identifies the documents."""
         files = [f for split in ("val", "train") for f in docs.stream_of(self.folder, split, 2**16).files]
-        return dict(shards={f.name: docs.sha256_file(f) for f in files}, from_sha256=self.tokenizer.sha256)
+        return dict(shards={f.name: sha256_file(f) for f in files}, from_sha256=self.tokenizer.sha256)
 
 
 class Survey(NamedTuple):
@@ -397,7 +397,7 @@ def train_model(texts: list[str], vocab_size: int, with_operators: bool) -> byte
     """Train a BPE tokenizer with byte fallback and a lone space piece. The same texts and version give the same bytes.
     Raises DataError when the text is too small for the vocabulary."""
     model = io.BytesIO()
-    options = TRAINER | dict(vocab_size=vocab_size, required_chars=docs.SPACE, minloglevel=2)
+    options = TRAINER | dict(vocab_size=vocab_size, required_chars=SPACE, minloglevel=2)
     if with_operators:
         texts, options["user_defined_symbols"] = [caseops.encode(text) for text in texts], list(caseops.OPERATORS)
     try:
@@ -410,7 +410,7 @@ def train_model(texts: list[str], vocab_size: int, with_operators: bool) -> byte
 def measure(tokenizer: Tokenizer, texts: list[str]) -> dict:
     """Bytes per token on documents. Raises DataError when one of them does not survive, or the probe does not."""
     batch = encode_documents(texts, tokenizer, None, False)
-    lossy = [i for i, changed in enumerate(batch.changed) if changed >= 0 and docs.SPACE not in texts[i]]
+    lossy = [i for i, changed in enumerate(batch.changed) if changed >= 0 and SPACE not in texts[i]]
     if lossy or tokenizer.changes_text():
         raise DataError(f"the tokenizer is lossy: {len(lossy)} of {len(texts)} held-out documents do not survive it")
     tokens = sum(batch.lengths) - len(texts)
@@ -425,7 +425,7 @@ def train_tokenizer(source: TextFiles | Shards, out: Path, asked: argparse.Names
                   **source.inputs())
     if out.exists():
         told = docs.read_json(report) or {}
-        if told.get("inputs") != inputs or told.get("sha256") != docs.sha256_file(out):
+        if told.get("inputs") != inputs or told.get("sha256") != sha256_file(out):
             raise DataError(f"{out} exists already and was not made of these inputs")
         return told
     texts, held = training_texts(source, int(asked.train_mb * 1e6))
@@ -433,7 +433,7 @@ def train_tokenizer(source: TextFiles | Shards, out: Path, asked: argparse.Names
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(f".{out.name}.part")
     try:
-        docs.save(work, train_model(texts, asked.vocab_size, asked.caseops))
+        save(work, train_model(texts, asked.vocab_size, asked.caseops))
         tokenizer = load_tokenizer(work)
         told = dict(sha256=tokenizer.sha256, held_out=measure(tokenizer, held), inputs=inputs)
         docs.write_json(report, told)

@@ -10,6 +10,7 @@ import caseops
 import documents as docs
 import numpy as np
 import tqdm
+from build_sample import sha256_file
 from documents import DataError, Tokenizer, load_tokenizer
 
 
@@ -63,7 +64,7 @@ def check_files(folder: Path, report: Report) -> dict:
     for name, sha256 in tqdm.tqdm(told.items(), "sha256", disable=None):
         if not (folder / name).is_file():
             report.find("manifest", name, "named by the manifest but missing")
-        elif docs.sha256_file(folder / name) != sha256:
+        elif sha256_file(folder / name) != sha256:
             report.find("manifest", name, "differs from the sha256 that the manifest gives")
     for path in folder.glob("fineweb_*.bin") if told else ():
         if path.name not in told:
@@ -233,7 +234,7 @@ def verify(folder: Path, tokenizer_path: Path | None = None) -> dict:
         check_known(folder, tokenizer, found["val"], report)
     if len(found) == 2:
         check_overlap(found["train"], found["val"], report)
-    sha256 = docs.sha256_file(folder / docs.MANIFEST) if manifest else None
+    sha256 = sha256_file(folder / docs.MANIFEST) if manifest else None
     return dict(folder=folder.name, tokenizer=tokenizer.path.name, tokenizer_sha256=tokenizer.sha256,
                 manifest_sha256=sha256, clean=not report.findings, findings=report.findings, notes=report.notes,
                 splits=report.splits, seconds=round(time.monotonic() - begin, 1))

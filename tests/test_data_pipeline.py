@@ -18,6 +18,7 @@ import prepare
 import pytest
 import train_gpt
 import verify
+from build_sample import sha256_file
 from conftest import ROOT, clean_env, official, run_script, write_shard
 from helpers import config
 from running import refused
@@ -106,6 +107,18 @@ def test_reencoding_gives_the_shards_of_encoding(made, old, new):
     assert {n for n in ours if ours[n] != theirs.get(n)} == {"manifest.json"}, "only the inputs differ"
 
 
+def test_own_texts_become_shards_with_a_bos_before_each_document(tmp_path, tokenizer):
+    """Compressed training text, plain validation text, no number of documents to count."""
+    (tmp_path / "train.txt.xz").write_bytes(lzma.compress("\n\n".join(TEXTS[:7]).encode()))
+    (tmp_path / "val.txt").write_text("\n\n".join(TEXTS[7:9]) + "\n\n\n\n", encoding="utf-8")
+    assert prepared("encode", tmp_path / "train.txt.xz", "--val", tmp_path / "val.txt", "--workers=1", "--tokenizer",
+                    build_sample.TOKENIZER, "--out", tmp_path / "out") == 0
+    for split, texts in (("train", TEXTS[:7]), ("val", TEXTS[7:9])):
+        stream = train_gpt.TokenStream(tmp_path / "out", split, 1024)
+        assert stream.read(0, len(stream)).tolist() == [t for d in texts for t in [1, *tokenizer.encode(d)]]
+    assert open_data(tmp_path / "out").manifest["comparable"] is False
+
+
 def test_a_tokenizer_can_be_trained_on_the_text_of_shards(made, tmp_path, capsys):
     """The same documents are read, without those of the validation split: so it is the same tokenizer."""
     assert prepared("train-tokenizer", made / "caseops", "--from", made / "caseops.model", "--vocab-size=512", "--out",
@@ -148,7 +161,7 @@ def test_a_caseops_dataset_trains_and_is_scored_by_its_sidecar(made, tmp_path):
     raw = sum(len(t.encode()) for t in TEXTS[:VAL])
     assert f" bytes:{raw}" in official(done.out)
     quoted, = re.findall(r"audit:data manifest_sha256:(\w+) .*val_bytes:" + str(raw), done.out)
-    assert quoted == docs.sha256_file(made / "caseops" / "manifest.json")
+    assert quoted == sha256_file(made / "caseops" / "manifest.json")
     assert quoted == verify.verify(made / "caseops")["manifest_sha256"]
 
 
@@ -312,7 +325,7 @@ def miscounted_manifest(folder):
 def resum(folder: Path, name: str):
     """Make the manifest agree with a changed file, so that only its meaning is wrong."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name]["sha256"] = docs.sha256_file(folder / name)
+    manifest["files"][name]["sha256"] = sha256_file(folder / name)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
