@@ -168,9 +168,10 @@ class Tokenizer(NamedTuple):
     def spell(self, ids: np.ndarray) -> bytes:
         """The text that tokens stand for, case operators still in it, as UTF-8 that may be cut anywhere."""
         sizes = self.sizes[ids]
-        ends = np.cumsum(sizes, dtype=np.int64)
-        where = np.repeat((self.starts[ids] - ends + sizes), sizes)  # of each piece, less where its text begins
-        where += np.arange(len(where))
+        narrow = np.int32 if len(ids) * int(self.sizes.max()) < 2**31 else np.int64  # twice as fast where it is enough
+        ends = np.cumsum(sizes, dtype=narrow)
+        where = np.repeat(self.starts[ids].astype(narrow) - (ends - sizes), sizes)  # of a piece, less that of its text
+        where += np.arange(len(where), dtype=narrow)
         return self.joined[where].tobytes()
 
     def text(self, ids: np.ndarray) -> str:
