@@ -1,0 +1,107 @@
+"""What a small run says about a large one: rank transfer between rungs, and where a learning curve will end."""
+from typing import Any, Sequence
+
+import numpy as np
+
+from .space import Space
+from .state import State
+
+TOO_FEW, ENOUGH = 8, 12  # shared configurations: below, no statement; from here, a rule
+TRANSFERS, FAILS = 0.4, 0.3  # bounds of tau
+PRIOR = dict(schedule="does not transfer", batch="does not transfer", eval="does not transfer", shape="transfers")
+
+
+def kendall(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Kendall's tau-b of the last axis: 1 for the same order, -1 for the opposite one. Batches give batches."""
+    i, j = np.triu_indices(x.shape[-1], 1)
+    a, b = np.sign(x[..., i] - x[..., j]), np.sign(y[..., i] - y[..., j])
+    norm = np.sqrt((a != 0).sum(-1) * (b != 0).sum(-1))
+    return (a * b).sum(-1) / np.where(norm == 0, 1, norm)
+
+
+def transfer(low: Sequence[float], high: Sequence[float], base: tuple[float, float] | None = None,
+             draws: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Whether the order on one rung holds on the next, from configurations that ran on both.
+
+    tau with a bootstrap 80 % interval, the part of configurations whose difference to the base keeps its sign, the
+    loss of choosing the lower rung's best, and a word: "transfers", "does not transfer", "unknown", or "too few".
+    """
+    x, y = np.asarray(low, float), np.asarray(high, float)
+    if len(x) != len(y):
+        raise ValueError("scores of the same configurations on two rungs")
+    if len(x) < TOO_FEW:
+        return dict(n=len(x), word="too few")
+    rows = np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))
+    tau, (lo, hi) = float(kendall(x, y)), np.quantile(kendall(x[rows], y[rows]), [0.1, 0.9])
+    word = "unknown"
+    if len(x) >= ENOUGH:
+        word = "transfers" if lo >= TRANSFERS else "does not transfer" if hi <= FAILS else "unknown"
+    signs = float((np.sign(x - base[0]) == np.sign(y - base[1])).mean()) if base else None
+    return dict(n=len(x), tau=tau, low=float(lo), high=float(hi), signs=signs, regret=float(y[x.argmin()] - y.min()),
+                word=word)
+
+
+def report(state: State, space: Space) -> list[dict]:
+    """Transfer of every pair of neighbouring rungs, for all configurations and per knob class."""
+    rungs, found = [r for r in state.config["rungs"] if r in state.reference], []
+    for lower, upper in zip(rungs, rungs[1:]):
+        shared = {}
+        for x in state.experiments.values():
+            a, b = state.scores(x.change, lower), state.scores(x.change, upper)
+            if a and b and x.change:
+                shared[x.cid] = (float(np.mean(a)), float(np.mean(b)), space.classes(x.change, {}))
+        base = tuple(float(np.mean(state.reference[r]["scores"])) for r in (lower, upper))
+        for klass in ("all", *sorted({k for s in shared.values() for k in s[2]})):
+            mine = [s for s in shared.values() if klass == "all" or klass in s[2]]
+            found.append(dict(lower=lower, upper=upper, klass=klass, prior=PRIOR.get(klass, "unknown"),
+                              points=[s[:2] for s in mine], **transfer([s[0] for s in mine], [s[1] for s in mine], base)))
+    return found
+
+
+# ---- Projection ------------------------------------------------------------------------------------------------------
+def constant_part(curve: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """The readings [tokens, bits per byte, learning-rate multiplier] before the rate first changes: a power law across
+    a change of rate would describe the schedule, not the model."""
+    kept: list[tuple[float, float]] = []
+    for row in curve:
+        if len(row) > 2 and kept and row[2] != curve[0][2]:
+            break
+        kept.append((row[0], row[1]))
+    return kept
+
+
+def project(curve: Sequence[Sequence[float]], tokens: float | Sequence[float], sigma: float = 0.002,
+            level: float = 0.9) -> dict[str, Any]:
+    """Where bits per byte = c + a * tokens^-alpha will be, as an interval at `level` for a new reading.
+
+    A grid posterior over c (uniform below the lowest reading) and alpha (normal, 0.45 +- 0.2), `a` by least squares,
+    readings with noise `sigma`. Raises ValueError below three readings at constant rate.
+    """
+    points = constant_part(curve)
+    if len(points) < 3:
+        raise ValueError(f"{len(points)} readings at constant rate, want at least 3")
+    t, y = np.array(points, float).T
+    want = np.atleast_1d(np.asarray(tokens, float))
+    scale = t[-1]
+    alphas = np.linspace(0.02, 1.2, 119)
+    # c uniform from zero to the lowest reading; the amplitude integrates out under a flat prior, given its maximum.
+    cs = y.min() - (y.min() - 0.0) * np.linspace(0, 1, 400) ** 2
+    basis = (t / scale) ** -alphas[:, None]  # (A, n)
+    rest = y[None, :] - cs[:, None]  # (C, n)
+    norm = (basis**2).sum(1)
+    a = np.maximum(rest @ basis.T / norm, 0.0)  # (C, A)
+    error = ((rest[:, None, :] - a[..., None] * basis[None]) ** 2).sum(-1)
+    log = -error / (2 * sigma**2) - 0.5 * ((alphas - 0.45) / 0.2) ** 2 + np.log(np.abs(np.gradient(cs)) + 1e-300)[:, None]
+    weight = np.exp(log - log.max()).ravel()
+    weight /= weight.sum()
+    rng, out = np.random.default_rng(0), []
+    pick = rng.choice(len(weight), 8000, p=weight)
+    noise = rng.normal(0, sigma, len(pick))
+    fitted_error = sigma / np.sqrt(norm)[None, :]  # of a, given c and alpha
+    amplitude = a.ravel()[pick] + rng.normal(0, 1, len(pick)) * np.broadcast_to(fitted_error, a.shape).ravel()[pick]
+    exponent, floor = np.broadcast_to(alphas, a.shape).ravel()[pick], np.repeat(cs, len(alphas))[pick]
+    for w in want:
+        values = floor + amplitude * (w / scale) ** -exponent + noise
+        out.append(np.quantile(values, [(1 - level) / 2, 0.5, (1 + level) / 2]))
+    low, middle, high = np.array(out).T
+    return dict(tokens=want.tolist(), low=low.tolist(), middle=middle.tolist(), high=high.tolist(), n=len(points))

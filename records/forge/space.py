@@ -1,0 +1,236 @@
+"""The search space, straight from a script's own configuration, so that it never drifts from the script.
+
+A *change* is {knob: value} relative to the campaign's base environment, in search coordinates: numbers and texts, and
+for knobs that count steps a part of the run (`as: fraction_of_steps`). `resolve` turns a change into the environment
+of one rung. What a skill may touch is a range inside what the script allows, in its assets/knobs.json.
+"""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import ForgeError
+from .ledger import digest
+
+CLASSES = ("shape", "optimizer", "schedule", "batch", "eval", "compression", "infra")
+CODE = "@code"  # a change may carry the digest of patched code under this name
+# Executed in a process of its own: the script is imported, never run, and answers with its knobs as JSON.
+PROBE = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("train_gpt", sys.argv[1])
+script = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+knobs = {}
+for name, (group, f) in script.KNOBS.items():
+    m = f.metadata
+    knobs[name.upper()] = dict(group=group, type=type(f.default).__name__, lo=m["lo"], hi=m["hi"], doc=m["doc"],
+                               choices=list(m["choices"]), unit=m["unit"], needs=m["needs"])
+try:
+    values = {k.upper(): v for k, v in script.load(json.loads(sys.argv[2])).values().items()}
+    print(json.dumps(dict(knobs=knobs, values=values)))
+except script.UserError as error:
+    print(json.dumps(dict(error=str(error))))
+"""
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One searched environment variable. `low`, `high` and `base` are in search coordinates; `choices` are texts."""
+    name: str
+    skill: str
+    klass: str
+    kind: str  # float, int or choice
+    base: Any
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    choices: tuple[str, ...] = ()
+    of_steps: bool = False
+    needs: str = ""
+
+    def clip(self, value: Any) -> Any:
+        """The nearest value of the space, in its canonical form. Raises ForgeError for one that cannot be read."""
+        if self.kind == "choice":
+            text = str(int(value)) if isinstance(value, bool) else str(value)
+            if text not in self.choices:
+                raise ForgeError(f"{self.name}={text}: want one of {', '.join(self.choices)}")
+            return text
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ForgeError(f"{self.name}={value!r}: want a number")
+        number = min(max(number, self.low), self.high)
+        return int(round(number)) if self.kind == "int" else float(f"{number:.4g}")
+
+    def check(self, value: Any) -> Any:
+        """The canonical form of a value that lies in the space. Raises ForgeError naming what is allowed."""
+        clipped = self.clip(value)
+        if self.kind != "choice" and not math.isclose(float(value), clipped, rel_tol=1e-3, abs_tol=1e-9):
+            raise ForgeError(f"{self.name}={value}: want {self.low:g} to {self.high:g}"
+                             + (" (a part of all steps)" if self.of_steps else ""))
+        return clipped
+
+
+def clean_environment(extra: dict[str, str]) -> dict[str, str]:
+    """What a run may see of this process's environment, plus `extra`: paths and devices, no secrets, no knobs."""
+    keep = re.compile(r"PATH|HOME|LANG|LC_\w+|TMPDIR|USER|LD_LIBRARY_PATH|VIRTUAL_ENV|OMP_NUM_THREADS|"
+                      r"(CUDA|NVIDIA|NCCL|GLOO|TORCH|TORCHINDUCTOR|TRITON)_\w+")
+    return {k: v for k, v in os.environ.items() if keep.fullmatch(k)} | {k: str(v) for k, v in extra.items()}
+
+
+def class_of(group: str, name: str, unit: str) -> str:
+    """The knob class that decides how far a finding travels, unless a skill says otherwise."""
+    if group == "optim" and (unit in ("steps", "seconds") or name.endswith(("_FRAC", "_ITERS", "_STEPS", "_AT"))):
+        return "schedule"
+    if "BATCH" in name:
+        return "batch"
+    return dict(model="shape", optim="optimizer", quant="compression", eval="eval", data="batch").get(group, "infra")
+
+
+def describe(script: Path, env: dict[str, str]) -> dict[str, Any]:
+    """{"knobs": {NAME: {...}}, "values": {NAME: value}} of a script under an environment. Raises ForgeError with the
+    script's own complaint."""
+    done = subprocess.run([sys.executable, "-c", PROBE, str(script), json.dumps(env)], capture_output=True, text=True,
+                          env=clean_environment({}), timeout=300)
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        reason = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+        raise ForgeError(f"{script.name}: cannot read its knobs ({reason[:300]})") from None
+    if "error" in found:
+        raise ForgeError(f"{script.name}: {found['error']}")
+    return found
+
+
+class Space:
+    """All knobs that the skills of a campaign may change, and how a change becomes an environment."""
+
+    def __init__(self, knobs: dict[str, Knob], base_env: dict[str, str], base_values: dict[str, Any]):
+        self.knobs, self.base_env, self.base_values = knobs, base_env, base_values
+        self.skills = sorted({k.skill for k in knobs.values()})
+
+    @classmethod
+    def build(cls, described: dict, skills: dict[str, dict], base_env: dict[str, str]) -> "Space":
+        """From a script's description and {skill: contents of its knobs.json}. All mistakes are reported at once."""
+        knobs, errors = {}, []
+        for skill, table in sorted(skills.items()):
+            for name, want in table.items():
+                try:
+                    if name in knobs:
+                        raise ForgeError(f"already belongs to skill {knobs[name].skill}")
+                    knobs[name] = make_knob(name, skill, want, described)
+                except (ForgeError, KeyError, TypeError, ValueError) as error:
+                    errors.append(f"skill {skill}, knob {name}: {error}")
+        if errors:
+            raise ForgeError("\n".join(errors))
+        return cls(knobs, base_env, described["values"])
+
+    def values(self, change: dict[str, Any]) -> dict[str, Any]:
+        """Every searched knob's value under a change."""
+        return {name: change.get(name, knob.base) for name, knob in self.knobs.items()}
+
+    def normal(self, change: dict[str, Any]) -> dict[str, Any]:
+        """The change without values that equal the base or that the rest makes meaningless: one form for one
+        configuration. Raises ForgeError for an unknown knob or a value outside the space."""
+        unknown = sorted(set(change) - set(self.knobs) - {CODE})
+        if unknown:
+            raise ForgeError(f"unknown knob {', '.join(unknown)}; see `knobs`")
+        kept = {n: v if n == CODE else self.knobs[n].check(v) for n, v in change.items()}
+        for _ in range(3):  # a knob can need one that itself has no effect
+            values = {n: str(v) for n, v in (self.base_values | kept).items()}
+            kept = {n: v for n, v in sorted(kept.items())
+                    if n == CODE or v != self.knobs[n].base and holds(self.knobs[n].needs, values)}
+        return kept
+
+    def resolve(self, change: dict[str, Any], rung: dict[str, Any]) -> dict[str, str]:
+        """The knob environment of a change on a rung: base, then change, then the rung's own. Counts of steps follow
+        the rung's expected steps."""
+        env = dict(self.base_env)
+        for name, value in change.items():
+            if name != CODE:
+                if self.knobs[name].of_steps:
+                    value = max(1, round(value * rung["steps"])) if value else 0
+                env[name] = str(value)
+        return env | {k: str(v) for k, v in rung.get("env", {}).items()}
+
+    def classes(self, change: dict[str, Any], other: dict[str, Any]) -> set[str]:
+        """Classes of the knobs in which two changes differ."""
+        return {self.knobs[n].klass for n in set(change) | set(other)
+                if n != CODE and change.get(n, self.knobs[n].base) != other.get(n, self.knobs[n].base)}
+
+
+def holds(needs: str, values: dict[str, str]) -> bool:
+    """Whether a `needs` rule of the script, "<field> <op> <value>", is met."""
+    if not needs:
+        return True
+    name, op, want = needs.split()
+    have = str(values.get(name.upper(), ""))
+    try:
+        a, b = (float({"True": 1, "False": 0}.get(x, x)) for x in (have, want))
+    except ValueError:
+        a, b = have, want
+    return {"==": a == b, "!=": a != b, "<": a < b, ">": a > b}[op] if type(a) is type(b) else op == "!="
+
+
+def make_knob(name: str, skill: str, want: dict, described: dict) -> Knob:
+    """One knob of a skill, checked against the script. Raises ForgeError."""
+    known = described["knobs"].get(name)
+    if known is None:
+        raise ForgeError("the script has no such knob")
+    value, of_steps = described["values"][name], want.get("as") == "fraction_of_steps"
+    klass = want.get("class") or class_of(known["group"], name, known["unit"])
+    if klass not in CLASSES:
+        raise ForgeError(f"class {klass!r}: want one of {', '.join(CLASSES)}")
+    common = dict(name=name, skill=skill, klass=klass, needs=known["needs"])
+    if known["type"] == "bool" or "choices" in want:
+        text = lambda v: str(int(v)) if isinstance(v, bool) else str(v)  # noqa: E731
+        choices = list(map(text, want.get("choices", [False, True])))
+        wrong = set(choices) - set(map(text, known["choices"] or [False, True])) if known["type"] in ("bool", "str") \
+            or known["choices"] else set()
+        if wrong:
+            raise ForgeError(f"choices {', '.join(sorted(wrong))} are not among the script's")
+        return Knob(kind="choice", base=text(value), choices=tuple(dict.fromkeys([*choices, text(value)])), **common)
+    low, high = float(want["low"]), float(want["high"])
+    limits = (0, 1) if of_steps else (known["lo"], known["hi"])
+    if not limits[0] <= low < high <= limits[1]:
+        raise ForgeError(f"range {low:g} to {high:g}: want a range inside {limits[0]} to {limits[1]}")
+    if want.get("log") and low <= 0:
+        raise ForgeError("a logarithmic range begins above 0")
+    base = value / described["values"].get("ITERATIONS", 1) if of_steps else value
+    base = float(f"{min(base, 1.0):.4g}") if of_steps else base
+    low, high = (low, high) if want.get("log") and base <= 0 else (min(low, base), max(high, base))
+    if not low <= base <= high:
+        raise ForgeError(f"the base value {base:g} lies outside a logarithmic range")
+    kind = "float" if of_steps or known["type"] == "float" else "int"
+    return Knob(kind=kind, base=base, low=low, high=high, log=bool(want.get("log")), of_steps=of_steps, **common)
+
+
+def plan(script: Path, env: dict[str, str], scratch: Path) -> dict[str, Any]:
+    """What the script's RUN_MODE=plan foretells: {"ok", "reason", "bytes", "params", "flops", "fits"}."""
+    env = env | dict(RUN_MODE="plan", RUNS_DIR=str(scratch))
+    try:
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=scratch,
+                              env=clean_environment(env))
+    except subprocess.TimeoutExpired:
+        return dict(ok=False, reason="plan took more than 300 s")
+    found = re.search(r"^predicted_bytes model:(\d+) code:\d+ total:(\d+) budget:(\d+) fits:(\d)", done.stdout, re.M)
+    if done.returncode or not found:
+        return dict(ok=False, reason=" ".join((done.stderr.strip() or "no prediction").split())[:300])
+    params = re.search(r"^model_params:(\d+)", done.stdout, re.M)
+    flops = re.findall(r"^plan:\d+ flops_per_token:(\S+)", done.stdout, re.M)
+    over = int(found[2]) - int(found[3])
+    return dict(ok=found[4] == "1", bytes=int(found[2]), model_bytes=int(found[1]),
+                params=int(params[1]) if params else 0, flops=max(map(float, flops), default=0.0),
+                reason="" if found[4] == "1" else f"predicted size is {over:,} bytes over the budget")
+
+
+def config_id(change: dict[str, Any]) -> str:
+    """Names a configuration: equal for equal changes."""
+    return digest(change, 12)

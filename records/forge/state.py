@@ -1,0 +1,190 @@
+"""What a campaign knows: a pure replay of its events. Counts are derived here and never stored."""
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any, Iterable
+
+from . import judge
+from .ledger import digest
+from .space import config_id
+
+
+@dataclass
+class Run:
+    """One process to be, in being, or done. `record` is what the supervisor found, once it is over."""
+    key: str
+    exp: str
+    change: dict
+    rung: str
+    seed: int
+    env: dict
+    started: bool = False
+    record: dict | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.record is not None
+
+    @property
+    def score(self) -> float | None:
+        return self.record["bpb"] if self.record and self.record["status"] == "ok" else None
+
+
+@dataclass
+class Experiment:
+    """One question: kind sentinel, search, confirm, ablation, compose or promote, and the verdict that answered it."""
+    id: str
+    kind: str
+    change: dict
+    rung: str
+    skill: str = ""
+    parent: dict = field(default_factory=dict)
+    source: str = "sampler"
+    seeds: list = field(default_factory=list)
+    text: str = ""
+    factors: list = field(default_factory=list)
+    verdict: dict | None = None
+
+    @property
+    def cid(self) -> str:
+        return config_id(self.change)
+
+
+class State:
+    """Fold of the events. `anchor` and `champion` are changes relative to the base."""
+
+    def __init__(self):
+        self.config: dict[str, Any] = {}
+        self.runs: dict[str, Run] = {}
+        self.by_place: dict[tuple, Run] = {}  # (configuration, rung, seed) -> run
+        self.experiments: dict[str, Experiment] = {}
+        self.plans: dict[str, dict] = {}
+        self.anchor: dict = {}
+        self.champion: dict = {}
+        self.chapter: list[str] = []  # experiments that moved the anchor since the champion
+        self.reference: dict[str, dict] = {}  # rung -> what the sentinel measured
+        self.metas: list[dict] = []
+        self.playbooks: dict[str, list[dict]] = defaultdict(list)  # skill -> versions
+        self.evidence: dict[str, list[dict]] = defaultdict(list)  # claim -> comparisons
+        self.agent_calls: list[dict] = []
+        self.refused: list[dict] = []
+        self.stopped = ""
+        self.events = 0
+
+    # Events.
+    def apply(self, event: dict):
+        """Take in one event; unknown kinds are kept for people and ignored here."""
+        handler = getattr(self, "on_" + event["event"])
+        handler(event)
+        self.events += 1
+
+    def on_created(self, e):
+        self.config = e["config"]
+
+    def on_config(self, e):
+        self.config, self.stopped = e["config"], ""
+
+    def on_proposed(self, e):
+        names = Experiment.__dataclass_fields__
+        x = Experiment(**{k: v for k, v in e.items() if k in names})
+        self.experiments[x.id] = x
+
+    def on_wanted(self, e):
+        run = Run(e["key"], e["exp"], e["change"], e["rung"], e["seed"], e["env"])
+        self.runs[run.key] = self.by_place[config_id(run.change), run.rung, run.seed] = run
+
+    def on_started(self, e):
+        self.runs[e["key"]].started = True
+
+    def on_finished(self, e):
+        self.runs[e["key"]].record = e["record"]
+
+    def on_planned(self, e):
+        self.plans[e["cid"]] = e["plan"]
+
+    def on_judged(self, e):
+        x = self.experiments[e["exp"]]
+        x.verdict = e["verdict"]
+        if x.verdict["verdict"] == "measured":
+            self.reference[x.rung] = x.verdict["measured"]
+        for claim in x.verdict.get("evidence", ()):
+            self.evidence[claim["claim"]].append(claim | dict(exp=x.id, at=len(self.searches())))
+        if "champion_after" in x.verdict:
+            self.champion, self.chapter = x.verdict["champion_after"], []
+        if "anchor_after" in x.verdict:
+            self.anchor = x.verdict["anchor_after"]
+            if x.verdict["verdict"] == "tentative":
+                self.chapter.append(x.id)
+            elif x.verdict["verdict"] == "refuted":
+                self.chapter = []
+
+    def on_meta(self, e):
+        self.metas.append(e["meta"])
+        for edit in e["meta"].get("edits", ()):
+            self.playbooks[edit["skill"]].append(edit)
+
+    def on_agent(self, e):
+        self.agent_calls.append(e["call"])
+
+    def on_refused(self, e):
+        self.refused.append(e["proposal"])
+
+    def on_stopped(self, e):
+        self.stopped = e["reason"]
+
+    def on_resumed(self, e):
+        self.stopped = ""
+
+    # Questions.
+    def searches(self) -> list[Experiment]:
+        """Finished search experiments in order."""
+        return [x for x in self.experiments.values() if x.kind == "search" and x.verdict]
+
+    def open(self, *kinds: str) -> list[Experiment]:
+        """Experiments without a verdict, of these kinds or of all."""
+        return [x for x in self.experiments.values() if not x.verdict and (not kinds or x.kind in kinds)]
+
+    def run_of(self, change: dict, rung: str, seed: int) -> Run | None:
+        """The run of a configuration at a rung with a seed, if it was ever wanted."""
+        return self.by_place.get((config_id(change), rung, seed))
+
+    def scores(self, change: dict, rung: str, seeds: Iterable[int] | None = None) -> list[float]:
+        """Finished scores of a configuration on a rung, of these seeds or of all."""
+        cid, allowed = config_id(change), None if seeds is None else set(seeds)
+        return [r.score for (c, g, s), r in self.by_place.items()
+                if c == cid and g == rung and r.score is not None and (allowed is None or s in allowed)]
+
+    def noise(self, rung: str) -> judge.Noise:
+        """The rung's noise over all replicates so far, on the host class that has most runs."""
+        groups, hosts = defaultdict(list), Counter(r.record["host"] for r in self.runs.values() if r.score is not None)
+        host = hosts.most_common(1)[0][0] if hosts else ""
+        for (cid, where, _), run in self.by_place.items():
+            if where == rung and run.score is not None and run.record["host"] == host:
+                groups[cid].append(run.score)
+        prior = self.config["rungs"][rung].get("prior_sigma", 0.0025)
+        return judge.noise(list(groups.values()), prior, 4.0 if rung == "target" else 1.0)
+
+    def minutes(self) -> float:
+        """Device minutes spent by finished runs."""
+        return sum(r.record["wall_s"] * self.config["rungs"][r.rung].get("nproc", 1)
+                   for r in self.runs.values() if r.finished) / 60
+
+    def expected_seconds(self, rung: str) -> float:
+        """How long a run on this rung takes: the median so far, or half its limit before any is known."""
+        times = sorted(r.record["wall_s"] for r in self.runs.values() if r.finished and r.rung == rung)
+        return times[len(times) // 2] if times else 0.5 * self.config["rungs"][rung]["kill_s"]
+
+    def digest(self) -> str:
+        """One hash of everything derived: equal states, equal hashes."""
+        return digest(dict(
+            config=self.config, anchor=self.anchor, champion=self.champion, chapter=self.chapter, metas=self.metas,
+            runs={k: [r.exp, r.change, r.rung, r.seed, r.started, r.record] for k, r in self.runs.items()},
+            experiments={k: [x.kind, x.change, x.skill, x.verdict] for k, x in self.experiments.items()},
+            evidence=dict(self.evidence), reference=self.reference, stopped=self.stopped))
+
+
+def replay(events: Iterable[dict]) -> State:
+    """The state after these events."""
+    state = State()
+    for event in events:
+        state.apply(event)
+    return state
