@@ -111,10 +111,11 @@ class Campaign:
         """What a supervisor must know."""
         run, slots = self.state.runs[key], self.config["loop"]["workers"]
         rung, used = self.rung(run.rung), {r.key: i for i, r in enumerate(self.running())}
-        device = {"CUDA_VISIBLE_DEVICES": str(used.get(key, 0) % slots)} if slots > 1 and rung.get("nproc", 1) == 1 else {}
-        return dict(key=key, exp=run.exp, env=run.env, rung=run.rung, seed=run.seed, script=str(self.script(run.change)),
-                    code=run.change.get(CODE) or self.config["code"], kill_s=rung["kill_s"],
-                    stall_s=rung.get("stall_s", 300), nproc=rung.get("nproc", 1), device_env=device,
+        alone = slots > 1 and rung.get("nproc", 1) == 1
+        device = {"CUDA_VISIBLE_DEVICES": str(used.get(key, 0) % slots)} if alone else {}
+        return dict(key=key, exp=run.exp, env=run.env, rung=run.rung, seed=run.seed,
+                    script=str(self.script(run.change)), code=run.change.get(CODE) or self.config["code"],
+                    kill_s=rung["kill_s"], stall_s=rung.get("stall_s", 300), nproc=rung.get("nproc", 1), device_env=device,
                     sandbox=self.sandbox(run.change, key), ordered=now(),
                     batch_tokens=int(run.env.get("TRAIN_BATCH_TOKENS",
                                                  self.space.base_values.get("TRAIN_BATCH_TOKENS", 0))),
@@ -258,10 +259,9 @@ class Campaign:
         bad = [r for r in runs if r["status"] != "ok"]
         if bad:
             return self.close(x, "failed", f"{bad[0]['status']}: {bad[0]['reason']}")
-        steps = sorted(r["steps"] or 0 for r in runs)[len(runs) // 2]
-        measured = dict(scores=scores, steps=steps, val=runs[0]["val"], host=runs[0]["host"],
-                        ratio=runs[0]["bpb"] / runs[0]["val_loss"], wall_s=sorted(r["wall_s"] for r in runs)[len(runs) // 2],
-                        artifact_bytes=runs[0]["artifact_bytes"], code=self.config["code"])
+        middle = {k: sorted(r[k] or 0 for r in runs)[len(runs) // 2] for k in ("steps", "wall_s", "artifact_bytes")}
+        measured = dict(scores=scores, val=runs[0]["val"], host=runs[0]["host"], code=self.config["code"],
+                        ratio=runs[0]["bpb"] / runs[0]["val_loss"], **middle)
         self.close(x, "measured", f"{len(scores)} runs of the base configuration", measured=measured)
 
     def next_seed(self, change: dict, rung: str) -> int | None:
@@ -331,10 +331,9 @@ class Campaign:
         moves = [state.experiments[name] for name in state.chapter]
         for knob in sorted(n for n in new if old[n] != new[n]):
             owner = next((x for x in reversed(moves) if x.change.get(knob) != x.parent.get(knob)), None)
-            name = owner.id if owner else "joint"
-            skill = space.knobs[knob].skill
+            name, skill = (owner.id, owner.skill) if owner else ("joint", space.knobs[knob].skill)
             found.setdefault((name, skill), {})[knob] = [old[knob], new[knob]]
-        return [dict(exp=name, skill=skill, knobs=knobs, claim=meta.claim_name(skill, knobs, self.space))
+        return [dict(exp=name, skill=skill, knobs=knobs, claim=meta.claim_name(skill, knobs, space))
                 for (name, skill), knobs in sorted(found.items())]
 
     def pairs_look(self, x: Experiment) -> tuple[str, int] | None:
@@ -388,7 +387,8 @@ class Campaign:
     @staticmethod
     def numbers(test: judge.Test | None) -> dict:
         """A test as a verdict's fields."""
-        return {} if test is None else dict(delta=test.delta, ci95=[test.low, test.high], t=test.t, df=test.df, p=test.p)
+        return {} if test is None else dict(delta=test.delta, ci95=[test.low, test.high], t=test.t, df=test.df,
+                                            p=test.p)
 
     def comparison(self, factor: dict, test: judge.Test, x: Experiment) -> dict:
         """One piece of evidence for a claim."""
@@ -440,15 +440,15 @@ class Campaign:
                 self.open("sentinel", {}, up, seeds=self.config["seeds"]["search"][:self.sentinels(up)])
                 return True
             return False
-        ranked = sorted((state.scores(x.change, search)[0], x.id) for x in state.searches() if state.scores(x.change, search))
+        ranked = sorted((s[0], x.id) for x in state.searches() if (s := state.scores(x.change, search)))
         best = {name for _, name in ranked[:len(ranked) // 3]}
         gone = {x.cid for x in state.experiments.values() if x.kind == "promote"}
         for _, name in ranked:
             x = state.experiments[name]
             lucky = int(digest([self.config["seed"], name]), 16) % 10 == 0
             if x.cid not in gone and (lucky or len(ranked) >= 3 and name in best):
-                self.open("promote", x.change, up, skill=x.skill, seeds=self.config["seeds"]["search"][:1], source="ladder",
-                          text=f"{name}: " + ("random tenth" if name not in best else "best third"))
+                self.open("promote", x.change, up, skill=x.skill, seeds=self.config["seeds"]["search"][:1],
+                          source="ladder", text=f"{name}: " + ("random tenth" if name not in best else "best third"))
                 return True
         return False
 
@@ -579,10 +579,12 @@ def read_config(path: Path) -> dict:
     config = dict(found)
     for table, defaults in DEFAULTS.items():
         mine = found.get(table, {})
-        errors += [f"{path.name}: unknown [{table}] {k}; known: {', '.join(defaults)}" for k in set(mine) - set(defaults)]
+        errors += [f"{path.name}: unknown [{table}] {k}; known: {', '.join(defaults)}"
+                   for k in set(mine) - set(defaults)]
         for k, v in mine.items():
-            if k in defaults and not isinstance(v, (int, float) if type(defaults[k]) in (int, float) else type(defaults[k])):
-                errors.append(f"{path.name}: [{table}] {k} = {v!r}: want a {type(defaults[k]).__name__}")
+            kind = type(defaults.get(k, v))
+            if not isinstance(v, (int, float) if kind in (int, float) else kind):
+                errors.append(f"{path.name}: [{table}] {k} = {v!r}: want a {kind.__name__}")
         config[table] = defaults | mine
     for name in (config["search"]["rung"], config["search"]["confirm_rung"], config["search"]["promote_to"]):
         if name and name not in found.get("rungs", {}):
@@ -602,13 +604,10 @@ def read_config(path: Path) -> dict:
 
 def to_toml(value: dict, prefix: str = "") -> str:
     """Nested tables of plain values as TOML."""
-    plain = {k: v for k, v in value.items() if not isinstance(v, dict)}
-    lines = [f"{k} = {json.dumps(v)}" for k, v in plain.items()]
-    text = (f"[{prefix}]\n" if prefix and plain else "") + "\n".join(lines) + ("\n" if lines else "")
-    for k, v in value.items():
-        if isinstance(v, dict):
-            text += "\n" * bool(text) + (to_toml(v, f"{prefix}.{k}" if prefix else k) if v else f"[{k}]\n")
-    return text
+    lines = [f"[{prefix}]"] if prefix else []
+    lines += [f"{k} = {json.dumps(v)}" for k, v in value.items() if not isinstance(v, dict)]
+    tables = [to_toml(v, f"{prefix}.{k}" if prefix else k) for k, v in value.items() if isinstance(v, dict)]
+    return "\n".join(lines) + "\n\n" + "".join(tables)
 
 
 def add_code(folder: Path, script: Path, data: Path | None = None) -> str:

@@ -53,8 +53,9 @@ def report(state: State, space: Space) -> list[dict]:
         base = tuple(float(np.mean(state.reference[r]["scores"])) for r in (lower, upper))
         for klass in ("all", *sorted({k for s in shared.values() for k in s[2]})):
             mine = [s for s in shared.values() if klass == "all" or klass in s[2]]
-            found.append(dict(lower=lower, upper=upper, klass=klass, prior=PRIOR.get(klass, "unknown"),
-                              points=[s[:2] for s in mine], **transfer([s[0] for s in mine], [s[1] for s in mine], base)))
+            points = [s[:2] for s in mine]
+            found.append(dict(lower=lower, upper=upper, klass=klass, prior=PRIOR.get(klass, "unknown"), points=points,
+                              **transfer([p[0] for p in points], [p[1] for p in points], base)))
     return found
 
 
@@ -91,7 +92,8 @@ def project(curve: Sequence[Sequence[float]], tokens: float | Sequence[float], s
     norm = (basis**2).sum(1)
     a = np.maximum(rest @ basis.T / norm, 0.0)  # (C, A)
     error = ((rest[:, None, :] - a[..., None] * basis[None]) ** 2).sum(-1)
-    log = -error / (2 * sigma**2) - 0.5 * ((alphas - 0.45) / 0.2) ** 2 + np.log(np.abs(np.gradient(cs)) + 1e-300)[:, None]
+    width = np.abs(np.gradient(cs))  # of each grid cell of c
+    log = -error / (2 * sigma**2) - 0.5 * ((alphas - 0.45) / 0.2) ** 2 + np.log(width + 1e-300)[:, None]
     weight = np.exp(log - log.max()).ravel()
     weight /= weight.sum()
     rng, out = np.random.default_rng(0), []

@@ -29,7 +29,8 @@ STATUSES = ("ok", "crash", "oom", "timeout", "nan", "oversize", "tampered", "inv
 MAX_ATTEMPTS = 3
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 NUMBER = r"[-+.\deE]+|nan|inf|-inf"
-FINAL = re.compile(rf"^final:official variant:(\S+) val_loss:({NUMBER}) val_bpb:({NUMBER}) tokens:(\d+) bytes:(\d+)", re.M)
+FINAL = re.compile(rf"^final:official variant:(\S+) val_loss:({NUMBER}) val_bpb:({NUMBER}) tokens:(\d+) bytes:(\d+)",
+                   re.M)
 EXACT = re.compile(rf"^final_\w+_exact val_loss:({NUMBER}) val_bpb:({NUMBER})", re.M)
 STEP = re.compile(rf"^step:(\d+)/\d+ train_loss:({NUMBER}) train_time:(\d+)ms", re.M)
 VAL = re.compile(rf"^step:(\d+)/\d+ val_loss:({NUMBER}) val_bpb:({NUMBER}) train_time:(\d+)ms", re.M)
@@ -121,7 +122,8 @@ def parse_log(text: str, batch_tokens: int = 0) -> dict[str, Any]:
         train_s=max((s[2] for s in steps), default=0) / 1e3, step_ms=statistics.median(gaps) if gaps else None,
         curve=[[v[0] * batch_tokens, v[2]] for v in vals], val_bpb_prequant=vals[-1][2] if vals else None)
     for name, pattern in (("logged_bytes", r"^Total submission size: (\d+)"), ("params", r"^model_params:(\d+)"),
-                          ("logged_code_bytes", r"^Code size: (\d+)"), ("val_tokens", r"^audit:data.* val_tokens:(\d+)"),
+                          ("logged_code_bytes", r"^Code size: (\d+)"),
+                          ("val_tokens", r"^audit:data.* val_tokens:(\d+)"),
                           ("val_bytes", r"^audit:data.* val_bytes:(\d+)"),
                           ("peak_mib", r"^peak memory allocated: (\d+) MiB")):
         m = re.search(pattern, text, re.M)
@@ -197,8 +199,8 @@ def collect(folder: Path, order: dict, attempt: int, code: int | None, killed: s
         host=dict(**{"class": host_class(parsed)}, gpu=parsed["gpu"], torch=parsed["torch"],
                   python=platform.python_version()),
         budget={k: order[k] for k in ("kill_s", "artifact_bytes")}, status=status, reason=reason, metrics=metrics,
-        curve=parsed["curve"], losses=parsed["losses"][-200:], started=started, ended=now(), worker=f"pid {os.getpid()}",
-        log_sha256=file_digest(out) if out.exists() else None, exit_code=code)
+        curve=parsed["curve"], losses=parsed["losses"][-200:], started=started, ended=now(),
+        worker=f"pid {os.getpid()}", log_sha256=file_digest(out) if out.exists() else None, exit_code=code)
     write_atomic(folder / "metrics.json", json.dumps(without_nan(record), indent=1))
     for heavy in (folder / f"a{attempt}").glob("checkpoint*"):
         heavy.unlink()

@@ -1,0 +1,184 @@
+"""The judge's error rates, simulated through the code that the campaign uses, and its parts against references."""
+import math
+
+import forge_lab
+import numpy as np
+import pytest
+from forge import judge, ladder, meta
+from scipy import stats
+
+
+def judged(rng, gain: float, df: int = 20) -> tuple[bool, int, float]:
+    """One candidate that is better by `gain` sigma_d, through looks and fresh seeds: accepted, runs, error of the
+    reported difference in sigma."""
+    estimate = judge.Noise(math.sqrt(rng.chisquare(df) / df), df)  # the true sigma is 1
+    shift, differences, step = -gain * math.sqrt(2), [], "more"
+    while step == "more":
+        wanted = judge.next_look(len(differences))
+        differences += list(rng.normal(shift, math.sqrt(2), wanted - len(differences)))
+        step = judge.look(differences, estimate.sigma_d)
+    if step == "reject":
+        return False, len(differences), 0.0
+    better, test = judge.fresh_test(rng.normal(shift, 1, judge.FRESH), rng.normal(0, 1, judge.FRESH), estimate)
+    return better, len(differences) + 2 * judge.FRESH, test.delta - shift
+
+
+def test_changes_that_do_nothing_are_hardly_ever_accepted():
+    """Acceptance 4: at most 2 %, where "lower is kept" accepts half; also with little knowledge of the noise."""
+    rng = np.random.default_rng(0)
+    assert np.mean([judged(rng, 0.0)[0] for _ in range(1500)]) <= 0.008
+    assert np.mean([judged(rng, 0.0, df=3)[0] for _ in range(1500)]) <= 0.02
+    assert np.mean([rng.normal() < rng.normal() for _ in range(400)]) > 0.4
+
+
+def test_real_gains_are_found_cheaply_and_reported_without_bias():
+    """Acceptance 5: a gain of 2 sigma_d."""
+    rng = np.random.default_rng(1)
+    found = [judged(rng, 2.0) for _ in range(800)]
+    accepted = [f for f in found if f[0]]
+    assert len(accepted) / len(found) >= 0.8 and np.mean([f[1] for f in found]) <= 9
+    assert abs(np.mean([f[2] for f in accepted])) < 0.3
+    table = {g: np.mean([judged(rng, g)[0] for _ in range(1500)]) for g in (0.5, 1.0, 1.5, 3.0)}
+    for gain, promised in ((0.5, 0.05), (1.0, 0.28), (1.5, 0.67), (3.0, 0.997)):
+        assert table[gain] == pytest.approx(promised, abs=0.05), "the rates that the README states"
+
+
+def test_a_whole_campaign_of_changes_that_do_nothing_confirms_nothing(tmp_path):
+    """Acceptance 4 through the loop: 3 campaigns, 150 experiments whose scores are noise."""
+    for seed in range(3):
+        c = forge_lab.instant(tmp_path, score=lambda order: 1.2, seed=seed, budget=dict(experiments=50))
+        state = forge_lab.finish(c)
+        kinds = [x.verdict["verdict"] for x in state.experiments.values() if x.kind == "confirm"]
+        assert "confirmed" not in kinds and state.champion == {}
+        assert sum(x.verdict["verdict"] == "tentative" for x in state.searches()) <= 20
+
+
+def test_the_champion_of_a_campaign_is_reported_at_its_true_score(tmp_path):
+    """Fresh seeds undo the winner's curse; the search's own score of the anchor does not."""
+    errors = []
+    for seed in range(5):
+        c = forge_lab.instant(tmp_path, sigma=0.003, seed=seed, budget=dict(experiments=25), loop=dict(ablation=False))
+        state = forge_lab.finish(c)
+        for x in state.experiments.values():
+            if x.kind == "confirm" and x.verdict["verdict"] == "confirmed":
+                truth = [forge_lab.fake_trainer.true_score(forge_lab.values(c.space.resolve(
+                    change, c.rung("screen")))) for change in (x.change, x.parent)]
+                errors.append((x.verdict["delta"] - (truth[0] - truth[1])) / 0.003)
+    assert len(errors) >= 4 and abs(np.mean(errors)) < 3 * math.sqrt(2 / 3) / math.sqrt(len(errors))
+
+
+def test_noise_is_pooled_and_shrunk():
+    groups = [[1.0, 1.2, 1.4], [5.0, 5.1], [7.0]]
+    squares = 0.08 + 0.005
+    found = judge.noise(groups, 0.3, 4)
+    assert found.df == 7 and found.sigma == pytest.approx(math.sqrt((4 * 0.09 + squares) / 7))
+    assert judge.noise([], 0.25).sigma == 0.25
+
+
+def test_comparisons_equal_the_t_test_of_a_package():
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(0, 1, 6), rng.normal(0.5, 1, 6)
+    pooled = judge.Noise(math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2), 10)
+    found, want = judge.compare(a, b, pooled), stats.ttest_ind(a, b, alternative="less")
+    interval = stats.ttest_ind(a, b).confidence_interval(0.95)
+    assert (found.t, found.p) == pytest.approx((want.statistic, want.pvalue))
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert judge.welch(a, b, 0.1) == pytest.approx(
+        stats.ttest_ind(a + 0.1, b, equal_var=False, alternative="less").pvalue)
+
+
+def test_the_design_is_balanced_and_its_effects_are_the_least_squares_ones():
+    design = judge.plackett_burman(11)
+    assert (design.T @ design == 12 * np.eye(11)).all() and (design.sum(0) == 0).all()
+    rng, truth = np.random.default_rng(3), np.array([-0.5, 0.0, 0.3, -0.1])
+    d = judge.plackett_burman(4)
+    y = 2 + d @ truth / 2 + rng.normal(0, 0.01, 12)
+    solved = np.linalg.lstsq(np.column_stack([np.ones(12), d / 2]), y, rcond=None)[0][1:]
+    assert [t.delta for t in judge.effects(d, y, judge.Noise(0.01, 20))] == pytest.approx(list(solved))
+    for k in (0, 12):
+        with pytest.raises(ValueError, match="want 1 to 11"):
+            judge.plackett_burman(k)
+
+
+@pytest.mark.parametrize("sigma, new, anchor, want", [
+    (0.001, [1.0], [1.0005, 1.0009], "stay"), (0.001, [1.0], [1.002], "move"), (0.003, [1.0], [1.0], "stay"),
+    (0.003, [1.0], [1.001], "new"), (0.003, [1.0, 1.0], [1.01], "move"),
+    (0.03, [1.0, 1.0], [1.001], "anchor"), (0.03, [1.0] * 5, [1.001] * 5, "stay")])
+def test_the_anchor_moves_by_a_margin_or_a_race(sigma, new, anchor, want):
+    assert judge.anchor_step(new, anchor, sigma) == want
+
+
+# ---- Claims ----------------------------------------------------------------------------------------------------------
+def evidence(rng, effect: float, k: int, sigma_d: float = 0.00096, between: float = 0.0003) -> list[dict]:
+    """k comparisons of three pairs each, every one against another parent."""
+    se = sigma_d / math.sqrt(3)
+    return [dict(delta=effect + rng.normal(0, between) + rng.normal(0, se), se=se, parent=str(i), at=0)
+            for i in range(k)]
+
+
+def test_claims_crystallise_at_the_promised_rates():
+    """Acceptance 6: true gains of 0.002 are proven by k = 4, changes that do nothing are not."""
+    rng = np.random.default_rng(4)
+    proven = lambda effect, k: np.mean([meta.crystallise(evidence(rng, effect, k), 0.00068, 0, True)["status"]  # noqa
+                                        == "proven" for _ in range(400)])
+    assert proven(-0.002, 4) >= 0.9 and proven(-0.002, 5) >= 0.97
+    assert proven(0.0, 3) <= 0.03 and proven(0.0, 6) <= 0.05
+    assert proven(0.001, 5) == 0
+
+
+def test_a_claim_needs_several_parents_and_goes_stale():
+    good = [dict(delta=-0.002 - i * 1e-4, se=1e-4, parent="a", at=0) for i in range(4)]
+    assert meta.crystallise(good, 0.0007, 0, True)["status"] == "heuristic"
+    good[0]["parent"] = "b"
+    assert meta.crystallise(good, 0.0007, 0, True)["status"] == "proven"
+    assert meta.crystallise(good, 0.0007, 49, True)["status"] == "proven"
+    assert meta.crystallise(good, 0.0007, 50, True)["status"] == "stale"
+    nothing = [dict(delta=1e-5 * i, se=1e-4, parent=str(i), at=0) for i in range(4)]
+    assert meta.crystallise(nothing, 0.0007, 0, True)["status"] == "refuted"
+
+
+def test_probability_worse_equals_simulation():
+    rng = np.random.default_rng(5)
+    for after, before in (((1, 10), (5, 10)), ((3, 10), (3, 10)), ((0, 12), (2, 20))):
+        draws = rng.beta(1 + after[0], 1 + after[1] - after[0], 200_000) < rng.beta(
+            1 + before[0], 1 + before[1] - before[0], 200_000)
+        assert meta.probability_worse(after, before) == pytest.approx(draws.mean(), abs=0.005)
+
+
+# ---- Ladder ----------------------------------------------------------------------------------------------------------
+def test_kendall_equals_scipy_with_ties():
+    rng = np.random.default_rng(6)
+    for _ in range(20):
+        x, y = rng.integers(0, 6, 12).astype(float), rng.normal(size=12).round(0)
+        assert ladder.kendall(x, y) == pytest.approx(stats.kendalltau(x, y).statistic)
+
+
+def test_transfer_speaks_only_when_it_knows():
+    """Acceptance 13: class A correlates 0.95, class B -0.3, 16 configurations, 200 repeats."""
+    rng, right = np.random.default_rng(7), {0.95: 0, -0.3: 0}
+    for _ in range(200):
+        for rho, word in ((0.95, "transfers"), (-0.3, "does not transfer")):
+            x, y = rng.multivariate_normal([0, 0], [[1, rho], [rho, 1]], 16).T
+            right[rho] += ladder.transfer(x, y, draws=300)["word"] == word
+    assert right[0.95] >= 180 and right[-0.3] >= 180, right
+    assert ladder.transfer([1.0] * 7, [2.0] * 7) == dict(n=7, word="too few")
+    assert ladder.transfer(list(range(9)), list(range(9)))["word"] == "unknown"
+
+
+def test_projection_intervals_cover_what_comes():
+    """Acceptance 14: empirical coverage of the 90 % interval on synthetic curves, and width that is of use."""
+    rng, hits, widths = np.random.default_rng(8), 0, []
+    for i in range(150):
+        c, alpha, a = rng.uniform(0.9, 1.2), rng.uniform(0.25, 0.7), rng.uniform(0.1, 0.4)
+        t = np.arange(1, 7) * 5e6
+        f = lambda x: c + a * (x / 5e6) ** -alpha  # noqa: E731
+        curve = [[x, f(x) + rng.normal(0, 0.002), 1.0] for x in t[:5]] + [[t[5], 0.0, 0.5]]  # the rate changed
+        found = ladder.project(curve, 5e7)
+        target = f(5e7) + rng.normal(0, 0.002)
+        hits += found["low"][0] <= target <= found["high"][0]
+        widths.append(found["high"][0] - found["low"][0])
+        assert found["n"] == 5, "never fitted across a changed learning rate"
+    assert 0.85 <= hits / 150 <= 0.97, hits / 150
+    assert np.mean(widths) < 0.03
+    with pytest.raises(ValueError, match="want at least 3"):
+        ladder.project([[1, 2.0], [2, 1.9]], 5)

@@ -1,0 +1,278 @@
+"""The loop with real processes: limits that kill, budgets that hold, scores that survive checks, and its commands."""
+import json
+import os
+import time
+from pathlib import Path
+
+import fake_trainer
+import forge_lab
+import pytest
+from conftest import ROOT
+from forge import ForgeError, campaign, judge, meta, runner
+from forge.ledger import Ledger
+from forge.state import replay
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Living processes that mention a folder in their command line or run inside it."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            try:
+                where = os.readlink(f"/proc/{entry}/cwd") + open(f"/proc/{entry}/cmdline").read()
+            except OSError:
+                continue
+            if str(folder) in where and runner.identity(int(entry)):
+                found.append(int(entry))
+    return found
+
+
+def outcomes(c) -> list[str]:
+    return [r.record["status"] for r in c.state.runs.values() if r.finished]
+
+
+def test_a_run_that_ignores_its_end_is_killed_with_all_that_it_started(tmp_path, monkeypatch):
+    """Acceptance 10: SIGTERM ignored, a grandchild, and a process that left the session."""
+    c = forge_lab.real(tmp_path, dict(by_seed={"1": "stubborn"}), rungs=dict(screen=dict(kill_s=1.0, env={})))
+    monkeypatch.setattr(runner, "GRACE", 1.0)
+    c.locked_tick()
+    run = c.running()[0]
+    c.runs.stop([run.key])
+    begin = time.monotonic()
+    record = runner.supervise(c.folder / "runs" / run.key)
+    assert record["status"] == "timeout" and "ran longer than 1 s" in record["reason"]
+    assert record["metrics"]["val_bpb"] is None and time.monotonic() - begin < 15
+    assert not processes_of(c.folder / "runs" / run.key), "something survived"
+
+
+@pytest.mark.parametrize("trick, status, reason", [
+    ("crash", "crash", "planted crash"), ("nan", "nan", "nan in the training loss"),
+    ("silent", "timeout", "stalled: no output for 1 s"), ("fake_line", "tampered", "2 official score lines"),
+    ("short_text", "tampered", "do not follow")])
+def test_only_a_sound_run_has_a_score(tmp_path, trick, status, reason):
+    c = forge_lab.real(tmp_path, dict(always=trick), rungs=dict(screen=dict(kill_s=20, stall_s=1, env={})))
+    c.locked_tick()
+    key = c.running()[0].key
+    while c.runs.poll(key)[0] != "done":
+        time.sleep(0.05)
+    record = c.runs.poll(key)[1]
+    assert record["status"] == status and reason in record["reason"], record["reason"]
+    assert record["metrics"]["val_bpb"] is None
+
+
+def test_a_base_that_does_not_run_stops_the_campaign_with_the_reason(tmp_path):
+    c = forge_lab.real(tmp_path, dict(always="crash"))
+    c.loop(30, pause=0.05)
+    assert "does not run" in c.state.stopped and "planted crash" in c.state.stopped
+    assert c.state.searches() == []
+
+
+def test_a_failed_experiment_costs_itself_only(tmp_path):
+    c = forge_lab.real(tmp_path, dict(by_seed={"2": "crash"}), rungs=dict(screen=dict(
+        kill_s=20, sentinel_runs=1, prior_sigma=0.001, env={})), budget=dict(experiments=3), loop=dict(confirm="end"))
+    c.loop(60, pause=0.05)
+    verdicts = [x.verdict["reason"][:5] for x in c.state.searches()]
+    assert verdicts.count("crash") == 1 and len(verdicts) == 3 and c.state.searches()[1].verdict["delta"] is None
+
+
+def test_budgets_hold(tmp_path):
+    """Acceptance 11: runs, minutes and deadline; the reserve for a confirmation stays."""
+    c = forge_lab.instant(tmp_path, budget=dict(experiments=100, runs=20))
+    state = forge_lab.finish(c)
+    assert len([r for r in state.runs.values() if r.started]) <= 20 and "runs" in state.stopped
+    kinds = [x.kind for x in state.experiments.values() if x.verdict]
+    assert "confirm" in kinds or state.anchor == state.champion
+    c = forge_lab.instant(tmp_path, budget=dict(experiments=100, minutes=30.0))
+    state = forge_lab.finish(c)  # every run takes one minute
+    assert 18 <= state.minutes() <= 31 and "minutes" in state.stopped
+    c = forge_lab.instant(tmp_path, budget=dict(experiments=100, deadline="2020-01-01T00:00:00Z"))
+    assert forge_lab.finish(c).runs and not any(r.started for r in c.state.runs.values())
+    assert "deadline" in c.state.stopped
+
+
+def test_what_the_reserve_is_for(tmp_path):
+    """When only the reserve is left, an unconfirmed anchor goes straight to fresh seeds."""
+    for seed in range(6):
+        c = forge_lab.instant(tmp_path, seed=seed, budget=dict(experiments=100, runs=24), loop=dict(confirm="end"))
+        state = forge_lab.finish(c)
+        confirms = [x for x in state.experiments.values() if x.kind == "confirm" and x.verdict]
+        if confirms:
+            assert len(confirms[0].seeds) == judge.FRESH and len(state.runs) <= 24
+            return
+    raise AssertionError("no campaign reached a confirmation")
+
+
+def test_search_judge_and_fresh_seeds_are_never_mixed(tmp_path):
+    c = forge_lab.instant(tmp_path, seed=5, budget=dict(experiments=40))
+    state = forge_lab.finish(c)
+    seeds = c.config["seeds"]
+    studies = [x for x in state.experiments.values() if x.kind in ("confirm", "ablation")]
+    assert studies and all(min(x.seeds) >= seeds["fresh_from"] for x in studies)
+    used = [s for x in studies for s in x.seeds]
+    assert len(used) == len(set(used)), "a fresh seed was used twice"
+    for run in state.runs.values():
+        if state.experiments[run.exp].kind in ("search", "sentinel"):
+            assert run.seed in seeds["search"]
+
+
+def test_a_chapter_ablation_drops_what_does_nothing(tmp_path):
+    """A planted move of an inert knob goes, the useful ones stay and become evidence."""
+    c = forge_lab.instant(tmp_path, budget=dict(experiments=4))
+    useful, idle = dict(MATRIX_LR=0.022, WARMDOWN_ITERS=0.6), dict(INERT_A=0.9)
+    forge_lab.finish(c, 2)
+    factors = [dict(exp="e1", skill="optimizer", knobs=dict(MATRIX_LR=[0.04, 0.022]), claim="optimizer: MATRIX_LR down"),
+               dict(exp="e2", skill="inert", knobs=dict(INERT_A=[0.5, 0.9]), claim="inert: INERT_A up"),
+               dict(exp="e3", skill="schedule", knobs=dict(WARMDOWN_ITERS=[0.3, 0.6]), claim="schedule: longer")]
+    name = c.open("compose", useful | idle, "screen", parent={}, seeds=[5001], factors=factors)
+    while not c.state.experiments[name].verdict:
+        c.locked_tick()
+    v = c.state.experiments[name].verdict
+    assert [e["keep"] for e in v["effects"]] == [True, False, True] and v["anchor_after"] == useful
+    assert {e["claim"] for e in c.state.evidence["optimizer: MATRIX_LR down"]} and meta.survivors(c.state) == dict(
+        optimizer=1, schedule=1)
+
+
+def test_promotion_takes_the_best_third_and_some_by_lot(tmp_path):
+    c = forge_lab.instant(tmp_path, rungs=dict(screen=dict(kill_s=20, prior_sigma=0.001, env={}), local=dict(
+        kill_s=20, prior_sigma=0.001, env=dict(ITERATIONS="200"))), search=dict(rung="screen", promote_to="local"),
+        budget=dict(experiments=30), loop=dict(confirm="end"))
+    state = forge_lab.finish(c)
+    up = [x for x in state.experiments.values() if x.kind == "promote"]
+    assert len(up) >= 9 and any("random" in x.text for x in up) and any("best third" in x.text for x in up)
+    from forge import ladder
+    rows = ladder.report(state, c.space)
+    assert rows[0]["klass"] == "all" and rows[0]["n"] == len({x.cid for x in up}) and rows[0]["word"] != "too few"
+    assert all(r["word"] in ("too few", "unknown", "transfers", "does not transfer") for r in rows)
+
+
+def test_a_harmful_playbook_edit_is_rolled_back(tmp_path):
+    """Acceptance 6: narrowed ranges after which the skill stops winning are taken back, and stay so."""
+    c = forge_lab.instant(tmp_path, budget=dict(experiments=1))
+    forge_lab.finish(c)
+
+    def tries(n, wins):
+        for i in range(n):
+            name = c.open("search", dict(MATRIX_LR=round(0.01 + 0.0001 * len(c.state.experiments), 6)), "screen",
+                          skill="optimizer", parent={}, seeds=[1])
+            won = i < wins
+            c.record("judged", exp=name, verdict=dict(verdict="tentative" if won else "reject", reason="", delta=-0.002
+                                                      if won else 0.002, sigma=0.001))
+    tries(20, 8)
+    c.record("meta", meta=dict(index=1, inert=[], edits=[dict(
+        skill="optimizer", version=1, at=20, text="", ranges=dict(MATRIX_LR=[0.1, 0.2]), reason="claims")]))
+    tries(9, 0)
+    assert meta.edits(c.state, c.space, []) == [], "nine tries are too few"
+    tries(3, 0)
+    edit = meta.edits(c.state, c.space, [])[0]
+    assert edit["reason"] == "rollback" and edit["ranges"] == {} and "0 of 12" in edit["note"]
+    c.record("meta", meta=dict(index=2, inert=[], edits=[edit]))
+    tries(10, 0)
+    assert meta.edits(c.state, c.space, []) == []
+
+
+def test_the_meta_layer_runs_once_per_five_experiments_and_writes_the_same_files(tmp_path):
+    """Acceptance 20."""
+    c = forge_lab.real(tmp_path, budget=dict(experiments=5), loop=dict(confirm="end"))
+    c.loop(60, pause=0.05)
+    from forge import report
+    report.publish(c)
+    first = (c.folder / "meta" / "0001.json").read_text()
+    state = replay(Ledger(c.folder / "events.jsonl").read())
+    assert len(state.metas) == 1 == len(list((c.folder / "meta").iterdir()))
+    again = campaign.Campaign(c.folder)
+    assert not again.tick() and len(again.state.metas) == 1
+    (c.folder / "meta" / "0001.json").unlink()
+    report.publish(again)
+    assert (c.folder / "meta" / "0001.json").read_text() == first
+
+
+def test_replay_repeats_a_run_exactly_and_refuses_changed_code(tmp_path):
+    """Acceptance 12."""
+    c = forge_lab.real(tmp_path, budget=dict(experiments=2), loop=dict(confirm="end"))
+    c.loop(60, pause=0.05)
+    for key in list(c.state.runs)[:3]:
+        done = forge_lab.forge("replay", c.folder, key, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["equal"], done.stdout
+    script = c.script()
+    script.chmod(0o644)
+    script.write_text(script.read_text() + "\n# edited\n")
+    done = forge_lab.forge("replay", c.folder, key)
+    assert done.returncode == 2 and "was changed since" in done.stderr and "Traceback" not in done.stderr
+    assert forge_lab.forge("verify", c.folder).returncode == 2
+
+
+def test_a_second_decider_is_refused(tmp_path):
+    c = forge_lab.real(tmp_path)
+    with campaign.locked(c.folder / "tick.lock"):
+        done = forge_lab.forge("tick", c.folder)
+        assert done.returncode == 2 and "another decider is at work" in done.stderr
+
+
+@pytest.mark.parametrize("edit, message", [
+    ("[loop]\nworkres = 2\n", "unknown [loop] workres"), ("[serach]\n", "unknown table [serach]"),
+    ("[budget]\nexperiments = \"many\"\n", "want a int"), ("[search]\nrung = \"big\"\n", "rung 'big' is not among"),
+    ("[seeds]\nsearch = [1, 2, 3]\njudge = [3, 4, 5, 6, 7]\n", "must not overlap"), ("nonsense", "campaign.toml:")])
+def test_a_bad_campaign_file_gets_one_clear_error(tmp_path, edit, message):
+    path = tmp_path / "campaign.toml"
+    path.write_text(edit + "\n[rungs.screen]\nkill_s = 5\n")
+    with pytest.raises(ForgeError) as error:
+        campaign.read_config(path)
+    assert message in str(error.value)
+
+
+def test_limits_can_be_changed_while_it_runs(tmp_path):
+    c = forge_lab.real(tmp_path, budget=dict(experiments=1), loop=dict(confirm="end"))
+    c.loop(60, pause=0.05)
+    assert c.state.stopped
+    path = c.folder / "campaign.toml"
+    path.write_text(path.read_text().replace("experiments = 1\n", "experiments = 2\n"))
+    c.loop(60, pause=0.05)
+    assert len(c.state.searches()) == 2
+    events = Ledger(c.folder / "events.jsonl").read()
+    assert sum(e["event"] == "config" for e in events) == 1 and replay(events).digest() == c.state.digest()
+
+
+def test_commands_of_a_finished_campaign(tmp_path):
+    """Every view answers in words and in JSON; mistakes get one line and exit code 2."""
+    c = forge_lab.real(tmp_path, budget=dict(experiments=2), loop=dict(confirm="end"))
+    done = forge_lab.forge("run", c.folder)
+    assert done.returncode == 0 and "stopped: experiments: 2 of 2 done" in done.stdout, done.stderr
+    page = (c.folder / "report.html").read_text()
+    assert page.count("<svg") >= 6 and "http" not in page.replace("http://www.w3.org", "").replace(
+        "http://purl.org", "").replace("http://creativecommons", "") and "Nothing is confirmed yet" in page
+    for verb in (["status"], ["transfer"], ["meta"], ["playbook"], ["propose"], ["diff"]):
+        more = ["base", "e000002"] if verb == ["diff"] else []
+        words, data = forge_lab.forge(*verb, c.folder, *more), forge_lab.forge(*verb, c.folder, *more, "--json")
+        assert words.returncode == data.returncode == 0, words.stderr + data.stderr
+        assert isinstance(json.loads(data.stdout), dict) and words.stdout.strip()
+    assert json.loads(forge_lab.forge("show", c.folder, "e000002").stdout)["kind"] == "search"
+    for args in (["show", c.folder, "e9"], ["status", "nowhere"], ["replay", c.folder, "abc"],
+                 ["diff", c.folder, "base", "x"]):
+        done = forge_lab.forge(*args)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_beginning_twice_and_beginning_badly(tmp_path):
+    script = tmp_path / "train_gpt.py"
+    script.write_bytes(forge_lab.FAKE.read_bytes())
+    skills = forge_lab.write_skills(tmp_path / "skills")
+    args = ["--script", script, "--skills", skills, "--preset", "baseline+cpu"]
+    assert forge_lab.forge("init", tmp_path / "c", *args).returncode == 0
+    again = forge_lab.forge("init", tmp_path / "c", *args)
+    assert again.returncode == 2 and "already holds a campaign" in again.stderr
+    for more, message in ((["--knob", "NUM_LAYERS"], "want NAME=VALUE"), (["--rung", "big.kill_s=1"], "with a rung of"),
+                          (["--knob", "MODEL_DIM=100"], "not divisible by 64"), (["--on", "big"], "rung 'big'")):
+        done = forge_lab.forge("init", tmp_path / "d", *args, *more)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert not (tmp_path / "d").exists(), "nothing is left behind"
+
+
+def test_logs_of_the_real_format_are_read():
+    lines = "\n".join(fake_trainer.log_lines({n: f.default for n, (_, f) in fake_trainer.KNOBS.items()}, 1.25))
+    found = runner.parse_log(lines, 512)
+    assert found["finals"][0][1] == 1.25 and found["steps"] == 10 and found["val_tokens"] == 1000
+    real = (ROOT / "records" / "cpu_two_cores" / "default_run.log").read_text()
+    found = runner.parse_log(real, 8192)
+    assert len(found["finals"]) == 1 and 1.5 < found["finals"][0][1] < 2.5 and found["steps"] > 50
+    assert found["curve"] and found["code_sha256"] and found["logged_bytes"] > 10**5 and found["step_ms"] > 1
