@@ -23,7 +23,8 @@ def knob(default, lo=None, hi=None, choices=(), unit="", needs=""):
 
 @dataclass(frozen=True)
 class RunConfig:
-    run_mode: str = knob("train", choices=("train", "plan"))
+    run_mode: str = knob("train", choices=("train", "plan", "eval"))
+    artifact: str = knob("")
     seed: int = knob(1337, 0, 2**31 - 1)
     runs_dir: str = knob("runs")
     run_id: str = knob("auto")
@@ -125,6 +126,12 @@ def rungs_noise(rung: str, seed: int, v) -> float:
     return random.Random(mix).gauss(0, 1)
 
 
+def noisy_score(v, sigma: float) -> float:
+    """What a run with this seed scores; knobs that a patch adds do not change the noise."""
+    searched = {k: x for k, x in v.items() if k in KNOBS and KNOBS[k][0] != "run" and not k.startswith("patch_")}
+    return true_score(v) + sigma * rungs_noise("fake", v["seed"], searched)
+
+
 def log_lines(v, score: float, steps: int = 10):
     """What the real script prints, in its order."""
     total = model_bytes(v) + 1000
@@ -155,13 +162,18 @@ def main() -> int:
         print(f"model_params:{model_bytes(v)}\nplan:0 flops_per_token:1e6 slots:0 skips:\npredicted_bytes model:"
               f"{model_bytes(v)} code:1000 total:{total} budget:{BUDGET} fits:{int(total <= BUDGET)}")
         return 0
+    if v["run_mode"] == "eval":
+        stored = json.loads(Path(v["artifact"]).read_bytes().partition(b"\n")[0])
+        v |= {k: x for k, x in stored.items() if k in v and KNOBS[k][0] != "run"}
+        v["seed"] = stored["seed"]
+        print(list(log_lines(v, noisy_score(v, stored["noise"])))[-1])
+        return 0
     tricks = json.loads((Path(__file__).parent / "tricks.json").read_text()) if (
         Path(__file__).parent / "tricks.json").exists() else {}
     trick = tricks.get("by_seed", {}).get(str(v["seed"]), tricks.get("always", ""))
     folder = Path(v["runs_dir"]) / v["run_id"]
     folder.mkdir(parents=True, exist_ok=True)
-    searched = {k: x for k, x in v.items() if KNOBS[k][0] != "run"}
-    score = true_score(v) + tricks.get("noise", 0.001) * rungs_noise("fake", v["seed"], searched)
+    score = noisy_score(v, tricks.get("noise", 0.001))
     lines = list(log_lines(v, score))
     if trick == "stubborn":  # ignores SIGTERM, and so do a grandchild and one that left the session
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -181,7 +193,8 @@ def main() -> int:
         time.sleep(60)
     if trick == "silent":
         time.sleep(300)
-    (folder / "model.golf").write_bytes(b"\0" * model_bytes(v))
+    head = json.dumps(v | dict(noise=tricks.get("noise", 0.001))).encode() + b"\n"
+    (folder / "model.golf").write_bytes(head + b"\0" * (model_bytes(v) - len(head)))
     if trick == "fake_line":
         print("final:official variant:chunked val_loss:0.1 val_bpb:0.1 tokens:1000 bytes:2500")
     print(lines[-1].replace("tokens:1000", "tokens:900") if trick == "short_text" else lines[-1], flush=True)

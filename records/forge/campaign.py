@@ -85,8 +85,10 @@ class Campaign:
     def rung(self, name: str) -> dict:
         """A rung's table; its expected steps are those that the sentinel saw."""
         rung = self.config["rungs"][name]
+        base = self.space.base_values
+        tokens = rung.get("tokens", 0) // max(1, base.get("TRAIN_BATCH_TOKENS", 1))
         measured = self.state.reference.get(name, {}).get("steps")
-        return rung | dict(steps=rung.get("steps") or measured or self.space.base_values.get("ITERATIONS", 1000))
+        return rung | dict(steps=tokens or measured or base.get("ITERATIONS", 1000))
 
     def want(self, x: Experiment, change: dict, rung: str, seed: int):
         """Ask for a run unless the same was asked for before."""
@@ -115,8 +117,8 @@ class Campaign:
         device = {"CUDA_VISIBLE_DEVICES": str(used.get(key, 0) % slots)} if alone else {}
         return dict(key=key, exp=run.exp, env=run.env, rung=run.rung, seed=run.seed,
                     script=str(self.script(run.change)), code=run.change.get(CODE) or self.config["code"],
-                    kill_s=rung["kill_s"], stall_s=rung.get("stall_s", 300), nproc=rung.get("nproc", 1), device_env=device,
-                    sandbox=self.sandbox(run.change, key), ordered=now(),
+                    kill_s=rung["kill_s"], stall_s=rung.get("stall_s", 300), nproc=rung.get("nproc", 1),
+                    device_env=device, sandbox=self.sandbox(run.change, key), ordered=now(),
                     batch_tokens=int(run.env.get("TRAIN_BATCH_TOKENS",
                                                  self.space.base_values.get("TRAIN_BATCH_TOKENS", 0))),
                     artifact_bytes=self.config["budget"]["artifact_bytes"])
@@ -159,7 +161,7 @@ class Campaign:
             kept |= dict(status="tampered", reason=f"scored {kept['val'][:2]} tokens and bytes, not {wanted[:2]}")
         if kept["status"] == "ok" and CODE in run.change:
             from . import guard
-            reason = guard.rescore(self.script(), self.folder / "runs" / run.key, record, self.config)
+            reason = guard.rescore(self.script(), self.folder / "runs" / run.key, record)
             if reason:
                 kept |= dict(status="tampered", reason=reason)
         return kept
@@ -273,6 +275,8 @@ class Campaign:
         state, seeds = self.state, self.config["seeds"]["search"]
         asked = [(c, g, s) for c in (x.change, state.anchor) for g, s in [(x.rung, s) for s in seeds]
                  if state.run_of(c, g, s)]
+        if not any(config_id(c) == config_id(state.anchor) for c, _, _ in asked):  # an ablation's anchor never ran here
+            asked.append((state.anchor, x.rung, seeds[0]))
         wanted = [(x.change, x.rung, s) for s in x.seeds] + asked
         found = self.gather(x, wanted)
         if found is None:
@@ -281,12 +285,12 @@ class Campaign:
         failed = next((state.run_of(*w).record for w, y in zip(wanted, found) if y is None and w[0] == x.change), None)
         if failed:
             return self.close(x, "reject", f"{failed['status']}: {failed['reason']}", delta=None, sigma=noise.sigma)
-        new, old = state.scores(x.change, x.rung, seeds), state.scores(state.anchor, x.rung, seeds)
-        above = -1.0 if self.config["search"]["anchor"] == "greedy" else self.config["search"]["race_above"]
+        new = state.scores(x.change, x.rung, seeds)
+        old = next(s for c in (state.anchor, state.champion, {}) if (s := state.scores(c, x.rung)))
         if self.config["search"]["anchor"] == "greedy":
             step = "move" if new[0] < min(old) else "stay"
         else:
-            step = judge.anchor_step(new, old, noise.sigma, above)
+            step = judge.anchor_step(new, old, noise.sigma, self.config["search"]["race_above"])
         if step in ("new", "anchor"):
             change = x.change if step == "new" else state.anchor
             seed = self.next_seed(change, x.rung)

@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[0] = str(HERE.parent)  # so that `forge` is this package and not this file
+if __name__ == "__main__":
+    sys.path[0] = str(HERE.parent)  # so that `forge` is this package and not this file
 from forge import ForgeError  # noqa: E402
 from forge.ledger import Ledger, file_digest, write_atomic  # noqa: E402
 
@@ -398,7 +399,7 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("--preset", default="baseline+cpu", help="where the search begins, as PRESET of train_gpt.py")
         made.add_argument("--knob", action="append", default=[], metavar="NAME=VALUE", help="fixed for every run")
         made.add_argument("--rung", action="append", default=[], metavar="RUNG.NAME=VALUE",
-                          help="of a rung: a knob in capitals, or kill_s, stall_s, sentinel_runs, nproc")
+                          help="of a rung: a knob in capitals, or tokens, kill_s, stall_s, sentinel_runs, nproc")
         made.add_argument("--on", default="screen", help="rung of the search")
         made.add_argument("--promote-to", default="", help="rung that the best third is measured on as well")
         made.add_argument("--experiments", type=int, default=40)
@@ -450,10 +451,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 a mistake of the user, 130 interrupted."""
     try:
-        asked = parser().parse_args()
+        asked = parser().parse_args(arguments)
         asked.call(asked)
         return 0
     except ForgeError as error:

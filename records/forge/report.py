@@ -116,7 +116,7 @@ def svg(draw, width: float = 9, height: float = 3.2) -> str:
     try:
         draw(axis)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     finally:
         plt.close(figure)
     return "<figure>" + out.getvalue()[out.getvalue().index("<svg"):] + "</figure>"

@@ -10,21 +10,18 @@ KEYS = {"name", "description", "license", "compatibility", "metadata", "allowed-
 
 
 def frontmatter(text: str) -> tuple[dict, str]:
-    """The block-style YAML head of a SKILL.md as {key: text or {key: text}}, and the body. Raises ValueError."""
+    """The YAML head of a SKILL.md and the body. Raises ValueError."""
+    import yaml
     parts = re.match(r"---\n(.*?)\n---\n(.*)", text, re.S)
     if not parts:
         raise ValueError("no frontmatter between --- lines")
-    found: dict = {}
-    key = ""
-    for line in parts[1].splitlines():
-        if m := re.fullmatch(r"([a-z-]+):\s*(.*)", line):
-            key = m[1]
-            found[key] = m[2].strip("\"'") if m[2] else {}
-        elif (m := re.fullmatch(r"  ([\w-]+):\s*(.+)", line)) and isinstance(found.get(key), dict):
-            found[key][m[1]] = m[2].strip("\"'")
-        else:
-            raise ValueError(f"line {line!r}: want `key: value`, or two spaces and `key: value` below metadata")
-    return found, parts[2]
+    try:
+        head = yaml.safe_load(parts[1])
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if not isinstance(head, dict):
+        raise ValueError("the frontmatter is no table")
+    return head, parts[2]
 
 
 def check(folder: Path) -> list[str]:
@@ -37,10 +34,11 @@ def check(folder: Path) -> list[str]:
     name, description = head.get("name", ""), head.get("description", "")
     rules = [
         (name == folder.name, f"name {name!r} is not the folder's"),
-        (NAME.fullmatch(name) and len(name) <= 64, f"name {name!r}: want lowercase letters, digits, single hyphens"),
+        (NAME.fullmatch(str(name)) and len(name) <= 64, f"name {name!r}: want a-z, 0-9 and single hyphens"),
         (isinstance(description, str) and 1 <= len(description) <= 1024, "description: want 1 to 1024 characters"),
         (set(head) <= KEYS, f"unknown keys {', '.join(sorted(set(head) - KEYS))}"),
-        (isinstance(head.get("metadata", {}), dict), "metadata: want a table of texts in block style"),
+        (isinstance(head.get("metadata", {}), dict) and all(
+            isinstance(v, str) for v in head.get("metadata", {}).values()), "metadata: want a table of texts"),
         (len(str(head.get("compatibility", ""))) <= 500, "compatibility: want at most 500 characters"),
         (len(body.splitlines()) < 500, "the body has 500 lines or more"),
         (len(body) / 4 < 5000, "the body has about 5,000 tokens or more")]
