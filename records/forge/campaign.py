@@ -565,7 +565,7 @@ def toggled(change: dict, factors: list[dict], signs) -> dict:
 # ---- Beginning -------------------------------------------------------------------------------------------------------
 DEFAULTS: dict[str, dict[str, Any]] = dict(
     search=dict(rung="screen", confirm_rung="", promote_to="", anchor="sigma", race_above=0.0025),
-    loop=dict(workers=1, meta_every=5, confirm="large", confirm_every=20, ablation=True),
+    loop=dict(workers=1, meta_every=5, confirm="large", confirm_every=20, ablation=True, lease_s=300.0),
     seeds=dict(search=list(range(1, 21)), judge=list(range(101, 106)), fresh_from=1001),
     budget=dict(experiments=40, minutes=0.0, runs=0, deadline="", disk_gib=1.0, artifact_bytes=16_000_000,
                 agent_calls=0, agent_dollars=0.0),
