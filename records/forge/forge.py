@@ -428,7 +428,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--skill", default="")
     verb(submit).add_argument("file", help="JSON of forge.hypothesis/1, or - for standard input")
     made = verb(export)
-    made.add_argument("--track", default="track_non_record_16mb")
+    made.add_argument("--track", default="non_record_16mb", help="non_record_16mb or 10min_16mb")
     made.add_argument("--title", default="")
     made.add_argument("--author", default="")
     made.add_argument("--out", default="")

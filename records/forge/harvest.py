@@ -1,0 +1,111 @@
+"""What others measured: any records tree sorted into High, Medium and Low, with a reason for every folder.
+
+High: at least two seeds, within the budget, and better than the best earlier record of its track by two of its own
+standard deviations. Medium: better, but on one seed. Low: over the budget, or no better. Nothing is executed.
+"""
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from . import runner
+
+BUDGET = 16_000_000
+
+
+def score_of(entry: Any) -> float | None:
+    """The bits per byte of one seed's entry: a number, or a table that holds one."""
+    if isinstance(entry, dict):
+        for key in ("val_bpb", "ttt_bpb", "bpb", "final_bpb", "sliding_bpb", "val_bpb_exact"):
+            if isinstance(entry.get(key), (int, float)):
+                return float(entry[key])
+        return None
+    return float(entry) if isinstance(entry, (int, float)) and 0.2 < entry < 5 else None
+
+
+def seeds_of(table: dict) -> dict[str, float]:
+    """Per-seed scores wherever a submission.json keeps them: {"1337": ...} or [{"seed": 1337, ...}] at any depth."""
+    found: dict[str, float] = {}
+    for value in table.values():
+        entries = []
+        if isinstance(value, dict):
+            entries = [(m[1], v) for k, v in value.items() if (m := re.fullmatch(r"(?:seed[_ ]?)?(\d{1,6})", str(k)))]
+            if not entries:
+                found = found or seeds_of(value)
+        elif isinstance(value, list):
+            entries = [(str(v["seed"]), v) for v in value if isinstance(v, dict) and "seed" in v]
+        scores = {k: s for k, v in entries if (s := score_of(v)) is not None}
+        found = scores if len(scores) > len(found) else found
+    return found
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """One record folder. Raises ValueError with the reason when it holds no score."""
+    try:
+        table = json.loads((folder / "submission.json").read_text())
+    except FileNotFoundError:
+        raise ValueError("no submission.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"submission.json: {error}") from None
+    if not isinstance(table, dict):
+        raise ValueError("submission.json holds no table")
+    seeds, logs = seeds_of(table), {}
+    for path in sorted(folder.glob("*.log")) + sorted(folder.glob("*.txt")):
+        finals = runner.parse_log(path.read_text("utf-8", "replace"))["finals"]
+        if finals and (m := re.search(r"seed[_-]?(\d+)", path.name)):
+            logs[m[1]] = finals[-1][1]
+    seeds = seeds if len(seeds) >= len(logs) else logs
+    bpb = next((float(table[k]) for k in ("val_bpb", "mean_val_bpb", "mean_bpb") if isinstance(
+        table.get(k), (int, float))), statistics.mean(seeds.values()) if seeds else None)
+    if bpb is None or not math.isfinite(bpb):
+        raise ValueError("no score in submission.json or logs")
+    size = next((int(table[k]) for k in ("bytes_total", "artifact_bytes", "total_bytes", "bytes") if isinstance(
+        table.get(k), (int, float))), None)
+    return dict(folder=folder.name, track=folder.parent.name, name=str(table.get("name", folder.name)), bpb=bpb,
+                date=str(table.get("date", folder.name))[:10], seeds=seeds, bytes=size)
+
+
+def bucket(record: dict, earlier: list[dict]) -> tuple[str, str]:
+    """(High, Medium or Low, why) of a record, given those of its track that came before."""
+    if record["bytes"] and record["bytes"] > BUDGET:
+        return "Low", f"{record['bytes']:,} bytes are over the budget"
+    if not earlier:
+        return "Medium", "the first of its track: nothing to compare with"
+    best = min(earlier, key=lambda r: r["bpb"])
+    delta = record["bpb"] - best["bpb"]
+    if delta >= 0:
+        return "Low", f"{delta:+.4f} against {best['folder']}"
+    if len(record["seeds"]) < 2:
+        return "Medium", f"{delta:+.4f} against {best['folder']}, on one seed"
+    spread = statistics.stdev(record["seeds"].values())
+    if -delta > 2 * spread:
+        return "High", f"{delta:+.4f} against {best['folder']}, {len(record['seeds'])} seeds of sd {spread:.4f}"
+    return "Medium", f"{delta:+.4f} against {best['folder']} is within two sd of {spread:.4f}"
+
+
+def harvest(root: Path) -> dict[str, Any]:
+    """Every folder below `root` that looks like a record, in order of date: parsed, or listed with the reason."""
+    folders = sorted({p.parent for name in ("submission.json", "train_gpt.py") for p in root.rglob(name)
+                      if p.parent != root and ".git" not in p.parts})
+    records, unparsed = [], []
+    for folder in folders:
+        try:
+            records.append(read_folder(folder))
+        except (ValueError, OSError) as error:
+            unparsed.append(dict(folder=folder.name, reason=str(error)))
+    records.sort(key=lambda r: (r["track"], r["date"], r["folder"]))
+    for i, record in enumerate(records):
+        earlier = [r for r in records[:i] if r["track"] == record["track"] and r["date"] < record["date"]]
+        record["bucket"], record["reason"] = bucket(record, earlier)
+    return dict(records=records, unparsed=unparsed, with_seeds=sum(len(r["seeds"]) > 1 for r in records))
+
+
+def text(found: dict) -> str:
+    """The harvest as a table."""
+    lines = [f"{r['bucket']:<7} {r['bpb']:.4f} {len(r['seeds'])} seeds  {r['folder']}: {r['reason']}"
+             for r in found["records"]]
+    lines += [f"unread  {u['folder']}: {u['reason']}" for u in found["unparsed"]]
+    return "\n".join([*lines, f"{len(found['records'])} records, {found['with_seeds']} with several seeds, "
+                      f"{len(found['unparsed'])} unread"])
