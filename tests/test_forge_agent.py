@@ -43,8 +43,8 @@ def test_answers_are_found_in_prose_and_wrappers(answer):
 
 
 @pytest.mark.parametrize("answer, reason", [
-    ("no idea", "no JSON object"), ("{not json", "no JSON object"), ('{"schema": "x", "env": {"A": 1}}', "schema: want"),
-    (json.dumps(GOOD | dict(env={})), "at least one knob"), (json.dumps(GOOD | dict(env=dict(A=[1]))), "table of knobs"),
+    ("no idea", "no JSON object"), ("{not json", "no JSON object"),
+    ('{"schema": "x", "env": {"A": 1}}', "schema: want"), (json.dumps(GOOD | dict(env={})), "at least one knob"), (json.dumps(GOOD | dict(env=dict(A=[1]))), "table of knobs"),
     (json.dumps(GOOD | dict(kind="patch")), "unified diff"), (json.dumps(GOOD | dict(kind="shell")), "env or patch")])
 def test_bad_answers_have_a_reason(answer, reason):
     with pytest.raises(ForgeError, match=reason):
@@ -137,12 +137,13 @@ def test_hostile_patches_of_the_real_script_are_refused(what, line, reason):
 
 
 @pytest.mark.parametrize("old, new, region", [
-    ("def score_model(", "def score_model_(", "section 9"), ("def code_bytes() -> int:", "def code_bytes_() -> int:",
-                                                            "section 8"),
+    ("def score_model(", "def score_model_(", "section 9"),
+    ("def code_bytes() -> int:", "def code_bytes_() -> int:", "section 8"),
     ("def byte_table(", "def byte_table_(", "section 3"), ("class Clock:", "class Clock_:", "Clock"),
     ("class EvalConfig:", "class EvalConfig_:", "EvalConfig"), ("def summary(", "def summary_(", "section 11")])
 def test_protected_regions_of_the_real_script_may_not_change(old, new, region):
-    patched = REAL.replace("class OptimConfig:\n", "class OptimConfig:\n    patch_gain: float = knob(0.0, \"g\", 0, 1)\n", 1)
+    head = "class OptimConfig:\n"
+    patched = REAL.replace(head, head + '    patch_gain: float = knob(0.0, "g", 0, 1)\n', 1)
     with pytest.raises(ForgeError, match="protected: .*" + region):
         guard.inspect_patch(REAL, guard.diff(REAL, patched.replace(old, new, 1)))
 

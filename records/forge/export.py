@@ -28,8 +28,8 @@ def export(c, track: str, title: str, author: str, out: Path | None = None) -> s
             raise ForgeError(f"run {run.key}: its folder is gone; run the configuration again on seed {seed}")
         folders.append(str(folder))
     low, high = confirmed["ci95"]
-    blurb = (f"Found by the forge in campaign {c.folder.name}: {report.label(x.change)}. Against the configuration that "
-             f"it was tested with: {confirmed['delta']:+.4f} [{low:+.4f}, {high:+.4f}] bits per byte on fresh seeds.")
+    blurb = (f"Found by the forge in campaign {c.folder.name}: {report.label(x.change)}. Against the configuration "
+             f"that it was tested with: {confirmed['delta']:+.4f} [{low:+.4f}, {high:+.4f}] bits per byte on fresh seeds.")
     command = [sys.executable, str(TOOLS), "new", *folders, "--name", title or c.folder.name, "--track", track,
                "--blurb", blurb, "--script", str(c.script(x.change))]
     command += ["--author", author] if author else []

@@ -21,8 +21,8 @@ from .space import clean_environment
 # What a patch may not touch: sections of train_gpt.py by number (runtime, data and bytes, artifact, evaluation, main)
 # and, wherever they stand, what is scored, how, and how it is reported.
 SECTIONS = (2, 3, 8, 9, 11)
-PROTECTED = ("RunConfig", "DataConfig", "EvalConfig", "GROUPS", "PRESETS", "RULES", "load", "parse_knob", "environment",
-             "Clock", "true_score", "model_bytes", "log_lines", "main")
+PROTECTED = ("RunConfig", "DataConfig", "EvalConfig", "GROUPS", "PRESETS", "RULES", "load", "parse_knob",
+             "environment", "Clock", "true_score", "model_bytes", "log_lines", "main")
 BANNED_NAMES = {"eval", "exec", "compile", "__import__", "globals", "vars", "setattr", "delattr", "breakpoint"}
 BANNED_MODULES = {"subprocess", "socket", "ctypes", "pickle", "marshal", "shelve", "urllib", "http", "requests",
                   "asyncio", "multiprocessing", "threading", "shutil", "inspect", "gc", "builtins", "importlib", "signal"}

@@ -1,0 +1,134 @@
+"""Skills that ship are valid and fit the real script; records of others are sorted; a real campaign runs end to end."""
+import json
+import subprocess
+
+import forge_lab
+import pytest
+from conftest import ROOT, SCRIPT, clean_env
+from forge import ForgeError, export, harvest, runner, skillcheck, space
+from forge.campaign import load_skills
+from forge.ledger import Ledger
+from forge.state import replay
+
+SKILLS = ROOT / "records" / "forge" / "skills"
+GOOD = '---\nname: my-skill\ndescription: "Does: this. Use when that."\nmetadata:\n  forge-version: "1"\n---\n\nBody.\n'
+
+
+def test_shipped_skills_are_valid_and_fit_the_script():
+    assert skillcheck.check_all(SKILLS, SCRIPT, dict(PRESET="baseline+cpu")) == []
+    assert skillcheck.check(SKILLS.parent / "skill-forge") == []
+    tables = load_skills(SKILLS)
+    wanted = {"architecture-search", "optimizer-tuning", "schedule-shaping", "quantisation", "artifact-compression",
+              "eval-strategy", "tokenizer-choice", "systems-speed", "init-strategy", "training-dynamics"}
+    assert wanted <= set(tables)
+    owned = {name for table in tables.values() for name in table}
+    assert len(owned) >= 50 and not owned & {"SEED", "DATA_PATH", "EVAL", "VOCAB_SIZE", "MAX_WALLCLOCK_SECONDS"}
+
+
+@pytest.mark.parametrize("change, reason", [
+    (("my-skill\n", "MySkill\n"), "is not the folder's"), (('"Does: this. Use when that."', "Does: this"), "SKILL.md: "),
+    (('"Does: this. Use when that."', '""'), "1 to 1024 characters"), (("metadata:", "meta:"), "unknown keys meta"),
+    (('"1"', "1"), "table of texts"), (("---\nname", "name"), "no frontmatter"), (("Body.", "Body.\n" * 500), "500 lines")])
+def test_bad_skills_are_named(tmp_path, change, reason):
+    folder = tmp_path / "my-skill"
+    folder.mkdir()
+    (folder / "SKILL.md").write_text(GOOD)
+    assert skillcheck.check(folder) == []
+    (folder / "SKILL.md").write_text(GOOD.replace(*change))
+    assert any(reason in problem for problem in skillcheck.check(folder))
+
+
+def test_the_space_and_the_forecast_come_from_the_real_script(tmp_path):
+    env = dict(PRESET="baseline+tiny", THREADS="1")
+    described = space.describe(SCRIPT, env)
+    s = space.Space.build(described, load_skills(SKILLS), env)
+    assert s.knobs["NUM_LAYERS"].base == 3 and s.knobs["MATRIX_LR"].base == 0.04
+    assert s.normal(dict(BIGRAM_DIM=64)) == {}, "no effect without BIGRAM_BUCKETS"
+    assert s.normal(dict(BIGRAM_DIM=64, BIGRAM_BUCKETS=4096)) == dict(BIGRAM_BUCKETS="4096", BIGRAM_DIM="64")
+    tokens = s.resolve(dict(TRAIN_BATCH_TOKENS="2048"), dict(tokens=8192, steps=16))
+    assert tokens["ITERATIONS"] == "4", "a larger batch gets fewer steps on a rung of tokens"
+    deep = s.resolve(dict(NUM_LAYERS=5), dict(steps=8))
+    over = space.plan(SCRIPT, deep | dict(ARTIFACT_BUDGET_BYTES="1000"), tmp_path)
+    assert not over["ok"] and "over the budget" in over["reason"] and over["bytes"] > 1000 and over["flops"] > 1e5
+    bad = space.plan(SCRIPT, env | dict(NUM_HEADS="3"), tmp_path)
+    assert not bad["ok"] and "NUM_HEADS=3" in bad["reason"]
+    with pytest.raises(ForgeError, match="MATRIX_LR='x'"):
+        space.describe(forge_lab.FAKE, dict(MATRIX_LR="x"))
+
+
+def test_a_real_campaign_end_to_end(toy, tmp_path):
+    """Acceptance 19, scaled down to one experiment: the real script on real text, report, verify, replay."""
+    args = ["start", tmp_path / "c", "--preset", "baseline+tiny", "--experiments", 1, "--runs", 8]
+    for item in ("tokens=2048", "sentinel_runs=1", "prior_sigma=0.5"):
+        args += ["--rung", f"screen.{item}"]
+    for knob in (f"DATA_PATH={toy}", "THREADS=1", "NUMERICS=fp32", "ATTENTION=sdpa", "DEVICE=cpu"):
+        args += ["--knob", knob]
+    done = forge_lab.forge(*args, env=clean_env(), timeout=280)
+    assert done.returncode == 0 and "min left]" in done.stdout, done.stdout + done.stderr
+    state = replay(Ledger(tmp_path / "c" / "events.jsonl").read())
+    assert len(state.searches()) == 1 and len(state.plans) >= 1
+    first = next(iter(state.runs.values()))
+    assert 1 < first.score < 8
+    record = json.loads((tmp_path / "c" / "runs" / first.key / "metrics.json").read_text())
+    assert record["metrics"]["artifact_bytes"] > SCRIPT.stat().st_size and record["data"]["val_bytes"] > 1000
+    assert (tmp_path / "c" / "report.html").read_text().count("<svg") >= 6
+    again = forge_lab.forge("replay", tmp_path / "c", first.key, "--json", env=clean_env())
+    assert json.loads(again.stdout)["equal"], "fixed arithmetic and one thread: the same score to the last digit"
+
+
+# ---- Records of others -----------------------------------------------------------------------------------------------
+def record(root, name: str, table, track: str = "track", logs: dict | None = None):
+    folder = root / track / name
+    folder.mkdir(parents=True)
+    (folder / "submission.json").write_text(table if isinstance(table, str) else json.dumps(table))
+    for seed, bpb in (logs or {}).items():
+        (folder / f"train_seed{seed}.log").write_text(f"final_int8_zlib_roundtrip_exact val_loss:2.0 val_bpb:{bpb}\n")
+
+
+def test_records_are_sorted_with_reasons(tmp_path):
+    """Acceptance 18 on planted folders; every shape that the public tree has for per-seed scores."""
+    seeds = {"1": dict(val_bpb=1.199), "2": dict(val_bpb=1.201)}
+    record(tmp_path, "1_first", dict(val_bpb=1.22, date="2026-03-01", bytes_total=15_000_000))
+    record(tmp_path, "2_high", dict(val_bpb=1.20, date="2026-03-02", seed_results=seeds))
+    record(tmp_path, "3_medium", dict(val_bpb=1.19, date="2026-03-03"))
+    record(tmp_path, "4_low", dict(val_bpb=1.21, date="2026-03-04", seeds=[dict(seed=1, val_bpb=1.21)]))
+    record(tmp_path, "5_large", dict(val_bpb=1.10, date="2026-03-05", bytes_total=16_000_001))
+    record(tmp_path, "6_logs", dict(mean_bpb=1.05, date="2026-03-06"), logs={42: 1.0501, 314: 1.0499})
+    record(tmp_path, "7_broken", "{")
+    record(tmp_path, "8_empty", dict(name="x"))
+    found = harvest.harvest(tmp_path)
+    assert {r["folder"]: r["bucket"] for r in found["records"]} == {
+        "1_first": "Medium", "2_high": "High", "3_medium": "Medium", "4_low": "Low", "5_large": "Low", "6_logs": "High"}
+    assert {u["folder"] for u in found["unparsed"]} == {"7_broken", "8_empty"} and found["with_seeds"] == 2
+    assert all(r["reason"] for r in found["records"]) and harvest.harvest(tmp_path) == found
+    assert "no score" in harvest.text(found) and "over the budget" in harvest.text(found)
+
+
+def test_export_hands_the_confirmed_runs_to_the_records_tool(tmp_path, monkeypatch):
+    c = forge_lab.real(tmp_path, budget=dict(experiments=0))
+    with pytest.raises(ForgeError, match="nothing is confirmed yet"):
+        export.export(c, "non_record_16mb", "t", "a")
+    c.loop(60, pause=0.05)
+    change = dict(MATRIX_LR=0.022, MUON_MOMENTUM=0.98, SCALAR_LR=0.02)
+    c.record("resumed", after="")
+    name = c.open("confirm", change, "screen", parent={}, seeds=[1001, 1002, 1003], factors=[])
+    while not c.state.experiments[name].verdict:
+        c.decide()
+        c.launch()
+        c.ingest()
+    assert c.state.experiments[name].verdict["verdict"] == "confirmed" and c.state.champion == change
+    seen = []
+
+    def tool(command, **_):
+        seen.append(list(map(str, command)))
+        return subprocess.CompletedProcess(command, 0, "made a folder\n", "")
+    monkeypatch.setattr(export, "TOOLS", SCRIPT)
+    monkeypatch.setattr(export.subprocess, "run", tool)
+    assert export.export(c, "non_record_16mb", "A title", "An author", tmp_path / "out") == "made a folder"
+    command = seen[0]
+    folders = command[command.index("new") + 1:command.index("--name")]
+    assert len(folders) == 3 and all((tmp_path / f / "model.golf").exists() for f in folders)
+    scores = [runner.parse_log((tmp_path / f).with_suffix(".out").read_text())["finals"][0][1] for f in folders]
+    assert scores == c.state.experiments[name].verdict["scores_new"]
+    with pytest.raises(ForgeError, match="--track x: want one of"):
+        export.export(c, "x", "t", "a")
