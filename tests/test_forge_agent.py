@@ -44,8 +44,10 @@ def test_answers_are_found_in_prose_and_wrappers(answer):
 
 @pytest.mark.parametrize("answer, reason", [
     ("no idea", "no JSON object"), ("{not json", "no JSON object"),
-    ('{"schema": "x", "env": {"A": 1}}', "schema: want"), (json.dumps(GOOD | dict(env={})), "at least one knob"), (json.dumps(GOOD | dict(env=dict(A=[1]))), "table of knobs"),
-    (json.dumps(GOOD | dict(kind="patch")), "unified diff"), (json.dumps(GOOD | dict(kind="shell")), "env or patch")])
+    ('{"schema": "x", "env": {"A": 1}}', "schema: want"), (json.dumps(GOOD | dict(env={})), "at least one knob"),
+    (json.dumps(GOOD | dict(env=dict(A=[1]))), "table of knobs"),
+    (json.dumps(GOOD | dict(kind="patch")), "unified diff"),
+    (json.dumps(GOOD | dict(kind="shell")), "env or patch")])
 def test_bad_answers_have_a_reason(answer, reason):
     with pytest.raises(ForgeError, match=reason):
         agent.read_hypothesis(answer)

@@ -154,13 +154,14 @@ def test_kendall_equals_scipy_with_ties():
 
 
 def test_transfer_speaks_only_when_it_knows():
-    """Acceptance 13: class A correlates 0.95, class B -0.3, 16 configurations, 200 repeats."""
+    """Acceptance 13: class A correlates 0.95, class B -0.3, 16 configurations. Both words come in 90 % of cases; 400
+    repeats may miss that by two standard errors."""
     rng, right = np.random.default_rng(7), {0.95: 0, -0.3: 0}
-    for _ in range(200):
+    for _ in range(400):
         for rho, word in ((0.95, "transfers"), (-0.3, "does not transfer")):
             x, y = rng.multivariate_normal([0, 0], [[1, rho], [rho, 1]], 16).T
-            right[rho] += ladder.transfer(x, y, draws=300)["word"] == word
-    assert right[0.95] >= 180 and right[-0.3] >= 180, right
+            right[rho] += ladder.transfer(x, y, draws=200)["word"] == word
+    assert right[0.95] >= 348 and right[-0.3] >= 348, right
     assert ladder.transfer([1.0] * 7, [2.0] * 7) == dict(n=7, word="too few")
     assert ladder.transfer(list(range(9)), list(range(9)))["word"] == "unknown"
 

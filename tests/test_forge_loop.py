@@ -139,6 +139,19 @@ def test_a_chapter_ablation_drops_what_does_nothing(tmp_path):
     assert len(c.state.evidence["optimizer: lower rate"]) == 10 and meta.survivors(c.state)["schedule"] == 10
 
 
+def test_changes_named_by_hand_are_composed(tmp_path):
+    c = forge_lab.real(tmp_path, budget=dict(experiments=0))
+    done = forge_lab.forge("compose", c.folder, "MATRIX_LR=0.022", "MUON_MOMENTUM=0.98,SCALAR_LR=0.02", "INERT_A=0.9")
+    assert done.returncode == 0 and "e000001" in done.stdout, done.stderr
+    assert forge_lab.forge("compose", c.folder, "MATRIX_LR=0.022", "MATRIX_LR=0.03").returncode == 2
+    again = campaign.Campaign(c.folder)
+    x = again.state.experiments["e000001"]
+    assert len(x.factors) == 3 and x.change == dict(INERT_A=0.9, MATRIX_LR=0.022, MUON_MOMENTUM=0.98, SCALAR_LR=0.02)
+    again.loop(60, pause=0.05)
+    verdict = again.state.experiments["e000001"].verdict
+    assert verdict["verdict"] == "ablated" and [e["keep"] for e in verdict["effects"]][:2] == [True, True]
+
+
 def test_promotion_takes_the_best_third_and_some_by_lot(tmp_path):
     c = forge_lab.instant(tmp_path, rungs=dict(screen=dict(kill_s=20, prior_sigma=0.001, env={}), local=dict(
         kill_s=20, prior_sigma=0.001, env=dict(ITERATIONS="200"))), search=dict(rung="screen", promote_to="local"),

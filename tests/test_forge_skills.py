@@ -26,9 +26,11 @@ def test_shipped_skills_are_valid_and_fit_the_script():
 
 
 @pytest.mark.parametrize("change, reason", [
-    (("my-skill\n", "MySkill\n"), "is not the folder's"), (('"Does: this. Use when that."', "Does: this"), "SKILL.md: "),
+    (("my-skill\n", "MySkill\n"), "is not the folder's"),
+    (('"Does: this. Use when that."', "Does: this"), "SKILL.md: "),
     (('"Does: this. Use when that."', '""'), "1 to 1024 characters"), (("metadata:", "meta:"), "unknown keys meta"),
-    (('"1"', "1"), "table of texts"), (("---\nname", "name"), "no frontmatter"), (("Body.", "Body.\n" * 500), "500 lines")])
+    (('"1"', "1"), "table of texts"), (("---\nname", "name"), "no frontmatter"),
+    (("Body.", "Body.\n" * 500), "500 lines")])
 def test_bad_skills_are_named(tmp_path, change, reason):
     folder = tmp_path / "my-skill"
     folder.mkdir()

@@ -320,12 +320,33 @@ class Campaign:
         if self.exhausted(where, 2 * judge.FRESH):
             return False
         short = bool(self.exhausted(where, 2 * judge.FRESH + 4))
-        first = self.config["seeds"]["fresh_from"] + judge.FRESH * sum(
-            x.kind in ("confirm", "ablation") for x in state.experiments.values())
-        self.open("confirm", state.anchor, where, parent=state.champion, seeds=list(range(first, first + judge.FRESH)),
+        self.open("confirm", state.anchor, where, parent=state.champion, seeds=self.fresh_seeds(),
                   text="fresh seeds only: the reserve is all that is left" if short else over or "the gain is large",
                   factors=self.factors(), source="reserve" if short else "judge")
         return True
+
+    def fresh_seeds(self) -> list[int]:
+        """Seeds that no experiment has had."""
+        first = self.config["seeds"]["fresh_from"] + judge.FRESH * sum(
+            x.kind in ("confirm", "ablation", "compose") for x in self.state.experiments.values())
+        return list(range(first, first + judge.FRESH))
+
+    def compose(self, changes: list[dict]) -> str:
+        """Open an interaction test of several changes of the anchor that were named by hand; returns its name. Raises
+        ForgeError when they overlap or are not 2 to 11."""
+        values, factors = self.space.values(self.state.anchor), []
+        for change in map(self.space.normal, changes):
+            knobs = {n: [values[n], v] for n, v in change.items() if values[n] != v}
+            twice = set(knobs) & {n for f in factors for n in f["knobs"]}
+            if twice or not knobs:
+                raise ForgeError(f"{', '.join(sorted(twice))}: in two changes" if twice else "a change changes nothing")
+            skill = self.space.knobs[min(knobs)].skill
+            factors.append(dict(exp="hand", skill=skill, knobs=knobs, claim=meta.claim_name(skill, knobs, self.space)))
+        if not 2 <= len(factors) <= 11:
+            raise ForgeError(f"{len(factors)} changes: want 2 to 11")
+        whole = self.space.normal(toggled(self.state.anchor, factors, [1] * len(factors)))
+        return self.open("compose", whole, self.config["search"]["rung"], parent=self.state.anchor, source="human",
+                         seeds=self.fresh_seeds()[:1], factors=factors, text="which of these help together")
 
     def factors(self) -> list[dict]:
         """The chapter's moves as independent switches: which knobs, from what, to what. A knob that was moved twice
@@ -368,7 +389,7 @@ class Campaign:
                 seeds = self.config["seeds"]["judge"][:pairs]
                 new, old = (state.scores(c, x.rung, seeds) for c in (x.change, x.parent))
                 test = judge.compare(new, old, state.noise(x.rung)) if new and old else None
-                return self.close(x, "refuted", f"not better on {pairs} common seed{'s' * (pairs > 1)}", pairs=pairs,
+                return self.close(x, "refuted", f"no clear gain on {pairs} common seed{'s' * (pairs > 1)}", pairs=pairs,
                                   **back, **self.numbers(test))
         arms = [self.gather(x, [(c, x.rung, s) for s in x.seeds]) for c in (x.change, x.parent)]
         if None in arms:
@@ -408,8 +429,8 @@ class Campaign:
         factors = last.verdict["factors"][:11]
         if len(factors) < 2 or self.exhausted(last.rung, 12) or not self.config["loop"]["ablation"]:
             return False
-        first = self.config["seeds"]["fresh_from"] + judge.FRESH * len(studies)
-        self.open("ablation", self.state.champion, last.rung, parent=last.parent, seeds=[first], factors=factors,
+        self.open("ablation", self.state.champion, last.rung, parent=last.parent, seeds=self.fresh_seeds()[:1],
+                  factors=factors,
                   source="judge", text=f"effects of {len(factors)} moves of {last.id}")
         return True
 

@@ -29,7 +29,8 @@ def export(c, track: str, title: str, author: str, out: Path | None = None) -> s
         folders.append(str(folder))
     low, high = confirmed["ci95"]
     blurb = (f"Found by the forge in campaign {c.folder.name}: {report.label(x.change)}. Against the configuration "
-             f"that it was tested with: {confirmed['delta']:+.4f} [{low:+.4f}, {high:+.4f}] bits per byte on fresh seeds.")
+             f"that it was tested with, on fresh seeds: {confirmed['delta']:+.4f} [{low:+.4f}, {high:+.4f}] bits per "
+             "byte.")
     command = [sys.executable, str(TOOLS), "new", *folders, "--name", title or c.folder.name, "--track", track,
                "--blurb", blurb, "--script", str(c.script(x.change))]
     command += ["--author", author] if author else []

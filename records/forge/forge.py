@@ -100,8 +100,6 @@ def run(asked):
     if c.state.stopped and (reason := c.state.stopped):
         c.record("resumed", after=reason)
     told = c.state.events
-    if asked.agent:
-        c.config["agent"]["cmd"] = asked.agent
 
     def progress():
         nonlocal told
@@ -232,6 +230,14 @@ def file_digest_of(text: str) -> str:
     """A short name for a text."""
     from forge.ledger import digest
     return digest(text, 12)
+
+
+def compose(asked):
+    """Which of several changes help together? Twelve runs on one fresh seed, by Plackett-Burman."""
+    from forge.ledger import locked
+    folder = campaign(asked.name).folder
+    with locked(folder / "tick.lock", busy=f"{asked.name}: another decider is at work"):
+        print(campaign(asked.name).compose([pairs(text.split(",")) for text in asked.changes]) + " is the next to run")
 
 
 def project(asked):
@@ -409,17 +415,16 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("--workers", type=int, default=1, help="runs at the same time")
         made.add_argument("--gpus-per-run", type=int, default=1)
         made.add_argument("--seed", type=int, default=1, help="of the proposals")
-        if function is init:
-            made.add_argument("--agent", default="", help="command that reads a prompt and answers with JSON")
+        made.add_argument("--agent", default="", help="command that reads a prompt and answers with JSON")
     for made in (verb(run), verbs.choices["start"]):
         made.add_argument("--hours", type=float, default=0.0, help="stop after this long, 0 = when the budget is used")
-        made.add_argument("--agent", default="", help="command that reads a prompt and answers with JSON")
     for function in (tick, status, transfer, verify, meta, playbook):
         verb(function)
     verb(report_, "report")
     for function in (show, project, replay):
         verb(function).add_argument("id")
     verbs.choices["project"].add_argument("--tokens", type=float, nargs="*", default=[])
+    verb(compose).add_argument("changes", nargs="+", metavar="KNOB=VALUE[,KNOB=VALUE]")
     made = verb(diff)
     made.add_argument("a")
     made.add_argument("b")

@@ -25,7 +25,8 @@ PROTECTED = ("RunConfig", "DataConfig", "EvalConfig", "GROUPS", "PRESETS", "RULE
              "environment", "Clock", "true_score", "model_bytes", "log_lines", "main")
 BANNED_NAMES = {"eval", "exec", "compile", "__import__", "globals", "vars", "setattr", "delattr", "breakpoint"}
 BANNED_MODULES = {"subprocess", "socket", "ctypes", "pickle", "marshal", "shelve", "urllib", "http", "requests",
-                  "asyncio", "multiprocessing", "threading", "shutil", "inspect", "gc", "builtins", "importlib", "signal"}
+                  "asyncio", "multiprocessing", "threading", "shutil", "inspect", "gc", "builtins", "importlib",
+                  "signal"}
 MAX_LINES = 400
 
 

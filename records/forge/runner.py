@@ -27,6 +27,7 @@ from .space import clean_environment
 
 STATUSES = ("ok", "crash", "oom", "timeout", "nan", "oversize", "tampered", "invalid", "interrupted", "pruned")
 MAX_ATTEMPTS = 3
+KILLED_FROM_OUTSIDE = (-9, -15, 137, 143)  # by a person or by the kernel for memory: tried again, three times in all
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 NUMBER = r"[-+.\deE]+|nan|inf|-inf"
 FINAL = re.compile(rf"^final:official variant:(\S+) val_loss:({NUMBER}) val_bpb:({NUMBER}) tokens:(\d+) bytes:(\d+)",
@@ -312,8 +313,11 @@ def supervise(folder: Path) -> dict | None:
         if attempt >= MAX_ATTEMPTS:
             return collect(folder, order, attempt, None, f"interrupted {attempt} times", now())
         started, order["begin"] = now(), time.time()
-        code, killed = run_attempt(folder, order, attempt + 1)
-        return collect(folder, order, attempt + 1, code, killed, started)
+        for attempt in range(attempt + 1, MAX_ATTEMPTS + 1):
+            code, killed = run_attempt(folder, order, attempt)
+            if killed or code not in KILLED_FROM_OUTSIDE:
+                break
+        return collect(folder, order, attempt, code, killed, started)
 
 
 class LocalRunner:
