@@ -2,6 +2,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -66,6 +68,32 @@ def test_a_base_that_does_not_run_stops_the_campaign_with_the_reason(tmp_path):
     c.loop(30, pause=0.05)
     assert "does not run" in c.state.stopped and "planted crash" in c.state.stopped
     assert c.state.searches() == []
+
+
+def test_a_failure_of_the_machine_can_be_tried_again(tmp_path):
+    c = forge_lab.real(tmp_path, dict(by_seed={"2": "crash"}), budget=dict(experiments=1), loop=dict(confirm="end"))
+    c.loop(30, pause=0.05)
+    assert "does not run" in c.state.stopped
+    key = next(k for k, r in c.state.runs.items() if r.record and r.record["status"] == "crash")
+    (c.script().parent / "tricks.json").unlink()
+    assert forge_lab.forge("retry", c.folder, key).returncode == 0
+    assert forge_lab.forge("retry", c.folder, "e000001").returncode == 2
+    again = campaign.Campaign(c.folder)
+    again.record("resumed", after="")
+    again.loop(60, pause=0.05)
+    assert len(again.state.searches()) == 1 and again.state.runs[key].score is not None
+    assert len(list((c.folder / "runs").glob(f"{key}.forgotten-*"))) == 1
+
+
+def test_a_missing_package_or_a_locked_folder_is_one_clear_error(tmp_path):
+    """Acceptance 17: -S hides every installed package."""
+    c = forge_lab.real(tmp_path)
+    command = [sys.executable, "-S", *forge_lab.FORGE[1:], "status", str(c.folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "is not installed: pip install" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "file").write_text("")
+    done = forge_lab.forge("init", tmp_path / "file" / "c", "--script", forge_lab.FAKE, "--skills", tmp_path / "skills")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
 def test_a_failed_experiment_costs_itself_only(tmp_path):

@@ -307,6 +307,22 @@ def replay(asked):
         f"then {then}, now {now} ({record['status']})")
 
 
+def retry(asked):
+    """Forget a failed run, so that it is run again: for failures of the machine, not of the configuration."""
+    from forge.ledger import locked
+    folder = campaign(asked.name).folder
+    with locked(folder / "tick.lock", busy=f"{asked.name}: another decider is at work"):
+        c = campaign(asked.name)
+        run = c.state.runs.get(asked.id)
+        if run is None or not run.finished or run.score is not None:
+            raise ForgeError(f"{asked.id}: want the key of a finished run that has no score")
+        place = c.folder / "runs" / run.key
+        if place.exists():
+            place.rename(place.with_name(f"{run.key}.forgotten-{c.state.events}"))
+        c.record("forgotten", key=run.key)
+    print(f"{asked.id} will be run again by `run {asked.name}`")
+
+
 def meta(asked):
     """The meta-layer's findings as of now, without recording them."""
     from forge import meta as m, report
@@ -421,7 +437,7 @@ def parser() -> argparse.ArgumentParser:
     for function in (tick, status, transfer, verify, meta, playbook):
         verb(function)
     verb(report_, "report")
-    for function in (show, project, replay):
+    for function in (show, project, replay, retry):
         verb(function).add_argument("id")
     verbs.choices["project"].add_argument("--tokens", type=float, nargs="*", default=[])
     verb(compose).add_argument("changes", nargs="+", metavar="KNOB=VALUE[,KNOB=VALUE]")
@@ -466,8 +482,14 @@ def main(arguments: list[str] | None = None) -> int:
         for line in re.split(r"\n", str(error)):
             print("error: " + line, file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         return 0
+    except OSError as error:  # disk full, folder read-only: the machine's fault, not a bug
+        print(f"error: {Path(error.filename or '.').name}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

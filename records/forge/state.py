@@ -98,6 +98,13 @@ class State:
     def on_finished(self, e):
         self.runs[e["key"]].record = e["record"]
 
+    def on_forgotten(self, e):
+        run = self.runs[e["key"]]
+        run.started, run.record = False, None
+        x = self.experiments[run.exp]
+        if x.kind in ("sentinel", "search") and x.verdict["verdict"] in ("failed", "reject"):
+            x.verdict = None  # to be judged anew; neither verdict had moved anything
+
     def on_planned(self, e):
         self.plans[e["cid"]] = e["plan"]
 
