@@ -119,6 +119,18 @@ def test_budgets_hold(tmp_path):
     assert "deadline" in c.state.stopped
 
 
+@pytest.mark.parametrize("part, value, status", [
+    ("host", {"class": "other"}, "invalid"),
+    ("data", dict(val_tokens=999, val_bytes=2500, tokenizer_sha256="x"), "tampered")])
+def test_scores_of_other_hosts_and_other_text_do_not_count(tmp_path, part, value, status):
+    c = forge_lab.instant(tmp_path, budget=dict(experiments=1), loop=dict(confirm="end"))
+    poll = c.runs.poll
+    c.runs.poll = lambda key: ("done", poll(key)[1] | ({part: value} if c.state.reference else {}))
+    state = forge_lab.finish(c)
+    assert [r.record["status"] for r in state.runs.values()] == ["ok"] * 3 + [status]
+    assert state.searches()[0].verdict["verdict"] == "reject" and state.searches()[0].verdict["delta"] is None
+
+
 def test_what_the_reserve_is_for(tmp_path):
     """When only the reserve is left, an unconfirmed anchor goes straight to fresh seeds."""
     for seed in range(6):

@@ -146,8 +146,8 @@ class Campaign:
         return changed
 
     def short(self, run, record: dict) -> dict:
-        """What the ledger keeps of a run's record; the rest stays in its folder. A score whose text, data or budget
-        are not the campaign's does not count."""
+        """What the ledger keeps of a run's record; the rest stays in its folder. A score of other text or from
+        another class of hosts does not count."""
         m = record["metrics"]
         kept = {k: record.get(k) for k in KEPT} | {k: m.get(k) for k in (
             "val_bpb", "val_loss", "val_bpb_prequant", "steps", "train_s", "step_ms", "artifact_bytes", "wall_s",
@@ -159,6 +159,9 @@ class Campaign:
             (r["val"] for r in self.state.reference.values()), None)
         if kept["status"] == "ok" and wanted and kept["val"] != wanted:
             kept |= dict(status="tampered", reason=f"scored {kept['val'][:2]} tokens and bytes, not {wanted[:2]}")
+        here = self.state.reference.get(run.rung, {}).get("host", kept["host"])
+        if kept["status"] == "ok" and kept["host"] != here:
+            kept |= dict(status="invalid", reason=f"ran on {kept['host']}; this rung is measured on {here}")
         if kept["status"] == "ok" and CODE in run.change:
             from . import guard
             reason = guard.rescore(self.script(), self.folder / "runs" / run.key, record)
@@ -593,6 +596,15 @@ DEFAULTS: dict[str, dict[str, Any]] = dict(
     agent=dict(cmd="", share=0.3, timeout_s=300.0, dollars_per_call=0.0, allow_unsandboxed=False))
 
 
+HEAD = """\
+# A campaign's limits. Edit at any time, also while it runs; name, seed, code and base are fixed. 0 or "" is no limit.
+# rungs: kill_s ends a run by force; env is added to every run; tokens, if given, makes runs equal in tokens.
+# search: rung of the search; confirm_rung "" is the same; anchor "sigma" or "greedy"; race_above is a noise.
+# loop: confirm "large" tests a large gain at once, "end" only when the budget is used.
+
+"""
+
+
 def read_config(path: Path) -> dict:
     """A campaign.toml with every default filled in. Raises ForgeError naming what is wrong."""
     try:
@@ -669,7 +681,7 @@ def create(folder: Path, script: Path, skills: Path, config: dict) -> Campaign:
         write_atomic(folder / "code" / code / "knobs.json", json.dumps(described))
         shutil.copytree(skills, folder / "skills", dirs_exist_ok=True)
         (folder / "runs").mkdir(exist_ok=True)
-        write_atomic(folder / "campaign.toml", to_toml(config))
+        write_atomic(folder / "campaign.toml", HEAD + to_toml(config))
     except (ForgeError, OSError) as error:
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)

@@ -107,7 +107,8 @@ def study_of(state: State, space: Space, sampler) -> optuna.Study:
 def sample(state: State, space: Space, skill: str, seed: int) -> dict[str, Any]:
     """A change of the anchor in some of the skill's knobs, by TPE over everything seen."""
     rng, names = np.random.default_rng(seed), [n for n, k in space.knobs.items() if k.skill == skill]
-    mine = {n: space.knobs[n] for n in rng.choice(names, 1 + rng.binomial(len(names) - 1, SUBSET), replace=False)}
+    chosen = rng.choice(len(names), 1 + rng.binomial(len(names) - 1, SUBSET), replace=False)
+    mine = {names[i]: space.knobs[names[i]] for i in chosen}
     anchor = space.values(state.anchor)
     fixed = {n: space.knobs[n].clip(v) for n, v in anchor.items() if n not in mine}
     ranges = ranges_of(state, skill)
