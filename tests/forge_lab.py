@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "records"))
 from forge import campaign as campaign_module  # noqa: E402
 from forge.ledger import Ledger  # noqa: E402
 from forge.space import Space  # noqa: E402
-from forge.state import State, replay  # noqa: E402
+from forge.state import State  # noqa: E402
 
 FORGE = [sys.executable, str(ROOT / "records" / "forge" / "forge.py")]
 FAKE = Path(fake_trainer.__file__)
@@ -126,5 +126,3 @@ def forge(*args, cwd: Path = ROOT, timeout: float = 120, env: dict | None = None
     """The command line in a process of its own."""
     return subprocess.run([*FORGE, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
                           env=env or dict(os.environ))
-
-

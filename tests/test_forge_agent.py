@@ -1,4 +1,5 @@
 """Agents and patches: whatever they answer, the loop goes on and no score is believed that was not earned."""
+import difflib
 import json
 import os
 import stat
@@ -14,12 +15,16 @@ SOURCE = forge_lab.FAKE.read_text()
 REAL = SCRIPT.read_text()
 
 
+def diff(old: str, new: str) -> str:
+    return "".join(difflib.unified_diff(old.splitlines(True), new.splitlines(True), "a/train_gpt.py", "b/train_gpt.py"))
+
+
 def with_knob(source: str, body: str, after: str, knob: str = "    patch_gain: float = knob(0.0, 0, 1)\n",
               at: str = "class OptimConfig:\n") -> str:
     """A unified diff that adds a knob and a line of code after a line of the script."""
     changed = source.replace(at, at + knob, 1).replace(after, after + body, 1)
     assert changed != source
-    return guard.diff(source, changed)
+    return diff(source, changed)
 
 
 def agent_script(tmp_path, text: str) -> str:
@@ -147,14 +152,14 @@ def test_protected_regions_of_the_real_script_may_not_change(old, new, region):
     head = "class OptimConfig:\n"
     patched = REAL.replace(head, head + '    patch_gain: float = knob(0.0, "g", 0, 1)\n', 1)
     with pytest.raises(ForgeError, match="protected: .*" + region):
-        guard.inspect_patch(REAL, guard.diff(REAL, patched.replace(old, new, 1)))
+        guard.inspect_patch(REAL, diff(REAL, patched.replace(old, new, 1)))
 
 
 def test_a_patch_needs_one_switch_and_must_apply():
     good = with_knob(REAL, "    pass\n", next(n for n in REAL.splitlines(True) if n.startswith("def full_speed(")),
                      '    patch_gain: float = knob(0.0, "a gain", 0, 1)\n', "class OptimConfig:\n")
     patched, switch = guard.inspect_patch(REAL, good)
-    assert switch == "PATCH_GAIN" and guard.diff(REAL, patched) == good
+    assert switch == "PATCH_GAIN" and diff(REAL, patched) == good
     cases = ((good.replace("patch_gain: float = knob", "patch_gain: float = tap"), "exactly one knob"),
              (good.replace("train_gpt.py", "tests/conftest.py"), "of train_gpt.py and of nothing else"),
              (good.replace(" class OptimConfig", " class OptimConfigs"), "does not apply at line"),

@@ -4,7 +4,6 @@ numeric proposer answers instead, so that the loop never waits for a language mo
 """
 import json
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -14,7 +13,7 @@ from typing import Any
 
 from . import ForgeError, guard, propose
 from .ledger import write_atomic
-from .space import CODE, clean_environment, config_id
+from .space import CODE, config_id
 
 SCHEMA = "forge.hypothesis/1"
 PROMPT_BYTES, ANSWER_BYTES = 24_000, 1 << 20
@@ -215,5 +214,3 @@ def next_hypothesis(c) -> dict | None:
         if "no answer in" in complaint or "exit code" in complaint:
             return None  # repairing what does not answer only doubles the wait
     return None
-
-

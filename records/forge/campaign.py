@@ -12,7 +12,7 @@ from typing import Any, Callable
 from . import ForgeError, judge, meta, propose, runner, space as space_module
 from .ledger import Ledger, digest, file_digest, locked, now, write_atomic
 from .space import CODE, Space, config_id
-from .state import Experiment, State, replay
+from .state import Experiment, replay
 
 STUDIES = ("confirm", "ablation", "compose", "promote")
 KEPT = ("status", "reason", "attempt", "exit_code", "log_sha256")  # of a run's record, in the ledger
@@ -53,7 +53,6 @@ class Campaign:
         self.runs = runs or runner.LocalRunner(self.folder / "runs")
         self.plan = plan or self.run_plan
         self._space: Space | None = None
-        self.think = None  # an agent, see agent.py
 
     @property
     def config(self) -> dict[str, Any]:

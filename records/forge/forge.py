@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path[0] = str(HERE.parent)  # so that `forge` is this package and not this file
 from forge import ForgeError  # noqa: E402
-from forge.ledger import Ledger, file_digest, write_atomic  # noqa: E402
+from forge.ledger import file_digest, write_atomic  # noqa: E402
 
 ROOT = HERE.parents[1]
 # What a rung is called with, per device; times are limits, not wishes.
@@ -398,6 +398,24 @@ def bench(asked):
         ROOT / "tests").glob("test_forge*.py")))], cwd=ROOT).returncode)
 
 
+def describe_campaign(made: argparse.ArgumentParser):
+    """The arguments that a new campaign takes."""
+    made.add_argument("--preset", default="baseline+cpu", help="where the search begins, as PRESET of train_gpt.py")
+    made.add_argument("--knob", action="append", default=[], metavar="NAME=VALUE", help="fixed for every run")
+    made.add_argument("--rung", action="append", default=[], metavar="RUNG.NAME=VALUE",
+                      help="of a rung: a knob in capitals, or tokens, kill_s, stall_s, sentinel_runs, nproc")
+    made.add_argument("--on", default="screen", help="rung of the search")
+    made.add_argument("--promote-to", default="", help="rung that the best third is measured on as well")
+    made.add_argument("--experiments", type=int, default=40)
+    made.add_argument("--minutes", type=float, default=0.0, help="device minutes, 0 = no limit")
+    made.add_argument("--runs", type=int, default=0, help="processes, 0 = no limit")
+    made.add_argument("--deadline", default="", help="UTC time such as 2026-12-01T08:00:00Z")
+    made.add_argument("--workers", type=int, default=1, help="runs at the same time")
+    made.add_argument("--gpus-per-run", type=int, default=1)
+    made.add_argument("--seed", type=int, default=1, help="of the proposals")
+    made.add_argument("--agent", default="", help="command that reads a prompt and answers with JSON")
+
+
 def parser() -> argparse.ArgumentParser:
     """Every verb and its arguments."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -418,20 +436,7 @@ def parser() -> argparse.ArgumentParser:
     for function in (init, start):
         made = verb(function)
         scripted(made)
-        made.add_argument("--preset", default="baseline+cpu", help="where the search begins, as PRESET of train_gpt.py")
-        made.add_argument("--knob", action="append", default=[], metavar="NAME=VALUE", help="fixed for every run")
-        made.add_argument("--rung", action="append", default=[], metavar="RUNG.NAME=VALUE",
-                          help="of a rung: a knob in capitals, or tokens, kill_s, stall_s, sentinel_runs, nproc")
-        made.add_argument("--on", default="screen", help="rung of the search")
-        made.add_argument("--promote-to", default="", help="rung that the best third is measured on as well")
-        made.add_argument("--experiments", type=int, default=40)
-        made.add_argument("--minutes", type=float, default=0.0, help="device minutes, 0 = no limit")
-        made.add_argument("--runs", type=int, default=0, help="processes, 0 = no limit")
-        made.add_argument("--deadline", default="", help="UTC time such as 2026-12-01T08:00:00Z")
-        made.add_argument("--workers", type=int, default=1, help="runs at the same time")
-        made.add_argument("--gpus-per-run", type=int, default=1)
-        made.add_argument("--seed", type=int, default=1, help="of the proposals")
-        made.add_argument("--agent", default="", help="command that reads a prompt and answers with JSON")
+        describe_campaign(made)
     for made in (verb(run), verbs.choices["start"]):
         made.add_argument("--hours", type=float, default=0.0, help="stop after this long, 0 = when the budget is used")
     for function in (tick, status, transfer, verify, meta, playbook):

@@ -4,7 +4,6 @@ The static gates are a filter, not a proof. What protects the score is that patc
 write only to its run folder, and that its artifact is scored again by the unpatched script.
 """
 import ast
-import difflib
 import hashlib
 import os
 import platform
@@ -236,8 +235,3 @@ def doctor(script: Path) -> dict[str, str]:
         "predicted_bytes" in text) else "prints no final:official or predicted_bytes line"
     found["protected"] = f"{len(protected_digest(text))} regions"
     return found
-
-
-def diff(old: str, new: str) -> str:
-    """A unified diff of train_gpt.py."""
-    return "".join(difflib.unified_diff(old.splitlines(True), new.splitlines(True), "a/train_gpt.py", "b/train_gpt.py"))

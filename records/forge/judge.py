@@ -113,9 +113,3 @@ def effects(design: np.ndarray, scores: Sequence[float], noise: Noise) -> list[T
     """Each change's own effect: mean with it minus mean without it."""
     y = np.asarray(scores, float)
     return [compare(y[column > 0], y[column < 0], noise) for column in design.T]
-
-
-def welch(new: Sequence[float], old: Sequence[float], margin: float = 0.0) -> float:
-    """One-sided p that the new mean is not lower than the old by more than `margin` (Welch's unequal variances)."""
-    from scipy.stats import ttest_ind
-    return float(ttest_ind(np.asarray(new) + margin, old, equal_var=False, alternative="less").pvalue)

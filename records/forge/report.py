@@ -251,6 +251,19 @@ def table(head: list[str], rows: list[list]) -> str:
             + f"</tr></thead><tbody>{body}</tbody></table>")
 
 
+def headline(state, d: dict) -> str:
+    """What the campaign may claim, in two sentences."""
+    confirmed, base = d["confirmed"], d["scores"]["base"]
+    claim = "Nothing is confirmed yet: what the search found so far may be luck. "
+    if confirmed:
+        low, high = confirmed["ci95"]
+        n = len(confirmed["seeds_used"])
+        claim = (f"is better than what it was tested against by <b>{-confirmed['delta']:.4f}</b> bits per byte "
+                 f"[{-high:.4f}, {-low:.4f}] on {n} + {n} fresh seeds ({confirmed['exp']}). ")
+    return (f"<p class=big>{html.escape(label(state.champion))}</p><p>{claim}The base scores "
+            f"{base if base is not None else float('nan'):.4f}; one run's noise is {d['noise'][0]:.4f}.</p>")
+
+
 def page(c) -> str:
     """The whole report."""
     state, d = c.state, summary(c)
@@ -263,16 +276,9 @@ def page(c) -> str:
                     (x.verdict or {}).get("delta"), (x.verdict or {}).get("reason", ""),
                     label({n: v for n, v in x.change.items() if x.parent.get(n) != v}),
                     " ".join(r.key for r in state.runs.values() if r.exp == x.id)] for x in state.experiments.values()]
-    confirmed = d["confirmed"]
-    head = (f"<p class=big>{html.escape(label(state.champion))}</p><p>" + (
-        f"is better than what it was tested against by <b>{-confirmed['delta']:.4f}</b> bits per byte "
-        f"[{-confirmed['ci95'][1]:.4f}, {-confirmed['ci95'][0]:.4f}] on {len(confirmed['seeds_used'])} + "
-        f"{len(confirmed['seeds_used'])} fresh seeds ({confirmed['exp']}). " if confirmed else
-        "Nothing is confirmed yet: what the search found so far may be luck. ")
-        + f"The base scores {d['scores']['base'] or float('nan'):.4f}; one run's noise is {d['noise'][0]:.4f}.</p>")
     stand = summary_text(d).splitlines()[0] + (f" · stopped: {state.stopped}" if state.stopped else "")
     parts = [f"<h1>{html.escape(d['name'])}</h1><p class=muted>{now()} · {html.escape(stand)}</p><h2>Champion</h2>",
-             head]
+             headline(state, d)]
 
     def section(title: str, *body: str, note: str = ""):
         parts.append(f"<h2>{title}</h2>" + (f"<p class=muted>{note}</p>" if note else "") + "".join(body))

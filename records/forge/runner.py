@@ -25,7 +25,6 @@ from . import ForgeError
 from .ledger import file_digest, locked, now, write_atomic
 from .space import clean_environment
 
-STATUSES = ("ok", "crash", "oom", "timeout", "nan", "oversize", "tampered", "invalid", "interrupted", "pruned")
 MAX_ATTEMPTS = 3
 KILLED_FROM_OUTSIDE = (-9, -15, 137, 143)  # by a person or by the kernel for memory: tried again, three times in all
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
