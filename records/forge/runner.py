@@ -329,8 +329,7 @@ class LocalRunner:
         """Put the order on the disk and start its supervisor."""
         folder = self.runs / order["key"]
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "run.json").exists():
-            write_atomic(folder / "run.json", json.dumps(order, indent=1))
+        write_atomic(folder / "run.json", json.dumps(order, indent=1))
         entry = Path(__file__).with_name("forge.py")
         with open(folder / "supervisor.out", "ab") as out:
             self.children[order["key"]] = subprocess.Popen(
