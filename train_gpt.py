@@ -40,10 +40,10 @@ import statistics
 import struct
 import sys
 import time
-import timeit
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from timeit import repeat
 from typing import Any, Callable, Iterator, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch: spinning threads starve each other on a busy machine
@@ -62,8 +62,8 @@ def optional_import(name: str):
 
 brotli, tqdm, zstandard = optional_import("brotli"), optional_import("tqdm"), optional_import("zstandard")
 
-
-SCRIPT = Path(__file__).resolve()
+SCRIPT = Path(__file__).resolve()  # what is shipped; a wrapper (records/tools.py pack) imports this text as its own
+WRAPPED = __spec__ is not None and __spec__.origin != __file__
 
 
 class UserError(ValueError):
@@ -877,7 +877,7 @@ class Runtime:
 def log_header(cfg: Config, rt: Runtime):
     """The first lines of a log: what code, which configuration, on what."""
     source = SCRIPT.read_bytes()
-    rt.log(f"audit:code sha256:{hashlib.sha256(source).hexdigest()} wrapped:0 bytes:{len(source)}")
+    rt.log(f"audit:code sha256:{hashlib.sha256(source).hexdigest()} wrapped:{int(WRAPPED)} bytes:{len(source)}")
     gpu = torch.cuda.get_device_name() if rt.device.type == "cuda" else "none"
     host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
     rt.log(f"audit:env python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
@@ -1356,7 +1356,7 @@ SOFTCAPS = {"tanh": softcapped_cross_entropy, "shifted": ShiftedSoftcapLoss.appl
 
 def best_time(run: Callable[[], Any], repeats: int = 3) -> float:
     """Shortest of `repeats` timings in seconds, after one warm-up."""
-    return min(timeit.repeat(run, number=1, repeat=repeats + 1)[1:])
+    return min(repeat(run, number=1, repeat=repeats + 1)[1:])
 
 
 def fastest_cpu_mode(log: Callable[[str], None]) -> str:

@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Records that can be trusted: every number of a record is taken from what its runs left behind.
+
+    python records/tools.py pack                       the script as the small single file that is shipped
+    python records/tools.py unpack FILE                print what a wrapped script holds, without running it
+
+Every command takes --help, and --json for machines. Exit code 0: done, nothing found; 1: a check failed; 2: a mistake
+in the input.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+RECORDS = Path(__file__).resolve().parent
+SCRIPT = RECORDS.parent / "train_gpt.py"
+sys.path.insert(0, str(RECORDS / "toolkit"))
+
+
+def pack(asked) -> int:
+    """Write the wrapper of a script."""
+    import pack as tool
+    if asked.out.resolve() == asked.script.resolve():
+        raise ValueError(f"--out {asked.out}: is the script itself")
+    result = tool.pack_file(asked.script, asked.out)
+    show(asked, result, f"{result['out']}: {result['raw_bytes']:,} -> {result['packed_bytes']:,} bytes")
+    return 0
+
+
+def unpack(asked) -> int:
+    """Print the innermost script of a wrapper."""
+    import pack as tool
+    sys.stdout.buffer.write(tool.unwrapped(asked.file.read_bytes()))
+    return 0
+
+
+def show(asked, result, text: str):
+    """A result as JSON or as text."""
+    print(json.dumps(result, indent=1) if asked.json else text)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line: one sub-command per function above."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(work, *names: str):
+        sub = commands.add_parser(work.__name__, help=work.__doc__.splitlines()[0], description=work.__doc__)
+        sub.add_argument("--json", action="store_true", help="print JSON")
+        sub.set_defaults(work=work)
+        for name in names:
+            sub.add_argument(name, type=Path)
+        return sub
+
+    sub = command(pack)
+    sub.add_argument("script", type=Path, nargs="?", default=SCRIPT)
+    sub.add_argument("--out", type=Path, required=True, help="where the wrapper goes")
+    command(unpack, "file")
+    return parser
+
+
+def main() -> int:
+    """Run one command; a mistake in the input is one line, never a traceback."""
+    asked = arguments().parse_args()
+    try:
+        return asked.work(asked)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}"
+    except (ValueError, SyntaxError) as error:
+        message = str(error)
+    except ImportError as error:
+        message = f"{error.name} is not installed; see requirements.txt"
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
