@@ -3,6 +3,7 @@
 
     python records/tools.py pack                       the script as the small single file that is shipped
     python records/tools.py unpack FILE                print what a wrapped script holds, without running it
+    python records/tools.py check DIR                  judge a record folder, anybody's, by dated rules
 
 Every command takes --help, and --json for machines. Exit code 0: done, nothing found; 1: a check failed; 2: a mistake
 in the input.
@@ -34,6 +35,14 @@ def unpack(asked) -> int:
     return 0
 
 
+def check(asked) -> int:
+    """Judge a record folder by dated rules; nothing of it is executed. Exit code 1 when a binding rule is broken."""
+    import check as tool
+    result = tool.check(asked.folder)
+    show(asked, result, tool.as_text(result))
+    return 0 if result["passed"] else 1
+
+
 def show(asked, result, text: str):
     """A result as JSON or as text."""
     print(json.dumps(result, indent=1) if asked.json else text)
@@ -56,6 +65,7 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument("script", type=Path, nargs="?", default=SCRIPT)
     sub.add_argument("--out", type=Path, required=True, help="where the wrapper goes")
     command(unpack, "file")
+    command(check, "folder")
     return parser
 
 
