@@ -96,9 +96,10 @@ def whole(found: list[str]) -> list[int]:
 
 def read_claims(text: str) -> list[Claim]:
     """Every line with val_loss and val_bpb in the order of the log."""
-    line = re.compile(rf"^([^\n]{{0,200}}?)\bval_loss:\s*{NUMBER}\s+val_bpb:\s*{NUMBER}([^\n]{{0,200}})", re.MULTILINE)
+    line = re.compile(rf"(.{{0,200}}?)\bval_loss:\s*{NUMBER}\s+val_bpb:\s*{NUMBER}(.{{0,200}})")
+    found = [line.match(part) for part in text.split("\n") if "val_bpb" in part]
     claims = []
-    for label, loss, bpb, rest in line.findall(text):
+    for label, loss, bpb, rest in (m.groups() for m in found if m):
         time = re.search(rf"\beval_time:\s*{NUMBER}\s*(ms|s|m)?\b", rest)
         claims.append(Claim(label.strip(), float(loss), float(bpb), float(time[1]) * SECONDS[time[2] or ""]
                             if time else None))
