@@ -4,6 +4,7 @@
     python records/tools.py pack                       the script as the small single file that is shipped
     python records/tools.py unpack FILE                print what a wrapped script holds, without running it
     python records/tools.py check DIR                  judge a record folder, anybody's, by dated rules
+    python records/tools.py compare BASE NEW ...       is NEW better than BASE? record folders, or runs joined by commas
 
 Every command takes --help, and --json for machines. Exit code 0: done, nothing found; 1: a check failed; 2: a mistake
 in the input.
@@ -43,6 +44,14 @@ def check(asked) -> int:
     return 0 if result["passed"] else 1
 
 
+def compare(asked) -> int:
+    """Compare groups of runs: one-sided Welch with the 0.005-nat margin, power, paired documents; Holm for chains."""
+    import compare as tool
+    results = tool.compare_all([asked.base, *asked.new], asked.paired, asked.margin)
+    show(asked, results, "\n\n".join(tool.as_text(r, len(results) > 1) for r in results))
+    return 0
+
+
 def show(asked, result, text: str):
     """A result as JSON or as text."""
     print(json.dumps(result, indent=1) if asked.json else text)
@@ -66,6 +75,11 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="where the wrapper goes")
     command(unpack, "file")
     command(check, "folder")
+    sub = command(compare)
+    sub.add_argument("base", help="record folder, or run folders joined by commas")
+    sub.add_argument("new", nargs="+", help="the same; several make a chain, each compared with the one before")
+    sub.add_argument("--paired", action="store_true", help="pair by seed; refused outside one lineage")
+    sub.add_argument("--margin", type=float, default=0.005, help="nats per token (default 0.005)")
     return parser
 
 

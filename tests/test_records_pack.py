@@ -61,7 +61,8 @@ def test_help_and_complaints_are_those_of_the_script(wrapper, tmp_path):
     env = clean_env(XDG_CACHE_HOME=tmp_path)
     done = subprocess.run([sys.executable, str(wrapper), "--help"], env=env, capture_output=True, text=True)
     assert done.stdout == train_gpt.help_text(markdown=False) + "\n"
-    wrong = subprocess.run([sys.executable, str(wrapper)], env=env | {"NUM_LAYERS": "x"}, capture_output=True, text=True)
+    wrong = subprocess.run([sys.executable, str(wrapper)], env=env | dict(NUM_LAYERS="x"), capture_output=True,
+                           text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: NUM_LAYERS='x'")
 
 

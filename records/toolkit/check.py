@@ -169,8 +169,8 @@ def too_good(folder: Folder) -> Findings:
     for g in folder.seed_logs:
         before, final = g.before_quantisation, g.official
         if before and final and 0 < final.bpb < TOO_GOOD * before.bpb:
-            yield Finding(f"{final.bpb:.4f} bits per byte after {before.bpb:.4f} before quantisation: more than windows "
-                          "and adaptation give", g.name, False)
+            yield Finding(f"{final.bpb:.4f} bits per byte after {before.bpb:.4f} before quantisation: more than "
+                          "windows and adaptation give", g.name, False)
 
 
 # Claims and seeds.
@@ -321,8 +321,8 @@ def programs(folder: Folder) -> Findings:
         words = texts(call).split() if runs_program(name) else []
         if words and words[0] not in readme and not PROGRAM.search(texts(call)) \
                 and words[0] not in ("nvidia-smi", "git", "python", "python3", "-c", "-m", "lscpu"):
-            yield Finding(f"line {call.lineno}: {name} runs {words[0]!r}, which README.md does not name", "train_gpt.py",
-                          False)
+            yield Finding(f"line {call.lineno}: {name} runs {words[0]!r}, which README.md does not name",
+                          "train_gpt.py", False)
 
 
 def side_code(folder: Folder) -> Findings:
@@ -501,8 +501,8 @@ def compliance(folder: Folder) -> Findings:
 CHECKS: dict[str, Callable[[Folder], Findings]] = {f.__name__: f for f in (
     cap, shipped_size, training_time, last_step, hessian_time, evaluation_time, all_evaluations, implied_bytes,
     scored_once, too_good, headline, best_seed, spread, claimed_sizes, seed_count, seed_repeated, mixed_seeds,
-    mixed_shards, overlap, code_hash, unknown_options, network, programs, side_code, local_imports, packages, slot, etlb,
-    casefold, warmup_on_validation, files, parses, other_pythons, inside, folder_name, fields, machine_paths, evidence,
+    mixed_shards, overlap, code_hash, unknown_options, network, programs, side_code, local_imports, packages, slot,
+    etlb, casefold, warmup_on_validation, files, parses, other_pythons, inside, folder_name, fields, machine_paths, evidence,
     compliance)}
 CHECKS |= dict(audit_suffix_swap=functools.partial(audit, "suffix_swap"),
                audit_target_swap=functools.partial(audit, "target_swap"),

@@ -2,7 +2,7 @@
 
 The wrapper is itself a Python file. It decompresses the script, writes the text into a private cache folder under its
 sha256 and imports it from there, because Triton and `inspect` read the source of functions from a file. `__file__` of
-the imported text is the wrapper, so what the script says about its own size, hash and folder is true of what is shipped.
+the imported text is the wrapper: what the script says about its own size, hash and folder is true of what is shipped.
 """
 import ast
 import base64
