@@ -5,6 +5,7 @@
     python records/tools.py unpack FILE                print what a wrapped script holds, without running it
     python records/tools.py check DIR                  judge a record folder, anybody's, by dated rules
     python records/tools.py compare BASE NEW ...       is NEW better than BASE? record folders, or runs joined by commas
+    python records/tools.py new RUN ... --name NAME    a record folder from run folders, one per seed
 
 Every command takes --help, and --json for machines. Exit code 0: done, nothing found; 1: a check failed; 2: a mistake
 in the input.
@@ -44,6 +45,15 @@ def check(asked) -> int:
     return 0 if result["passed"] else 1
 
 
+def new(asked) -> int:
+    """Make a record folder of finished runs of one configuration, one run folder per seed."""
+    import snapshot as tool
+    wanted = tool.Wanted(**{f: getattr(asked, f) for f in tool.Wanted.__dataclass_fields__})
+    place = tool.new(asked.runs, asked.script, asked.records, wanted)
+    show(asked, dict(folder=str(place)), f"{place}")
+    return 0
+
+
 def compare(asked) -> int:
     """Compare groups of runs: one-sided Welch with the 0.005-nat margin, power, paired documents; Holm for chains."""
     import compare as tool
@@ -75,6 +85,18 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="where the wrapper goes")
     command(unpack, "file")
     command(check, "folder")
+    sub = command(new)
+    sub.add_argument("runs", type=Path, nargs="+", help="run folders, one per seed")
+    sub.add_argument("--name", required=True, help="short name of the record, no score in it")
+    sub.add_argument("--track", choices=("non_record_16mb", "10min_16mb"), default="non_record_16mb")
+    for name, text in (("author", "name of the author"), ("github-id", "account of the author"),
+                       ("blurb", "one paragraph: what is new"), ("date", "YYYY-MM-DD; else that of the last run"),
+                       ("left-out", "why finished runs of the same configuration are not in the record")):
+        sub.add_argument(f"--{name}", help=text)
+    sub.add_argument("--keep-artifacts", action="store_true", help="copy model.golf of every seed")
+    sub.add_argument("--data", type=Path, help="folder of the runs' shards, for smoke/; else where the log had it")
+    sub.add_argument("--script", type=Path, default=SCRIPT, help="the script that ran; else the repository's")
+    sub.add_argument("--records", type=Path, default=RECORDS, help="where records lie")
     sub = command(compare)
     sub.add_argument("base", help="record folder, or run folders joined by commas")
     sub.add_argument("new", nargs="+", help="the same; several make a chain, each compared with the one before")

@@ -137,8 +137,10 @@ def test_pairs_only_within_a_lineage(tmp_path):
     other = group(tmp_path, "2026-05-03_C", 0.01, knobs=dict(num_layers=12))
     single = str(Record(RUNS[:1], name="2026-05-04_D").write(tmp_path))
     paired = json.loads(run(base, new, "--paired", "--json").stdout)[0]
-    free = json.loads(run(base, new, "--json").stdout)[0]
-    assert paired["test"] == "paired_one_sided" and paired["p_any_gain"] < free["p_any_gain"]
+    gains = 0.01 * np.array([1, 1.05, 1.1])
+    assert paired["test"] == "paired_one_sided" and paired["gain_bpb"] == pytest.approx(gains.mean(), abs=1e-6)
+    half = 4.302653 * gains.std(ddof=1) / math.sqrt(3)  # t of 0.975 with two degrees of freedom
+    assert (paired["high"] - paired["low"]) / 2 == pytest.approx(half, rel=1e-3)
     for wrong, reason in ((other, "other num_layers"), (single, "other seeds")):
         done = run(base, wrong, "--paired")
         assert done.returncode == 2 and reason in done.stderr

@@ -226,8 +226,8 @@ def as_text(r: dict[str, Any], chain: bool = False) -> str:
     if r["pooled_sd"]:
         needed = [str(n or "more than 200") for n in (r["seeds_needed_any"], r["seeds_needed_margin"])]
         lines.append(f"power            with a seed's deviation of {r['pooled_sd']:.5f} these seeds reach p < 0.01 "
-                     f"from {r['smallest_significant']:.5f} on; to show this gain in 4 of 5 tries takes {needed[0]} seeds "
-                     f"each, beyond the margin {needed[1]}")
+                     f"from {r['smallest_significant']:.5f} on; to show this gain in 4 of 5 tries takes {needed[0]} "
+                     f"seeds each, beyond the margin {needed[1]}")
     for d in r["documents"]:
         lines.append(f"documents        seed {d['seed']}: {d['gain']:+.5f} ({d['low']:+.5f} to {d['high']:+.5f}, p = "
                      f"{d['p']:.2g}, {d['documents']:,} documents), "

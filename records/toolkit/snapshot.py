@@ -1,0 +1,393 @@
+"""Make a record folder out of run folders: every number comes from what the runs left, nothing is typed in.
+
+A folder appears whole or not at all: it is put together beside its place, judged by `check`, and then moved.
+"""
+import ast
+import datetime
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from check import check
+from logs import FREE, Log, read_log
+from pack import parsed, unwrapped
+
+CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600.0
+TRACKS = ("non_record_16mb", "10min_16mb")
+SMOKE_TOKENS = dict(train=30_000, val=3_000)  # of the runs' own text, for ./launch.sh +tiny
+OF_ONE_RUN = ("run_mode", "run_id", "runs_dir", "seed", "resume", "artifact", "data_path", "tokenizer_path")
+OF_A_MACHINE = ("device", "numerics", "attention", "compile", "threads")
+BLURB = "(No description.)"
+STATEMENTS = {True: "These are leaderboard conditions.",
+              False: "These are scaled-down runs, not leaderboard scores: another text, size or machine than the "
+                     "competition's."}
+
+
+@dataclass
+class Run:
+    """One finished run folder."""
+    folder: Path
+    log: Log
+    preset: str
+    knobs: dict[str, dict[str, Any]]  # {name: {value, origin}}
+
+
+@dataclass
+class Wanted:
+    """What only a person can say about a record."""
+    name: str
+    track: str = TRACKS[0]
+    author: str | None = None
+    github_id: str | None = None
+    blurb: str | None = None
+    date: str | None = None
+    left_out: str | None = None   # why runs of the same configuration are not part of the record
+    keep_artifacts: bool = False
+    data: Path | None = None      # folder of the runs' shards, for smoke/
+
+
+def read_run(folder: Path) -> Run:
+    """Read one run folder. Raises ValueError when it is none or not finished."""
+    for name in ("log.txt", "config.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: no {name}; not a run folder")
+    log, config = read_log(folder / "log.txt"), json.loads((folder / "config.json").read_text())
+    if not log.finished or not log.official.label.startswith("final:official"):
+        raise ValueError(f"{folder}: its log has no final:official line; the run is not finished")
+    return Run(folder, log, config["preset"], config["knobs"])
+
+
+def same_setup(a: Run, b: Run) -> bool:
+    """Whether two runs differ in nothing but the seed and places."""
+    return a.preset == b.preset and a.log.code_sha256 == b.log.code_sha256 and not differing(a, b)
+
+
+def differing(a: Run, b: Run) -> list[str]:
+    return sorted(k for k in a.knobs.keys() | b.knobs.keys() if not FREE.fullmatch(k) and k not in OF_ONE_RUN
+                  and a.knobs.get(k, {}).get("value") != b.knobs.get(k, {}).get("value"))
+
+
+def refuse(runs: list[Run], script: bytes, wanted: Wanted):
+    """Raise ValueError for every reason not to make a record of these runs."""
+    first, wrong = runs[0], []
+    digest = hashlib.sha256(script).hexdigest()
+    seeds = [r.log.seed for r in runs]
+    wrong += [f"seed {s} stands for {seeds.count(s)} runs" for s in sorted(set(seeds)) if seeds.count(s) > 1]
+    for run in runs:
+        if names := differing(first, run):
+            wrong.append(f"{run.folder}: {', '.join(n.upper() for n in names[:6])} differ from {first.folder.name}")
+        if run.preset != first.preset:
+            wrong.append(f"{run.folder}: preset {run.preset}, not {first.preset}")
+        if run.log.code_sha256 != [digest]:
+            wrong.append(f"{run.folder}: made by code {', '.join(h[:12] for h in run.log.code_sha256)}, the script is "
+                         f"{digest[:12]}; name the right one with --script")
+        for what in ("manifest", "val_tokens", "val_bytes", "coverage", "tokenizer_sha256"):
+            if getattr(run.log, what) != getattr(first.log, what):
+                wrong.append(f"{run.folder}: {what} differs from {first.folder.name}: not the same text")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,48}", wanted.name, re.ASCII) or re.search(r"[01]\.\d{3}", wanted.name):
+        wrong.append(f"--name {wanted.name!r}: want at most 49 letters, digits, . _ + - and no score")
+    if wanted.date and not re.fullmatch(r"20\d\d-\d\d-\d\d", wanted.date):
+        wrong.append(f"--date {wanted.date!r}: want YYYY-MM-DD")
+    if (others := left_out(runs)) and not wanted.left_out:
+        wrong.append(f"runs of the same configuration are left out: {', '.join(others[:6])}; a record has every seed "
+                     "that was run, or says why with --left-out")
+    if wrong:
+        raise ValueError("\n       ".join(wrong))
+
+
+def left_out(runs: list[Run]) -> list[str]:
+    """Names of finished runs beside the given ones that differ from them in nothing but the seed."""
+    used, found = {r.folder.resolve() for r in runs}, []
+    for folder in sorted({p for r in runs for p in r.folder.resolve().parent.iterdir()} - used):
+        try:
+            if same_setup(runs[0], read_run(folder)):
+                found.append(folder.name)
+        except (ValueError, KeyError, OSError):
+            continue
+    return found
+
+
+# submission.json: historical core keys, then the evidence.
+def seed_result(run: Run, wanted: Wanted) -> dict[str, Any]:
+    """What one seed reached, and the files that show it."""
+    g, before = run.log, run.log.before_quantisation
+    result = dict(
+        val_bpb=g.official.bpb, val_loss=g.official.loss, pre_quant_val_bpb=before and before.bpb,
+        pre_quant_val_loss=before and before.loss, steps=g.steps,
+        train_time_ms=g.train_seconds and round(g.train_seconds * 1e3),
+        eval_time_ms=g.eval_seconds and round(g.eval_seconds * 1e3), artifact_bytes=max(g.total_bytes),
+        log=f"train_seed{g.seed}.log", log_sha256=g.sha256, artifact_sha256=g.artifact_sha256)
+    for name, what, keep in (("doc_loss.npy", "doc_loss", True), ("model.golf", "artifact", wanted.keep_artifacts)):
+        if keep and (run.folder / name).is_file():
+            kept = f"{Path(name).stem}_seed{g.seed}{Path(name).suffix}"
+            result |= {what: kept, f"{what}_sha256": file_sha256(run.folder / name)}
+    return result
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def at_most(values: list[float | None], limit: float) -> bool | None:
+    """Whether all values are known and within a limit; None when one is unknown."""
+    return None if None in values else max(values) <= limit
+
+
+def hardware(log: Log) -> str:
+    """Words for the machine of a log."""
+    world, gpu = log.environment.get("world_size", "1"), log.environment.get("gpu", "none")
+    return f"{world}x{gpu}" if gpu != "none" else f"CPU, {log.environment.get('threads', '?')} threads x {world}"
+
+
+def submission(runs: list[Run], script: bytes, wanted: Wanted, date: str) -> dict[str, Any]:
+    """The generated submission.json: unknown is null, the score is the mean, deviations are those of a sample."""
+    logs = [r.log for r in runs]
+    scores, losses = [g.official.bpb for g in logs], [g.official.loss for g in logs]
+    several = len(runs) > 1
+    worst = max(logs, key=lambda g: max(g.total_bytes))
+    phases = {name: round(max(g.phases.get(name, 0.0) for g in logs) * 1e3) for name in logs[0].phases}
+    return dict(
+        author=wanted.author, github_id=wanted.github_id, name=wanted.name.replace("_", " "), date=date,
+        track=wanted.track, blurb=wanted.blurb, technique_summary=runs[0].preset, attribution=None,
+        val_bpb=statistics.mean(scores), val_loss=statistics.mean(losses),
+        val_bpb_std=statistics.stdev(scores) if several else None,
+        val_loss_std=statistics.stdev(losses) if several else None, seeds=[g.seed for g in logs],
+        seed_results={str(r.log.seed): seed_result(r, wanted) for r in runs},
+        bytes_total=max(worst.total_bytes), bytes_code=len(script), bytes_model=worst.model_bytes,
+        hardware=hardware(logs[0]), pytorch_version=logs[0].environment.get("torch"),
+        python_version=logs[0].environment.get("python"),
+        wallclock_seconds=max((g.train_seconds for g in logs if g.train_seconds), default=None),
+        eval_time_seconds=max((g.eval_seconds for g in logs if g.eval_seconds), default=None),
+        step_stop=max((g.steps for g in logs if g.steps), default=None),
+        compliance=dict(
+            artifact_under_16mb=max(worst.total_bytes) <= CAP_BYTES,
+            train_under_600s=at_most([g.train_seconds for g in logs], BUDGET_SECONDS),
+            eval_under_600s=at_most([g.eval_seconds for g in logs], BUDGET_SECONDS), score_first_ttt=None, no_slot=None,
+            no_etlb=None, no_ngram_cache=None, no_pre_quant_ttt=None, three_seeds=len(runs) >= 3),
+        evidence=dict(
+            schema=1, code_sha256=hashlib.sha256(script).hexdigest(), code_wrapped=unwrapped(script) != script,
+            data_manifest=logs[0].manifest, tokenizer_sha256=logs[0].tokenizer_sha256, val_tokens=logs[0].val_tokens,
+            val_bytes=logs[0].val_bytes, implied_bytes=round(logs[0].implied_bytes), scored_once=logs[0].scored_once,
+            coverage_sha256=logs[0].coverage, variant=logs[0].official.label.removeprefix("final:official variant:"),
+            model_params=logs[0].parameters, phases_ms=phases, left_out=wanted.left_out, audits=[], statistics=None))
+
+
+# launch.sh and smoke/.
+def set_by_overlay(script: bytes, overlay: str) -> set[str]:
+    """Knobs that an overlay of a script's PRESETS sets, read from its text."""
+    tree = parsed(unwrapped(script))
+    pairs = [(k, v) for n in ast.walk(tree) if isinstance(n, ast.Dict) for k, v in zip(n.keys, n.values)]
+    return {w.arg for k, v in pairs if isinstance(k, ast.Constant) and k.value == overlay
+            for w in ast.walk(v) if isinstance(w, ast.keyword) and w.arg}
+
+
+def launch_script(runs: list[Run], tiny: set[str]) -> str:
+    """A shell script with the exact settings. With an overlay, knobs that the overlay shrinks and those that belong to
+    a machine are left to it."""
+    first, shrinks = runs[0], tiny | set(OF_A_MACHINE)
+    typed = {k: v["value"] for k, v in first.knobs.items() if v["origin"] == "environment" and k not in OF_ONE_RUN}
+
+    def lines(chosen: list[str]) -> list[str]:
+        values = {k: int(typed[k]) if isinstance(typed[k], bool) else typed[k] for k in chosen}
+        return [f"export {k.upper()}={shlex.quote(str(v))}" for k, v in values.items()]
+    fixed, own = lines([k for k in typed if k in shrinks]), lines([k for k in typed if k not in shrinks])
+    ranks = int(first.log.environment.get("world_size", 1))
+    start = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} train_gpt.py" if ranks > 1 \
+        else "train_gpt.py"
+    text = text_folder(first)
+    return "\n".join([
+        "#!/usr/bin/env bash",
+        "# The exact settings of these runs. Usage: ./launch.sh [SEED] [+OVERLAY], for example ./launch.sh +tiny",
+        "# The text is looked for in DATA_PATH, then where the runs had it; +tiny is content with smoke/.",
+        "set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")"', f"seed={first.log.seed} overlay=",
+        'for word in "$@"; do case "$word" in +*) overlay=$word ;; *) seed=$word ;; esac; done',
+        f'export PRESET="{first.preset}$overlay" SEED="$seed"', *own,
+        *(['if [ -z "$overlay" ]; then', *(f"  {line}" for line in fixed), "fi"] if fixed else []),
+        'if [ -z "${DATA_PATH:-}" ]; then',
+        '  if [ "$overlay" = +tiny ] && [ -d smoke ]; then export DATA_PATH=smoke',
+        *([f'  elif [ -f ../../../{text}/../../build_sample.py ]; then',
+           f'    "${{PYTHON:-python}}" ../../../{text}/../../build_sample.py > /dev/null',
+           f"    export DATA_PATH=../../../{text}"] if text.endswith("/sample_sp1024") else
+          [f"  elif [ -d ../../../{text} ]; then export DATA_PATH=../../../{text}"] if text else []),
+        '  else echo "error: set DATA_PATH to the folder of the shards" >&2; exit 2; fi', "fi",
+        f'if [ -n "$overlay" ]; then exec "${{PYTHON:-python}}" train_gpt.py; fi',
+        f'exec "${{PYTHON:-python}}" {start}', ""])
+
+
+def text_folder(run: Run) -> str:
+    """Where the run's log says that its shards lay in the repository; empty when they lay elsewhere."""
+    text = run.folder.joinpath("log.txt").read_text(errors="replace")
+    found = re.search(r"^val_loader:shards pattern=(data/[\w./-]+)/fineweb_val_\*\.bin ", text, re.MULTILINE)
+    return found[1] if found and ".." not in found[1] else ""
+
+
+def write_smoke(data: Path, out: Path) -> bool:
+    """A few tokens of the runs' own text and its tokenizer; False when the text is not at hand."""
+    models = sorted(data.glob("*.model"))
+    if not all(any(data.glob(f"fineweb_{split}_*.bin")) for split in SMOKE_TOKENS) or len(models) != 1:
+        return False
+    out.mkdir()
+    for split, count in SMOKE_TOKENS.items():
+        shard = min(data.glob(f"fineweb_{split}_*.bin"))
+        header = np.fromfile(shard, "<i4", 256)
+        tokens = np.fromfile(shard, "<u2", count, offset=1024)
+        header[2] = len(tokens)
+        (out / f"fineweb_{split}_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    shutil.copyfile(models[0], out / models[0].name)
+    return True
+
+
+# README.md: tables between markers, from submission.json and the files alone.
+def row(*cells) -> str:
+    return "| " + " | ".join("unknown" if c is None else str(c) for c in cells) + " |"
+
+
+def seconds(milliseconds: float | None) -> str | None:
+    return None if milliseconds is None else f"{milliseconds / 1e3:,.1f}"
+
+
+def seed_table(s: dict[str, Any]) -> str:
+    lines = [row("seed", "steps", "ms/step", "bpb before quantisation", "**bpb**", "nats per token", "bytes",
+                 "training s", "evaluation s"), "|---" * 9 + "|"]
+    for seed, r in s["seed_results"].items():
+        pace = r["train_time_ms"] and r["steps"] and f"{r['train_time_ms'] / r['steps']:.2f}"
+        lines.append(row(seed, r["steps"], pace, r["pre_quant_val_bpb"] and f"{r['pre_quant_val_bpb']:.4f}",
+                         f"**{r['val_bpb']:.6f}**", f"{r['val_loss']:.6f}", f"{r['artifact_bytes']:,}",
+                         seconds(r["train_time_ms"]), seconds(r["eval_time_ms"])))
+    spread = f" ± {s['val_bpb_std']:.6f}" if s["val_bpb_std"] is not None else ""
+    return "\n".join([*lines, row("mean", "", "", "", f"**{s['val_bpb']:.6f}**{spread}", f"{s['val_loss']:.6f}",
+                                  f"{s['bytes_total']:,} (largest)", "", "")])
+
+
+def headline(s: dict[str, Any]) -> str:
+    spread = f" ± {s['val_bpb_std']:.4f}" if s["val_bpb_std"] is not None else ""
+    return (f"**{s['val_bpb']:.4f}{spread} bits per byte** ({s['evidence']['variant']}, {len(s['seeds'])} "
+            f"seed{'s' * (len(s['seeds']) > 1)}, {s['bytes_total']:,} bytes, {s['hardware']}, text of "
+            f"{s['evidence']['val_bytes']:,} bytes)")
+
+
+def settings(s: dict[str, Any]) -> str:
+    e = s["evidence"]
+    phases = ", ".join(f"{name} {milliseconds / 1e3:.1f}" for name, milliseconds in e["phases_ms"].items())
+    return "\n".join([row("what", "value"), "|---|---|", row("preset", f"`{s['technique_summary']}`"),
+                      row("parameters", e["model_params"] and f"{e['model_params']:,}"),
+                      row("code bytes", f"{s['bytes_code']:,}{' (packed)' if e['code_wrapped'] else ''}"),
+                      row("model bytes", s["bytes_model"] and f"{s['bytes_model']:,}"),
+                      row("tokens scored", f"{e['val_tokens']:,}"), row("data manifest", f"`{e['data_manifest']}`"),
+                      row("seconds by phase (longest of the seeds)", phases),
+                      row("left out", e["left_out"] or "nothing"),
+                      row("torch, Python", f"{s['pytorch_version']}, {s['python_version']}")])
+
+
+def compliance(s: dict[str, Any]) -> str:
+    rule = dict(artifact_under_16mb="W1", train_under_600s="W2", eval_under_600s="W2", score_first_ttt="C3",
+                no_slot="C14", no_etlb="C15", no_ngram_cache="C6", no_pre_quant_ttt="C9", three_seeds="W6")
+    shown = {True: "yes", False: "no", None: "unknown"}
+    lines = [row("what", "rule", "holds"), "|---|---|---|"]
+    lines += [row(name, rule[name], shown[value]) for name, value in s["compliance"].items()]
+    lines += [row(f"audit {a['id']}", "", a["status"]) for a in s["evidence"]["audits"]]
+    return "\n".join(lines)
+
+
+def statistics_text(s: dict[str, Any]) -> str:
+    t = s["evidence"]["statistics"]
+    if not t:
+        return "Compared with nothing yet: `python records/tools.py compare BASE THIS`."
+    return (f"Against {t['baseline']}: {t['delta_nats_per_token']:+.5f} nats per token ({t['test']}, p = "
+            f"{t['p_value']:.2g} for more than {t['margin_nats_per_token']} nats, n = {t['n']}).")
+
+
+def tables(s: dict[str, Any], names: list[str]) -> dict[str, str]:
+    """Every generated part of a README."""
+    return dict(headline=headline(s), seeds=seed_table(s), settings=settings(s), compliance=compliance(s),
+                statistics=statistics_text(s), setup=f"Runs made on {s['hardware']} with torch {s['pytorch_version']}; "
+                "`pip install -r requirements.txt` first.", files="\n".join(f"- `{n}`" for n in names))
+
+
+def between_markers(text: str, parts: dict[str, str]) -> str:
+    """A text with each part put between its markers. Raises ValueError when a marker is missing."""
+    for name, part in parts.items():
+        begin, end = f"<!-- generated: {name} -->\n", "<!-- end -->"
+        head, found, rest = text.partition(begin)
+        if not found or end not in rest:
+            raise ValueError(f"no marker for {name}")
+        text = f"{head}{begin}{part}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def file_names(folder: Path) -> list[str]:
+    """What a README lists: every file but itself."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != "README.md")
+
+
+def refreshed(folder: Path) -> str:
+    """A record's README with its tables as submission.json says now."""
+    s = json.loads((folder / "submission.json").read_text())
+    return between_markers((folder / "README.md").read_text(), tables(s, file_names(folder)))
+
+
+# Putting it together.
+def requirements(script: bytes, pinned: Path) -> str:
+    """Lines of the repository's requirements that the script imports."""
+    words = set(re.findall(r"\w+", unwrapped(script).decode("utf-8", "replace")))
+    lines = pinned.read_text().splitlines() if pinned.is_file() else []
+    return "\n".join(n for n in lines if re.split(r"[=<>~ ]", n)[0].replace("-", "_") in words) + "\n"
+
+
+def fill(folder: Path, runs: list[Run], script: bytes, wanted: Wanted, repository: Path):
+    """Write every file of a record into an empty folder."""
+    write = {"train_gpt.py": script, "launch.sh": launch_script(runs, set_by_overlay(script, "tiny")).encode()}
+    kept = {k: v for k, v in runs[0].knobs.items() if k not in OF_ONE_RUN}
+    write["config.json"] = json.dumps(dict(preset=runs[0].preset, knobs=kept), indent=1).encode()
+    write["requirements.txt"] = requirements(script, repository / "requirements.txt").encode()
+    info = submission(runs, script, wanted, folder.name[:10])
+    write["submission.json"] = json.dumps(info, indent=1).encode()
+    for name, content in write.items():
+        (folder / name).write_bytes(content)
+    (folder / "launch.sh").chmod(0o755)
+    for run in runs:
+        result = info["seed_results"][str(run.log.seed)]
+        for source, what in (("log.txt", "log"), ("doc_loss.npy", "doc_loss"), ("model.golf", "artifact")):
+            if what in result:
+                shutil.copyfile(run.folder / source, folder / result[what])
+    data = wanted.data or repository / (text_folder(runs[0]) or "-")
+    if not write_smoke(data, folder / "smoke") and wanted.data:
+        raise ValueError(f"--data {wanted.data}: no shards of both splits with one tokenizer")
+    template = Path(__file__).with_name("record.md").read_text()
+    filled = template.format(name=info["name"], blurb=wanted.blurb or BLURB,
+                             statement=STATEMENTS[wanted.track == "10min_16mb"])
+    (folder / "README.md").write_text(filled)
+    (folder / "README.md").write_text(refreshed(folder))
+
+
+def new(folders: list[Path], script: Path, records: Path, wanted: Wanted) -> Path:
+    """Make records/track_<track>/<date>_<name>/ and return it. Raises ValueError with every reason not to."""
+    runs = sorted((read_run(f) for f in folders), key=lambda r: r.log.seed)
+    code = script.read_bytes()
+    refuse(runs, code, wanted)
+    made = max((r.folder / "log.txt").stat().st_mtime for r in runs)
+    date = wanted.date or datetime.datetime.fromtimestamp(made, datetime.UTC).strftime("%Y-%m-%d")
+    place = records / f"track_{wanted.track}" / f"{date}_{wanted.name}"
+    if place.exists():
+        raise ValueError(f"{place}: exists already")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".track_{wanted.track}.", dir=records) as scratch:
+        folder = Path(scratch) / place.name
+        folder.mkdir()
+        fill(folder, runs, code, wanted, script.resolve().parent)
+        result = check(folder)
+        if not result["passed"]:
+            raise ValueError("check fails: " + "; ".join(f"{f['rule']} {f['file']} {f['evidence']}"
+                                                         for f in result["findings"] if f["level"] == "fail"))
+        os.rename(folder, place)
+    return place

@@ -1,0 +1,176 @@
+"""new: from real runs to a folder that check accepts and that runs alone; and everything it refuses."""
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SCRIPT, clean_env
+from running import launch, train, wait_until
+
+sys.path.insert(0, str(ROOT / "records" / "toolkit"))
+import check  # noqa: E402
+import snapshot  # noqa: E402
+
+TOOLS = [sys.executable, str(ROOT / "records" / "tools.py")]
+KNOBS = dict(PRESET="baseline+tiny", NUM_LAYERS=2, MATRIX_LR=0.03, CHECKPOINT_EVERY=0, ITERATIONS=50)
+
+
+@pytest.fixture(scope="module")
+def runs(toy, tmp_path_factory) -> list[Path]:
+    """Three seeds of one configuration."""
+    top = tmp_path_factory.mktemp("runs")
+    done = [train(toy, top, f"s{seed}", SEED=seed, **KNOBS) for seed in (1, 2, 3)]
+    assert not any(d.code for d in done), done[0].err
+    return [d.folder for d in done]
+
+
+def new(records: Path, runs: list[Path], *more, name: str = "Tiny_Runs"):
+    return subprocess.run([*TOOLS, "new", *map(str, runs), "--name", name, "--records", str(records), *map(str, more)],
+                          capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def record(runs, toy, tmp_path_factory) -> Path:
+    done = new(tmp_path_factory.mktemp("records"), runs, "--data", toy, "--date", "2026-11-21", "--keep-artifacts")
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
+def official(run: Path) -> tuple[float, float]:
+    found = re.search(r"^final:official \S+ val_loss:(\S+) val_bpb:(\S+)", (run / "log.txt").read_text(), re.MULTILINE)
+    return float(found[1]), float(found[2])
+
+
+def test_every_number_is_that_of_the_runs(record, runs):
+    s = json.loads((record / "submission.json").read_text())
+    scores = [official(r)[1] for r in runs]
+    assert record.parent.name == "track_non_record_16mb" and record.name == "2026-11-21_Tiny_Runs"
+    assert s["val_bpb"] == pytest.approx(statistics.mean(scores)) and s["seeds"] == [1, 2, 3]
+    assert s["val_bpb_std"] == pytest.approx(statistics.stdev(scores))
+    assert [r["val_bpb"] for r in s["seed_results"].values()] == scores
+    sizes = [(r / "model.golf").stat().st_size + SCRIPT.stat().st_size for r in runs]
+    assert s["bytes_total"] == max(sizes) and s["bytes_code"] == SCRIPT.stat().st_size
+    assert [r["artifact_bytes"] for r in s["seed_results"].values()] == sizes
+    assert s["compliance"]["no_slot"] is None and s["compliance"]["three_seeds"] is True
+    assert s["evidence"]["implied_bytes"] == s["evidence"]["val_bytes"] and s["author"] is None
+    assert (record / "train_gpt.py").read_bytes() == SCRIPT.read_bytes()
+    for seed, run in zip((1, 2, 3), runs):
+        assert (record / f"train_seed{seed}.log").read_bytes() == (run / "log.txt").read_bytes()
+    knobs = json.loads((record / "config.json").read_text())["knobs"]
+    assert knobs["matrix_lr"] == dict(value=0.03, origin="environment") and "seed" not in knobs
+
+
+def test_it_passes_check_with_nothing_to_say(record):
+    assert check.check(record)["findings"] == []
+
+
+def test_the_readme_is_generated_from_the_submission(record):
+    text = (record / "README.md").read_text()
+    assert text == snapshot.refreshed(record) and "not leaderboard scores" in text
+    s = json.loads((record / "submission.json").read_text())
+    for r in s["seed_results"].values():
+        assert f"{r['val_bpb']:.6f}" in text
+    with pytest.raises(ValueError, match="no marker"):
+        snapshot.between_markers(text.replace("<!-- generated: seeds -->", ""), dict(seeds="x"))
+
+
+def test_the_folder_runs_alone_in_an_empty_place(record, tmp_path):
+    """Without the repository, without a network where namespaces are to be had, by its own launch.sh."""
+    alone = tmp_path / "alone" / record.name
+    shutil.copytree(record, alone)
+    apart = ["unshare", "-rn"]
+    isolated = apart if subprocess.run([*apart, "true"], capture_output=True).returncode == 0 else []
+    done = subprocess.run([*isolated, "bash", str(alone / "launch.sh"), "2", "+tiny"], capture_output=True, text=True,
+                          env=clean_env(PYTHON=sys.executable, THREADS=1, PYTHONPATH=""), cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr + done.stdout[-500:]
+    assert "seed:2" in done.stdout and "final:official" in done.stdout
+    assert "config:NUM_LAYERS=3 (tiny)" in next((alone / "runs").glob("*/log.txt")).read_text()
+    wrong = subprocess.run(["bash", str(alone / "launch.sh")], capture_output=True, text=True, cwd=tmp_path,
+                           env=clean_env(PYTHON=sys.executable))
+    assert wrong.returncode == 2 and "DATA_PATH" in wrong.stderr
+
+
+def test_launch_repeats_the_run(record, runs, toy, tmp_path):
+    """The same settings, bit for bit: NUM_LAYERS and MATRIX_LR came from the environment."""
+    env = clean_env(PYTHON=sys.executable, DATA_PATH=toy, RUNS_DIR=tmp_path, RUN_ID="again")
+    done = subprocess.run(["bash", str(record / "launch.sh"), "2"], capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert official(tmp_path / "again") == official(runs[1])
+
+
+def edited(run: Path, to: Path, **changes: str) -> Path:
+    """A copy of a run folder with texts replaced in its files, {file: (old, new)}."""
+    shutil.copytree(run, to)
+    for name, (old, fresh) in changes.items():
+        path = to / name.replace("_", ".")
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, fresh))
+    return to
+
+
+def test_it_refuses(runs, toy, tmp_path):
+    """Mixed settings, a seed twice, another script, another text, an unfinished run, a run left out; in one message."""
+    mixed = edited(runs[1], tmp_path / "mixed", config_json=('"value": 0.03', '"value": 0.04'))
+    digest = re.search(r"audit:code sha256:(\w+)", (runs[1] / "log.txt").read_text())[1]
+    foreign = edited(runs[1], tmp_path / "foreign", log_txt=(digest, digest[::-1]))
+    other_text = edited(runs[1], tmp_path / "text", log_txt=("manifest:", "manifest:ff"))
+    cut = edited(runs[1], tmp_path / "cut", log_txt=("final:official", "partial"))
+    twice = edited(runs[0], tmp_path / "twice")
+    for chosen, message in (([runs[0], mixed], "MATRIX_LR differ"), ([runs[0], twice], "seed 1 stands for 2 runs"),
+                            ([runs[0], foreign], "made by code"), ([runs[0], other_text], "not the same text"),
+                            ([runs[0], cut], "not finished"), (runs[:2], "left out: s3"),
+                            ([tmp_path], "not a run folder")):
+        done = new(tmp_path / "records", chosen, "--data", toy)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    done = new(tmp_path / "records", runs, name="Best_1.0611")
+    assert done.returncode == 2 and "no score" in done.stderr
+    done = new(tmp_path / "records", runs, "--data", toy, "--track", "10min_16mb")
+    assert done.returncode == 2 and "check fails: W7" in done.stderr  # a toy text is no leaderboard text
+    assert not list((tmp_path / "records").glob("*/*")) and not list((tmp_path / "records").glob(".track*"))
+
+
+def test_a_run_left_out_needs_a_reason_which_is_shown(runs, toy, tmp_path):
+    done = new(tmp_path, runs[:2], "--data", toy, "--left-out", "the third was interrupted by hand")
+    assert done.returncode == 0, done.stderr
+    assert "the third was interrupted by hand" in (Path(done.stdout.strip()) / "README.md").read_text()
+
+
+def test_an_interrupted_run_makes_the_same_record(runs, toy, tmp_path):
+    """Stopped by a signal and resumed: nothing of the record differs but times and hashes of logs."""
+    knobs = dict(KNOBS, SEED=1)
+    process = launch(toy, tmp_path, "run", **knobs)
+    log = tmp_path / "run" / "log.txt"
+    wait_until(process, lambda: log.exists() and "step:6/" in log.read_text())
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert train(toy, tmp_path, "run", RESUME="auto", **knobs).code == 0
+    found = []
+    for i, run in enumerate((runs[0], tmp_path / "run")):
+        done = new(tmp_path / f"records_{i}", [run], "--data", toy, "--date", "2026-11-21", "--left-out", "test")
+        assert done.returncode == 0, done.stderr
+        folder = Path(done.stdout.strip())
+        s = json.loads((folder / "submission.json").read_text())
+        free = re.compile(r".*time.*|wallclock_seconds|log_sha256|phases_ms")
+        found.append((drop(s, free), json.loads((folder / "config.json").read_text()),
+                      (folder / "launch.sh").read_text()))
+    assert "resumed:step" in log.read_text() and found[0] == found[1]
+
+
+def drop(value, pattern):
+    """A JSON value without keys that match."""
+    if isinstance(value, dict):
+        return {k: drop(v, pattern) for k, v in value.items() if not pattern.fullmatch(k)}
+    return value
+
+
+@pytest.mark.parametrize("folder", sorted(ROOT.glob("records/track_*/*/submission.json")), ids=lambda p: p.parent.name)
+def test_committed_records_pass_and_are_current(folder):
+    assert check.check(folder.parent)["passed"]
+    assert (folder.parent / "README.md").read_text() == snapshot.refreshed(folder.parent)
