@@ -6,6 +6,8 @@
     python records/tools.py check DIR                  judge a record folder, anybody's, by dated rules
     python records/tools.py compare BASE NEW ...       is NEW better than BASE? record folders, or runs joined by commas
     python records/tools.py new RUN ... --name NAME    a record folder from run folders, one per seed
+    python records/tools.py table                      write the leaderboard of records/README.md anew
+    python records/tools.py report DIR                 one HTML page with pictures about a run or a record
 
 Every command takes --help, and --json for machines. Exit code 0: done, nothing found; 1: a check failed; 2: a mistake
 in the input.
@@ -17,7 +19,7 @@ from pathlib import Path
 
 RECORDS = Path(__file__).resolve().parent
 SCRIPT = RECORDS.parent / "train_gpt.py"
-sys.path.insert(0, str(RECORDS / "toolkit"))
+sys.path[:0] = [str(RECORDS / "toolkit"), str(RECORDS.parent)]
 
 
 def pack(asked) -> int:
@@ -62,6 +64,24 @@ def compare(asked) -> int:
     return 0
 
 
+def table(asked) -> int:
+    """Write the leaderboard of records/README.md anew from the record folders."""
+    import table as tool
+    text = tool.refreshed(asked.records)
+    (asked.records / "README.md").write_text(text)
+    show(asked, dict(readme=str(asked.records / "README.md")), tool.leaderboard(asked.records))
+    return 0
+
+
+def report(asked) -> int:
+    """Write one self-contained HTML page about a run folder or a record folder."""
+    import report as tool
+    out = asked.out or asked.folder / "report.html"
+    out.write_text(tool.report(asked.folder))
+    show(asked, dict(report=str(out)), str(out))
+    return 0
+
+
 def show(asked, result, text: str):
     """A result as JSON or as text."""
     print(json.dumps(result, indent=1) if asked.json else text)
@@ -102,6 +122,8 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument("new", nargs="+", help="the same; several make a chain, each compared with the one before")
     sub.add_argument("--paired", action="store_true", help="pair by seed; refused outside one lineage")
     sub.add_argument("--margin", type=float, default=0.005, help="nats per token (default 0.005)")
+    command(table).add_argument("--records", type=Path, default=RECORDS, help="where records lie")
+    command(report, "folder").add_argument("--out", type=Path, help="the page; else report.html in the folder")
     return parser
 
 

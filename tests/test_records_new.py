@@ -1,5 +1,7 @@
 """new: from real runs to a folder that check accepts and that runs alone; and everything it refuses."""
+import html.parser
 import json
+import math
 import os
 import re
 import shutil
@@ -15,7 +17,9 @@ from running import launch, train, wait_until
 
 sys.path.insert(0, str(ROOT / "records" / "toolkit"))
 import check  # noqa: E402
+import report  # noqa: E402
 import snapshot  # noqa: E402
+import table  # noqa: E402
 
 TOOLS = [sys.executable, str(ROOT / "records" / "tools.py")]
 KNOBS = dict(PRESET="baseline+tiny", NUM_LAYERS=2, MATRIX_LR=0.03, CHECKPOINT_EVERY=0, ITERATIONS=50)
@@ -99,7 +103,8 @@ def test_the_folder_runs_alone_in_an_empty_place(record, tmp_path):
 def test_launch_repeats_the_run(record, runs, toy, tmp_path):
     """The same settings, bit for bit: NUM_LAYERS and MATRIX_LR came from the environment."""
     env = clean_env(PYTHON=sys.executable, DATA_PATH=toy, RUNS_DIR=tmp_path, RUN_ID="again")
-    done = subprocess.run(["bash", str(record / "launch.sh"), "2"], capture_output=True, text=True, env=env, timeout=200)
+    done = subprocess.run(["bash", str(record / "launch.sh"), "2"], capture_output=True, text=True, env=env,
+                          timeout=200)
     assert done.returncode == 0, done.stderr
     assert official(tmp_path / "again") == official(runs[1])
 
@@ -157,7 +162,7 @@ def test_an_interrupted_run_makes_the_same_record(runs, toy, tmp_path):
         assert done.returncode == 0, done.stderr
         folder = Path(done.stdout.strip())
         s = json.loads((folder / "submission.json").read_text())
-        free = re.compile(r".*time.*|wallclock_seconds|log_sha256|phases_ms")
+        free = re.compile(r".*time.*|wallclock_seconds|(log|metrics)_sha256|phases_ms")
         found.append((drop(s, free), json.loads((folder / "config.json").read_text()),
                       (folder / "launch.sh").read_text()))
     assert "resumed:step" in log.read_text() and found[0] == found[1]
@@ -168,6 +173,85 @@ def drop(value, pattern):
     if isinstance(value, dict):
         return {k: drop(v, pattern) for k, v in value.items() if not pattern.fullmatch(k)}
     return value
+
+
+def test_the_leaderboard_ranks_within_a_text_and_is_rewritten(record, tmp_path):
+    records = tmp_path / "records"
+    shutil.copytree(record.parent, records / record.parent.name)
+    better = records / record.parent.name / "2026-11-22_Better"
+    shutil.copytree(record, better)
+    for name, bpb, size in (("2026-11-22_Better", 1.5, None), ("2026-11-23_Other_Text", 1.0, 384_909)):
+        folder = records / record.parent.name / name
+        if not folder.exists():
+            shutil.copytree(record, folder)
+        s = json.loads((folder / "submission.json").read_text()) | dict(val_bpb=bpb, name=name)
+        s["evidence"]["val_bytes"] = size or s["evidence"]["val_bytes"]
+        (folder / "submission.json").write_text(json.dumps(s))
+    (records / "README.md").write_text("# Records\n<!-- generated: leaderboard -->\nold\n<!-- end -->\nrest\n")
+    subprocess.run([*TOOLS, "table", "--records", str(records)], check=True, capture_output=True)
+    text = (records / "README.md").read_text()
+    rows = re.findall(r"^\| (\d) \| \*\*(\S+)\*\*.*\((track_\S+)\)", text, re.MULTILINE)
+    assert [r[:2] for r in rows][:2] == [("1", "1.5000"), ("2", f"{snapshot_bpb(record):.4f}")]
+    assert rows[2][:2] == ("1", "1.0000") and "old" not in text and text.endswith("rest\n")
+    assert all((records / r[2]).is_dir() for r in rows)
+
+
+def snapshot_bpb(record: Path) -> float:
+    return json.loads((record / "submission.json").read_text())["val_bpb"]
+
+
+def test_the_committed_leaderboard_is_current():
+    assert (ROOT / "records" / "README.md").read_text() == table.refreshed(ROOT / "records")
+
+
+class Page(html.parser.HTMLParser):
+    """Tags left open, and everything that a browser would fetch."""
+    def __init__(self):
+        super().__init__()
+        self.open, self.fetched = [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "br", "img", "link", "input"):
+            self.open.append(tag)
+        self.fetched += [v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith("#")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_report_is_one_page_that_loads_nothing(record, runs, tmp_path):
+    out = tmp_path / "page.html"
+    subprocess.run([*TOOLS, "report", str(record), "--out", str(out)], check=True, capture_output=True, timeout=120)
+    text, page = out.read_text(), Page()
+    page.feed(text)
+    assert not page.open and not page.fetched and "<script" not in text and "url(http" not in text
+    for run in runs:
+        assert f"{official(run)[1]:.4f}" in text
+    assert text.count("<svg") >= 5 and "16,000,000" in text and text == (record / "report.html").read_text()
+    one = report.report(runs[0])
+    assert one == report.report(runs[0]) and "Learning rate" in one
+
+
+def test_a_report_of_an_unfinished_run_projects_the_loss(runs, tmp_path):
+    """A loss that falls as a + b log(step) is continued exactly."""
+    run = tmp_path / "<half>"
+    run.mkdir()
+    (run / "log.txt").write_text("".join(
+        f"step:{s}/100 train_loss:{6 - 0.5 * math.log(s):.4f} train_time:{s * 10}ms step_avg:10.00ms tok/s:1 "
+        f"left:{(100 - s) // 100}s\n" for s in range(1, 41)) + "step:40/100 train_loss:4.1556 train_time:400ms "
+        "step_avg:10.00ms tok/s:1 left:1s\n")
+    curve = report.read_curves(run)[0]
+    steps, losses = report.projection(curve)
+    assert steps[-1] == pytest.approx(100) and losses[-1] == pytest.approx(6 - 0.5 * math.log(100), abs=2e-3)
+    text = report.report(run)
+    assert "Not finished" in text and "<half>" not in text and "&lt;half&gt;" in text
+
+
+def test_bytes_by_role_add_up_to_the_artifact(record):
+    path = record / "model_seed1.golf"
+    found = report.stored_bytes(path)
+    assert sum(found.values()) == pytest.approx(path.stat().st_size) and min(found.values()) >= 0
+    assert {"embed", "row scales", "header"} <= set(found)
 
 
 @pytest.mark.parametrize("folder", sorted(ROOT.glob("records/track_*/*/submission.json")), ids=lambda p: p.parent.name)

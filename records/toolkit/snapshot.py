@@ -20,6 +20,7 @@ import numpy as np
 from check import check
 from logs import FREE, Log, read_log
 from pack import parsed, unwrapped
+from report import report
 
 CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600.0
 TRACKS = ("non_record_16mb", "10min_16mb")
@@ -126,7 +127,8 @@ def seed_result(run: Run, wanted: Wanted) -> dict[str, Any]:
         train_time_ms=g.train_seconds and round(g.train_seconds * 1e3),
         eval_time_ms=g.eval_seconds and round(g.eval_seconds * 1e3), artifact_bytes=max(g.total_bytes),
         log=f"train_seed{g.seed}.log", log_sha256=g.sha256, artifact_sha256=g.artifact_sha256)
-    for name, what, keep in (("doc_loss.npy", "doc_loss", True), ("model.golf", "artifact", wanted.keep_artifacts)):
+    for name, what, keep in (("doc_loss.npy", "doc_loss", True), ("metrics.jsonl", "metrics", True),
+                             ("model.golf", "artifact", wanted.keep_artifacts)):
         if keep and (run.folder / name).is_file():
             kept = f"{Path(name).stem}_seed{g.seed}{Path(name).suffix}"
             result |= {what: kept, f"{what}_sha256": file_sha256(run.folder / name)}
@@ -357,12 +359,14 @@ def fill(folder: Path, runs: list[Run], script: bytes, wanted: Wanted, repositor
     (folder / "launch.sh").chmod(0o755)
     for run in runs:
         result = info["seed_results"][str(run.log.seed)]
-        for source, what in (("log.txt", "log"), ("doc_loss.npy", "doc_loss"), ("model.golf", "artifact")):
+        for source, what in (("log.txt", "log"), ("doc_loss.npy", "doc_loss"), ("metrics.jsonl", "metrics"),
+                             ("model.golf", "artifact")):
             if what in result:
                 shutil.copyfile(run.folder / source, folder / result[what])
     data = wanted.data or repository / (text_folder(runs[0]) or "-")
     if not write_smoke(data, folder / "smoke") and wanted.data:
         raise ValueError(f"--data {wanted.data}: no shards of both splits with one tokenizer")
+    (folder / "report.html").write_text(report(folder))
     template = Path(__file__).with_name("record.md").read_text()
     filled = template.format(name=info["name"], blurb=wanted.blurb or BLURB,
                              statement=STATEMENTS[wanted.track == "10min_16mb"])
