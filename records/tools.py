@@ -5,6 +5,7 @@
     python records/tools.py unpack FILE                print what a wrapped script holds, without running it
     python records/tools.py check DIR                  judge a record folder, anybody's, by dated rules
     python records/tools.py compare BASE NEW ...       is NEW better than BASE? record folders, or runs joined by commas
+    python records/tools.py audit DIR                  run a record's own code, alone and without a network
     python records/tools.py new RUN ... --name NAME    a record folder from run folders, one per seed
     python records/tools.py table                      write the leaderboard of records/README.md anew
     python records/tools.py report DIR                 one HTML page with pictures about a run or a record
@@ -45,6 +46,16 @@ def check(asked) -> int:
     result = tool.check(asked.folder)
     show(asked, result, tool.as_text(result))
     return 0 if result["passed"] else 1
+
+
+def audit(asked) -> int:
+    """Run a record's own code in fresh processes without a network; --write keeps the results in the folder."""
+    import audit as tool
+    found = tool.audit(asked.folder, asked.data)
+    if asked.write:
+        tool.record_audits(asked.folder, found)
+    show(asked, found, tool.as_text(found))
+    return int(any(a["status"] == "fail" for a in found))
 
 
 def new(asked) -> int:
@@ -105,6 +116,9 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="where the wrapper goes")
     command(unpack, "file")
     command(check, "folder")
+    sub = command(audit, "folder")
+    sub.add_argument("--data", type=Path, help="folder of the record's shards: its artifacts are scored again in full")
+    sub.add_argument("--write", action="store_true", help="put the results into submission.json and README.md")
     sub = command(new)
     sub.add_argument("runs", type=Path, nargs="+", help="run folders, one per seed")
     sub.add_argument("--name", required=True, help="short name of the record, no score in it")

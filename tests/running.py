@@ -1,5 +1,7 @@
 """Runs as processes: small and repeatable knobs, start one, wait until it says something, read what it left."""
+import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +27,19 @@ def launch(data: Path, runs: Path, run_id: str, **knobs) -> subprocess.Popen:
     env = clean_env(**FAST | dict(DATA_PATH=data, RUNS_DIR=runs, RUN_ID=run_id) | knobs)
     return subprocess.Popen([sys.executable, str(SCRIPT)], env=env, cwd=ROOT, text=True, stdout=subprocess.DEVNULL,
                             stderr=subprocess.PIPE)
+
+
+def made_once(factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first of several test workers fills and all others use."""
+    top = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder, done = top / name, top / f"{name}.done"
+    with open(top / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 def wait_until(process: subprocess.Popen, condition: Callable[[], bool], seconds: float = 120) -> bool:

@@ -35,14 +35,14 @@ def test_welch_by_hand_and_its_rate_of_false_alarms():
     va, vb = base.var(ddof=1) / 3, new.var(ddof=1) / 4
     df = (va + vb)**2 / (va**2 / 2 + vb**2 / 3)
     t = (base.mean() - new.mean() - margin) / math.sqrt(va + vb)
-    draws = np.random.default_rng(0).standard_t(df, 1_000_000)  # the tail by simulation, not by the same library call
+    draws = np.random.default_rng(0).standard_t(df, 300_000)  # the tail by simulation, not by the same library call
     found = compare.welch(base, new, margin)
-    assert found["df"] == pytest.approx(df) and found["p"] == pytest.approx((draws > t).mean(), abs=1.5e-3)
+    assert found["df"] == pytest.approx(df) and found["p"] == pytest.approx((draws > t).mean(), abs=3e-3)
     half = np.quantile(np.abs(draws), 0.95) * math.sqrt(va + vb)
     assert found["high"] - found["low"] == pytest.approx(2 * half, rel=0.01)
     rng = np.random.default_rng(1)
-    alarms = [compare.welch(rng.normal(margin, 1, 4), rng.normal(0, 1, 4), margin)["p"] < 0.1 for _ in range(1500)]
-    assert 0.075 < np.mean(alarms) < 0.125
+    alarms = [compare.welch(rng.normal(margin, 1, 4), rng.normal(0, 1, 4), margin)["p"] < 0.1 for _ in range(700)]
+    assert 0.07 < np.mean(alarms) < 0.13
 
 
 def test_number_of_seeds_reaches_the_promised_power():
@@ -128,7 +128,7 @@ def test_a_chain_of_records(tmp_path):
         assert r["gain_nats_per_token"] == pytest.approx(r["gain_bpb"] * math.log(2) * TEXT_BYTES / TOKENS, rel=1e-5)
         assert r["gain_bpb"] == pytest.approx(0.00315, abs=1e-6) and r["p_margin"] > r["p_any_gain"]
         assert r["p_any_gain_holm"] >= r["p_any_gain"]
-    text = run(*names).stdout
+    text = "\n".join(compare.as_text(r, True) for r in compare.compare_all(names))
     assert "0.005 nats per token = 0.00194 bits per byte at 3.72670 bytes per token" in text and "Holm" in text
 
 
@@ -136,15 +136,15 @@ def test_pairs_only_within_a_lineage(tmp_path):
     base, new = group(tmp_path, "2026-05-01_A", 0.0), group(tmp_path, "2026-05-02_B", 0.01, knobs=dict(matrix_lr=0.03))
     other = group(tmp_path, "2026-05-03_C", 0.01, knobs=dict(num_layers=12))
     single = str(Record(RUNS[:1], name="2026-05-04_D").write(tmp_path))
-    paired = json.loads(run(base, new, "--paired", "--json").stdout)[0]
+    paired = compare.compare_all([base, new], pair=True)[0]
     gains = 0.01 * np.array([1, 1.05, 1.1])
     assert paired["test"] == "paired_one_sided" and paired["gain_bpb"] == pytest.approx(gains.mean(), abs=1e-6)
     half = 4.302653 * gains.std(ddof=1) / math.sqrt(3)  # t of 0.975 with two degrees of freedom
     assert (paired["high"] - paired["low"]) / 2 == pytest.approx(half, rel=1e-3)
     for wrong, reason in ((other, "other num_layers"), (single, "other seeds")):
-        done = run(base, wrong, "--paired")
-        assert done.returncode == 2 and reason in done.stderr
-    assert json.loads(run(base, single, "--json").stdout)[0]["p_any_gain"] is None
+        with pytest.raises(ValueError, match=reason):
+            compare.compare_all([base, wrong], pair=True)
+    assert compare.compare_all([base, single])[0]["p_any_gain"] is None
 
 
 def test_other_texts_are_refused_and_documents_are_used(tmp_path):
@@ -155,5 +155,5 @@ def test_other_texts_are_refused_and_documents_are_used(tmp_path):
     new = group(tmp_path, "2026-05-03_C", 0.001)
     for path, array in zip((base, new), documents(np.random.default_rng(4))):
         np.save(f"{path}/doc_loss_seed42.npy", array.astype(np.float32))
-    text = run(base, new).stdout
+    text = compare.as_text(compare.compare_all([base, new])[0])
     assert re.search(r"documents +seed 42: \+0\.02\d+ \(.*400 documents\), of these two artifacts", text)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SCRIPT, clean_env
-from running import launch, train, wait_until
+from running import launch, made_once, train, wait_until
 
 sys.path.insert(0, str(ROOT / "records" / "toolkit"))
 import check  # noqa: E402
@@ -28,10 +28,10 @@ KNOBS = dict(PRESET="baseline+tiny", NUM_LAYERS=2, MATRIX_LR=0.03, CHECKPOINT_EV
 @pytest.fixture(scope="module")
 def runs(toy, tmp_path_factory) -> list[Path]:
     """Three seeds of one configuration."""
-    top = tmp_path_factory.mktemp("runs")
-    done = [train(toy, top, f"s{seed}", SEED=seed, **KNOBS) for seed in (1, 2, 3)]
-    assert not any(d.code for d in done), done[0].err
-    return [d.folder for d in done]
+    def make(top: Path):
+        done = [train(toy, top, f"s{seed}", SEED=seed, **KNOBS) for seed in (1, 2, 3)]
+        assert not any(d.code for d in done), done[0].err
+    return [made_once(tmp_path_factory, "three_seeds", make) / f"s{seed}" for seed in (1, 2, 3)]
 
 
 def new(records: Path, runs: list[Path], *more, name: str = "Tiny_Runs"):
@@ -41,9 +41,10 @@ def new(records: Path, runs: list[Path], *more, name: str = "Tiny_Runs"):
 
 @pytest.fixture(scope="module")
 def record(runs, toy, tmp_path_factory) -> Path:
-    done = new(tmp_path_factory.mktemp("records"), runs, "--data", toy, "--date", "2026-11-21", "--keep-artifacts")
-    assert done.returncode == 0, done.stderr
-    return Path(done.stdout.strip())
+    def make(records: Path):
+        done = new(records, runs, "--data", toy, "--date", "2026-11-21", "--keep-artifacts")
+        assert done.returncode == 0, done.stderr
+    return made_once(tmp_path_factory, "records", make) / "track_non_record_16mb" / "2026-11-21_Tiny_Runs"
 
 
 def official(run: Path) -> tuple[float, float]:
@@ -131,10 +132,10 @@ def test_it_refuses(runs, toy, tmp_path):
                             ([runs[0], foreign], "made by code"), ([runs[0], other_text], "not the same text"),
                             ([runs[0], cut], "not finished"), (runs[:2], "left out: s3"),
                             ([tmp_path], "not a run folder")):
-        done = new(tmp_path / "records", chosen, "--data", toy)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
-    done = new(tmp_path / "records", runs, name="Best_1.0611")
-    assert done.returncode == 2 and "no score" in done.stderr
+        with pytest.raises(ValueError, match=message):
+            snapshot.new(chosen, SCRIPT, tmp_path / "records", snapshot.Wanted("Name", data=toy))
+    with pytest.raises(ValueError, match="no score"):
+        snapshot.new(runs, SCRIPT, tmp_path / "records", snapshot.Wanted("Best_1.0611", data=toy))
     done = new(tmp_path / "records", runs, "--data", toy, "--track", "10min_16mb")
     assert done.returncode == 2 and "check fails: W7" in done.stderr  # a toy text is no leaderboard text
     assert not list((tmp_path / "records").glob("*/*")) and not list((tmp_path / "records").glob(".track*"))
@@ -229,7 +230,7 @@ def test_a_report_is_one_page_that_loads_nothing(record, runs, tmp_path):
         assert f"{official(run)[1]:.4f}" in text
     assert text.count("<svg") >= 5 and "16,000,000" in text and text == (record / "report.html").read_text()
     one = report.report(runs[0])
-    assert one == report.report(runs[0]) and "Learning rate" in one
+    assert "Learning rate" in one and "Loss and score" in one
 
 
 def test_a_report_of_an_unfinished_run_projects_the_loss(runs, tmp_path):
@@ -258,3 +259,52 @@ def test_bytes_by_role_add_up_to_the_artifact(record):
 def test_committed_records_pass_and_are_current(folder):
     assert check.check(folder.parent)["passed"]
     assert (folder.parent / "README.md").read_text() == snapshot.refreshed(folder.parent)
+
+
+# audit: the same folder, executed.
+def audits(folder: Path, *more) -> tuple[int, dict[str, str], str]:
+    done = subprocess.run([*TOOLS, "audit", str(folder), "--json", *map(str, more)], capture_output=True, text=True,
+                          timeout=300)
+    found = json.loads(done.stdout) if done.stdout else []
+    return done.returncode, {a["id"]: a["status"] for a in found}, done.stderr
+
+
+def test_audit_confirms_a_record_and_writes_what_it_saw(record, toy, tmp_path):
+    folder = tmp_path / record.parent.name / record.name
+    shutil.copytree(record, folder)
+    for seed in (2, 3):  # one artifact is enough here
+        (folder / f"model_seed{seed}.golf").unlink()
+    code, found, _ = audits(folder, "--data", toy, "--write")
+    assert code == 0 and {"self_contained", "artifact_recount", "repeatable", "reload", "claimed_score"} <= set(found)
+    assert set(found.values()) <= {"pass", "unknown"}
+    written = json.loads((folder / "submission.json").read_text())["evidence"]["audits"]
+    assert {a["id"] for a in written} == set(found) and (folder / "README.md").read_text() == snapshot.refreshed(folder)
+
+
+def test_audit_sees_a_folder_that_needs_what_it_does_not_hold(record, tmp_path):
+    """A network, a file elsewhere, and a claim that its artifact does not reach."""
+    folder = tmp_path / record.parent.name / record.name
+    shutil.copytree(record, folder)
+    script = SCRIPT.read_text().replace("import bisect\n", "import bisect\nimport urllib.request\n"
+                                        "urllib.request.urlopen('http://192.0.2.1/x', timeout=5)\n", 1)
+    (folder / "train_gpt.py").write_text(script)
+    code, found, _ = audits(folder)
+    assert code == 1 and found["self_contained"] == "fail"
+    code, _, error = audits(tmp_path)
+    assert code == 2 and "audit runs folders that `new` made" in error
+
+
+def test_sockets_are_refused_where_there_are_no_namespaces(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import socket, urllib.request\n"
+                      "a, b = socket.socketpair()\n"
+                      "s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()\n"
+                      "socket.create_connection(s.getsockname()).close()\n"
+                      "for work in (lambda: urllib.request.urlopen('http://192.0.2.1/x', timeout=3),\n"
+                      "             lambda: socket.create_connection(('192.0.2.1', 80), 3),\n"
+                      "             lambda: socket.getaddrinfo('example.com', 80)):\n"
+                      "    try:\n        work()\n        print('reached')\n"
+                      "    except OSError as error:\n        print(error)\n")
+    done = subprocess.run([sys.executable, str(ROOT / "records" / "toolkit" / "offline.py"), str(script)],
+                          capture_output=True, text=True, timeout=30)
+    assert done.stdout.count("no network") == 3 and "reached" not in done.stdout, done.stderr

@@ -176,7 +176,7 @@ def read_log(path: Path) -> Log:
         r"^(?:val_loader:[^\n]*?\btokens:|\s*val_tokens:\s*)(\d{1,18})\b", text)
     log.val_bytes = int(scored[-1][1]) if scored else None
     log.data_tokens = last(r"^audit:data [^\n]*?\bval_tokens:(\d{1,18})\b", text)
-    coverage = re.findall(r"^score:\S+ [^\n]* scored_once:([01]) coverage:([0-9a-f]+)$", text, re.MULTILINE)
+    coverage = re.findall(r"^score:\S+ [^\n]* scored_once:([01]) coverage:([0-9a-f]+)\b", text, re.MULTILINE)
     if coverage:
         log.scored_once, log.coverage = all(once == "1" for once, _ in coverage), coverage[-1][1]
     log.artifact_sha256 = last(r"^audit:artifact sha256:([0-9a-f]{64}) ", text, str)

@@ -1,0 +1,177 @@
+"""Execute a record's own code, in fresh processes without a network, and compare what it does with what it says.
+
+Unlike `check` this runs the folder: its launch.sh on the text in smoke/, in a copy that lies alone in an empty place;
+then the artifact once more in a second process beside nothing but the script; then, where the artifacts and the text of
+the record are at hand, the claimed scores. A folder of a stranger wants a machine that may be lost.
+"""
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Iterator
+
+from check import CAP_BYTES
+from folder import read_folder
+from logs import Log, read_log
+from snapshot import refreshed
+
+SECONDS = 600  # of one process; the whole audit of a shrunk run takes about one minute
+OFFLINE = Path(__file__).with_name("offline.py")
+
+
+def result(name: str, passed: bool | None, detail: str, **numbers) -> dict[str, Any]:
+    """One line of an audit; passed=None: could not be decided."""
+    return dict(id=name, status={True: "pass", False: "fail", None: "unknown"}[passed], detail=detail, **numbers)
+
+
+def namespace() -> list[str]:
+    """A command prefix that takes the network away; empty where the system refuses."""
+    prefix = ["unshare", "--map-root-user", "--net"]
+    with contextlib.suppress(OSError):
+        if subprocess.run([*prefix, "true"], capture_output=True, timeout=20).returncode == 0:
+            return prefix
+    return []
+
+
+def environment(home: Path, **knobs) -> dict[str, str]:
+    """Little more than a path: no knobs, proxies, tokens or caches of the caller."""
+    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")}
+    return kept | dict(HOME=str(home), XDG_CACHE_HOME=str(home), TMPDIR=str(home), PYTHONDONTWRITEBYTECODE="1",
+                       OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1")) | {k: str(v) for k, v in knobs.items()}
+
+
+def execute(command: list[str], where: Path, home: Path, isolated: list[str], **knobs) -> subprocess.CompletedProcess:
+    """Run a command in a folder without a network. A process that takes too long counts as failed."""
+    try:
+        return subprocess.run([*isolated, *command], cwd=where, env=environment(home, **knobs), capture_output=True,
+                              text=True, errors="replace", timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"took more than {SECONDS} s")
+
+
+def said(done: subprocess.CompletedProcess) -> str:
+    """The last words of a process, fit to print."""
+    words = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    return "".join(c for c in words if c.isprintable())[:200]
+
+
+def final(text: str) -> tuple[float, float] | None:
+    """(nats per token, bits per byte) of a log's official line."""
+    found = re.findall(r"^final:official \S+ val_loss:(\S+) val_bpb:(\S+)", text, re.MULTILINE)
+    return (float(found[-1][0]), float(found[-1][1])) if found else None
+
+
+class Place:
+    """A copy of a record alone in an empty folder, and the processes that run there."""
+
+    def __init__(self, record: Path, top: Path):
+        self.folder, self.home, self.top = top / "alone" / record.name, top / "home", top
+        self.isolated, self.python = namespace(), [sys.executable]
+        self.home.mkdir()
+        shutil.copytree(record, self.folder, symlinks=True, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+        if not self.isolated:
+            self.python = [sys.executable, str(OFFLINE)]
+
+    def launch(self) -> tuple[subprocess.CompletedProcess, Path | None]:
+        """Run launch.sh +tiny; returns it and the run folder it made."""
+        interpreter = self.top / "python"  # launch.sh starts "$PYTHON train_gpt.py"
+        interpreter.write_text("#!/bin/sh\nexec " + " ".join(f"'{p}'" for p in self.python) + ' "$@"\n')
+        interpreter.chmod(0o755)
+        done = execute(["bash", "launch.sh", "+tiny"], self.folder, self.home, self.isolated, PYTHON=interpreter,
+                       DEVICE="cpu", THREADS=1)
+        logs = sorted((self.folder / "runs").glob("*/log.txt"))
+        return done, logs[-1].parent if logs else None
+
+    def score(self, artifact: Path, data: Path, **knobs) -> subprocess.CompletedProcess:
+        """Score an artifact with nothing beside it but the script, in a fresh process."""
+        with tempfile.TemporaryDirectory(dir=self.top) as bare:
+            shutil.copyfile(self.folder / "train_gpt.py", Path(bare) / "train_gpt.py")
+            shutil.copyfile(artifact, Path(bare) / "model.golf")
+            return execute([*self.python, "train_gpt.py"], Path(bare), self.home, self.isolated, RUN_MODE="eval",
+                           ARTIFACT="model.golf", DATA_PATH=data, THREADS=1, **knobs)
+
+
+def runs_alone(done: subprocess.CompletedProcess, run: Path | None) -> dict[str, Any]:
+    ok = done.returncode == 0 and run is not None and final(done.stdout) is not None
+    return result("self_contained", ok, said(done) if not ok else
+                  "launch.sh +tiny trains, exports and scores in an empty folder without a network")
+
+
+def recount(log: Log, script: Path, artifact: Path) -> dict[str, Any]:
+    """What the run counted against what the files weigh."""
+    real, logged = script.stat().st_size + artifact.stat().st_size, max(log.total_bytes, default=0)
+    return result("artifact_recount", real == logged and real <= CAP_BYTES,
+                  f"{real:,} bytes of files, {logged:,} logged", bytes=real)
+
+
+def reloads(place: Place, run: Path, first: str) -> list[dict[str, Any]]:
+    """The artifact scored again twice, each time in a process of its own that has only the file."""
+    again = [place.score(run / "model.golf", place.folder / "smoke", DEVICE="cpu") for _ in range(2)]
+    if failed := [d for d in again if d.returncode or final(d.stdout) is None]:
+        return [result("reload", False, said(failed[0]))]
+    scores = [final(first), *(final(d.stdout) for d in again)]
+    noise, gap = abs(scores[1][1] - scores[2][1]), abs(scores[0][1] - scores[1][1])
+    return [result("repeatable", noise <= 1e-8, f"two scorings differ by {noise:.1e} bits per byte", max_abs_diff=noise),
+            result("reload", gap <= max(1e-8, noise), f"{scores[1][1]:.8f} in a second process, "
+                   f"{scores[0][1]:.8f} by the run", max_abs_diff=gap)]
+
+
+def claimed(place: Place, submission: dict[str, Any], data: Path | None) -> Iterator[dict[str, Any]]:
+    """Size and score of each shipped artifact against its claim; scores need the record's own text."""
+    for seed, r in submission.get("seed_results", {}).items():
+        artifact = place.folder / str(r.get("artifact"))
+        if not r.get("artifact") or not artifact.is_file() or artifact.is_symlink():
+            continue
+        yield recount(read_log(place.folder / r["log"]), place.folder / "train_gpt.py", artifact) | dict(seed=seed)
+        if data:
+            done = place.score(artifact, data.resolve())
+            score = final(done.stdout) if done.returncode == 0 else None
+            gap = abs(score[1] - r["val_bpb"]) if score else None
+            yield result("claimed_score", gap is not None and gap <= 1e-4, said(done) if score is None else
+                         f"{score[1]:.8f} now, {r['val_bpb']:.8f} claimed", seed=seed, max_abs_diff=gap)
+
+
+def probes(place: Place, run: Path) -> list[dict[str, Any]]:
+    """Suffix swap, target swap and their kin by records/toolkit/probes.py, in a process of their own."""
+    return []
+
+
+def audit(folder: Path, data: Path | None = None) -> list[dict[str, Any]]:
+    """Every audit of a record folder that `new` made. Raises ValueError when it is none."""
+    record = read_folder(folder)
+    for name in ("train_gpt.py", "launch.sh", "submission.json", "smoke/fineweb_val_000000.bin"):
+        if name not in record.files:
+            raise ValueError(f"{folder}: no {name}; audit runs folders that `new` made")
+    if data and not data.is_dir():
+        raise ValueError(f"--data {data}: no such folder")
+    with tempfile.TemporaryDirectory(prefix="audit.") as top:
+        place = Place(folder.resolve(), Path(top))
+        done, run = place.launch()
+        found = [result("no_network", True if place.isolated else None, "a network namespace of its own"
+                        if place.isolated else "sockets refused; this system has no namespaces for us"),
+                 runs_alone(done, run)]
+        if found[-1]["status"] == "pass":
+            found.append(recount(read_log(run / "log.txt"), place.folder / "train_gpt.py", run / "model.golf"))
+            found += reloads(place, run, done.stdout)
+            found += probes(place, run)
+        found += claimed(place, record.submission, data)
+    return found
+
+
+def record_audits(folder: Path, audits: list[dict[str, Any]]):
+    """Put results into submission.json and the README made from it."""
+    path = folder / "submission.json"
+    submission = json.loads(path.read_text())
+    submission["evidence"]["audits"] = audits
+    path.write_text(json.dumps(submission, indent=1))
+    (folder / "README.md").write_text(refreshed(folder))
+
+
+def as_text(audits: list[dict[str, Any]]) -> str:
+    return "\n".join(f"{a['status']:8} {a['id']:18} {'seed ' + a['seed'] + ': ' if 'seed' in a else ''}{a['detail']}"
+                     for a in audits)
