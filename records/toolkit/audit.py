@@ -116,7 +116,7 @@ def reloads(place: Place, run: Path, first: str) -> list[dict[str, Any]]:
         return [result("reload", False, said(failed[0]))]
     scores = [final(first), *(final(d.stdout) for d in again)]
     noise, gap = abs(scores[1][1] - scores[2][1]), abs(scores[0][1] - scores[1][1])
-    return [result("repeatable", noise <= 1e-8, f"two scorings differ by {noise:.1e} bits per byte", max_abs_diff=noise),
+    return [result("repeatable", noise <= 1e-8, f"{noise:.1e} bits per byte between two scorings", max_abs_diff=noise),
             result("reload", gap <= max(1e-8, noise), f"{scores[1][1]:.8f} in a second process, "
                    f"{scores[0][1]:.8f} by the run", max_abs_diff=gap)]
 
