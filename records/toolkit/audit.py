@@ -6,6 +6,7 @@ the record are at hand, the claimed scores. A folder of a stranger wants a machi
 """
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,20 @@ from snapshot import refreshed
 
 SECONDS = 600  # of one process; the whole audit of a shrunk run takes about one minute
 OFFLINE = Path(__file__).with_name("offline.py")
+
+# What runs in the probing process, and which audit each of its flags decides.
+PROBE = """import json, sys
+sys.path.insert(0, "records/toolkit")
+import probes
+found = probes.probe(dict(ARTIFACT="model.golf", DEVICE="cpu", THREADS="1", EVAL_BATCH_TOKENS="128"), cuts=6, positions=1)
+print(json.dumps(found, default=float))
+"""
+PROBED = {"suffix_swap": (("suffix", "nothing_compared"), "losses move by {suffix} nats when later text is replaced"),
+          "state_digest": (("states",), "what scored a token is a function of the text before it"),
+          "target_swap": (("target", "sum"), "probabilities sum to 1 within {sum}; earlier losses move by {target}"),
+          "score_once": (("once",), "every target is banked exactly once"),
+          "document_order": (("documents",), "documents in another order keep their losses"),
+          "uniform_model": (("uniform",), "a model without knowledge scores log2(V) per token within {uniform}")}
 
 
 def result(name: str, passed: bool | None, detail: str, **numbers) -> dict[str, Any]:
@@ -137,8 +152,28 @@ def claimed(place: Place, submission: dict[str, Any], data: Path | None) -> Iter
 
 
 def probes(place: Place, run: Path) -> list[dict[str, Any]]:
-    """Suffix swap, target swap and their kin by records/toolkit/probes.py, in a process of their own."""
-    return []
+    """Suffix swap, target swap and their kin (records/toolkit/probes.py) on the record's own script and the artifact of
+    `run`, in a process of their own."""
+    source = Path(__file__).with_name("probes.py")
+    if not source.is_file():
+        return []
+    bare = place.top / "probed"
+    (bare / "records" / "toolkit").mkdir(parents=True)
+    shutil.copyfile(source, bare / "records" / "toolkit" / "probes.py")
+    shutil.copyfile(place.folder / "train_gpt.py", bare / "train_gpt.py")
+    shutil.copyfile(run / "model.golf", bare / "model.golf")
+    (bare / "probe.py").write_text(PROBE)
+    done = execute([*place.python, "probe.py"], bare, place.home, place.isolated)
+    try:
+        found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    except (ValueError, IndexError):
+        found = None
+    if found is None:
+        return [result("probes", None, said(done))]
+    numbers = {name: f"{found.get(name, math.nan):.1e}" for name in ("suffix", "target", "sum", "uniform")}
+    lines = [result(name, not set(flags) & set(found["flags"]), words.format(**numbers))
+             for name, (flags, words) in PROBED.items() if name != "document_order" or "documents" in found]
+    return lines + [result(f"{name}_warning", None, "reads what lies ahead; not ruled on") for name in found["warnings"]]
 
 
 def audit(folder: Path, data: Path | None = None) -> list[dict[str, Any]]:
