@@ -489,9 +489,12 @@ def compliance(folder: Folder) -> Findings:
     claimed, done = folder.submission.get("compliance"), audits(folder)
     backed = {"artifact_under_16mb", "train_under_600s", "eval_under_600s", "three_seeds"}  # other checks see these
     if done.get("suffix_swap") == "pass":
-        backed |= {"score_first_ttt", "no_slot", "no_etlb", "no_pre_quant_ttt"}
+        backed |= {"score_first_ttt", "no_slot", "no_etlb"}
     if done.get("target_swap") == "pass":
         backed.add("no_ngram_cache")
+    found = folder.submission.get("evidence")
+    if isinstance(found, dict) and found.get("ttt") not in (None, "prequant"):  # from the configuration of the runs
+        backed.add("no_pre_quant_ttt")
     unbacked = sorted(k for k, v in claimed.items() if v is True and k not in backed) \
         if isinstance(claimed, dict) else []
     if unbacked:
