@@ -47,6 +47,7 @@ def scripted(text: str, **more) -> Record:
     return Record(tuple(replace(r, script=text) for r in RUNS), text, **more)
 
 
+LONG = SCRIPT + "# a long explanation\n" * 6000
 # Bytes per token of a score; what each defect of byte accounting does to it, as the survey measured.
 SP8192, SP1024 = TEXT_BYTES / TOKENS, 2.43592
 PLANTED = {
@@ -64,6 +65,9 @@ PLANTED = {
     "better than the float model can be": (Record(changed(before=1.25)), "C2", "warn"),
     # Bytes.
     "one seed over the cap": (Record(last_changed(model=16_000_000)), "W1", "fail"),
+    "over the cap unless packed": (Record(changed(model=15_900_000, script=LONG), LONG), "W1", "warn"),
+    "ablations of one seed": (Record(files={f"run_{i}.log": replace(r, seed=42).log() for i, r in enumerate(RUNS)} | {
+        f"train_seed{r.seed}.log": None for r in RUNS}), "C30", "warn"),
     "json over the cap": (Record(submission=dict(bytes_total=16_071_321)), "W1", "fail"),
     "json under the cap, log over": (Record(changed(model=16_180_000), submission=dict(bytes_total=15_975_276)), "W1",
                                      "fail"),
@@ -95,8 +99,8 @@ PLANTED = {
     "a seed scored on other tokens": (Record(last_changed(tokens=TOKENS - 60_000)), "C30", "fail"),
     "a seed with fewer shards": (Record(last_changed(knobs=dict(train_shards=39))), "E9", "warn"),
     "log of another script": (Record(changed(code=16_630)), "E3", "warn"),
-    "options the script lacks": (Record(changed(knobs=dict(hidden_switch=1))), "E3", "fail"),
-    "two seeds": (Record(RUNS[:2]), "W6", "fail"),
+    "options the script lacks": (Record(changed(knobs=dict(hidden_switch=1))), "E3", "warn"),
+    "two seeds": (Record(RUNS[:2]), "W6", "warn"),
     # The folder.
     "no README": (Record(files={"README.md": None}), "W8", "fail"),
     "no submission.json": (Record(files={"submission.json": None}), "W8", "fail"),
@@ -159,6 +163,8 @@ CLEAN = {
     "named program": scripted("import subprocess\n" + with_line("subprocess.run(['lrzip'])"),
                               files={"README.md": "Needs `lrzip`.\n"}),
     "wrapped script": Record(changed(script=WRAPPED), WRAPPED),
+    "another line ends the logs": Record(last_changed(
+        extra="final_int6_ttt val_loss: 3.45103 val_bpb: 1.33603200 eval_time: 90000ms")),
     "the same log under two names": Record(files={"train.log": RUNS[0].log()}),
     "hint in upper case, three digits": Record(submission=dict(val_bpb=1.081)),
 }
@@ -227,16 +233,16 @@ def test_own_text_is_no_leaderboard_score(tmp_path):
     folder.rename(moved)
     (moved / "submission.json").write_text((moved / "submission.json").read_text().replace("non_record", "10min"))
     found = {(f["rule"], f["level"]) for f in check.check(moved)["findings"]}
-    assert ("W7", "fail") in found and ("W6", "fail") in found
+    assert ("W7", "fail") in found and ("W6", "warn") in found
 
 
 def test_command_line(tmp_path):
-    good, bad = Record().write(tmp_path), Record(RUNS[:2], name="2026-05-02_Two").write(tmp_path)
+    good, bad = Record().write(tmp_path), Record(changed(train=602.0), name="2026-05-02_Slow").write(tmp_path)
     done = subprocess.run([*TOOLS, "check", str(good)], capture_output=True, text=True)
     assert done.returncode == 0 and "PASS" in done.stdout
     done = subprocess.run([*TOOLS, "check", str(bad), "--json"], capture_output=True, text=True)
     result = json.loads(done.stdout)
-    assert done.returncode == 1 and not result["passed"] and result["findings"][0]["source"] == "README"
+    assert done.returncode == 1 and not result["passed"] and result["findings"][0]["source"].startswith("README")
     done = subprocess.run([*TOOLS, "check", str(tmp_path / "none")], capture_output=True, text=True)
     assert done.returncode == 2 and re.fullmatch(r"error: .*none: no such folder\n", done.stderr)
 
@@ -248,9 +254,9 @@ def test_contested_findings_never_sound_like_a_verdict(tmp_path):
 
 
 def test_an_answer_is_shown_and_changes_nothing(tmp_path):
-    record = Record(RUNS[:2], files={"answers.json": json.dumps({"W6": "the third machine\x1b[2J died"})})
+    record = Record(changed(train=602.0), files={"answers.json": json.dumps({"W2": "the clock\x1b[2J was wrong"})})
     result = check.check(record.write(tmp_path))
-    assert not result["passed"] and "the third machine?[2J died" in check.as_text(result)
+    assert not result["passed"] and "the clock?[2J was wrong" in check.as_text(result)
 
 
 def test_check_is_fast(tmp_path):

@@ -7,6 +7,7 @@ import ast
 import functools
 import hashlib
 import json
+import lzma
 import math
 import re
 import statistics
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
 from folder import Folder, read_folder, read_json
-from logs import Log, different_knobs
+from logs import Log, different_knobs, is_result
 
 CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600.0
 TEXT_BYTES = 151_080_891  # of the 50,000 validation documents
@@ -62,16 +63,27 @@ def number(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def officials(folder: Folder) -> list[Log]:
-    return [g for g in folder.seed_logs if g.official]
+def officials(folder: Folder) -> list[float]:
+    """Official score of each seed. A log of somebody else may end with another line than the one that counts: then the
+    last kind of line that all seeds have and whose mean is the claim."""
+    logs, claim = [g for g in folder.seed_logs if g.official], folder.submission.get("val_bpb")
+    scores = [{c.label: c.bpb for c in g.claims if is_result(c)} for g in logs]
+    shared = [label for label in (scores[-1] if scores else ()) if all(label in s for s in scores)]
+    agreeing = [label for label in shared if number(claim) and agrees(claim, statistics.mean(s[label] for s in scores))]
+    for label in (agreeing or shared)[-1:]:
+        return [s[label] for s in scores]
+    return [g.official.bpb for g in logs]
 
 
 # Budgets.
 def cap(folder: Folder) -> Findings:
+    """Sizes that were logged with the raw script in them leave open what the packed one would have weighed."""
+    packed = 1.25 * len(lzma.compress(folder.inner))
     for g in folder.logs:
         total = max(g.total_bytes, default=(g.model_bytes or 0) + max(g.code_bytes, default=0))
+        fits = bool(folder.inner and g.model_bytes) and g.model_bytes + packed <= CAP_BYTES
         if total > CAP_BYTES:
-            yield Finding(f"{total:,} bytes logged", g.name)
+            yield Finding(f"{total:,} bytes logged" + ", with the script unpacked" * fits, g.name, not fits)
     for key in ("bytes_total", "artifact_bytes", "artifact_bytes_max"):
         if (size := number(folder.submission.get(key))) and size > CAP_BYTES:
             yield Finding(f"{key} is {size:,.0f}", "submission.json")
@@ -86,6 +98,11 @@ def shipped_size(folder: Folder) -> Findings:
         yield Finding(f"shipped script {len(folder.script):,} + model {max(models):,} = {total:,} bytes")
 
 
+def sure(folder: Folder) -> bool:
+    """Whether the seed logs are surely those of a record."""
+    return folder.track == "record" and bool(folder.named_logs)
+
+
 def late(folder: Folder, seconds: float | None, lo: float, hi: float = math.inf) -> bool:
     return seconds is not None and folder.track != "non-record" and lo < seconds <= hi
 
@@ -93,7 +110,7 @@ def late(folder: Folder, seconds: float | None, lo: float, hi: float = math.inf)
 def training_time(folder: Folder) -> Findings:
     for g in folder.seed_logs:
         if late(folder, g.train_seconds, BUDGET_SECONDS + 1):
-            yield Finding(f"training ended at {g.train_seconds:.3f} s", g.name, folder.track == "record")
+            yield Finding(f"training ended at {g.train_seconds:.3f} s", g.name, sure(folder))
 
 
 def last_step(folder: Folder) -> Findings:
@@ -111,7 +128,7 @@ def hessian_time(folder: Folder) -> Findings:
 def evaluation_time(folder: Folder) -> Findings:
     for g in folder.seed_logs:
         if late(folder, g.eval_seconds, BUDGET_SECONDS):
-            yield Finding(f"the official evaluation took {g.eval_seconds:.1f} s", g.name, folder.track == "record")
+            yield Finding(f"the official evaluation took {g.eval_seconds:.1f} s", g.name, sure(folder))
 
 
 def all_evaluations(folder: Folder) -> Findings:
@@ -185,24 +202,24 @@ def agrees(claim: Any, value: float) -> bool:
 
 
 def headline(folder: Folder) -> Findings:
-    logs, claim = officials(folder), folder.submission.get("val_bpb")
-    if not logs or number(claim) is None:
+    scores, claim = officials(folder), folder.submission.get("val_bpb")
+    if not scores or number(claim) is None:
         return
-    scores = [g.official.bpb for g in logs]
     every = [c.bpb for g in folder.logs for c in g.claims]
     if not any(agrees(claim, s) for s in [statistics.mean(scores), *every]):
         yield Finding(f"val_bpb {claim} is in no log; their official scores are "
-                      + ", ".join(f"{s:.5f}" for s in scores[:6]), "submission.json")
+                      + ", ".join(f"{s:.5f}" for s in scores[:6]), "submission.json", bool(folder.named_logs))
     results = folder.submission.get("seed_results")
     for seed, result in results.items() if isinstance(results, dict) else ():
-        mine = [g.official.bpb for g in logs if str(g.seed) == str(seed)]
+        mine = [c.bpb for g in folder.logs if str(g.seed) == str(seed) for c in g.claims if is_result(c)]
         said = result.get("val_bpb") if isinstance(result, dict) else result
         if mine and number(said) is not None and not any(agrees(said, s) for s in mine):
-            yield Finding(f"seed {seed}: {said} claimed, {mine[0]:.5f} logged", "submission.json")
+            yield Finding(f"seed {seed}: {said} claimed, {mine[-1]:.5f} logged", "submission.json",
+                          bool(folder.named_logs))
 
 
 def best_seed(folder: Folder) -> Findings:
-    scores, claim = [g.official.bpb for g in officials(folder)], folder.submission.get("val_bpb")
+    scores, claim = officials(folder), folder.submission.get("val_bpb")
     if len(scores) < 2 or number(claim) is None or agrees(claim, statistics.mean(scores)):
         return
     if agrees(claim, min(scores)):
@@ -211,7 +228,7 @@ def best_seed(folder: Folder) -> Findings:
 
 
 def spread(folder: Folder) -> Findings:
-    scores, claim = [g.official.bpb for g in officials(folder)], folder.submission.get("val_bpb_std")
+    scores, claim = officials(folder), folder.submission.get("val_bpb_std")
     if len(scores) < 2 or number(claim) is None:
         return
     wanted, room = statistics.stdev(scores), max(0.6 * 10.0**-decimals(claim), 2e-6)
@@ -228,9 +245,10 @@ def claimed_sizes(folder: Folder) -> Findings:
 
 
 def seed_count(folder: Folder) -> Findings:
-    seeds = {g.seed if g.seed is not None else g.name for g in officials(folder)}
+    """Evidence only: early records were merged with one log, the others having been seen elsewhere."""
+    seeds = {g.seed if g.seed is not None else g.name for g in folder.seed_logs if g.official}
     if folder.track == "record" and len(seeds) < 3:
-        yield Finding(f"{len(seeds)} of at least 3 seeds have a finished log")
+        yield Finding(f"{len(seeds)} of at least 3 seeds have a finished log", certain=False)
 
 
 def seed_repeated(folder: Folder) -> Findings:
@@ -243,15 +261,16 @@ def seed_repeated(folder: Folder) -> Findings:
             yield Finding(f"the same log stands for seeds {', '.join(sorted(numbers))}", same[0].name)
     seeds = [g.seed for g in folder.seed_logs if g.seed is not None]
     for seed in sorted({s for s in seeds if seeds.count(s) > 1}):
-        yield Finding(f"seed {seed} stands for {seeds.count(seed)} logs")
+        yield Finding(f"seed {seed} stands for {seeds.count(seed)} logs", certain=bool(folder.named_logs))
 
 
 def mixed_seeds(folder: Folder) -> Findings:
     for name, values in different_knobs(folder.seed_logs).items():
-        yield Finding(f"{name} differs: {', '.join(sorted(values))[:120]}")
+        yield Finding(f"{name} differs: {', '.join(sorted(values))[:120]}", certain=bool(folder.named_logs))
     tokens = {g.val_tokens for g in folder.seed_logs if g.val_tokens}
     if len(tokens) > 1:
-        yield Finding(f"scored tokens differ: {', '.join(f'{t:,}' for t in sorted(tokens))}")
+        yield Finding(f"scored tokens differ: {', '.join(f'{t:,}' for t in sorted(tokens))}",
+                      certain=bool(folder.named_logs))
 
 
 def mixed_shards(folder: Folder) -> Findings:
@@ -286,7 +305,7 @@ def unknown_options(folder: Folder) -> Findings:
     for g in folder.seed_logs:
         missing = sorted(k for k in g.knobs if k.lower() not in words)
         if missing and len(missing) < 0.5 * len(g.knobs):  # more: the script could not be read
-            yield Finding(f"the log has options that the script lacks: {', '.join(missing[:6])}", g.name)
+            yield Finding(f"the log has options that the script lacks: {', '.join(missing[:6])}", g.name, False)
 
 
 def calls(folder: Folder) -> Iterator[tuple[str, ast.Call]]:
@@ -318,9 +337,9 @@ def programs(folder: Folder) -> Findings:
     readme = (folder.path / "README.md").read_bytes()[:1 << 20].decode("utf-8", "replace") \
         if "README.md" in folder.files else ""
     for name, call in calls(folder):
-        words = texts(call).split() if runs_program(name) else []
+        words = [w for w in texts(call).split() if w[0] != "-"] if runs_program(name) else []
         if words and words[0] not in readme and not PROGRAM.search(texts(call)) \
-                and words[0] not in ("nvidia-smi", "git", "python", "python3", "-c", "-m", "lscpu"):
+                and words[0] not in ("nvidia-smi", "git", "python", "python3", "lscpu", "pyminify"):
             yield Finding(f"line {call.lineno}: {name} runs {words[0]!r}, which README.md does not name",
                           "train_gpt.py", False)
 
@@ -398,7 +417,7 @@ def files(folder: Folder) -> Findings:
         if name not in folder.files:
             yield Finding(f"{name} is missing", certain=name != "train_gpt.py" or not folder.script)
     if not officials(folder):
-        yield Finding("no training log with a score")
+        yield Finding("no training log with a score", certain=folder.track != "non-record")
     for g in folder.seed_logs:
         if g.official and not g.finished:
             yield Finding("the log ends in a traceback", g.name)

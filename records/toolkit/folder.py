@@ -51,13 +51,19 @@ class Folder:
         return ""
 
     @property
-    def seed_logs(self) -> list[Log]:
-        """Logs that stand for the record, each content once: those named after seeds or listed, else all of them."""
+    def named_logs(self) -> list[Log]:
+        """Logs that surely stand for a seed of the record: listed in submission.json or called train_seed<N>.log."""
         results = self.submission.get("seed_results")
         listed = {str(r.get("log")) for r in results.values() if isinstance(r, dict)} if isinstance(results, dict) \
             else set()
-        chosen = [g for g in self.logs if g.name in listed or re.search(r"seed[_-]?\d+", g.name)]
-        return list({g.sha256 or g.name: g for g in chosen or self.logs}.values())
+        return [g for g in self.logs if g.name in listed or re.fullmatch(r"train_seed_?\d+\.(log|txt)", g.name)
+                or len(self.logs) == 1]
+
+    @property
+    def seed_logs(self) -> list[Log]:
+        """Logs that stand for the record, each content once; where names do not tell, they may be ablations too."""
+        chosen = self.named_logs or [g for g in self.logs if re.search(r"seed[_-]?\d+", g.name)] or self.logs
+        return list({g.sha256 or g.name: g for g in chosen}.values())
 
 
 def entries(top: Path, depth: int = 0) -> Iterator[tuple[str, os.DirEntry]]:

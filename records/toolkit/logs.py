@@ -13,7 +13,7 @@ HASHED_BYTES = 1 << 27  # a longer log is not hashed
 NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "": 1e-3}
 # Knobs that may differ between the seeds of one record.
-FREE = re.compile(r"seed|run_id|logfile|threads|checkpoint_every|train_log_every|resume|.*(_path|_dir|_file|_name)"
+FREE = re.compile(r"seed|run_id|logfile|threads|checkpoint_every|train_log_every|resume|.*(_path|_dir|_files?|_name)"
                   r"|(local_)?rank")
 
 
@@ -111,11 +111,15 @@ def is_step(claim: Claim) -> bool:
     return bool(re.match(r"(?:.*\bstep:)?\s*\d+/\d+", claim.label))
 
 
+def is_result(claim: Claim) -> bool:
+    """A score of the exported model, as far as its label tells."""
+    return not is_step(claim) and "pre-quant" not in claim.label and "post" not in claim.label
+
+
 def pick_official(claims: list[Claim]) -> Claim | None:
     """The line that a record quotes: ours names it; elsewhere the last result that is no validation step."""
     named = [c for c in claims if c.label.startswith("final:official")]
-    results = [c for c in claims if not is_step(c) and "pre-quant" not in c.label and "post" not in c.label]
-    return (named or results or claims or [None])[-1]
+    return (named or [c for c in claims if is_result(c)] or claims or [None])[-1]
 
 
 def read_knobs(text: str) -> tuple[dict[str, str], dict[str, str]]:

@@ -98,6 +98,8 @@ def refuse(runs: list[Run], script: bytes, wanted: Wanted):
         wrong.append(f"--name {wanted.name!r}: want at most 49 letters, digits, . _ + - and no score")
     if wanted.date and not re.fullmatch(r"20\d\d-\d\d-\d\d", wanted.date):
         wrong.append(f"--date {wanted.date!r}: want YYYY-MM-DD")
+    if wanted.track == "10min_16mb" and len(set(seeds)) < 3:
+        wrong.append(f"{len(set(seeds))} seeds; a record of track 10min_16mb has at least 3")
     if (others := left_out(runs)) and not wanted.left_out:
         wrong.append(f"runs of the same configuration are left out: {', '.join(others[:6])}; a record has every seed "
                      "that was run, or says why with --left-out")
