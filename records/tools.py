@@ -71,6 +71,8 @@ def compare(asked) -> int:
     """Compare groups of runs: one-sided Welch with the 0.005-nat margin, power, paired documents; Holm for chains."""
     import compare as tool
     results = tool.compare_all([asked.base, *asked.new], asked.paired, asked.margin)
+    if asked.write:
+        tool.record_statistics(Path(asked.new[-1]), results[-1])
     show(asked, results, "\n\n".join(tool.as_text(r, len(results) > 1) for r in results))
     return 0
 
@@ -135,6 +137,7 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument("base", help="record folder, or run folders joined by commas")
     sub.add_argument("new", nargs="+", help="the same; several make a chain, each compared with the one before")
     sub.add_argument("--paired", action="store_true", help="pair by seed; refused outside one lineage")
+    sub.add_argument("--write", action="store_true", help="put the last comparison into its new record")
     sub.add_argument("--margin", type=float, default=0.005, help="nats per token (default 0.005)")
     command(table).add_argument("--records", type=Path, default=RECORDS, help="where records lie")
     command(report, "folder").add_argument("--out", type=Path, help="the page; else report.html in the folder")

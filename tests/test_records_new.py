@@ -16,6 +16,7 @@ from conftest import ROOT, SCRIPT, clean_env
 from running import launch, made_once, train, wait_until
 
 sys.path.insert(0, str(ROOT / "records" / "toolkit"))
+import audit  # noqa: E402
 import check  # noqa: E402
 import report  # noqa: E402
 import snapshot  # noqa: E402
@@ -176,6 +177,21 @@ def drop(value, pattern):
     return value
 
 
+def test_a_comparison_is_put_into_the_record(record, tmp_path):
+    base, fresh = (tmp_path / n / record.parent.name / record.name for n in "ab")
+    for folder in (base, fresh):
+        shutil.copytree(record, folder)
+    for log in base.glob("train_seed*.log"):  # a worse base
+        log.write_text(re.sub(r"(val_loss|val_bpb):(\d+\.\d+)", lambda m: f"{m[1]}:{float(m[2]) * 1.1:.8f}",
+                              log.read_text()))
+    subprocess.run([*TOOLS, "compare", str(base), str(fresh), "--write"], check=True, capture_output=True)
+    s = json.loads((fresh / "submission.json").read_text())["evidence"]["statistics"]
+    assert s["delta_bpb"] == pytest.approx(0.1 * snapshot_bpb(fresh), rel=1e-4) and s["n"] == [3, 3]
+    text = (fresh / "README.md").read_text()
+    assert f"{s['delta_bpb']:+.5f} bits per byte" in text and text == snapshot.refreshed(fresh)
+    assert check.check(fresh)["passed"]
+
+
 def test_the_leaderboard_ranks_within_a_text_and_is_rewritten(record, tmp_path):
     records = tmp_path / "records"
     shutil.copytree(record.parent, records / record.parent.name)
@@ -281,15 +297,41 @@ def test_audit_confirms_a_record_and_writes_what_it_saw(record, toy, tmp_path):
     assert {a["id"] for a in written} == set(found) and (folder / "README.md").read_text() == snapshot.refreshed(folder)
 
 
-def test_audit_sees_a_folder_that_needs_what_it_does_not_hold(record, tmp_path):
-    """A network, a file elsewhere, and a claim that its artifact does not reach."""
-    folder = tmp_path / record.parent.name / record.name
-    shutil.copytree(record, folder)
-    script = SCRIPT.read_text().replace("import bisect\n", "import bisect\nimport urllib.request\n"
-                                        "urllib.request.urlopen('http://192.0.2.1/x', timeout=5)\n", 1)
-    (folder / "train_gpt.py").write_text(script)
-    code, found, _ = audits(folder)
-    assert code == 1 and found["self_contained"] == "fail"
+STUB = """import os, pathlib, random, sys, urllib.request
+folder, size = pathlib.Path(__file__).parent, pathlib.Path(__file__).stat().st_size
+{before}
+if os.environ.get("RUN_MODE") != "eval":
+    run = folder / "runs" / "r"
+    run.mkdir(parents=True)
+    (run / "model.golf").write_bytes(b"x" * 1000)
+    (run / "log.txt").write_text(f"Total submission size: {{size + {logged}}} bytes\\n")
+print(f"final:official variant:chunked val_loss:2.5 val_bpb:{{{score}}}")
+"""
+HONEST = dict(before="", logged="1000", score="1.25")
+
+
+@pytest.mark.parametrize("odd, failed", [
+    (dict(), None),
+    (dict(before="urllib.request.urlopen('http://192.0.2.1/x', timeout=3)"), "self_contained"),
+    (dict(before="sys.exit('error: no') if not (folder / 'launch.sh').exists() else 0"), "reload"),
+    (dict(score="1.25 if (folder / 'launch.sh').exists() else 1.26"), "reload"),
+    (dict(score="random.random()"), "repeatable"),
+    (dict(logged="900"), "artifact_recount")])
+def test_audit_of_scripts_that_do_not_do_what_they_say(odd, failed, tmp_path, monkeypatch):
+    """A network, a file beside it, another score in a second process, an unstable score, a wrong size."""
+    monkeypatch.setattr(audit, "probes", lambda place, run: [])  # these scripts have no model to probe
+    (tmp_path / "smoke").mkdir()
+    (tmp_path / "smoke" / "fineweb_val_000000.bin").touch()
+    (tmp_path / "submission.json").write_text("{}")
+    (tmp_path / "launch.sh").write_text('exec "$PYTHON" train_gpt.py\n')
+    (tmp_path / "train_gpt.py").write_text(STUB.format(**HONEST | odd))
+    found = {a["id"]: a["status"] for a in audit.audit(tmp_path)}
+    seen = {name for name, status in found.items() if status == "fail"}
+    assert failed in seen if failed else not seen
+    assert not (tmp_path / "runs").exists(), "an audit works on a copy"
+
+
+def test_audit_wants_a_whole_record(tmp_path):
     code, _, error = audits(tmp_path)
     assert code == 2 and "audit runs folders that `new` made" in error
 

@@ -3,6 +3,7 @@
 A score is in bits per byte. The rule's margin of 0.005 nats is per token, so it is worth a different number of bits per
 byte for every tokenizer; it is converted by the ratio of bytes to tokens of the new group, which is printed.
 """
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,6 +203,21 @@ def compare_all(texts: list[str], pair: bool = False, margin_nats: float = MARGI
         for result, p in zip(results, holm([r[key] for r in results])):
             result[f"{key}_holm"] = p
     return results
+
+
+def record_statistics(folder: Path, r: dict[str, Any]):
+    """Put a comparison into the new record's submission.json and README. Raises ValueError when there is none."""
+    from snapshot import refreshed
+    path = folder / "submission.json"
+    submission = json.loads(path.read_text()) if path.is_file() else {}
+    if "evidence" not in submission:
+        raise ValueError(f"{folder}: --write wants a record folder that `new` made")
+    submission["evidence"]["statistics"] = dict(
+        baseline=r["base"]["name"], test=r["test"], delta_bpb=r["gain_bpb"],
+        delta_nats_per_token=r["gain_nats_per_token"], margin_nats_per_token=r["margin_nats_per_token"], p_value=r["p_margin"], p_any_gain=r["p_any_gain"],
+        n=[len(r["base"]["seeds"]), len(r["new"]["seeds"])])
+    path.write_text(json.dumps(submission, indent=1))
+    (folder / "README.md").write_text(refreshed(folder))
 
 
 def show_p(p: float | None) -> str:

@@ -309,8 +309,10 @@ def statistics_text(s: dict[str, Any]) -> str:
     t = s["evidence"]["statistics"]
     if not t:
         return "Compared with nothing yet: `python records/tools.py compare BASE THIS`."
-    return (f"Against {t['baseline']}: {t['delta_nats_per_token']:+.5f} nats per token ({t['test']}, p = "
-            f"{t['p_value']:.2g} for more than {t['margin_nats_per_token']} nats, n = {t['n']}).")
+    p = [f"p = {x:.2g}" if x is not None else "p unknown" for x in (t["p_any_gain"], t["p_value"])]
+    return (f"Gain over `{t['baseline']}`: {t['delta_bpb']:+.5f} bits per byte, {t['delta_nats_per_token']:+.5f} nats "
+            f"per token. {t['test']}, n = {t['n'][0]} and {t['n'][1]}: {p[0]} for any gain, {p[1]} for more than "
+            f"{t['margin_nats_per_token']} nats per token.")
 
 
 def tables(s: dict[str, Any], names: list[str]) -> dict[str, str]:
