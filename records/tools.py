@@ -7,6 +7,7 @@
     python records/tools.py compare BASE NEW ...       is NEW better than BASE? record folders, or runs joined by commas
     python records/tools.py audit DIR                  run a record's own code, alone and without a network
     python records/tools.py new RUN ... --name NAME    a record folder from run folders, one per seed
+    python records/tools.py analyze RUN [NAME=VALUE]   where a run's loss lies and what its weights cost; for the report
     python records/tools.py table                      write the leaderboard of records/README.md anew
     python records/tools.py report DIR                 one HTML page with pictures about a run or a record
 
@@ -77,6 +78,16 @@ def compare(asked) -> int:
     return 0
 
 
+def analyze(asked) -> int:
+    """Score a run's artifact token by token and read its weights; keeps analysis.json, which report and new use."""
+    from analyze import analyze as tool
+    found = tool(asked.run, dict(word.split("=", 1) for word in asked.knobs))
+    text = json.dumps(found, indent=1)
+    (asked.run / "analysis.json").write_text(text)
+    print(text)
+    return 0
+
+
 def table(asked) -> int:
     """Write the leaderboard of records/README.md anew from the record folders."""
     import table as tool
@@ -98,6 +109,13 @@ def report(asked) -> int:
 def show(asked, result, text: str):
     """A result as JSON or as text."""
     print(json.dumps(result, indent=1) if asked.json else text)
+
+
+def knob(text: str) -> str:
+    """NAME=VALUE, or a complaint."""
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r}: want NAME=VALUE")
+    return text
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -139,6 +157,8 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument("--paired", action="store_true", help="pair by seed; refused outside one lineage")
     sub.add_argument("--write", action="store_true", help="put the last comparison into its new record")
     sub.add_argument("--margin", type=float, default=0.005, help="nats per token (default 0.005)")
+    command(analyze, "run").add_argument("knobs", nargs="*", metavar="NAME=VALUE", type=knob,
+                                         help="how to read the text, for example DATA_PATH=folder")
     command(table).add_argument("--records", type=Path, default=RECORDS, help="where records lie")
     command(report, "folder").add_argument("--out", type=Path, help="the page; else report.html in the folder")
     return parser
@@ -150,7 +170,7 @@ def main() -> int:
     try:
         return asked.work(asked)
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}"
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     except (ValueError, SyntaxError) as error:
         message = str(error)
     except ImportError as error:

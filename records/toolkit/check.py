@@ -479,7 +479,7 @@ def evidence(folder: Folder) -> Findings:
         hashes["train_gpt.py"] = found["code_sha256"]
     for result in results.values() if isinstance(results, dict) else ():
         if isinstance(result, dict):
-            for what in ("log", "doc_loss", "metrics", "artifact"):
+            for what in ("log", "doc_loss", "metrics", "analysis", "artifact"):
                 if isinstance(result.get(what), str) and isinstance(result.get(f"{what}_sha256"), str):
                     hashes[result[what]] = result[f"{what}_sha256"]
     for name, wanted in hashes.items():

@@ -214,7 +214,8 @@ def record_statistics(folder: Path, r: dict[str, Any]):
         raise ValueError(f"{folder}: --write wants a record folder that `new` made")
     submission["evidence"]["statistics"] = dict(
         baseline=r["base"]["name"], test=r["test"], delta_bpb=r["gain_bpb"],
-        delta_nats_per_token=r["gain_nats_per_token"], margin_nats_per_token=r["margin_nats_per_token"], p_value=r["p_margin"], p_any_gain=r["p_any_gain"],
+        delta_nats_per_token=r["gain_nats_per_token"], margin_nats_per_token=r["margin_nats_per_token"],
+        p_value=r["p_margin"], p_any_gain=r["p_any_gain"],
         n=[len(r["base"]["seeds"]), len(r["new"]["seeds"])])
     path.write_text(json.dumps(submission, indent=1))
     (folder / "README.md").write_text(refreshed(folder))

@@ -31,6 +31,7 @@ class Curve:
     last_step: int = 0                                                   # at which the run ends or would end
     documents: np.ndarray | None = None
     artifact: Path | None = None
+    analysis: dict[str, Any] = field(default_factory=dict)               # what `analyze` left
 
 
 def read_curve(log_path: Path, beside: dict[str, Path]) -> Curve:
@@ -51,6 +52,8 @@ def read_curve(log_path: Path, beside: dict[str, Path]) -> Curve:
         curve.ramps = [line for line in lines if line.get("event") == "train"]
     if beside["documents"].is_file():
         curve.documents = read_documents(beside["documents"])
+    if beside["analysis"].is_file():
+        curve.analysis = json.loads(beside["analysis"].read_text())
     curve.artifact = beside["artifact"] if beside["artifact"].is_file() else None
     return curve
 
@@ -59,14 +62,15 @@ def read_curves(folder: Path) -> list[Curve]:
     """The run of a run folder or every seed of a record. Raises ValueError when there is none."""
     if (folder / "log.txt").is_file():
         return [read_curve(folder / "log.txt", dict(metrics=folder / "metrics.jsonl",
-                                                    documents=folder / "doc_loss.npy",
-                                                    artifact=folder / "model.golf"))]
+                                                    documents=folder / "doc_loss.npy", artifact=folder / "model.golf",
+                                                    analysis=folder / "analysis.json"))]
     logs = sorted(folder.glob("train_seed*.log"))
     if not logs:
         raise ValueError(f"{folder}: neither log.txt nor train_seed*.log")
     seeds = [p.stem.removeprefix("train_seed") for p in logs]
     return [read_curve(p, dict(metrics=folder / f"metrics_seed{s}.jsonl", documents=folder / f"doc_loss_seed{s}.npy",
-                               artifact=folder / f"model_seed{s}.golf")) for p, s in zip(logs, seeds)]
+                               artifact=folder / f"model_seed{s}.golf", analysis=folder / f"analysis_seed{s}.json"))
+            for p, s in zip(logs, seeds)]
 
 
 def projection(curve: Curve) -> tuple[np.ndarray, np.ndarray] | None:
@@ -166,6 +170,49 @@ def draw_documents(axes, curves: list[Curve]) -> bool:
     return any(c.documents is not None for c in curves)
 
 
+def rounding_noise(path: Path) -> dict[str, float]:
+    """Of each quantised matrix: deviation of rounding to its levels, relative to its weights; clipping not counted."""
+    import train_gpt
+    _, tensors = train_gpt.unpack_artifact(path.read_bytes())
+    steps = {name: t.scale.double().square().mean().sqrt() / 12**0.5 for name, t in tensors.items()
+             if t.scale is not None}
+    return {name: float(step / tensors[name].dequant().double().square().mean().sqrt().clamp(min=1e-30))
+            for name, step in steps.items()}
+
+
+def draw_rounding(axes, curves: list[Curve]) -> bool:
+    try:
+        noise = rounding_noise(curves[0].artifact) if curves[0].artifact else {}
+    except ValueError:  # an artifact of another format
+        noise = {}
+    axes.bar(range(len(noise)), list(noise.values()))
+    axes.set_xticks(range(len(noise)), [n.removesuffix(".weight") for n in noise], rotation=90,
+                    fontsize=max(3, min(8, 300 / max(1, len(noise)))))
+    axes.set(ylabel="rounding noise / weights")
+    return bool(noise)
+
+
+def draw_positions(axes, curves: list[Curve]) -> bool:
+    for c in curves:
+        if rows := c.analysis.get("tokens", {}).get("position"):
+            axes.plot([r["name"] for r in rows], [r["nats"] for r in rows], "o-", label=c.name)
+    axes.set(xlabel="position in the document, tokens", ylabel="nats per token")
+    if axes.lines:
+        axes.legend()
+    return bool(axes.lines)
+
+
+def draw_entropy(axes, curves: list[Curve]) -> bool:
+    rows = curves[0].analysis.get("weights", {}).get("matrices", [])
+    axes.bar(range(len(rows)), [8 * r["bytes"] / r["weights"] for r in rows], label="paid")
+    axes.plot(range(len(rows)), [r["bits"] for r in rows], "k_", ms=8, label="entropy")
+    axes.set_xticks(range(len(rows)), [r["name"].removesuffix(".weight") for r in rows], rotation=90,
+                    fontsize=max(3, min(8, 300 / max(1, len(rows)))))
+    axes.set(ylabel="bits per weight")
+    axes.legend()
+    return bool(rows)
+
+
 def draw_seeds(axes, curves: list[Curve]) -> bool:
     from scipy import stats
     scores = [c.log.official.bpb for c in curves if c.log.official]
@@ -180,8 +227,9 @@ def draw_seeds(axes, curves: list[Curve]) -> bool:
 
 PICTURES: dict[str, tuple[Callable[..., bool], float]] = {  # title: (drawing, height in inches)
     "Loss and score": (draw_loss, 4), "Learning rate, momentum, weight decay": (draw_ramps, 2.5),
-    "Where the time went": (draw_phases, 2.5), "Bytes": (draw_bytes, 2.2), "Documents": (draw_documents, 3),
-    "Seeds": (draw_seeds, 2)}
+    "Where the time went": (draw_phases, 2.5), "Bytes": (draw_bytes, 2.2), "Quantisation by matrix": (draw_rounding, 3),
+    "Entropy of the levels": (draw_entropy, 3), "Loss by position": (draw_positions, 3),
+    "Documents": (draw_documents, 3), "Seeds": (draw_seeds, 2)}
 
 
 def picture(title: str, curves: list[Curve]) -> str:
@@ -220,26 +268,6 @@ def table(rows: list[list[Any]]) -> str:
     return "<table>" + "".join(lines) + "</table>"
 
 
-def analysis(folder: Path) -> str:
-    """What records/toolkit/analyze.py says of the folder, when it can say anything."""
-    try:
-        from analyze import analyze
-    except ImportError:
-        return ""
-    try:
-        found = analyze(folder)
-    except (ValueError, OSError) as error:
-        return f'<p class="note">No analysis: {html.escape(str(error)[:200])}</p>'
-    parts = []
-    for name, value in found.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            shown = [[f"{x:.4g}" if isinstance(x, float) else x for x in item.values()] for item in value[:200]]
-            parts.append(f"<h2>{html.escape(name)}</h2>" + table([list(value[0]), *shown]))
-        else:
-            parts.append(f"<h2>{html.escape(name)}</h2><pre>{html.escape(json.dumps(value, indent=1)[:4000])}</pre>")
-    return "".join(parts)
-
-
 def report(folder: Path) -> str:
     """The page of a run folder or a record folder. Raises ValueError when it is neither."""
     curves = read_curves(folder)
@@ -250,7 +278,6 @@ def report(folder: Path) -> str:
     for title in PICTURES:
         if drawn := picture(title, curves):
             body.append(f"<h2>{title}</h2>{drawn}")
-    body.append(analysis(folder))
     return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
             f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
             f"<style>{STYLE}</style></head><body>" + "\n".join(body) + "</body></html>\n")

@@ -130,6 +130,7 @@ def seed_result(run: Run, wanted: Wanted) -> dict[str, Any]:
         eval_time_ms=g.eval_seconds and round(g.eval_seconds * 1e3), artifact_bytes=max(g.total_bytes),
         log=f"train_seed{g.seed}.log", log_sha256=g.sha256, artifact_sha256=g.artifact_sha256)
     for name, what, keep in (("doc_loss.npy", "doc_loss", True), ("metrics.jsonl", "metrics", True),
+                             ("analysis.json", "analysis", True),
                              ("model.golf", "artifact", wanted.keep_artifacts)):
         if keep and (run.folder / name).is_file():
             kept = f"{Path(name).stem}_seed{g.seed}{Path(name).suffix}"
@@ -366,7 +367,7 @@ def fill(folder: Path, runs: list[Run], script: bytes, wanted: Wanted, repositor
     for run in runs:
         result = info["seed_results"][str(run.log.seed)]
         for source, what in (("log.txt", "log"), ("doc_loss.npy", "doc_loss"), ("metrics.jsonl", "metrics"),
-                             ("model.golf", "artifact")):
+                             ("analysis.json", "analysis"), ("model.golf", "artifact")):
             if what in result:
                 shutil.copyfile(run.folder / source, folder / result[what])
     data = wanted.data or repository / (text_folder(runs[0]) or "-")
