@@ -23,7 +23,7 @@ import snapshot  # noqa: E402
 import table  # noqa: E402
 
 TOOLS = [sys.executable, str(ROOT / "records" / "tools.py")]
-KNOBS = dict(PRESET="baseline+tiny", NUM_LAYERS=2, MATRIX_LR=0.03, CHECKPOINT_EVERY=0, ITERATIONS=50)
+KNOBS = dict(PRESET="baseline+tiny", NUM_LAYERS=2, MATRIX_LR=0.03, CHECKPOINT_EVERY=0, ITERATIONS=24)
 
 
 @pytest.fixture(scope="module")
@@ -86,27 +86,14 @@ def test_the_readme_is_generated_from_the_submission(record):
         snapshot.between_markers(text.replace("<!-- generated: seeds -->", ""), dict(seeds="x"))
 
 
-def test_the_folder_runs_alone_in_an_empty_place(record, tmp_path):
-    """Without the repository, without a network where namespaces are to be had, by its own launch.sh."""
-    alone = tmp_path / "alone" / record.name
-    shutil.copytree(record, alone)
-    apart = ["unshare", "-rn"]
-    isolated = apart if subprocess.run([*apart, "true"], capture_output=True).returncode == 0 else []
-    done = subprocess.run([*isolated, "bash", str(alone / "launch.sh"), "2", "+tiny"], capture_output=True, text=True,
-                          env=clean_env(PYTHON=sys.executable, THREADS=1, PYTHONPATH=""), cwd=tmp_path, timeout=200)
-    assert done.returncode == 0, done.stderr + done.stdout[-500:]
-    assert "seed:2" in done.stdout and "final:official" in done.stdout
-    assert "config:NUM_LAYERS=3 (tiny)" in next((alone / "runs").glob("*/log.txt")).read_text()
-    wrong = subprocess.run(["bash", str(alone / "launch.sh")], capture_output=True, text=True, cwd=tmp_path,
-                           env=clean_env(PYTHON=sys.executable))
-    assert wrong.returncode == 2 and "DATA_PATH" in wrong.stderr
-
-
 def test_launch_repeats_the_run(record, runs, toy, tmp_path):
-    """The same settings, bit for bit: NUM_LAYERS and MATRIX_LR came from the environment."""
-    env = clean_env(PYTHON=sys.executable, DATA_PATH=toy, RUNS_DIR=tmp_path, RUN_ID="again")
-    done = subprocess.run(["bash", str(record / "launch.sh"), "2"], capture_output=True, text=True, env=env,
-                          timeout=200)
+    """The same settings, bit for bit: NUM_LAYERS and MATRIX_LR came from the environment. Where there is no text, it
+    says so."""
+    env = clean_env(PYTHON=sys.executable, RUNS_DIR=tmp_path, RUN_ID="again")
+    command = ["bash", str(record / "launch.sh"), "2"]
+    wrong = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert wrong.returncode == 2 and wrong.stderr == "error: set DATA_PATH to the folder of the shards\n"
+    done = subprocess.run(command, capture_output=True, text=True, env=env | dict(DATA_PATH=str(toy)), timeout=200)
     assert done.returncode == 0, done.stderr
     assert official(tmp_path / "again") == official(runs[1])
 
@@ -142,27 +129,28 @@ def test_it_refuses(runs, toy, tmp_path):
     assert not list((tmp_path / "records").glob("*/*")) and not list((tmp_path / "records").glob(".track*"))
 
 
-def test_a_run_left_out_needs_a_reason_which_is_shown(runs, toy, tmp_path):
-    done = new(tmp_path, runs[:2], "--data", toy, "--left-out", "the third was interrupted by hand")
-    assert done.returncode == 0, done.stderr
-    assert "the third was interrupted by hand" in (Path(done.stdout.strip()) / "README.md").read_text()
+def test_a_run_left_out_needs_a_reason_which_is_shown(runs, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshot, "report", lambda folder: "")
+    wanted = snapshot.Wanted("Two", data=toy, left_out="the third was interrupted by hand")
+    folder = snapshot.new(runs[:2], SCRIPT, tmp_path, wanted)
+    assert "the third was interrupted by hand" in (folder / "README.md").read_text()
 
 
-def test_an_interrupted_run_makes_the_same_record(runs, toy, tmp_path):
+def test_an_interrupted_run_makes_the_same_record(runs, toy, tmp_path, monkeypatch):
     """Stopped by a signal and resumed: nothing of the record differs but times and hashes of logs."""
     knobs = dict(KNOBS, SEED=1)
     process = launch(toy, tmp_path, "run", **knobs)
     log = tmp_path / "run" / "log.txt"
-    wait_until(process, lambda: log.exists() and "step:6/" in log.read_text())
+    wait_until(process, lambda: log.exists() and "step:3/" in log.read_text())
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert train(toy, tmp_path, "run", RESUME="auto", **knobs).code == 0
     found = []
+    monkeypatch.setattr(snapshot, "report", lambda folder: "")
     for i, run in enumerate((runs[0], tmp_path / "run")):
-        done = new(tmp_path / f"records_{i}", [run], "--data", toy, "--date", "2026-11-21", "--left-out", "test")
-        assert done.returncode == 0, done.stderr
-        folder = Path(done.stdout.strip())
+        wanted = snapshot.Wanted("One", data=toy, left_out="a test", date="2026-11-21")
+        folder = snapshot.new([run], SCRIPT, tmp_path / f"records_{i}", wanted)
         s = json.loads((folder / "submission.json").read_text())
         free = re.compile(r".*time.*|wallclock_seconds|(log|metrics)_sha256|phases_ms")
         found.append((drop(s, free), json.loads((folder / "config.json").read_text()),
@@ -278,23 +266,23 @@ def test_committed_records_pass_and_are_current(folder):
 
 
 # audit: the same folder, executed.
-def audits(folder: Path, *more) -> tuple[int, dict[str, str], str]:
-    done = subprocess.run([*TOOLS, "audit", str(folder), "--json", *map(str, more)], capture_output=True, text=True,
-                          timeout=300)
-    found = json.loads(done.stdout) if done.stdout else []
-    return done.returncode, {a["id"]: a["status"] for a in found}, done.stderr
-
-
-def test_audit_confirms_a_record_and_writes_what_it_saw(record, toy, tmp_path):
+def test_audit_confirms_a_record_and_writes_what_it_saw(record, tmp_path, monkeypatch):
+    """The folder alone in an empty place, without a network: launch.sh +tiny, then the artifact in other processes."""
     folder = tmp_path / record.parent.name / record.name
     shutil.copytree(record, folder)
-    for seed in (2, 3):  # one artifact is enough here
-        (folder / f"model_seed{seed}.golf").unlink()
-    code, found, _ = audits(folder, "--data", toy, "--write")
-    assert code == 0 and {"self_contained", "artifact_recount", "repeatable", "reload", "claimed_score"} <= set(found)
-    assert set(found.values()) <= {"pass", "unknown"}
-    written = json.loads((folder / "submission.json").read_text())["evidence"]["audits"]
-    assert {a["id"] for a in written} == set(found) and (folder / "README.md").read_text() == snapshot.refreshed(folder)
+    monkeypatch.setattr(audit, "PROBE", audit.PROBE.replace("cuts=6", "cuts=2, length=72"))
+    found = audit.audit(folder)
+    status = {a["id"]: a["status"] for a in found}
+    assert set(status.values()) <= {"pass", "unknown"}, audit.as_text(found)
+    passed = {k for k, v in status.items() if v == "pass"}
+    assert {"self_contained", "artifact_recount", "repeatable", "reload"} <= passed
+    if (ROOT / "records" / "toolkit" / "probes.py").is_file():
+        assert status["suffix_swap"] == status["target_swap"] == status["score_once"] == "pass"
+    audit.record_audits(folder, found)
+    written = json.loads((folder / "submission.json").read_text())
+    assert {a["id"] for a in written["evidence"]["audits"]} == set(status)
+    assert written["compliance"]["no_slot"] == {"pass": True}.get(status.get("suffix_swap"))
+    assert (folder / "README.md").read_text() == snapshot.refreshed(folder) and check.check(folder)["findings"] == []
 
 
 STUB = """import os, pathlib, random, sys, urllib.request
@@ -316,24 +304,28 @@ HONEST = dict(before="", logged="1000", score="1.25")
     (dict(before="sys.exit('error: no') if not (folder / 'launch.sh').exists() else 0"), "reload"),
     (dict(score="1.25 if (folder / 'launch.sh').exists() else 1.26"), "reload"),
     (dict(score="random.random()"), "repeatable"),
+    (dict(score="1.25 if os.environ.get('RUN_MODE') != 'eval' else 1.2502"), "claimed_score"),
     (dict(logged="900"), "artifact_recount")])
 def test_audit_of_scripts_that_do_not_do_what_they_say(odd, failed, tmp_path, monkeypatch):
     """A network, a file beside it, another score in a second process, an unstable score, a wrong size."""
     monkeypatch.setattr(audit, "probes", lambda place, run: [])  # these scripts have no model to probe
     (tmp_path / "smoke").mkdir()
     (tmp_path / "smoke" / "fineweb_val_000000.bin").touch()
-    (tmp_path / "submission.json").write_text("{}")
+    claim = dict(artifact="model_seed1.golf", log="train_seed1.log", val_bpb=1.25)
+    (tmp_path / "submission.json").write_text(json.dumps(dict(seed_results={"1": claim})))
+    (tmp_path / "model_seed1.golf").write_bytes(b"x" * 1000)
     (tmp_path / "launch.sh").write_text('exec "$PYTHON" train_gpt.py\n')
-    (tmp_path / "train_gpt.py").write_text(STUB.format(**HONEST | odd))
-    found = {a["id"]: a["status"] for a in audit.audit(tmp_path)}
-    seen = {name for name, status in found.items() if status == "fail"}
-    assert failed in seen if failed else not seen
+    (tmp_path / "train_gpt.py").write_text(script := STUB.format(**HONEST | odd))
+    (tmp_path / "train_seed1.log").write_text(f"Total submission size: {len(script) + 1000} bytes\n")
+    found = [(a["id"], a["status"]) for a in audit.audit(tmp_path, data=tmp_path / "smoke")]
+    seen = {name for name, status in found if status == "fail"}
+    assert failed in seen if failed else not seen and ("claimed_score", "pass") in found
     assert not (tmp_path / "runs").exists(), "an audit works on a copy"
 
 
 def test_audit_wants_a_whole_record(tmp_path):
-    code, _, error = audits(tmp_path)
-    assert code == 2 and "audit runs folders that `new` made" in error
+    done = subprocess.run([*TOOLS, "audit", str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "audit runs folders that `new` made" in done.stderr
 
 
 def test_sockets_are_refused_where_there_are_no_namespaces(tmp_path):
