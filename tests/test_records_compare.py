@@ -99,6 +99,8 @@ def test_document_bootstrap_cancels_what_both_share():
         compare.document_bootstrap(base, new[:-1])
     with pytest.raises(ValueError, match="same documents"):
         compare.document_bootstrap(base, new * [1, 2])
+    with pytest.raises(ValueError, match="one document"):
+        compare.document_bootstrap(base[:1], new[:1])
 
 
 def test_document_files_are_checked(tmp_path):

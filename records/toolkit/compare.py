@@ -128,7 +128,7 @@ def read_documents(path: Path) -> np.ndarray:
         raise ValueError(f"{path.name}: {path.stat().st_size:,} bytes")
     array = np.load(path, allow_pickle=False)
     if array.ndim != 2 or array.shape[1] != 2 or array.dtype != np.float32 or not np.isfinite(array).all() \
-            or len(array) < 2 or (array[:, 1] < 0).any() or array[:, 1].sum() == 0:
+            or not len(array) or (array[:, 1] < 0).any() or array[:, 1].sum() == 0:
         raise ValueError(f"{path.name}: want float32 (documents, 2), nats and bytes of each document")
     return array.astype(np.float64)
 
@@ -139,6 +139,8 @@ def document_bootstrap(base: np.ndarray, new: np.ndarray, margin: float = 0.0, r
     draw. Takes (documents, 2) arrays of nats and bytes. Raises ValueError when they are not of the same documents."""
     if base.shape != new.shape or not np.array_equal(base[:, 1], new[:, 1]):
         raise ValueError("the per-document losses are not of the same documents")
+    if len(base) < 2:
+        raise ValueError("one document cannot be resampled")
     gain, size = base[:, 0] - new[:, 0], base[:, 1]
     rng, n, drawn = np.random.default_rng(seed), len(gain), []
     chunk = max(1, 4_000_000 // n)
