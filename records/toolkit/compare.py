@@ -167,7 +167,10 @@ def document_gains(base: Group, new: Group, margin: float) -> list[dict[str, Any
     """Document bootstrap of each seed that both groups kept losses of."""
     found = []
     for seed in sorted(set(base.documents) & set(new.documents)):
-        result = document_bootstrap(read_documents(base.documents[seed]), read_documents(new.documents[seed]), margin)
+        tables = [read_documents(group.documents[seed]) for group in (base, new)]
+        if len(tables[0]) == len(tables[1]) == 1:  # a smoke test's text
+            continue
+        result = document_bootstrap(*tables, margin)
         same = base.logs[seed].artifact_sha256
         found.append(dict(seed=seed, same_artifact=same is not None and same == new.logs[seed].artifact_sha256)
                      | result)
