@@ -12,7 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import train_gpt
 from conftest import ROOT, SCRIPT, clean_env
+from helpers import config, distance
 from running import launch, made_once, train, wait_until
 
 sys.path.insert(0, str(ROOT / "records" / "toolkit"))
@@ -250,6 +253,32 @@ def test_a_report_of_an_unfinished_run_projects_the_loss(runs, tmp_path):
     assert steps[-1] == pytest.approx(100) and losses[-1] == pytest.approx(6 - 0.5 * math.log(100), abs=2e-3)
     text = report.report(run)
     assert "Not finished" in text and "<half>" not in text and "&lt;half&gt;" in text
+
+
+def test_what_analyze_left_is_drawn_and_carried_into_the_record(runs, toy, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    titles = ("Loss by position", "Entropy of the levels")
+    assert not any(report.picture(title, report.read_curves(run)) for title in titles)
+    (run / "analysis.json").write_text(json.dumps(dict(
+        tokens=dict(position=[dict(name="0-1", targets=2, nats=5.0), dict(name="2-3", targets=2, nats=4.0)]),
+        weights=dict(matrices=[dict(name="blocks.0.up.weight", weights=800, bits=3.0, bytes=310)]))))
+    assert all("<svg" in report.picture(title, report.read_curves(run)) for title in titles)
+    folder = snapshot.new([run], SCRIPT, tmp_path / "records", snapshot.Wanted("One", data=toy, left_out="a test"))
+    assert (folder / "analysis_seed1.json").is_file() and "Loss by position" in (folder / "report.html").read_text()
+    assert check.check(folder)["findings"] == []
+    (folder / "analysis_seed1.json").write_text("{}")
+    assert [f["rule"] for f in check.check(folder)["findings"]] == ["E10"]
+
+
+def test_rounding_noise_is_that_of_real_rounding(tmp_path):
+    torch.manual_seed(0)
+    weights = {f"w{bits}.weight": (bits, torch.randn(64, 256) * torch.rand(64, 1)) for bits in (4, 6)}
+    cfg = config(clip="quantile", clip_quantile=1.0).quant
+    tensors = {name: train_gpt.quantiser(bits, 0.0, cfg).fit(w) for name, (bits, w) in weights.items()}
+    (tmp_path / "model.golf").write_bytes(train_gpt.pack_artifact(tensors, {}, train_gpt.PACKINGS["zlib"]))
+    for name, noise in report.rounding_noise(tmp_path / "model.golf").items():
+        assert noise == pytest.approx(distance(tensors[name].dequant(), weights[name][1]), rel=0.05)
 
 
 def test_bytes_by_role_add_up_to_the_artifact(record):
