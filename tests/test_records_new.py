@@ -17,6 +17,7 @@ import train_gpt
 from conftest import ROOT, SCRIPT, clean_env
 from helpers import config, distance
 from running import launch, made_once, train, wait_until
+from synthetic import Record
 
 sys.path.insert(0, str(ROOT / "records" / "toolkit"))
 import audit  # noqa: E402
@@ -202,6 +203,11 @@ def test_the_leaderboard_ranks_within_a_text_and_is_rewritten(record, tmp_path):
     assert [r[:2] for r in rows][:2] == [("1", "1.5000"), ("2", f"{snapshot_bpb(record):.4f}")]
     assert rows[2][:2] == ("1", "1.0000") and "old" not in text and text.endswith("rest\n")
     assert all((records / r[2]).is_dir() for r in rows)
+
+
+def test_a_foreign_folder_is_not_ranked(tmp_path):
+    Record().write(tmp_path)
+    assert table.leaderboard(tmp_path) == table.EMPTY
 
 
 def snapshot_bpb(record: Path) -> float:

@@ -11,6 +11,7 @@ EMPTY = "No record folders yet: `python records/tools.py new` makes one from fin
 def submissions(records: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, submission) of every record that `new` made, best first within a track and a text."""
     found = [(p.parent, json.loads(p.read_text())) for p in records.glob("track_*/*/submission.json")]
+    found = [(folder, s) for folder, s in found if isinstance(s, dict) and "evidence" in s]
     return sorted(found, key=lambda item: (item[1]["track"], item[1]["evidence"]["val_bytes"], item[1]["val_bpb"]))
 
 
