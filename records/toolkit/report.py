@@ -131,10 +131,10 @@ def stored_bytes(path: Path) -> dict[str, float]:
     import train_gpt
     header, tensors = train_gpt.unpack_artifact(path.read_bytes())
     counts: dict[str, dict[str, int]] = {}
-    for name, kind, shape, scaled in header["tensors"]:
+    for name, tensor in tensors.items():
         role = [part for part in name.split(".") if not part.isdigit() and part != "weight"][-1]
-        for key, entries in ((kind, math.prod(shape)), ("scale", shape[0] * scaled)):
-            counts.setdefault(key, {})[role] = counts.get(key, {}).get(role, 0) + entries
+        for key, part in train_gpt.stored_parts(tensor):
+            counts.setdefault(key, {})[role] = counts.get(key, {}).get(role, 0) + part.numel()
     found: dict[str, float] = {}
     for key, _, _, size, _ in header["streams"]:
         for role, entries in counts[key].items():
@@ -174,10 +174,12 @@ def rounding_noise(path: Path) -> dict[str, float]:
     """Of each quantised matrix: deviation of rounding to its levels, relative to its weights; clipping not counted."""
     import train_gpt
     _, tensors = train_gpt.unpack_artifact(path.read_bytes())
-    steps = {name: t.scale.double().square().mean().sqrt() / 12**0.5 for name, t in tensors.items()
-             if t.scale is not None}
-    return {name: float(step / tensors[name].dequant().double().square().mean().sqrt().clamp(min=1e-30))
-            for name, step in steps.items()}
+    quantised = {name: t for name, t in tensors.items() if t.scale is not None}
+    steps = {name: t._replace(values=t.values.new_ones(t.values.shape), trellis=False, correction=None).dequant()
+             for name, t in quantised.items()}  # of each entry
+    return {name: float((steps[name].double().square().mean() / 12).sqrt()
+                        / t.dequant().double().square().mean().sqrt().clamp(min=1e-30))
+            for name, t in quantised.items()}
 
 
 def draw_rounding(axes, curves: list[Curve]) -> bool:
