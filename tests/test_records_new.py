@@ -117,7 +117,7 @@ def test_it_refuses(runs, toy, tmp_path):
     mixed = edited(runs[1], tmp_path / "mixed", config_json=('"value": 0.03', '"value": 0.04'))
     digest = re.search(r"audit:code sha256:(\w+)", (runs[1] / "log.txt").read_text())[1]
     foreign = edited(runs[1], tmp_path / "foreign", log_txt=(digest, digest[::-1]))
-    other_text = edited(runs[1], tmp_path / "text", log_txt=("manifest:", "manifest:ff"))
+    other_text = edited(runs[1], tmp_path / "text", log_txt=("manifest_sha256:", "manifest_sha256:ff"))
     cut = edited(runs[1], tmp_path / "cut", log_txt=("final:official", "partial"))
     twice = edited(runs[0], tmp_path / "twice")
     for chosen, message in (([runs[0], mixed], "MATRIX_LR differ"), ([runs[0], twice], "seed 1 stands for 2 runs"),

@@ -184,7 +184,7 @@ def read_log(path: Path) -> Log:
     if coverage:
         log.scored_once, log.coverage = all(once == "1" for once, _ in coverage), coverage[-1][1]
     log.artifact_sha256 = last(r"^audit:artifact sha256:([0-9a-f]{64}) ", text, str)
-    log.manifest = last(r"^audit:data [^\n]*?manifest:(\S+)", text, str)
+    log.manifest = last(r"^audit:data [^\n]*?manifest(?:_sha256)?:(\S+)", text, str)
     log.tokenizer_sha256 = last(r"^audit:data [^\n]*?tokenizer_sha256:([0-9a-f]{64})", text, str)
     environment = re.findall(r"^audit:env (.*)$", text, re.MULTILINE)
     if environment:
