@@ -324,7 +324,7 @@ class EvalConfig:
                      "EVAL_SEQ_LEN that advance by EVAL_STRIDE over the text (sliding), inside documents (doc), or "
                      "longer than in training (long); one pass that carries keys and values (stream)",
                      choices=("chunked", "sliding", "doc", "long", "stream"))
-    eval_seq_len: int = knob(1024, "window", 2, 65536, unit="tokens", needs="eval != chunked")
+    eval_seq_len: int = knob(1024, "window of the evaluation", 2, 65536, unit="tokens", needs="eval != chunked")
     eval_stride: int = knob(64, "tokens scored per window", 1, 65536, unit="tokens", needs="eval != chunked")
     eval_rope_scaling: str = knob("ntk", "how positions reach beyond the training length", needs="eval == long",
                                   choices=("none", "ntk", "yarn"))
@@ -441,7 +441,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         xsa_last_n=7, rope_dims=16, smear_gate="B", init="orthogonal", mup_base_width=256, matrix_lr=0.04,
         muon_momentum=0.99, muon_momentum_warmup_steps=500, muon_wd=0.04, averaging="ema", iterations=2000,
         max_wallclock_seconds=240.0, warmup_steps=10, matrix_bits=6, qat="ste", qat_start_frac=0.5, eval="sliding",
-        eval_seq_len=512, eval_stride=64, codec="zstd", clip="search", ttt=Unbuilt("sgd", "test-time training")),
+        eval_seq_len=512, eval_stride=64, codec="zstd", clip="search", ttt="sgd"),
     # Blocks 2-4 run 1 + 8 times, blocks 5-7 in parallel, no positions, no x0 mix, nothing starts at zero. 20,980,824.
     # QAT began when the cosine fell below 0.15, which is 92.4 % of the run. The published embedding belonged to another
     # tokenizer and its score was no bits per byte: neither is copied.
@@ -472,13 +472,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         value_embed_dim=44, max_skips=5, num_loops=1, loop_at_step=3000, parallel="B", table_lr=0.03,
         embed_wd=0.095, muon="muoneq_r_polar", muon_steps=4,
         rounding="gptq", clip="sigma", calibration=Unbuilt("self-generated", "quantisers"),
-        codec="rans", ttt=Unbuilt("prequant", "test-time training")),
+        codec="rans", ttt="prequant"),
     # PR 1493, 1.0810. 35,944,536 parameters.
     "score_first_ttt": LATE | dict(
         vocab_size=SP8192, qk_gain_init=5.25, skips="gated", num_loops=2, parallel="A", loader="shuffled",
         embed_wd=0.085, muon="muoneq_r", reserve_seconds=12.0,
-        rounding="gptq", clip="sigma", codec="brotli_shuffle",
-        ttt=Unbuilt("sgd", "test-time training")),
+        rounding="gptq", clip="sigma", codec="brotli_shuffle", ttt="sgd"),
     # PR 1855, 1.0611, the leaderboard's last. 35,945,671 parameters. Values are those of its log, not of its README.
     "phased_ttt": LATE | dict(
         vocab_size=SP8192, caseops=Unbuilt(True, "data tools"), loader=Unbuilt("packed", "data tools", "shuffled"),
@@ -487,7 +486,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         beta2=0.99, muon="muoneq_r_polar", matrix_lr=0.026, muon_momentum=0.97, warmdown_frac=0.85, min_lr=0.1,
         reserve_seconds=0.5, embed_bits=7, rounding="gptq", clip="sigma", matrix_clip_sigmas=13.0,
         mlp_clip_sigmas=11.5, embed_clip_sigmas=14.0, lqer_rank=Unbuilt(4, "quantisers"),
-        codec=Unbuilt("zpaq_grouped", "quantisers", "rans"), ttt=Unbuilt("phased", "test-time training")),
+        codec=Unbuilt("zpaq_grouped", "quantisers", "rans"), eval="doc", ttt="phased", ttt_lr=0.001, ttt_epochs=1,
+        ttt_lora_rank=80, ttt_lora_alpha=144.0, ttt_lora_beta2=0.99, ttt_warm_a=True, ttt_phase_docs=2500),
     "plain": {},  # overlay: what exists in place of what a preset waits for; see load()
     "cpu": dict(  # overlay: what two CPU cores train in two minutes
         num_layers=4, model_dim=256, num_heads=4, num_kv_heads=2, train_seq_len=512, train_batch_tokens=8192,
@@ -496,8 +496,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         matrix_lr=0.04, tied_embed_lr=0.05, table_lr=0.05, scalar_lr=0.04, muon_momentum=0.95,
         muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50, warmup_steps=2, train_log_every=20,
         val_loss_every=0, checkpoint_every=30.0, reserve_seconds=2.0, rope_train_len=512, leaky_slopes="", loop_start=1,
-        loop_end=2, loop_at_step=0, parallel_start=3, ema_decay=0.95, swa_every=5, calibration_tokens=16_384, **at_most(
+        loop_end=2, loop_at_step=0, parallel_start=3, ema_decay=0.95, swa_every=5, calibration_tokens=16_384,
+        ttt_lora_chunk=128, **at_most(
             rope_dims=64, xsa_last_n=4, mlp_mult=2, attention_window=128, embed_dim=128, value_embed_last_n=2,
+            ttt_chunk_tokens=8192, ttt_lora_rank=16, ttt_lora_docs=8, ttt_phase_docs=24,
             num_loops=2, loop_ramp_steps=10, adam_l2=0.001)),  # over a short run 0.095 keeps embeddings from growing
     "tiny": dict(  # overlay: what a test runs in seconds; one layer before, one inside and one after a loop
         num_layers=3, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=64, train_batch_tokens=512,
@@ -505,9 +507,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_wallclock_seconds=0.0, loader="shuffled", lr_schedule="warmdown_frac", muon_momentum_warmup_steps=4,
         warmup_steps=1, train_log_every=1, val_loss_every=0, compile="off", reserve_seconds=0.0, bigram_dim=16,
         engram_dim=8, value_embed_dim=16, rope_train_len=64, leaky_slopes="", loop_start=1, loop_end=1,
-        parallel_start=2, ema_decay=0.9, swa_every=1, held_out_tokens=512, calibration_tokens=1024, **at_most(
+        parallel_start=2, ema_decay=0.9, swa_every=1, held_out_tokens=512, calibration_tokens=1024,
+        ttt_lora_chunk=32, **at_most(
+            ttt_chunk_tokens=512, ttt_lora_rank=4, ttt_lora_docs=4, ttt_phase_docs=9, prequant_epochs=2,
             bigram_buckets=512, engram_buckets=128, rope_dims=16, xsa_last_n=2,
-        attention_window=32, embed_dim=32, value_embed_last_n=2, num_loops=2, mup_base_width=64, loop_at_step=3,
+            attention_window=32, embed_dim=32, value_embed_last_n=2, num_loops=2, mup_base_width=64, loop_at_step=3,
             loop_ramp_steps=3, adam_l2=0.001))}
 DEFAULT_PRESET = {"cuda": "mlp3x_seq4096", "cpu": "turbo_engram+plain+cpu"}
 
@@ -3903,7 +3907,8 @@ def prequant(trainer: "Trainer", text: np.ndarray | None):
 
 def variant(c: EvalConfig, kind: str, ttt: str = "none") -> str:
     """What a score is called: how it was taken and what was learnt."""
-    size = {"chunked": "", "stream": f"_{c.eval_seq_len}"}.get(kind, f"_{c.eval_seq_len}_{c.eval_stride}")
+    stride = c.ttt_lora_chunk if ttt in ("lora", "phased") else c.eval_stride
+    size = {"chunked": "", "stream": f"_{c.eval_seq_len}"}.get(kind, f"_{c.eval_seq_len}_{stride}")
     return kind + size + f"_{c.eval_rope_scaling}" * (kind == "long") + f"+{ttt}" * (ttt != "none")
 
 

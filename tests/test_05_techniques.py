@@ -452,7 +452,7 @@ def test_a_run_compiles_one_graph_per_plan_and_nothing_at_the_switch(preset, mon
 
 @pytest.mark.parametrize("steps, plan", ((2, 0), (6, 1)))
 def test_a_run_scores_with_the_plan_that_it_ended_with(steps, plan, toy, tmp_path):
-    knobs = dict(PRESET="prequant_ttt+plain+tiny", ITERATIONS=steps)
+    knobs = dict(PRESET="prequant_ttt+plain+tiny", ITERATIONS=steps, TTT="none")
     done = train(toy, tmp_path, "loop", **knobs)
     assert done.code == 0, done.err
     header, _ = tg.unpack_artifact((done.folder / "model.golf").read_bytes())
