@@ -3750,13 +3750,14 @@ class DocumentLoRA(Fixed):
 
     @torch.no_grad()
     def forget(self, batch: Batch):
-        """Begin new documents: B = 0, and A drawn anew unless the lane keeps it."""
+        """Begin new documents: B = 0, and the A that all begin with unless the lane keeps its own. Every document has
+        the same A, so that no score depends on which others are in its batch."""
         c, (_, adapters) = self.cfg.eval, zip(*self.attached)
-        generator = torch.Generator(self.rt.device).manual_seed(int(batch.items[0, 1]))
+        generator = torch.Generator(self.rt.device).manual_seed(0)
         for a, b in ((a, b) for lora in adapters for a, b in zip(lora.a, lora.b)):
             b.zero_()
             if batch.lane != self.lane or not c.ttt_warm_a:
-                a.uniform_(-a.size(2)**-0.5, a.size(2)**-0.5, generator=generator)
+                a.copy_(torch.empty_like(a[0]).uniform_(-a.size(2)**-0.5, a.size(2)**-0.5, generator=generator))
         self.lane, params = batch.lane, [p for lora in adapters for p in lora.parameters()]
         self.optimiser = torch.optim.AdamW(params, lr=c.ttt_lora_lr, betas=(0.0, c.ttt_lora_beta2), eps=1e-10,
                                            weight_decay=c.ttt_lora_wd)
@@ -3912,12 +3913,17 @@ def variant(c: EvalConfig, kind: str, ttt: str = "none") -> str:
     return kind + size + f"_{c.eval_rope_scaling}" * (kind == "long") + f"+{ttt}" * (ttt != "none")
 
 
+def strategy_of(cfg: Config, rt: Runtime, model: GPT, numerics: Numerics, plan: Plan, kind: str, ttt: str) -> Fixed:
+    """A strategy's windows and what learns from them, for one model."""
+    learner = Streaming if kind == "stream" else LEARNERS[ttt]
+    return learner(STRATEGIES[kind](cfg), cfg, rt, model, numerics, plan)
+
+
 def score_model(cfg: Config, rt: Runtime, model: GPT, numerics: Numerics, data: Data, kind: str, plan: Plan,
                 ttt: str = "none", observer: Callable | None = None) -> Score:
     """Score a model that walks `plan` with a named strategy and log the audit line."""
-    learner, begin = Streaming if kind == "stream" else LEARNERS[ttt], time.monotonic()
-    strategy = learner(STRATEGIES[kind](cfg), cfg, rt, model, numerics, plan)
-    result = score(data.val, data.val_bytes, strategy, rt, observer)
+    begin = time.monotonic()
+    result = score(data.val, data.val_bytes, strategy_of(cfg, rt, model, numerics, plan, kind, ttt), rt, observer)
     rt.log(f"score:{variant(cfg.eval, kind, ttt)} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} "
            f"tokens:{result.tokens} bytes:{result.bytes} scored_once:1 coverage:{result.coverage} "
            f"forward_tokens:{result.forward_tokens} seconds:{time.monotonic() - begin:.1f}")

@@ -542,7 +542,8 @@ def test_the_batch_of_the_evaluation_does_not_change_the_score(trained, evaluate
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_gives_the_same_score(trained, evaluate, ranks):
-    run, alone = run_script(nproc=ranks, PRESET="baseline+tiny", EVAL="sliding", **trained.env), evaluate(EVAL="sliding")
+    run = run_script(nproc=ranks, PRESET="baseline+tiny", EVAL="sliding", **trained.env)
+    alone = evaluate(EVAL="sliding")
     assert run.code == 0 and f"world_size:{ranks}" in run.out, run.err
     ours, theirs = numbers(official(run.out)), numbers(official(alone))
     assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-6)

@@ -248,7 +248,8 @@ def all_jobs(rt: tg.Runtime) -> dict[str, list[str]]:
         cfg = config(**knobs)
         model = random_model(tg.replace(cfg, model=tg.SEEN_AS.get(cfg.eval.eval, lambda c: c.model)(cfg)))
         data = tg.Data(None, documents(700), np.ones(699, np.int16), "", {})
-        result = tg.score_model(cfg, rt, model, tg.Numerics(), data, cfg.eval.eval, tg.schedule(cfg.model), cfg.eval.ttt)
+        result = tg.score_model(cfg, rt, model, tg.Numerics(), data, cfg.eval.eval, tg.schedule(cfg.model),
+                                cfg.eval.ttt)
         found[name] = [result.nats.hex(), result.coverage, result.documents.tobytes().hex()]
     return found
 
