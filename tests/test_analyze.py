@@ -69,8 +69,8 @@ def test_a_real_run_is_analysed(toy, tmp_path, capsys):
     header = tg.unpack_artifact((run.folder / "model.golf").read_bytes())[0]
     levels = [shape for _, kind, shape, scaled in header["tensors"] if scaled]
     assert [r["weights"] for r in found["weights"]["matrices"]] == [m * n for m, n in levels]
-    assert 0.97 < found["weights"]["paid_over_ideal"] < 1.2
-    assert all(r["bytes"] * 8 > 0.9 * r["weights"] * r["bits"] for r in found["weights"]["matrices"])
+    assert 0.8 < found["weights"]["paid_over_ideal"] < 1.2, "the coder may know more than frequencies"
+    assert all(r["bytes"] * 8 > 0.8 * r["weights"] * r["bits"] for r in found["weights"]["matrices"])
     assert found["scaling"]["points"] >= 5
     assert analyze.main([str(run.folder), f"DATA_PATH={toy}"]) == 0
     assert json.loads(capsys.readouterr().out)["bpb"] == found["bpb"]

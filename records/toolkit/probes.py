@@ -113,21 +113,25 @@ def swap_unscored(make: Make, tokens: np.ndarray, seen: Seen, rt: tg.Runtime, rn
     return moved(seen.losses[stays], again.losses[stays]), states, int(stays.sum())
 
 
-def swap_target(make: Make, tokens: np.ndarray, seen: Seen, at: int, vocab: int,
-                rt: tg.Runtime) -> tuple[float, float, float]:
-    """Token `at` takes every value: (sum of its probabilities, that without BOS, largest change of an earlier loss).
-    A BOS is a new border: where borders steer the order of documents, its probability cannot be seen in this way."""
-    before, target, chances = 0.0, at - 1, np.zeros(vocab)
+def swap_target(make: Make, tokens: np.ndarray, seen: Seen, at: int, vocab: int, rt: tg.Runtime,
+                digest: Callable = state_digests) -> tuple[float, float]:
+    """Token `at` takes every value: (error of the sum of its probabilities, largest change of an earlier loss).
+    A BOS is a new border. Where borders steer what is learnt first, its probability cannot be seen in this way: then
+    only what the other values have above one is an error."""
+    before, target, chances, steered = 0.0, at - 1, np.zeros(vocab), False
     earlier = (seen.order < seen.order[target]) | (
         (seen.order == seen.order[target]) & (seen.start == seen.start[target]) & (np.arange(len(tokens) - 1) < target))
     for value in range(vocab):
         other = tokens.copy()
         other[at] = value
-        again = observe(make, other, rt, no_digest)
+        again = observe(make, other, rt, digest if value == tg.BOS else no_digest)
         chances[value] = math.exp(-again.losses[target])
-        if value != tg.BOS:
+        if value == tg.BOS:
+            steered = again.digests[target] != seen.digests[target]
+        else:
             before = max(before, moved(seen.losses[earlier], again.losses[earlier]))
-    return chances.sum(), chances.sum() - chances[tg.BOS], before
+    error = max(0.0, chances.sum() - chances[tg.BOS] - 1) if steered else abs(chances.sum() - 1)
+    return float(error), before
 
 
 def reorder(make: Make, tokens: np.ndarray, rt: tg.Runtime, rng: np.random.Generator) -> float:
@@ -148,8 +152,7 @@ def audit(make: Make, tokens: np.ndarray, vocab: int, rt: tg.Runtime, seed: int 
           isolated: bool = False, digest: Callable = state_digests, tolerance: float = 2e-5) -> dict[str, Any]:
     """Every probe of one evaluation of `tokens` (from BOS to BOS). `flags` names what failed, `warnings` what a
     reviewer should know: it learns in another order than the text's, or by lengths read ahead. A difference counts when
-    it exceeds that of two equal runs and the tolerance in nats; a sum of probabilities when it is off by 1e-3, or
-    (where borders steer the order) when it is above one without that of BOS."""
+    it exceeds that of two equal runs and the tolerance in nats; a sum of probabilities when it is off by 1e-3."""
     rng = np.random.default_rng(seed)
     seen, again = observe(make, tokens, rt, digest), observe(make, tokens, rt, digest)
     floor = moved(seen.losses, again.losses)
@@ -163,10 +166,8 @@ def audit(make: Make, tokens: np.ndarray, vocab: int, rt: tg.Runtime, seed: int 
     found["suffix"], found["states"], found["compared"] = (f(x) for f, x in zip((max, sum, sum), zip(*swaps)))
     found["schedule"] = max(swap_unscored(make, tokens, seen, rt, rng, True, no_digest)[0] for _ in range(cuts))
     at = rng.choice(np.flatnonzero(tokens[1:-1] != tg.BOS) + 1, positions, replace=False).tolist()
-    targets = [swap_target(make, tokens, seen, p, vocab, rt) for p in at]
-    steered = found["schedule"] > limit
-    found["sum"] = float(max(max(0.0, inner - 1) if steered else abs(total - 1) for total, inner, _ in targets))
-    found["target"] = max(before for _, _, before in targets)
+    targets = [swap_target(make, tokens, seen, p, vocab, rt, digest) for p in at]
+    found["sum"], found["target"] = (max(x) for x in zip(*targets))
     if isolated:
         found["documents"] = reorder(make, tokens, rt, rng)
     failed = dict(once=not found["once"], suffix=found["suffix"] > limit, states=found["states"] > 0,
@@ -174,7 +175,7 @@ def audit(make: Make, tokens: np.ndarray, vocab: int, rt: tg.Runtime, seed: int 
                   documents=found.get("documents", 0) > limit, nothing_compared=found["compared"] == 0)
     found["flags"] = [name for name, bad in failed.items() if bad]
     learns = len(set(seen.digests)) > 1
-    found["warnings"] = ["schedule"] * steered + ["order"] * (learns and not found["chronological"])
+    found["warnings"] = ["schedule"] * (found["schedule"] > limit) + ["order"] * (learns and not found["chronological"])
     return found
 
 
