@@ -309,11 +309,11 @@ def test_permuted_documents_have_the_same_losses(rt):
     assert np.abs(np.delete(moved - b, ends)).max() < 1e-5, "only a last target, the next BOS, may change"
 
 
-def test_documents_cost_a_fifth_of_sliding():
-    """Forward tokens of 2048/64 on lengths as of the competition's text: mean 811, 6.4 % of documents past 2,048."""
-    lengths = np.random.default_rng(0).lognormal(6.35, 0.834, 20_000).astype(int) + 1
+def test_documents_cost_a_quarter_of_sliding():
+    """Forward tokens of 2048/64 on lengths like the competition's: a mean of 811, 19 % of the tokens past 2,048."""
+    lengths = np.random.default_rng(0).lognormal(6.04, 1.15, 20_000).astype(int) + 1
     borders = np.concatenate([[0], np.cumsum(lengths)])
-    assert 780 < lengths.mean() < 840 and 0.05 < (lengths > 2048).mean() < 0.075
+    assert 780 < lengths.mean() < 840 and 0.18 < np.maximum(lengths - 2048, 0).sum() / lengths.sum() < 0.2
     cost = {kind: sum(b.rows * b.width for b in windows.batches(borders, 131_072))
             for kind, windows in (("doc", DocumentWindows(2048, 64)), ("sliding", Windows(2048, 64)))}
     assert cost["sliding"] > 4 * cost["doc"], cost
