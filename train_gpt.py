@@ -534,9 +534,9 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
      "EVAL_STRIDE={eval_stride} is larger than EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda v: v["eval"] == "long" and v["eval_seq_len"] <= v["train_seq_len"],
      "EVAL=long: EVAL_SEQ_LEN={eval_seq_len} is not longer than TRAIN_SEQ_LEN={train_seq_len}"),
-    (lambda v: v["ttt"] in ("lora", "phased") and v["eval"] != "doc", "TTT={ttt} needs EVAL=doc, not EVAL={eval}"),
-    (lambda v: v["ttt"] == "sgd" and v["eval"] in ("doc", "stream"),
-     "TTT=sgd needs EVAL=chunked, sliding or long, not EVAL={eval}"),
+    (lambda v: v["eval"] not in {"lora": "doc", "phased": "doc", "sgd": "chunked sliding long"}.get(
+        v["ttt"], v["eval"]),
+     "EVAL={eval} does not go with TTT={ttt}: sgd needs chunked, sliding or long, lora and phased need doc"),
     (lambda v: v["ttt"] == "sgd" and v["ttt_chunk_tokens"] < (
         v["train_seq_len"] if v["eval"] == "chunked" else v["eval_stride"]),
      "TTT_CHUNK_TOKENS={ttt_chunk_tokens} is less than what one window scores"),
@@ -3702,7 +3702,11 @@ class DocumentLoRA(Fixed):
             yield self.assigned(documents[done:bound])
             self.detach()
             done = bound
-            chunks = self.chunked(documents[:done]) if done < len(documents) else []
+            if done == len(documents):
+                return
+            spans = np.concatenate([cut(a, b, self.windows.size) for a, b in documents[:done].tolist()])
+            chunk = np.cumsum(spans[:, 1] - spans[:, 0]) // c.ttt_chunk_tokens
+            chunks = np.split(spans, np.flatnonzero(np.diff(chunk)) + 1)
             for k, rows in enumerate(chunks[:-1] or chunks):  # the last one is left out, as published
                 for _ in range(c.ttt_epochs):
                     tuner.step(*ledger.read(rows), cosine_rate(c.ttt_lr, k, len(chunks)))
@@ -3729,12 +3733,6 @@ class DocumentLoRA(Fixed):
                                self.windows.width(int((last - start).max())), c.ttt_lora_chunk, lane, part,
                                int((last < end[on]).sum())))
         return found
-
-    def chunked(self, documents: np.ndarray) -> list[np.ndarray]:
-        """Rows of documents, no longer than a window, in chunks of about TTT_CHUNK_TOKENS."""
-        spans = np.concatenate([cut(a, b, self.windows.size) for a, b in documents.tolist()])
-        chunk = np.cumsum(spans[:, 1] - spans[:, 0]) // self.cfg.eval.ttt_chunk_tokens
-        return np.split(spans, np.flatnonzero(np.diff(chunk)) + 1)
 
     def adapt(self):
         """Put adapters at queries, keys, values, the whole attention branch and the whole MLP branch of each block, all
@@ -3877,10 +3875,8 @@ def score(tokens: np.ndarray, target_bytes: np.ndarray, strategy: Fixed, rt: Run
 def tuning_text(cfg: Config, data: Data) -> np.ndarray | None:
     """What TTT=prequant trains on: the validation text, or as many tokens off the end of the training text, which
     training then never sees; None without it. Raises UserError."""
-    if cfg.eval.ttt != "prequant":
-        return None
-    if not cfg.eval.compliant:
-        return data.val
+    if cfg.eval.ttt != "prequant" or not cfg.eval.compliant:
+        return data.val if cfg.eval.ttt == "prequant" else None
     if len(data.val) > len(data.train) // 2:
         raise UserError(f"PREQUANT_TEXT=train: {len(data.val)} tokens would be more than half of the training text")
     return data.train.hold_out(len(data.val))

@@ -259,5 +259,5 @@ def test_a_leak_across_documents_is_flagged():
 def test_the_command_prints_its_findings(capsys):
     assert probes.main(["PRESET=baseline", "THREADS=1"]) == 0
     assert json.loads(capsys.readouterr().out)["flags"] == []
-    assert probes.main(["TTT=lora"]) == 2 and "EVAL=doc" in capsys.readouterr().err
+    assert probes.main(["TTT=lora"]) == 2 and "TTT=lora" in capsys.readouterr().err
     assert probes.main(["quick"]) == 2 and "NAME=VALUE" in capsys.readouterr().err
