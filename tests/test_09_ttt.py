@@ -179,7 +179,8 @@ def test_with_zero_b_nothing_changes_and_every_technique_is_active(name, adapted
 
 def test_warm_a_is_kept_within_a_lane_and_b_never():
     cfg = config(**LORA | dict(TTT_LORA_DOCS=1))
-    model, seen = random_model(cfg), {}
+    model, seen, tokens = random_model(cfg), {}, np.random.default_rng(0).integers(2, VOCAB, 401).astype(np.uint16)
+    tokens[::20] = 1  # twenty documents in eight lanes
     for warm in (False, True):
         knobs = tg.replace(cfg, eval=tg.replace(cfg.eval, ttt_warm_a=warm))
 
@@ -187,7 +188,7 @@ def test_warm_a_is_kept_within_a_lane_and_b_never():
             lora = score.strategy.attached[0][1]
             seen.setdefault((warm, batch.lane), []).append((batch.part, lora.a[0].detach().clone()))
             assert batch.part or not any(b.any() for _, x in score.strategy.attached for b in x.b)
-        score(knobs, model, documents(500), catch)
+        score(knobs, model, tokens, catch)
     first, kept = seen[False, 0][0][1], []
     for (warm, _), states in seen.items():
         assert states[0][1].equal(first) and not states[0][0], "every lane begins alike"
