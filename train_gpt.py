@@ -3689,7 +3689,7 @@ class DocumentLoRA(Fixed):
     the window before it, then one AdamW step on those very losses serves the document's next chunk. Source: PR 1530.
     Documents go longest first, TTT_LORA_DOCS at a time, in LANES lanes; under TTT_WARM_A a lane keeps its A matrices
     (PR 1767). TTT=phased: after some of the TTT_PHASE_DOCS longest documents, all weights train on them (PR 1610)."""
-    lane = -1
+    lane, adapters = -1, ()
 
     def rounds(self, borders: np.ndarray, ledger: Ledger) -> Iterator[list[Batch]]:
         c, done, documents = self.cfg.eval, 0, np.stack([borders[:-1], borders[1:]], 1)
@@ -3739,11 +3739,15 @@ class DocumentLoRA(Fixed):
         reading the branch's input, and at the logits; the weights themselves stand still."""
         c, model = self.cfg.eval, self.model.requires_grad_(False)
         width, kv, scale = model.cfg.model_dim, model.cfg.kv_dim, c.ttt_lora_alpha / c.ttt_lora_rank
-        for block, slots in self.slots():
-            for points, out in ((block.attn.q.out_sites, width), (block.attn.k.out_sites, kv),
-                                (block.attn.v.out_sites, kv), (block.attn_sites, width), (block.mlp_sites, width)):
-                self.attach(points, LoRA(self.rows, width, out, c.ttt_lora_rank, scale, slots))
-        self.attach(model.logit_sites, LoRA(self.rows, width, model.output.size(0), c.ttt_lora_rank, scale, [0]))
+        places = [place for block, slots in self.slots() for place in (
+            (block.attn.q.out_sites, width, slots), (block.attn.k.out_sites, kv, slots),
+            (block.attn.v.out_sites, kv, slots), (block.attn_sites, width, slots), (block.mlp_sites, width, slots))]
+        places.append((model.logit_sites, model.output.size(0), [0]))
+        self.adapters = self.adapters or [(points, LoRA(self.rows, width, out, c.ttt_lora_rank, scale, slots))
+                                          for points, out, slots in places]  # the same ones each time: one graph
+        for points, lora in self.adapters:
+            self.attach(points, lora)
+            lora.requires_grad_(True)
         self.lane = -1
 
     @torch.no_grad()
