@@ -3640,7 +3640,8 @@ class Fixed:
     def detach(self):
         """Leave the model as it was."""
         while self.attached:
-            del self.attached.pop()[0][-1]
+            points, _ = self.attached.pop()
+            delattr(points, str(len(points) - 1))  # `del points[-1]` makes another dict, which compiles again
 
     def slots(self) -> Iterator[tuple[Block, list[int]]]:
         """Each block with the slots that it serves."""
