@@ -112,8 +112,11 @@ class DataConfig:
     vocab_size: int = knob(1024, "tokenizer size V", 2, 65535, unit="tokens")
     train_seq_len: int = knob(1024, "training context T", 8, 65536, unit="tokens")
     train_batch_tokens: int = knob(524_288, "tokens of one step over all ranks", 8, 2**24, unit="tokens")
-    loader: str = knob("sequential", "order of training text: one contiguous stream, or rows shuffled anew each epoch",
-                       choices=("sequential", "shuffled"))
+    caseops: bool = knob(False, "capital letters are spelt as operators; bytes come from the shards' sidecar",
+                         source="PR 1729")
+    loader: str = knob("sequential", "order of training text: one stream; its rows at a stride, or shuffled; or whole "
+                       "documents packed into rows, those shuffled", source="PRs 726, 1394, arXiv 2404.10830",
+                       choices=("sequential", "coprime", "shuffled", "packed"))
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,8 @@ class OptimConfig:
     swa_snapshots: int = knob(8, "how many snapshots iw_swa and soup keep, the last ones", 1, 100)
     swa_temperature: float = knob(0.003, "difference of loss that divides a weight by e", 1e-6, 10, unit="nats",
                                   needs="averaging == iw_swa")
-    held_out_tokens: int = knob(65_536, "end of the training text that is kept to score averages (iw_swa, soup)", 8,
+    held_out_tokens: int = knob(65_536, "end of the training text that is kept to score averages (iw_swa, soup) and "
+                                "roundings (ALLOCATION=loss)", 8,
                                 10**8, unit="tokens")
     objective: str = knob("ce", "what is minimised: cross-entropy, or weighted by bytes, focal, with a z-loss, with "
                           "multi-token prediction; the log reports nats", choices=("ce", "byte", "focal", "z", "mtp"))
@@ -290,32 +294,49 @@ class QuantConfig:
     matrix_bits: int = knob(8, "bits of block matrices; 16 = fp16", 2, 16, choices=BIT_WIDTHS, unit="bits")
     mlp_bits: int = knob(0, "bits of the MLP's matrices; 0 = MATRIX_BITS", 0, 16, choices=(0, *BIT_WIDTHS), unit="bits")
     embed_bits: int = knob(8, "bits of embeddings and tables; 16 = fp16", 2, 16, choices=BIT_WIDTHS, unit="bits")
-    qat: str = knob("none", "train the block matrices through the export grid by straight-through gradients",
-                    choices=("none", "ste"), needs="matrix_bits < 16", source="PR 66")
+    qat: str = knob("none", "train the block matrices through the export grid: straight-through gradients, or rounding "
+                    "that hardens gradually", choices=("none", "ste", "soft"), needs="matrix_bits < 16",
+                    source="PRs 66, 1089")
     qat_start_frac: float = knob(0.0, "part of the run after which the grid is switched on", 0, 1, needs="qat != none")
+    qat_entropy: float = knob(0.0, "price of a bit of entropy per weight while the grid is on", 0, 10, unit="nats",
+                              needs="qat != none", source="PR 1385")
     clip: str = knob("quantile", "what becomes a row's largest level: a quantile of its magnitudes, the best of five, "
                      "a multiple of its standard deviation, or that weighted by the inputs' size",
                      choices=("quantile", "search", "sigma", "sigma_hessian"), source="PRs 374, 1394")
     clip_quantile: float = knob(0.9999984, "that quantile", 0.5, 1, needs="clip == quantile")
+    scale_group: int = knob(0, "columns that share a scale, if they divide the row; 0 = the row, -1 = the matrix",
+                            -1, 65536)
     matrix_clip_sigmas: float = knob(12.85, "that multiple for attention", 0.5, 100, unit="sigmas")
     mlp_clip_sigmas: float = knob(0.0, "that of the MLP; 0 = MATRIX_CLIP_SIGMAS", 0, 100, unit="sigmas")
     embed_clip_sigmas: float = knob(20.0, "that of embeddings and tables", 0.5, 100, unit="sigmas")
-    rounding: str = knob("nearest", "levels: each the nearest, or each making up for the errors before it, as seen by "
-                         "the matrix's inputs", choices=("nearest", "gptq"), source="arXiv 2210.17323")
-    calibration_tokens: int = knob(65_536, "training tokens that show what matrices read", 8, 2**26, unit="tokens",
-                                   needs="rounding == gptq")
-    fill_budget: bool = knob(False, "choose the multiples so that code + model just fit ARTIFACT_BUDGET_BYTES",
-                             needs="clip == sigma")
+    rounding: str = knob("nearest", "levels: each the nearest; each making up for the errors before it, as seen by the "
+                         "matrix's inputs; the same with steps by column; also by the best path of a trellis; -1, 0, 1",
+                         choices=("nearest", "gptq", "water", "trellis", "ternary"),
+                         source="arXiv 2210.17323, 2603.04956")
+    calibration: str = knob("train", "what shows the inputs of matrices: training text, or text of the model's own",
+                            choices=("train", "self"), source="PR 1019")
+    calibration_tokens: int = knob(65_536, "how much of it", 8, 2**26, unit="tokens")
+    prune_share: float = knob(0.0, "smallest weights of each quantised matrix that become zero beforehand", 0, 0.95)
+    lqer_rank: int = knob(0, "rank of a correction of the worst rounding errors; 0 = none", 0, 64, source="PR 1797")
+    lqer_top: int = knob(3, "matrices that get one", 1, 10_000, needs="lqer_rank > 0")
+    allocation: str = knob("tag", "what divides precision among matrices: their tag alone, the error of what comes out "
+                           "of them, or the loss that their errors cost", choices=("tag", "hessian", "loss"))
+    fit_budget: str = knob("none", "how code + model meet ARTIFACT_BUDGET_BYTES: not at all; steps of all sizes; whole "
+                           "bits where they help most; small levels set to zero until it fits",
+                           choices=("none", "steps", "bits", "prune"), source="PR 1089")
+    prune_levels: int = knob(2, "largest level that may be set to zero to fit", 1, 127, needs="fit_budget != none")
     scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 = the published int8 exports", 0, 1)
     codec: str = knob("zlib", "compressor of the artifact; rans = the entropy coder of this script, made for levels; "
-                      "best = the smallest for each stream, slowly",
-                      choices=("zlib", "lzma", "zstd", "brotli", "brotli_shuffle", "rans", "best"))
+                      "base3 = five ternary levels per byte, then lzma; best = the smallest for each stream, slowly",
+                      choices=("zlib", "lzma", "zstd", "brotli", "brotli_shuffle", "base3", "rans", "best"))
     scale_bits: int = knob(10, "mantissa bits of the rows' fp16 scales; fewer take less room", 1, 10, unit="bits")
     artifact_budget_bytes: int = knob(16_000_000, "largest code + model", 1, 2**40, unit="bytes")
 
     @property
     def sees_inputs(self) -> bool:
-        return self.rounding == "gptq" or self.clip == "sigma_hessian"
+        """Whether anything looks at what matrices read."""
+        return (self.rounding in ("gptq", "water", "trellis") or self.clip == "sigma_hessian"
+                or self.allocation == "hessian" or self.lqer_rank > 0)
 
 
 @dataclass(frozen=True)
@@ -422,7 +443,6 @@ LATE = dict(
     muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, muon_wd=0.095, matrix_lr=0.022,
     tied_embed_lr=0.03, scalar_lr=0.02, adam_wd=0.02, lr_schedule="warmdown_frac", warmdown_frac=0.72, averaging="ema",
     ema_decay=0.9965, matrix_bits=6, eval="sliding", eval_seq_len=2048, eval_stride=64)
-SP8192 = Unbuilt(8192, "data tools", 1024)
 # Presets are overrides of the defaults, which are the naive baseline. A callable receives the values so far.
 PRESETS: dict[str, dict[str, Any]] = {
     # 9 layers, int8 + zlib: the published starting point (1.2244). 17,059,912 parameters.
@@ -449,47 +469,48 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_layers=8, mlp="leaky_relu2", mlp_mult=3.0, positions="none", qk_gain_init=5.0, x0_mix="none",
         skip_pairs="around_loop", num_loops=8, loop_start=2, loop_end=4, loop_at_step=3000, loop_gates=True,
         loop_ramp_steps=20, parallel="A", parallel_start=5, init="uniform", embed_init="svd", objective="byte",
-        vocab_size=Unbuilt(4096, "data tools", 1024), train_batch_tokens=131_072, micro_batch_tokens=8192,
+        vocab_size=4096, train_batch_tokens=131_072, micro_batch_tokens=8192,
         iterations=50_000, max_wallclock_seconds=0.0, lr_schedule="cosine", warmdown_frac=0.3, muon="muoneq_r",
         matrix_lr=0.022, muon_momentum_warmup_start=0.95,
         muon_momentum_warmup_steps=0, muon_wd=0.095, tied_embed_lr=0.01, scalar_lr=0.01, beta2=0.999,
         adam_l2=0.095, averaging="iw_swa", matrix_bits=6,
         qat="ste", qat_start_frac=0.924),
     # PR 1126, 1.1123 (PR 1089, 1.1091). 30,666,843 parameters. The rotary base is 10,000 rescaled from 1,024 to 2,048
-    # tokens, as the run had it by accident; so are the rows of the mimetic start. Its QAT never ran: none.
+    # tokens, as the run had it by accident; so are the rows of the mimetic start. Its QAT never ran: none. It ranked
+    # matrices for more bits by the trace of their Hessian, which the architecture fixes; ours by measured loss.
     "turbo_engram": LATE | dict(
         leaky_slope=0.3, mlp_mult=3.5, rope_base=22_081.0, smear_gate="B", engram_buckets=8192, value_embed_last_n=2,
         skips="gated", init="mimetic_rows", tied_embed_lr=0.035, table_lr=0.035, scalar_lr=0.025, adam_wd=0.04,
         embed_beta1=0.7, head_beta1=0.7, muon="turbo_muon", matrix_lr=0.025, muon_wd=0.04,
         lr_schedule="warmdown_iters", warmdown_iters=3500, min_lr=0.05, averaging="swa", reserve_seconds=14.0,
-        matrix_bits=Unbuilt("5, greedily 6 or 7", "quantisers", 6), rounding="gptq", clip="search",
-        prune_levels=Unbuilt(2, "quantisers"),
-        codec="brotli_shuffle"),
+        matrix_bits=5, rounding="gptq", clip="search", allocation="loss", fit_budget="bits", codec="brotli_shuffle"),
     # PR 1539, 1.0587, not admissible in the competition. 36,311,132 parameters. Rotary base as above. It kept the five
     # skips of the plain list after looping began. Its four polar steps were five, cut; ours are four.
     "prequant_ttt": LATE | dict(
-        vocab_size=SP8192, rope_base=22_081.0, qk_gain_init=5.25, smear_gate="B", value_embed_last_n=2,
+        vocab_size=8192, rope_base=22_081.0, qk_gain_init=5.25, smear_gate="B", value_embed_last_n=2,
         value_embed_dim=44, max_skips=5, num_loops=1, loop_at_step=3000, parallel="B", table_lr=0.03,
         embed_wd=0.095, muon="muoneq_r_polar", muon_steps=4,
-        rounding="gptq", clip="sigma", calibration=Unbuilt("self-generated", "quantisers"),
+        rounding="gptq", clip="sigma", calibration="self",
         codec="rans", ttt="prequant"),
     # PR 1493, 1.0810. 35,944,536 parameters.
     "score_first_ttt": LATE | dict(
-        vocab_size=SP8192, qk_gain_init=5.25, skips="gated", num_loops=2, parallel="A", loader="shuffled",
+        vocab_size=8192, qk_gain_init=5.25, skips="gated", num_loops=2, parallel="A", loader="shuffled",
         embed_wd=0.085, muon="muoneq_r", reserve_seconds=12.0,
         rounding="gptq", clip="sigma", codec="brotli_shuffle", ttt="sgd"),
     # PR 1855, 1.0611, the leaderboard's last. 35,945,671 parameters. Values are those of its log, not of its README.
+    # It packed with ZPAQ, which takes more bytes than ours on the same levels.
     "phased_ttt": LATE | dict(
-        vocab_size=SP8192, caseops=Unbuilt(True, "data tools"), loader=Unbuilt("packed", "data tools", "shuffled"),
+        vocab_size=8192, caseops=True, loader="packed",
         doc_attention=True, qk_gain_init=5.0, skips="gated", smear_gate="D", output_gate="sparse",
         output_gate_scale=0.5, softcap="shifted", num_loops=2, parallel="D", parallel_start=8, embed_wd=0.085,
         beta2=0.99, muon="muoneq_r_polar", matrix_lr=0.026, muon_momentum=0.97, warmdown_frac=0.85, min_lr=0.1,
         reserve_seconds=0.5, embed_bits=7, rounding="gptq", clip="sigma", matrix_clip_sigmas=13.0,
-        mlp_clip_sigmas=11.5, embed_clip_sigmas=14.0, lqer_rank=Unbuilt(4, "quantisers"),
-        codec=Unbuilt("zpaq_grouped", "quantisers", "rans"), eval="doc", ttt="phased", ttt_lr=0.001, ttt_epochs=1,
-        ttt_lora_rank=80, ttt_lora_alpha=144.0, ttt_lora_beta2=0.99, ttt_warm_a=True, ttt_phase_docs=2500),
+        mlp_clip_sigmas=11.5, embed_clip_sigmas=14.0, lqer_rank=4, codec="rans", eval="doc", ttt="phased", ttt_lr=0.001,
+        ttt_epochs=1, ttt_lora_rank=80, ttt_lora_alpha=144.0, ttt_lora_beta2=0.99, ttt_warm_a=True,
+        ttt_phase_docs=2500),
     "plain": {},  # overlay: what exists in place of what a preset waits for; see load()
-    "cpu": dict(  # overlay: what two CPU cores train in two minutes
+    "cpu": dict(  # overlay: what two CPU cores train in two minutes, on the embedded sample or anything in its tokens
+        vocab_size=1024, caseops=False,
         num_layers=4, model_dim=256, num_heads=4, num_kv_heads=2, train_seq_len=512, train_batch_tokens=8192,
         micro_batch_tokens=8192, eval_batch_tokens=16_384, eval_seq_len=512, eval_stride=128,
         max_wallclock_seconds=120.0, loader="shuffled", lr_schedule="warmdown_frac", warmdown_frac=0.6,
@@ -502,6 +523,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             ttt_chunk_tokens=8192, ttt_lora_rank=16, ttt_lora_docs=8, ttt_phase_docs=24,
             num_loops=2, loop_ramp_steps=10, adam_l2=0.001)),  # over a short run 0.095 keeps embeddings from growing
     "tiny": dict(  # overlay: what a test runs in seconds; one layer before, one inside and one after a loop
+        vocab_size=1024, caseops=False,
         num_layers=3, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=64, train_batch_tokens=512,
         micro_batch_tokens=512, eval_batch_tokens=8192, eval_seq_len=64, eval_stride=32, iterations=8,
         max_wallclock_seconds=0.0, loader="shuffled", lr_schedule="warmdown_frac", muon_momentum_warmup_steps=4,
@@ -528,7 +550,8 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
      "TRAIN_BATCH_TOKENS={train_batch_tokens} is not a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
     (lambda v: v["seq_ramp_start"] and v["train_seq_len"] not in (v["seq_ramp_start"] << i for i in range(17)),
      "SEQ_RAMP_START={seq_ramp_start} doubled some times is not TRAIN_SEQ_LEN={train_seq_len}"),
-    (lambda v: v["averaging"] in ("iw_swa", "soup") and v["held_out_tokens"] <= v["train_seq_len"],
+    (lambda v: (v["averaging"] in ("iw_swa", "soup") or v["allocation"] == "loss")
+     and v["held_out_tokens"] <= v["train_seq_len"],
      "HELD_OUT_TOKENS={held_out_tokens} must be larger than TRAIN_SEQ_LEN={train_seq_len}"),
     (lambda v: v["eval"] in ("sliding", "doc", "long") and v["eval_stride"] > v["eval_seq_len"],
      "EVAL_STRIDE={eval_stride} is larger than EVAL_SEQ_LEN={eval_seq_len}"),
@@ -560,6 +583,15 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
      "ROPE_SCALING=ntk needs at least 4 rotating dims, ROPE_DIMS={rope_dims}"),
     (lambda v: v["embed_init"] == "svd" and v["vocab_size"] > 16_384,
      "EMBED_INIT=svd counts VOCAB_SIZE={vocab_size} squared pairs; want at most 16 384 tokens"),
+    (lambda v: v["fit_budget"] == "steps" and v["clip"] not in ("sigma", "sigma_hessian"),
+     "FIT_BUDGET=steps needs CLIP=sigma or sigma_hessian, not CLIP={clip}"),
+    (lambda v: v["fit_budget"] in ("bits", "prune") and v["rounding"] not in ("nearest", "gptq"),
+     "FIT_BUDGET={fit_budget} needs ROUNDING=nearest or gptq, not ROUNDING={rounding}"),
+    (lambda v: v["allocation"] != "tag" and v["fit_budget"] != "bits" and v["clip"] not in ("sigma", "sigma_hessian"),
+     "ALLOCATION={allocation} needs CLIP=sigma or sigma_hessian, not CLIP={clip}, or FIT_BUDGET=bits"),
+    (lambda v: v["qat"] != "none" and v["rounding"] in ("water", "trellis"),
+     "QAT={qat} needs a grid that is known in training, which ROUNDING={rounding} has not"),
+    (lambda v: v["qat"] == "soft" and v["rounding"] == "ternary", "QAT=soft knows no ROUNDING=ternary; use QAT=ste"),
     (lambda v: v["codec"] not in available_packings(),
      "CODEC={codec} needs a package that is not installed; available: {codecs}"),
     (lambda v: v["max_wallclock_seconds"] and v["reserve_seconds"] >= v["max_wallclock_seconds"],
@@ -934,7 +966,7 @@ class TokenStream:
     """The shards of one split ("train" or "val") of a folder as one long sequence of tokens, memory-mapped."""
 
     def __init__(self, folder: Path, split: str, vocab: int):
-        self.files, self.vocab = sorted(folder.glob(f"fineweb_{split}_*.bin")), vocab
+        self.files, self.vocab = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin")), vocab
         if not self.files:
             raise UserError(f"DATA_PATH={relative(folder)}: no file matches fineweb_{split}_*.bin")
         self.shards = [open_shard(f) for f in self.files]
@@ -1003,11 +1035,14 @@ def byte_table(tokenizer, vocab: int) -> ByteTable:
     return ByteTable(base, lead, border)
 
 
+CASE_OPERATORS = "\ue001\ue002\ue003\ue004"  # spell capital letters; see data/caseops.py
+
+
 class Data(NamedTuple):
     """An opened dataset: training stream, validation tokens and the bytes each validation target stands for."""
     train: TokenStream | None  # None when only scoring
     val: np.ndarray           # (N,) uint16
-    val_bytes: np.ndarray     # (N - 1,) int16
+    val_bytes: np.ndarray     # (N - 1,) int16 or uint16
     tokenizer_sha256: str
     manifest: dict[str, Any]  # empty when the folder has none
     token_bytes: np.ndarray | None = None  # (V,) int16, without leading spaces
@@ -1016,10 +1051,16 @@ class Data(NamedTuple):
 def locate_data(cfg: Config, rt: Runtime) -> tuple[Path, Path]:
     """Folder of the shards and path of the tokenizer; builds the embedded sample when nothing else is asked for."""
     vocab, folder = cfg.data.vocab_size, Path(cfg.data.data_path)
+    form = "_lossless_caps_caseops_v1_reserved" if cfg.data.caseops else ""  # as the published dataset calls it
     if cfg.data.data_path == "auto":
-        folder = SCRIPT.parent / "data" / "datasets" / f"fineweb10B_sp{vocab}"
-        if rt.device.type != "cuda" or not any(folder.glob("fineweb_train_*.bin")):
+        folder = SCRIPT.parent / "data" / "datasets" / f"fineweb10B_sp{vocab}{form}"
+        present, plain = any(folder.glob("fineweb_train_*.bin")), vocab == 1024 and not form
+        if plain and not (present and rt.device.type == "cuda"):
             folder = build_sample(rt)
+        elif not present:
+            raise UserError(f"DATA_PATH=auto: no shards in {relative(folder)}; get them with data/cached_challenge_fine"
+                            f"web.py --variant sp{vocab}{form} or make them with data/prepare.py; the embedded sample "
+                            "needs VOCAB_SIZE=1024 CASEOPS=0")
     if not folder.is_dir():
         raise UserError(f"DATA_PATH={relative(folder)}: no such folder")
     if cfg.data.tokenizer_path != "auto":
@@ -1028,7 +1069,7 @@ def locate_data(cfg: Config, rt: Runtime) -> tuple[Path, Path]:
     if len(own) > 1:
         raise UserError(f"DATA_PATH={relative(folder)} holds {len(own)} tokenizers ({', '.join(p.name for p in own)}); "
                         "say which with TOKENIZER_PATH")
-    return folder, own[0] if own else SCRIPT.parent / "data" / "tokenizers" / f"fineweb_{vocab}_bpe.model"
+    return folder, own[0] if own else SCRIPT.parent / "data" / "tokenizers" / f"fineweb_{vocab}_bpe{form}.model"
 
 
 def build_sample(rt: Runtime) -> Path:
@@ -1073,9 +1114,33 @@ def read_manifest(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text()) if path.exists() else {}
         if not isinstance(found.get("reference_bpb", {}), dict) or not (found.get("comparable", True) or found["note"]):
             raise ValueError("reference_bpb or note")
+        [(entry["tokens"], entry["sha256"]) for entry in found.get("files", {}).values()]
         return found
-    except (ValueError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{relative(path)}: damaged manifest ({error}); build the dataset again") from None
+
+
+def check_manifest(manifest: dict[str, Any], stream: TokenStream, content: bool):
+    """Raise UserError for the first shard that is not what the manifest says: another length or (if `content`) sha256;
+    a training shard that the manifest does not name is one that nobody compared with the validation text."""
+    for path, shard in zip(stream.files, stream.shards) if "files" in manifest else ():
+        told = manifest["files"].get(path.name, dict(tokens=0))
+        if told["tokens"] != len(shard) or content and told["sha256"] != sha256_file(path):
+            raise UserError(f"{relative(path)}: not the shard that manifest.json names; download or build it again")
+
+
+def validation_bytes(folder: Path, cfg: Config, table: ByteTable, val: np.ndarray) -> np.ndarray:
+    """(N - 1,) bytes of each validation target: by the tokenizer's pieces or, where capital letters are spelt as
+    operators, by the sidecar fineweb_val_bytes_*.bin, one uint16 per token. Raises UserError for a wrong sidecar."""
+    if not cfg.data.caseops:
+        return table.target_bytes(val)
+    sidecar = TokenStream(folder, "val_bytes", 2**16)
+    if len(sidecar) != len(val):
+        raise UserError(f"{relative(sidecar.files[0])}: {len(sidecar)} byte counts for {len(val)} validation tokens")
+    counts = sidecar.read(0, len(val))
+    if counts[val == BOS].any():
+        raise UserError(f"{relative(sidecar.files[0])}: BOS tokens have bytes: the counts are shifted")
+    return counts[1:]
 
 
 def open_train(folder: Path, cfg: Config, rt: Runtime) -> TokenStream:
@@ -1094,8 +1159,17 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
     """Open and verify everything that this run will read. Raises UserError before any long work."""
     folder, tokenizer_path = locate_data(cfg, rt)
     tokenizer = read_tokenizer(tokenizer_path, cfg.data.vocab_size)
+    operators = [i for i in map(tokenizer.piece_to_id, CASE_OPERATORS) if i != tokenizer.unk_id()]
+    if cfg.data.caseops != bool(operators):
+        raise UserError(f"TOKENIZER_PATH={relative(tokenizer_path)} has {len(operators)} case operators but "
+                        f"CASEOPS={int(cfg.data.caseops)}")
+    manifest, digest = read_manifest(folder / "manifest.json"), sha256_file(tokenizer_path)
+    if manifest.get("tokenizer_sha256", digest) != digest:
+        raise UserError(f"TOKENIZER_PATH={relative(tokenizer_path)}: not the tokenizer that manifest.json names")
     train = open_train(folder, cfg, rt) if cfg.run.run_mode == "train" else None
     stream = TokenStream(folder, "val", cfg.data.vocab_size)
+    for each in (train, stream) if train else (stream,):
+        check_manifest(manifest, each, content=each is stream)
     stream.check_ids(len(stream))
     val = np.ascontiguousarray(stream.read(0, len(stream)))
     window = cfg.data.train_seq_len if cfg.eval.eval == "chunked" else cfg.eval.eval_seq_len
@@ -1103,10 +1177,10 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
         raise UserError(f"{relative(stream.files[0])}: {len(val)} validation tokens are fewer than one window of "
                         f"{window} + 1")
     table = byte_table(tokenizer, cfg.data.vocab_size)
-    val_bytes = table.target_bytes(val)
-    manifest, digest = read_manifest(folder / "manifest.json"), sha256_file(tokenizer_path)
+    table.base[operators] = 0
+    val_bytes = validation_bytes(folder, cfg, table, val)
     rt.log(f"val_loader:shards pattern={relative(folder)}/fineweb_val_*.bin tokens:{len(val) - 1}")
-    rt.log(f"audit:data manifest:{sha256_file(folder / 'manifest.json')[:16] if manifest else 'none'} "
+    rt.log(f"audit:data manifest_sha256:{sha256_file(folder / 'manifest.json') if manifest else 'none'} "
            f"train_shards:{len(train.files) if train else 0} val_tokens:{len(val) - 1} "
            f"val_bytes:{int(val_bytes.sum(dtype=np.int64))} tokenizer_sha256:{digest}")
     return Data(train, val, val_bytes, digest, manifest, table.base)
@@ -1135,6 +1209,10 @@ class Loader:
         """Stream offset of row `index` of this epoch."""
         return index * self.seq
 
+    def row(self, index: int) -> np.ndarray:
+        """Row `index` of this epoch, (T + 1,) uint16."""
+        return self.stream.read(self.row_start(index), self.seq + 1)
+
     def rows_in_epoch(self) -> int:
         return (len(self.stream) - 1) // self.seq
 
@@ -1155,7 +1233,7 @@ class Loader:
                 self.epoch, self.index = self.epoch + 1, 0
                 self.begin_epoch()
             if row % world == rank:
-                mine.append(self.stream.read(self.row_start(self.index), self.seq + 1))
+                mine.append(self.row(self.index))
             self.index += 1
         return np.stack(mine) if mine else np.zeros((0, self.seq + 1), np.uint16)
 
@@ -1165,16 +1243,74 @@ class ShuffledLoader(Loader):
 
     def begin_epoch(self):
         """Draw phase and order from (SEED, epoch)."""
-        rng = np.random.default_rng([self.seed, self.epoch])
-        spare = len(self.stream) - 1 - super().rows_in_epoch() * self.seq
-        self.phase = int(rng.integers(spare + 1))
-        self.order = rng.permutation(super().rows_in_epoch())
+        rng, rows = np.random.default_rng([self.seed, self.epoch]), self.rows_in_epoch()
+        self.phase = int(rng.integers(len(self.stream) - rows * self.seq))
+        self.draw_order(rng, rows)
+
+    def draw_order(self, rng: np.random.Generator, rows: int):
+        """Decide the order of this epoch."""
+        self.order = rng.permutation(rows)
 
     def row_start(self, index: int) -> int:
         return self.phase + int(self.order[index]) * self.seq
 
 
-LOADERS = {"sequential": Loader, "shuffled": ShuffledLoader}
+class CoprimeLoader(ShuffledLoader):
+    """Rows at a stride that shares no factor with their number: each once per epoch, those of a step far apart in the
+    text, and no table in memory. Source: PR 726, here over all shards at once."""
+
+    def draw_order(self, rng: np.random.Generator, rows: int):
+        """Draw the first row and the stride."""
+        self.first, self.stride = int(rng.integers(rows)), int(rows * rng.uniform(0.55, 0.68)) + 1
+        while math.gcd(self.stride, rows) > 1:
+            self.stride += 1
+
+    def row_start(self, index: int) -> int:
+        return self.phase + (self.first + index * self.stride) % self.rows_in_epoch() * self.seq
+
+
+def best_fit(lengths: list[int], filled: int, row: int) -> list[int]:
+    """An order of documents that cuts few of them when they are written one after the other into rows, the first of
+    which is already filled so far: always the longest that still fits, or the longest of all, which is then cut."""
+    waiting, order, room = sorted((length, i) for i, length in enumerate(lengths)), [], row - filled % row
+    while waiting:
+        length, chosen = waiting.pop(bisect.bisect_right(waiting, (room, len(lengths))) - 1)
+        order.append(chosen)
+        room = (room - length) % row or row
+    return order
+
+
+class PackedLoader(ShuffledLoader):
+    """Rows that hold whole documents where they can: the documents of each window of the text are put in another order
+    before they are cut into rows. Windows, and the rows of each, come in random order. Every token is read once per
+    epoch and predicted from what is before it in its document. Source: arXiv 2404.10830 (best-fit packing)."""
+    WINDOW = 512  # rows
+
+    def draw_order(self, rng: np.random.Generator, rows: int):
+        """Draw the order of the windows."""
+        whole, self.opened = rows // self.WINDOW, -1
+        self.order = [*rng.permutation(whole).tolist(), whole]  # what is left after whole windows comes last
+
+    def open_window(self, number: int):
+        """Read and reorder a window. Its first and its last document stay there: they may go on in its neighbours."""
+        rows = min(self.WINDOW, self.rows_in_epoch() - self.order[number] * self.WINDOW)
+        text = self.stream.read(self.phase + self.order[number] * self.WINDOW * self.seq, rows * self.seq + 1)
+        pieces = np.split(text, np.flatnonzero(text[1:-1] == BOS) + 1)
+        middle = best_fit([len(piece) for piece in pieces[1:-1]], len(pieces[0]), self.seq)
+        self.text = np.concatenate([pieces[0], *(pieces[i + 1] for i in middle), *pieces[1:][-1:]])
+        self.opened = number
+        self.shuffled = np.random.default_rng([self.seed, self.epoch, number]).permutation(rows)
+
+    def row(self, index: int) -> np.ndarray:
+        """A row of the window that is open, or is opened now."""
+        number, index = divmod(index, self.WINDOW)
+        if number != self.opened:
+            self.open_window(number)
+        start = self.shuffled[index] * self.seq
+        return self.text[start:start + self.seq + 1]
+
+
+LOADERS = {"sequential": Loader, "coprime": CoprimeLoader, "shuffled": ShuffledLoader, "packed": PackedLoader}
 
 
 # ---- 4 Kernels: fast paths, each beside its reference ---------------------------------------------------------------
@@ -2631,6 +2767,12 @@ def loop_strength(p: Progress, cfg: ModelConfig) -> float:
     return min(1.0, max(0.0, p.step + 1 - start) / cfg.loop_ramp_steps) if cfg.loop_ramp_steps else 1.0
 
 
+def qat_progress(p: Progress, cfg: QuantConfig) -> float:
+    """0 before QAT_START_FRAC, then from just above 0 to 1 at the end."""
+    begun = p.frac - cfg.qat_start_frac
+    return max(1e-6, begun / max(1 - cfg.qat_start_frac, 1e-6)) if begun >= 0 else 0.0
+
+
 # name -> value at a point of the run; the training loop applies them all before each step
 RAMPS: dict[str, Callable[[Progress, Config], float]] = {
     "lr": lambda p, c: max(c.optim.min_lr, LR_SCHEDULES[c.optim.lr_schedule](p, c.optim)),
@@ -2640,7 +2782,7 @@ RAMPS: dict[str, Callable[[Progress, Config], float]] = {
     "beta3": lambda p, c: slow_decay(p, c.optim),
     "batch": lambda p, c: batch_share(p, c.optim),
     "row": row_length,
-    "qat": lambda p, c: float(p.frac >= c.quant.qat_start_frac),
+    "qat": lambda p, c: qat_progress(p, c.quant),
     "plan": lambda p, c: plan_index(p, c.model),
     "loop": lambda p, c: loop_strength(p, c.model)}
 
@@ -2798,13 +2940,27 @@ AVERAGERS = {"none": LastWeights, "ema": EMA, "swa": SWA, "iw_swa": WeightedSWA,
 
 # ---- 7 Quantisation -------------------------------------------------------------------------------------------------
 class QTensor(NamedTuple):
-    """A tensor as it is stored: values, and one fp16 scale per row when the values are levels."""
-    values: Tensor               # int8 levels (m,n), or fp16/fp32 of any shape
-    scale: Tensor | None = None  # (m,) fp16
+    """A tensor as it is stored: floats of any shape, or int8 levels (m,n) with the fp16 steps of equal runs of
+    consecutive columns (k of them, in storage order; one per row, or more, or fewer), times those of the columns."""
+    values: Tensor
+    scale: Tensor | None = None                           # (k,) fp16
+    columns: Tensor | None = None                         # (n,) fp16
+    trellis: bool = False                                 # half a step may belong to a level: see half_steps
+    correction: "tuple[QTensor, QTensor] | None" = None   # (r,m) and (r,n), whose product is added
 
     def dequant(self) -> Tensor:
-        """fp32, the shape of `values`."""
-        return self.values.float() if self.scale is None else self.values.float() * self.scale.float()[:, None]
+        """fp32, the shape of `values`. Sums in a fixed order: the same bits on every machine."""
+        if self.scale is None:
+            return self.values.float()
+        units = half_steps(self.values)[0] if self.trellis else self.values.float()
+        if self.columns is not None:
+            units = units * self.columns.float()
+        runs = units.reshape(len(self.scale), self.values.numel() // max(1, len(self.scale)))
+        w = (runs * self.scale.float()[:, None]).view(self.values.shape)
+        if self.correction:
+            for left, right in zip(*(factor.dequant() for factor in self.correction)):
+                w = w + left[:, None] * right
+        return w
 
 
 class Cast(NamedTuple):
@@ -2816,18 +2972,27 @@ class Cast(NamedTuple):
 
 
 class RoundToNearest(NamedTuple):
-    """Symmetric uniform levels -m..m per row, m = 2^(bits-1) - 1; what the largest level stands for is a row's clip.
-    `floor` is the smallest clip: 1.0 reproduces the published int8 export, 0 adapts to small rows."""
+    """Symmetric uniform levels -m..m, m = 2^(bits-1) - 1, of steps that a row shares, or `group` columns of it (0 = the
+    row, -1 = the matrix); what the largest level stands for is the clip. `floor` is the smallest clip: 1.0 reproduces
+    the published int8 export, 0 adapts to small rows."""
     bits: int
     quantile: float
     floor: float
     scale_bits: int = 10
     clip: str = "quantile"
     sigmas: float = 0.0
+    group: int = 0
+
+    def runs(self, w: Tensor) -> Tensor:
+        """w (m,n) as (k, columns that share a step)."""
+        if self.group < 0:
+            return w.reshape(1, -1)
+        return w.reshape(-1, self.group) if self.group and w.size(1) % self.group == 0 else w
 
     def scale(self, w: Tensor, hessian: Tensor | None = None) -> Tensor:
-        """Steps of the rows of w (m,n), each a normal fp16 number, never zero or infinite."""
-        clip = CLIPS[self.clip](self, w, hessian).clamp(min=self.floor)
+        """Steps (k,) of the runs of w (m,n), each a normal fp16 number, never zero or infinite."""
+        runs = self.runs(w)
+        clip = CLIPS[self.clip](self, runs, hessian if runs.shape == w.shape else None).clamp(min=self.floor)
         return rounded_mantissa((clip / self.top).clamp(2**-14, 49152), self.scale_bits)
 
     @property
@@ -2838,44 +3003,168 @@ class RoundToNearest(NamedTuple):
         """w (m,n) fp32 -> levels and fp16 scales; hessian (n,n), the second moment of what w reads, if it is known.
         The error is at most half a scale inside the clip."""
         scale = self.scale(w, hessian)
-        levels = (w / scale[:, None]).round().clamp(-self.top, self.top)
-        return QTensor(levels.to(torch.int8), scale.half())
+        levels = (self.runs(w) / scale[:, None]).round().clamp(-self.top, self.top)
+        return QTensor(levels.view_as(w).to(torch.int8), scale.half())
+
+
+class Ternary(RoundToNearest):
+    """Levels -1, 0 and 1: nearest to multiples of the mean magnitude, with the step of least squares, which undoes the
+    shrinkage. Source: record of 03-24."""
+
+    def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
+        """As RoundToNearest.fit; bits and clip mean nothing."""
+        runs = self.runs(w)
+        levels = (runs / runs.abs().mean(1, keepdim=True).clamp(min=1e-30)).round().clamp(-1, 1)
+        steps = (runs * levels).sum(1) / levels.abs().sum(1).clamp(min=1)
+        scale = rounded_mantissa(steps.clamp(2**-14, 49152), self.scale_bits)
+        return QTensor(levels.view_as(w).to(torch.int8), scale.half())
+
+
+def run_steps(scale: Tensor, w: Tensor) -> Tensor:
+    """The step of every weight: scale (k,) -> (m,n)."""
+    return scale.repeat_interleave(w.numel() // len(scale)).view_as(w)
 
 
 class GPTQ(RoundToNearest):
     """The same grid, rounded column by column, largest inputs first, each column making up for the errors of those
     before it; without a Hessian the nearest levels. Source: arXiv 2210.17323. Knob: ROUNDING."""
-    BLOCK, DAMPING = 128, 0.01  # columns whose corrections are applied together; part of the mean added to the diagonal
+    BLOCK, AHEAD, DAMPING = 128, 0, 0.01  # columns searched together; how many only to look ahead; part of the mean
 
     def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
         """As RoundToNearest.fit, with less error in what comes out of the matrix."""
         if hessian is None or not hessian.any():
             return super().fit(w)
-        scale = self.scale(w, hessian)
-        h = hessian.double()
-        h = h + self.DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
-        order = h.diagonal().argsort(descending=True, stable=True)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order]))
-        u = torch.linalg.cholesky(inverse, upper=True).float()
-        rest, levels = w[:, order].clone(), torch.zeros_like(w)
-        for lo in range(0, w.size(1), self.BLOCK):
+        scale, order, columns = self.scale(w, hessian), self.order(hessian), None
+        u = self.inverse_root(hessian[order][:, order])
+        steps, rest, found = run_steps(scale, w)[:, order], w[:, order], torch.zeros_like(w)
+        if (columns := self.columns(u)) is not None:
+            steps = steps * columns
+        state, lo = torch.zeros(len(w), dtype=torch.int64, device=w.device), 0
+        while lo < w.size(1):
             hi = min(lo + self.BLOCK, w.size(1))
-            errors = torch.zeros(len(w), hi - lo)
-            for j in range(lo, hi):
-                levels[:, j] = (rest[:, j] / scale).round().clamp(-self.top, self.top)
-                errors[:, j - lo] = (rest[:, j] - levels[:, j] * scale) / u[j, j]
-                rest[:, j:hi] -= errors[:, j - lo, None] * u[j, j:hi]
-            rest[:, hi:] -= errors @ u[lo:hi, hi:]
-        return QTensor(levels[:, order.argsort()].to(torch.int8), scale.half())
+            end = hi if hi == w.size(1) else hi - self.AHEAD
+            levels = self.search(rest[:, lo:hi], steps[:, lo:hi], u[lo:hi, lo:hi], state)[:, :end - lo]
+            units, state = self.units(levels, state)
+            wrong = rest[:, lo:end] - units * steps[:, lo:end]
+            errors = torch.linalg.solve_triangular(u[lo:end, lo:end], wrong, upper=True, left=False)
+            rest[:, end:] -= errors @ u[lo:end, end:]
+            found[:, lo:end], lo = levels, end
+        return QTensor(found[:, order.argsort()].to(torch.int8), scale.half(), columns, isinstance(self, Trellis))
+
+    def order(self, hessian: Tensor) -> Tensor:
+        """(n,) columns in the order of rounding."""
+        return hessian.diagonal().argsort(descending=True, stable=True)
+
+    def inverse_root(self, hessian: Tensor) -> Tensor:
+        """(n,n) fp32, upper: row j over its diagonal says how columns after j make up for an error in column j."""
+        h = hessian.double()
+        h = h + self.DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
+        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+
+    def columns(self, u: Tensor) -> Tensor | None:
+        """(n,) fp16 factors of the steps by column, or None."""
+        return None
+
+    def units(self, levels: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What levels (m,b) mean in steps, and the state behind them."""
+        return levels, state
+
+    def search(self, rest: Tensor, steps: Tensor, u: Tensor, state: Tensor) -> Tensor:
+        """Levels (m,b) of a block: rest, steps (m,b), u (b,b)."""
+        rest, levels, reach = rest.clone(), torch.zeros_like(rest), self.reach
+        for j in range(rest.size(1)):
+            levels[:, j] = (rest[:, j] / steps[:, j]).round().clamp(-reach, reach)
+            errors = (rest[:, j] - levels[:, j] * steps[:, j]) / u[j, j]
+            rest[:, j:] -= errors[:, None] * u[j, j:]
+        return levels
+
+    @property
+    def reach(self) -> int:
+        """The largest level."""
+        return self.top
 
 
-ROUNDINGS = {"nearest": RoundToNearest, "gptq": GPTQ}
+class Water(GPTQ):
+    """GPTQ whose columns have steps of their own, in proportion to how well later columns make up for an error: what an
+    entropy coder pays for a column is then what the column is worth, within 0.255 bit per weight of the
+    rate-distortion bound whatever the inputs. Source: WaterSIC, arXiv 2603.04956."""
+    reach = 127  # an entropy coder asks no price for levels that are not used
+
+    def order(self, hessian: Tensor) -> Tensor:
+        return torch.arange(len(hessian), device=hessian.device)
+
+    def columns(self, u: Tensor) -> Tensor:
+        """Their geometric mean is 1, so they cost no bits."""
+        d = u.diagonal()
+        return rounded_mantissa((d / d.log().mean().exp()).clamp(2**-14, 49152), self.scale_bits).half()
+
+
+STATES, CHECKS = 16, (0o23, 0o04)  # of the trellis: its parity checks, octal; source: Ungerboeck 1982, table I
+
+
+@functools.cache
+def trellis() -> tuple[Tensor, Tensor]:
+    """(next (S,2), half (S,)): a state with half = 1 shifts its levels by half a step; whether a level is even or odd
+    leads to the next state. A systematic feedback shift register whose lowest bit is `half`."""
+    bits, table = STATES.bit_length() - 1, []
+    for state in range(STATES):
+        for odd in (0, 1):
+            tap = [(CHECKS[0] >> i & state & 1) ^ (CHECKS[1] >> i & odd) for i in range(1, bits + 1)]
+            table.append((state >> 1) ^ sum((bit & 1) << i for i, bit in enumerate(tap)))
+    return torch.tensor(table).view(STATES, 2), torch.arange(STATES) & 1
+
+
+def half_steps(levels: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Levels (m,n) -> (fp32 multiples of the step, last states (m,)): each row walks through the trellis from its
+    state, or from state 0."""
+    after, half = (t.to(levels.device) for t in trellis())
+    odd, out = (levels.long() & 1).T.contiguous(), levels.to(torch.float32, copy=True)
+    state = torch.zeros(len(levels), dtype=torch.int64, device=levels.device) if state is None else state
+    for j in range(levels.size(1)):
+        out[:, j] += half[state] / 2
+        state = after[state, odd[j]]
+    return out, state
+
+
+class Trellis(Water):
+    """The same on a grid that is finer by half while levels cost what whole steps cost: the path through a trellis
+    decides which half of the points a level may mean, and the best path is searched, each survivor with corrections of
+    its own. Takes two thirds of the 0.25 bit that scalar levels leave above the rate-distortion bound.
+    Source: trellis-coded quantisation, Marcellin and Fischer 1990."""
+    BLOCK, AHEAD = 64, 16
+
+    def units(self, levels: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return half_steps(levels, state)
+
+    def search(self, rest: Tensor, steps: Tensor, u: Tensor, state: Tensor) -> Tensor:
+        """As GPTQ.search. A survivor's row holds its levels in the columns that it has passed and what remains to be
+        rounded in the others."""
+        after, half = (t.to(rest.device) for t in trellis())
+        ways = sorted(((int(after[s, odd]), s, odd) for s in range(STATES) for odd in (0, 1)))  # two into every state
+        _, source, odd = torch.tensor(ways, device=rest.device).view(STATES, 2, 3).unbind(-1)
+        survivors = rest[:, None].repeat(1, STATES, 1)
+        cost = torch.full((len(rest), STATES), math.inf, device=rest.device).scatter_(1, state[:, None], 0)
+        largest = (self.reach - odd) // 2 * 2 + odd  # the largest level of each parity
+        for j in range(rest.size(1)):
+            wanted = (survivors[:, :, j] / steps[:, j, None])[:, source] - half[source] / 2
+            found = torch.minimum(((wanted - odd) / 2).round() * 2 + odd, largest)
+            found = torch.maximum(found, -largest)
+            errors = (wanted - found) * (steps[:, j] / u[j, j])[:, None, None]
+            cost, way = (cost[:, source] + errors.square()).min(-1)
+            way = way[:, :, None]
+            survivors = survivors.gather(1, source.expand(len(rest), -1, -1).gather(2, way).expand_as(survivors))
+            survivors[:, :, j] = found.gather(2, way)[..., 0]
+            survivors[:, :, j + 1:] -= errors.gather(2, way) * u[j, j + 1:]
+        return survivors[torch.arange(len(rest), device=rest.device), cost.argmin(1)]
+
+
+ROUNDINGS = {"nearest": RoundToNearest, "gptq": GPTQ, "water": Water, "trellis": Trellis, "ternary": Ternary}
 
 
 def best_quantile(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tensor:
     """Per row the one of five quantiles whose levels have the least error, weighted by the inputs' size if known.
     Source: GPTQ-lite, PR 374, whose code chose per matrix."""
-    weight = torch.ones(w.size(1)) if hessian is None else hessian.diagonal()
+    weight = w.new_ones(w.size(1)) if hessian is None else hessian.diagonal()
     clips = torch.stack([row_quantile(w.abs(), q) for q in (0.999, 0.9995, 0.9999, 0.99999, 1.0)])
     scales = (clips / rule.top).clamp(min=2**-14)[:, :, None]
     error = ((w - (w / scales).round().clamp(-rule.top, rule.top) * scales).square() * weight).sum(-1)
@@ -2920,7 +3209,8 @@ def quantiser(bits: int, sigmas: float, cfg: QuantConfig) -> Cast | RoundToNeare
     """The quantiser of a bit width: 16 means fp16."""
     if bits == 16:
         return Cast(torch.float16)
-    return ROUNDINGS[cfg.rounding](bits, cfg.clip_quantile, cfg.scale_floor, cfg.scale_bits, cfg.clip, sigmas)
+    return ROUNDINGS[cfg.rounding](bits, cfg.clip_quantile, cfg.scale_floor, cfg.scale_bits, cfg.clip, sigmas,
+                                   cfg.scale_group)
 
 
 # tag of a parameter -> its quantiser
@@ -2934,7 +3224,8 @@ LEARNED_GRID = ("matrix", "mlp")  # tags that quantisation-aware training covers
 
 class FakeQuant(nn.Module):
     """Weight site: in the forward the exported values bit for bit, in the backward the identity.
-    `on` is a tensor, so switching it mid-run takes effect inside a compiled graph. Knobs: QAT, QAT_START_FRAC."""
+    `on` is a tensor, so switching it mid-run takes effect inside a compiled graph; it rises from 0 to 1 between
+    QAT_START_FRAC and the end. Knobs: QAT, QAT_START_FRAC."""
 
     def __init__(self, rule: Cast | RoundToNearest):
         super().__init__()
@@ -2942,18 +3233,153 @@ class FakeQuant(nn.Module):
         self.register_buffer("on", torch.zeros(()), persistent=False)
 
     def forward(self, w: Tensor) -> Tensor:
-        stored = self.rule.fit(w.detach()).dequant()
-        return torch.where(self.on > 0, stored, w.detach()) + (w - w.detach())
+        return torch.where(self.on > 0, self.stored(w.detach()), w.detach()) + (w - w.detach())
+
+    def stored(self, w: Tensor) -> Tensor:
+        """The values that the export would store."""
+        return self.rule.fit(w).dequant()
+
+    def entropy(self, w: Tensor) -> Tensor:
+        """Bits per weight of the levels of w (m,n) that a static coder pays, 0-D. A weight between two levels counts
+        for both by nearness, which is differentiable; needs memory for a few numbers per weight."""
+        top = self.rule.top
+        units = (self.rule.runs(w) / self.rule.scale(w.detach())[:, None]).clamp(-top, top).flatten() + top
+        below = units.detach().floor().clamp(max=2 * top - 1)
+        share, level = units - below, below.long()
+        counts = w.new_zeros(2 * top + 1).index_add(0, level, 1 - share).index_add(0, level + 1, share)
+        p = counts / w.numel()
+        return -(p * p.clamp(min=1e-12).log2()).sum()
 
 
-def attach_qat(model: GPT, cfg: QuantConfig) -> list[FakeQuant]:
+class SoftRound(FakeQuant):
+    """Rounding that hardens: between two levels of the export grid a sigmoid of slope 1 to 16, through which the
+    gradient flows. Source: PR 1089. Knob: QAT."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        scale, shape = self.rule.scale(w.detach())[:, None], w.shape
+        units = (self.rule.runs(w) / scale).clamp(-self.rule.top, self.rule.top)
+        below = units.detach().floor()
+        soft = (below + torch.sigmoid((1 + 15 * self.on) * (units - below - 0.5))) * scale
+        return torch.where(self.on > 0, soft.view(shape), w)
+
+
+QAT = {"ste": FakeQuant, "soft": SoftRound}
+
+
+def attach_qat(model: GPT, cfg: QuantConfig) -> dict[nn.Parameter, FakeQuant]:
     """Give every block matrix its fake quantiser; returns them so that the training loop can switch them."""
-    attached = []
-    for module in model.modules() if cfg.qat == "ste" else ():
+    attached = {}
+    for module in model.modules() if cfg.qat != "none" else ():
         if isinstance(module, Linear) and module.weight.quant in LEARNED_GRID:
-            module.weight_sites.append(FakeQuant(QUANTISERS[module.weight.quant](cfg)).to(module.weight.device))
-            attached.append(module.weight_sites[-1])
+            rule = QUANTISERS[module.weight.quant](cfg)
+            if not isinstance(rule, Cast):
+                attached[module.weight] = QAT[cfg.qat](rule).to(module.weight.device)
+                module.weight_sites.append(attached[module.weight])
     return attached
+
+
+def entropy_price(qat: dict[nn.Parameter, FakeQuant], cfg: QuantConfig) -> Tensor:
+    """QAT_ENTROPY times the mean bits per weight of all matrices under training-time quantisation, 0-D."""
+    weights = sum(p.numel() for p in qat)
+    return cfg.qat_entropy * sum(site.entropy(p) * (p.numel() / weights) for p, site in qat.items())
+
+
+Hessians = dict[nn.Parameter, Tensor]
+
+
+def pruned(w: Tensor, share: float) -> Tensor:
+    """w without its smallest entries. Source: record of 03-20. Knob: PRUNE_SHARE."""
+    count = int(share * w.numel())
+    return w.masked_fill(w.abs() <= w.abs().flatten().kthvalue(count).values, 0) if count else w
+
+
+def weighted_error(w: Tensor, t: QTensor, hessian: Tensor | None) -> float:
+    """What the errors of t do to the outputs of w: tr(E H E^T), or of all inputs alike."""
+    e = w - t.dequant()
+    return float((e * (e if hessian is None else e @ hessian)).sum())
+
+
+def corrected(w: Tensor, t: QTensor, hessian: Tensor | None, rank: int) -> QTensor:
+    """t with a correction of low rank in four bits. The errors are weighted by the root of the inputs' second moment
+    before the singular value decomposition; the second factor is solved for when the first has been rounded.
+    Sources: LQER, arXiv 2402.02446; PR 1797. Knob: LQER_RANK."""
+    rule, error = RoundToNearest(4, 1.0, 0.0), (w - t.dequant()).double()
+    root = torch.eye(w.size(1), dtype=torch.float64, device=w.device)
+    if hessian is not None and hessian.any():
+        values, vectors = torch.linalg.eigh(hessian.double())
+        root = vectors * values.clamp(min=float(values.max()) * 1e-9).sqrt()
+    u, s, _ = torch.linalg.svd(error @ root, full_matrices=False)
+    left = rule.fit((u[:, :rank] * s[:rank]).T.float().contiguous())
+    best = torch.linalg.lstsq(left.dequant().double().T, error).solution  # the least squares of any weighting
+    return t._replace(correction=(left, rule.fit(best.float())))
+
+
+def quantise(model: GPT, cfg: QuantConfig, hessians: Hessians | None = None,
+             rules: dict[str, Cast | RoundToNearest] | None = None) -> dict[str, QTensor]:
+    """Every parameter through its rule (that of its tag unless told otherwise), on the CPU in the end."""
+    hessians, rules, tensors, gains = hessians or {}, rules or rules_by_tag(model, cfg), {}, {}
+    for name, p in model.exported().items():
+        w, h = p.detach().float(), hessians.get(p)
+        if isinstance(rules[name], Cast):
+            tensors[name] = rules[name].fit(w)
+            continue
+        w = pruned(w, cfg.prune_share)
+        tensors[name] = t = rules[name].fit(w, h)
+        if cfg.lqer_rank and min(w.shape) > cfg.lqer_rank:
+            better = corrected(w, t, h, cfg.lqer_rank)
+            gains[name] = weighted_error(w, t, h) - weighted_error(w, better, h), better
+    for name in sorted(gains, key=lambda name: -gains[name][0])[:cfg.lqer_top]:
+        tensors[name] = gains[name][1]
+    return {name: on_cpu(t) for name, t in tensors.items()}
+
+
+def on_cpu(t: QTensor) -> QTensor:
+    """The same tensor in the memory that serialisation reads."""
+    values, scale, columns = (part if part is None else part.cpu() for part in t[:3])
+    return QTensor(values, scale, columns, t.trellis, t.correction and tuple(map(on_cpu, t.correction)))
+
+
+def rules_by_tag(model: GPT, cfg: QuantConfig) -> dict[str, Cast | RoundToNearest]:
+    """What the tag of every exported parameter says."""
+    return {name: QUANTISERS[p.quant](cfg) for name, p in model.exported().items()}
+
+
+def rescaled(rule: Cast | RoundToNearest, factor: float) -> Cast | RoundToNearest:
+    """A grid by standard deviations with steps times a factor; more levels where clips would come below six sigma."""
+    if isinstance(rule, Cast):
+        return rule
+    bits, step = rule.bits, factor / rule.top
+    while step * (2 ** (bits - 1) - 1) * rule.sigmas < 6 and bits < 8:
+        bits += 1
+    clip = step * (2 ** (bits - 1) - 1)
+    return rule._replace(bits=bits, sigmas=rule.sigmas * clip, floor=rule.floor * clip)
+
+
+def output_errors(model: GPT, cfg: QuantConfig, hessians: Hessians) -> dict[str, float]:
+    """What the rounding of each matrix does to its outputs, summed over them, by its name."""
+    harms = {}
+    for name, p in model.exported().items():
+        rule, h = QUANTISERS[p.quant](cfg), hessians.get(p)
+        if not isinstance(rule, Cast) and h is not None and h.any():
+            harms[name] = weighted_error(p.detach().float(), rule.fit(p.detach().float(), h), h)
+    return harms
+
+
+def allocated(model: GPT, cfg: QuantConfig, harms: dict[str, float]) -> dict[str, Cast | RoundToNearest]:
+    """The rules by tag with steps such that one more byte helps every matrix alike. harms: what the rounding of each
+    costs now. A step's factor f multiplies harm by f^2 and saves log2 f bits per weight, so f^2 is proportional to
+    weights per harm; factors are kept within 1/4 and 4, their bits cancel out. Knob: ALLOCATION."""
+    rules, count = rules_by_tag(model, cfg), {name: p.numel() for name, p in model.exported().items()}
+    if not harms:
+        return rules
+    least = 1e-3 * max(harms.values()) + 1e-30
+    ideal = {name: 0.5 * math.log(count[name] / max(harm, least)) for name, harm in harms.items()}
+    low, high = min(ideal.values()), max(ideal.values())
+    for _ in range(60):  # the shift by which clipped factors cancel out
+        shift = (low + high) / 2
+        bounded = {name: min(max(f - shift, -math.log(4)), math.log(4)) for name, f in ideal.items()}
+        low, high = (shift, high) if sum(f * count[name] for name, f in bounded.items()) > 0 else (low, shift)
+    return {name: rescaled(rule, math.exp(bounded.get(name, 0.0))) for name, rule in rules.items()}
 
 
 # ---- 8 Artifact: a self-describing file, safe to read from strangers ------------------------------------------------
@@ -3116,6 +3542,27 @@ def shuffled(data: bytes, back: bool = False) -> bytes:
     return out.tobytes()
 
 
+TRITS = np.array([1, 3, 9, 27, 81], np.uint8)
+
+
+def trits(data: bytes) -> bytes:
+    """Levels -1, 0 and 1, one per byte, as five digits of base 3 per byte after a byte that counts the missing ones;
+    anything else as it is after 255."""
+    a = np.frombuffer(data, np.int8)
+    if a.size and np.abs(a.astype(np.int16)).max() > 1:
+        return b"\xff" + data
+    digits = np.pad(a + 1, (0, -len(a) % 5)).reshape(-1, 5).astype(np.uint8)
+    return bytes([-len(a) % 5]) + (digits @ TRITS).tobytes()
+
+
+def untrits(data: bytes) -> bytes:
+    """Inverse of trits."""
+    if data[:1] in (b"", b"\xff"):
+        return data[1:]
+    digits = np.frombuffer(data, np.uint8)[1:, None] // TRITS % 3
+    return (digits.ravel()[:digits.size - data[0]].astype(np.int8) - 1).tobytes()
+
+
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}])
 CODECS = {
     "zlib": Codec(1, lambda b: zlib.compress(b, 9), lambda b, n: zlib.decompressobj().decompress(b, n or 1)[:n]),
@@ -3125,7 +3572,9 @@ CODECS = {
     "brotli": Codec(4, lambda b: brotli.compress(b, quality=11, lgwin=24), unbrotli, brotli),
     "brotli_shuffle": Codec(5, lambda b: brotli.compress(shuffled(b), quality=11, lgwin=24),
                             lambda b, n: shuffled(unbrotli(b, n), back=True), brotli),
-    "rans": Codec(6, rans_pack, rans_unpack)}
+    "rans": Codec(6, rans_pack, rans_unpack),
+    "base3": Codec(7, lambda b: lzma.compress(trits(b), **LZMA),
+                   lambda b, n: untrits(lzma.LZMADecompressor(**LZMA).decompress(b, n + 1))[:n], lzma)}
 
 
 class Packing(NamedTuple):
@@ -3135,6 +3584,7 @@ class Packing(NamedTuple):
 
 
 PACKINGS = {name: Packing((name,)) for name in CODECS} | {
+    "base3": Packing(("base3", "lzma")),
     "rans": Packing(("rans", "lzma"), ("rows", "columns")), "best": Packing(tuple(CODECS), ("rows", "columns"))}
 
 
@@ -3150,7 +3600,7 @@ def packed_smallest(data: bytes, packing: Packing) -> tuple[Codec, bytes]:
     return min(tried, key=lambda pair: len(pair[1]))
 
 
-MAGIC, FORMAT_VERSION, PREFIX = b"GOLF", 2, struct.Struct("<4sHBxII")  # magic, version, codec, header bytes, raw bytes
+MAGIC, FORMAT_VERSION, PREFIX = b"GOLF", 3, struct.Struct("<4sHBxII")  # magic, version, codec, header bytes, raw bytes
 MAX_STREAM_BYTES = 1 << 30
 DTYPES = {"i1": torch.int8, "f2": torch.float16, "f4": torch.float32}
 
@@ -3161,10 +3611,10 @@ def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], packing: 
     table, parts = [], {}
     for name, t in tensors.items():
         kind = {v: k for k, v in DTYPES.items()}[t.values.dtype]
-        table.append([name, kind, list(t.values.shape), int(t.scale is not None)])
-        for key, part in ((kind, t.values), ("scale", t.scale)):
-            if part is not None:
-                parts.setdefault(key, []).append(part.numpy().astype(part.numpy().dtype.newbyteorder("<")))
+        table.append([name, kind, list(t.values.shape), 0 if t.scale is None else len(t.scale),
+                      int(t.columns is not None), int(t.trellis), len(t.correction[0].values) if t.correction else 0])
+        for key, part in stored_parts(t):
+            parts.setdefault(key, []).append(part.numpy().astype(part.numpy().dtype.newbyteorder("<")))
     sizes, bodies = [], []
     for key, arrays in parts.items():
         tried = [(order, *packed_smallest(b"".join(a.tobytes("F" if order == "columns" else "C") for a in arrays),
@@ -3176,6 +3626,14 @@ def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], packing: 
     codec, small = packed_smallest(text, packing)
     body = PREFIX.pack(MAGIC, FORMAT_VERSION, codec.number, len(small), len(text)) + small + b"".join(bodies)
     return body + hashlib.sha256(body).digest()
+
+
+def stored_parts(t: QTensor) -> Iterator[tuple[str, Tensor]]:
+    """(stream, tensor) of everything in t, in the order in which it is read back."""
+    yield {v: k for k, v in DTYPES.items()}[t.values.dtype], t.values
+    yield from ((key, part) for key, part in (("scale", t.scale), ("columns", t.columns)) if part is not None)
+    for factor in t.correction or ():
+        yield from stored_parts(factor)
 
 
 def unpack_stream(data: bytes, number: int, size: int) -> bytes:
@@ -3196,7 +3654,8 @@ def unpack_stream(data: bytes, number: int, size: int) -> bytes:
 
 def unpack_streams(lines: list, body: bytes) -> dict[str, memoryview]:
     """All streams by name. Raises UserError unless names are known and different and every byte belongs to one."""
-    if len({line[0] for line in lines}) != len(lines) or not {line[0] for line in lines} <= {*DTYPES, "scale"}:
+    names = {line[0] for line in lines}
+    if len(names) != len(lines) or not names <= {*DTYPES, "scale", "columns"}:
         raise UserError("its streams are repeated or unknown")
     if not all(type(n) is int and n >= 0 for line in lines for n in line[1:4]) or any(
             line[4] not in ("rows", "columns") for line in lines):
@@ -3226,17 +3685,29 @@ def unpack_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, QTensor]]:
         streams = unpack_streams(header["streams"], blob[PREFIX.size + packed:-32])
         tensors: dict[str, QTensor] = {}
         by_columns = {line[0] for line in header["streams"] if line[4] == "columns"}
-        for name, kind, shape, scaled in header["tensors"]:
-            if type(name) is not str or name in tensors or scaled and (kind != "i1" or len(shape) != 2):
-                raise ValueError("a tensor is repeated, or has scales that it cannot have")
-            values = take(streams, kind, DTYPES[kind], shape[::-1] if kind in by_columns else shape)
-            values = values.T.contiguous() if kind in by_columns else values
-            tensors[name] = QTensor(values, take(streams, "scale", torch.float16, shape[:1]) if scaled else None)
+        for name, *described in header["tensors"]:
+            if type(name) is not str or name in tensors:
+                raise ValueError("a tensor has no name, or has one twice")
+            tensors[name] = take_tensor(streams, by_columns, *described)
         if any(map(len, streams.values())):
             raise ValueError("a stream is longer than its tensors")
     except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise UserError(str(error) if isinstance(error, UserError) else f"malformed header ({error!r})") from None
     return header, tensors
+
+
+def take_tensor(streams: dict[str, memoryview], by_columns: set[str], kind: str, shape: list[int], scales: int,
+                columns: int, path: int, rank: int) -> QTensor:
+    """Cut the next tensor off the streams, as a header line describes it. Raises ValueError or KeyError."""
+    if type(scales) is not int or type(rank) is not int or (scales or columns or path or rank) and (
+            kind != "i1" or len(shape) != 2 or scales < 1 or math.prod(shape) % scales or rank < 0):
+        raise ValueError("a tensor has scales that it cannot have")
+    values = take(streams, kind, DTYPES[kind], shape[::-1] if kind in by_columns else shape)
+    values = values.T.contiguous() if kind in by_columns else values
+    scale = take(streams, "scale", torch.float16, [scales]) if scales else None
+    factors = take(streams, "columns", torch.float16, shape[1:]) if columns else None
+    correction = [take_tensor(streams, by_columns, "i1", [rank, n], rank, 0, 0, 0) for n in shape] if rank else ()
+    return QTensor(values, scale, factors, bool(path), tuple(correction) or None)
 
 
 def take(streams: dict[str, memoryview], key: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
@@ -3251,55 +3722,121 @@ def take(streams: dict[str, memoryview], key: str, dtype: torch.dtype, shape: li
     return torch.from_numpy(np.frombuffer(data, numpy_dtype).astype(numpy_dtype[1:]).reshape(shape))
 
 
-Hessians = dict[nn.Parameter, Tensor]
+class Packer(NamedTuple):
+    """All that turns a trained model into artifacts of different size."""
+    model: GPT
+    cfg: QuantConfig
+    hessians: Hessians
+    harms: dict[str, float]  # what the rounding of each matrix costs; empty = not known
+    header: dict[str, Any]
+
+    @property
+    def room(self) -> int:
+        """Bytes that ARTIFACT_BUDGET_BYTES leaves beside the code."""
+        return self.cfg.artifact_budget_bytes - code_bytes()
+
+    def rules(self) -> dict[str, Cast | RoundToNearest]:
+        """The quantiser of each parameter before anything is fitted to the budget."""
+        return allocated(self.model, self.cfg, self.harms if self.cfg.fit_budget != "bits" else {})
+
+    def tensors(self, rules: dict[str, Cast | RoundToNearest]) -> dict[str, QTensor]:
+        return quantise(self.model, self.cfg, self.hessians, rules)
+
+    def blob(self, tensors: dict[str, QTensor]) -> bytes:
+        return pack_artifact(tensors, self.header, PACKINGS[self.cfg.codec])
 
 
-def quantise(model: GPT, cfg: QuantConfig, hessians: Hessians | None = None) -> dict[str, QTensor]:
-    """Every parameter through the quantiser of its tag, on the CPU."""
-    return {name: QUANTISERS[p.quant](cfg).fit(p.detach().float().cpu(), (hessians or {}).get(p))
-            for name, p in model.exported().items()}
-
-
-def with_steps(cfg: QuantConfig, factor: float) -> QuantConfig:
-    """All steps of a grid by standard deviations times a factor; more levels where clips would come below six sigma."""
-    mlp_bits, mlp_sigmas = cfg.mlp_bits or cfg.matrix_bits, cfg.mlp_clip_sigmas or cfg.matrix_clip_sigmas
-    found = []
-    for bits, sigmas in ((cfg.matrix_bits, cfg.matrix_clip_sigmas), (mlp_bits, mlp_sigmas),
-                         (cfg.embed_bits, cfg.embed_clip_sigmas)):
-        sigmas *= factor
-        while sigmas < 6 and bits < 8:
-            sigmas, bits = sigmas * (2**bits - 1) / (2 ** (bits - 1) - 1), bits + 1
-        found += [bits, sigmas]
-    names = ("matrix_bits", "matrix_clip_sigmas", "mlp_bits", "mlp_clip_sigmas", "embed_bits", "embed_clip_sigmas")
-    return replace(cfg, **dict(zip(names, found)))
-
-
-def pack_to_fit(model: GPT, cfg: QuantConfig, hessians: Hessians, header: dict[str, Any], rt: Runtime) -> bytes:
-    """The artifact; under FILL_BUDGET=1 with steps such that it and the code take 99.8 to 100 % of the budget: a factor
-    on all steps costs a bit per weight when it halves them, real packings correct that. Raises RunFailed."""
-    room, packing = cfg.artifact_budget_bytes - code_bytes(), PACKINGS[cfg.codec]
-    tensors = quantise(model, cfg, hessians)
-    tried = {0.0: pack_artifact(tensors, header, packing)}
-    if not cfg.fill_budget:
-        return tried[0.0]
-    weights = sum(t.values.numel() for t in tensors.values() if t.scale is not None)
-    for _ in range(8):
-        x, blob = min(tried.items(), key=lambda item: abs(len(item[1]) - room))
-        if 0.998 * room <= len(blob) <= room:
+def packed_to(room: int, make: Callable[[float], bytes], slope: float, limits: tuple[float, float] | None = None
+              ) -> tuple[float, bytes, int]:
+    """(x, make(x), packings): the largest of a handful of artifacts that fits, or the smallest when none does. Tries
+    x = 0 first; bytes change by about `slope` per unit of x; within `limits` x is a whole number."""
+    tried, x = {}, 0.0
+    for _ in range(9):
+        tried[x] = make(x)
+        nearest = sorted(tried.items(), key=lambda item: abs(len(item[1]) - room))
+        if 0.998 * room <= len(nearest[0][1]) <= room:
             break
-        slope = -weights / (8 * math.log(2))  # bytes per unit of the factor's logarithm
-        if len(tried) > 1:
-            (a, u), (b, v) = sorted(tried.items(), key=lambda item: abs(len(item[1]) - room))[:2]
-            slope = min((len(u) - len(v)) / (a - b), 0.2 * slope)
-        x += (0.9991 * room - len(blob)) / slope
-        tried[x] = pack_artifact(quantise(model, with_steps(cfg, math.exp(x)), hessians), header, packing)
-    fitting = {x: blob for x, blob in tried.items() if len(blob) <= room}
-    if not fitting:
-        raise RunFailed(f"FILL_BUDGET: no steps found that fit {room} bytes beside the code; the smallest model took "
-                        f"{min(map(len, tried.values()))}; raise ARTIFACT_BUDGET_BYTES or shrink the model")
-    x, blob = max(fitting.items(), key=lambda item: len(item[1]))
-    rt.log(f"fill_budget:{len(tried)} packings, steps times {math.exp(x):.4f}, {100 * len(blob) / room:.2f} % of "
-           f"{room} bytes" + ("" if len(blob) >= 0.998 * room else "; finer steps are beyond eight bits"))
+        if len(nearest) > 1:
+            (a, u), (b, v) = nearest[:2]
+            slope = math.copysign(max(abs(len(u) - len(v)) / abs(a - b), abs(slope) / 5), slope)
+        x = nearest[0][0] + (0.9991 * room - len(nearest[0][1])) / slope
+        x = min(max(round(x), limits[0]), limits[1]) if limits else x
+        if x in tried:
+            break
+    fitting = [item for item in tried.items() if len(item[1]) <= room]
+    x, blob = max(fitting, key=lambda item: len(item[1])) if fitting else min(tried.items(), key=lambda i: len(i[1]))
+    return x, blob, len(tried)
+
+
+def fit_steps(p: Packer) -> tuple[bytes, str]:
+    """All steps times one factor: twice the step saves about a bit per weight."""
+    rules, sizes = p.rules(), {name: q.numel() for name, q in p.model.exported().items()}
+    weights = sum(sizes[name] for name, rule in rules.items() if not isinstance(rule, Cast))
+
+    def scaled(x: float) -> bytes:
+        return p.blob(p.tensors({name: rescaled(rule, math.exp(x)) for name, rule in rules.items()}))
+    x, blob, count = packed_to(p.room, scaled, -weights / (8 * math.log(2)))
+    text = f"{count} packings, steps times {math.exp(x):.4f}"
+    return blob, text + ("; finer steps are beyond eight bits" if len(blob) < 0.998 * p.room else "")
+
+
+def fit_bits(p: Packer) -> tuple[bytes, str]:
+    """One more bit at a time, up to seven, for the matrix where a byte helps most; a bit leaves a quarter of the harm.
+    If not even the first model fits, small levels become zero. Source: PR 1089."""
+    rules, order = p.rules(), []
+    matrices = {name: q for name, q in p.model.exported().items()
+                if q.quant in LEARNED_GRID and not isinstance(rules[name], Cast)}
+    harm = {name: p.harms.get(name, q.numel()) / q.numel() for name, q in matrices.items()}
+    bits = {name: rules[name].bits for name in matrices}
+    while waiting := [name for name in matrices if bits[name] < 7]:
+        order.append(max(waiting, key=lambda name: harm[name]))
+        bits[order[-1]], harm[order[-1]] = bits[order[-1]] + 1, harm[order[-1]] / 4
+
+    def promoted(x: float) -> dict[str, Cast | RoundToNearest]:
+        more = collections.Counter(order[:int(x)])
+        return {n: rule._replace(bits=rule.bits + more[n]) if more[n] else rule for n, rule in rules.items()}
+    mean = sum(matrices[name].numel() for name in order) / max(1, len(order)) / 8
+    x, blob, count = packed_to(p.room, lambda x: p.blob(p.tensors(promoted(x))), max(1.0, mean), (0, len(order)))
+    if len(blob) > p.room:
+        return fit_zeros(p)
+    return blob, f"{count} packings, {int(x)} of {len(order)} promotions by a bit"
+
+
+def fit_zeros(p: Packer) -> tuple[bytes, str]:
+    """Levels of at most PRUNE_LEVELS become zero, those first whose loss hurts the outputs least. Source: PR 609."""
+    whole, by_name, costs = p.tensors(p.rules()), p.model.exported(), {}
+    for name, t in whole.items():
+        if by_name[name].quant in LEARNED_GRID and t.scale is not None:
+            h = p.hessians.get(by_name[name])
+            error = t.values.float() * run_steps(t.scale.float(), t.values)
+            cost = error.square() * (h.diagonal().cpu() if h is not None else 1)
+            costs[name] = cost.masked_fill((t.values == 0) | (t.values.abs() > p.cfg.prune_levels), math.inf).flatten()
+    every = torch.cat(list(costs.values()) or [torch.zeros(0)])
+    candidates, ranked = int(every.isfinite().sum()), every.argsort(stable=True)
+
+    def without(x: float) -> dict[str, QTensor]:
+        chosen = torch.zeros(len(every), dtype=torch.bool)
+        chosen[ranked[:int(x)]] = True
+        parts = dict(zip(costs, chosen.split([len(cost) for cost in costs.values()])))
+        return {name: t._replace(values=t.values.masked_fill(parts[name].view_as(t.values), 0)) if name in parts else t
+                for name, t in whole.items()}
+    x, blob, count = packed_to(p.room, lambda x: p.blob(without(x)), -0.25, (0, candidates))
+    return blob, f"{count} packings, {int(x)} of {candidates} small levels set to zero"
+
+
+FITS: dict[str, Callable[[Packer], tuple[bytes, str]]] = {
+    "none": lambda p: (p.blob(p.tensors(p.rules())), ""), "steps": fit_steps, "bits": fit_bits, "prune": fit_zeros}
+
+
+def pack_to_fit(p: Packer, rt: Runtime) -> bytes:
+    """The artifact, as FIT_BUDGET fits it to the budget. One that cannot fit is kept and said to be too large: a run
+    must not be lost for it."""
+    blob, text = FITS[p.cfg.fit_budget](p)
+    if text:
+        rt.log(f"fit_budget:{p.cfg.fit_budget} {text}, {100 * len(blob) / p.room:.2f} % of {p.room} bytes")
+    if p.cfg.fit_budget != "none" and len(blob) > p.room:
+        rt.log(f"warning: FIT_BUDGET={p.cfg.fit_budget} found nothing that fits {p.room} bytes beside the code, the "
+               f"smallest takes {len(blob)}; raise ARTIFACT_BUDGET_BYTES or shrink the model")
     return blob
 
 
@@ -3310,12 +3847,11 @@ STORED_FIELDS = ("vocab_size", "train_seq_len", "matrix_bits", "codec", "seed", 
 def export(trainer: "Trainer") -> Path:
     """Quantise, pack and write the artifact of a finished run (on rank 0); returns its path."""
     cfg, rt, model, numerics, data = trainer.cfg, trainer.rt, trainer.model, trainer.numerics, trainer.data
-    plan, hessians = trainer.plan, trainer.hessians
     stored = cfg.values(*STORED_GROUPS) | {name: cfg.values()[name] for name in STORED_FIELDS}
-    header = dict(config=stored, numerics=numerics._asdict(), tokenizer_sha256=data.tokenizer_sha256, plan=plan,
+    header = dict(config=stored, numerics=numerics._asdict(), tokenizer_sha256=data.tokenizer_sha256, plan=trainer.plan,
                   compliant=cfg.eval.compliant)
     with rt.phase("quantise"):
-        blob = pack_to_fit(model, cfg.quant, hessians, header, rt)
+        blob = pack_to_fit(Packer(model, cfg.quant, trainer.hessians, trainer.harms, header), rt)
         path = rt.folder / "model.golf"
         write_atomic(path, lambda f: f.write(blob))
     rt.log(f"Serialized model: {sum(p.numel() * 4 for p in model.exported().values())} bytes")
@@ -3401,18 +3937,29 @@ def stored_plan(cfg: Config, header: dict[str, Any]) -> Plan:
 def predict_model_bytes(model: GPT, cfg: QuantConfig) -> int:
     """Size of the artifact before training: the real quantisers and codec on Gaussian rows of the real lengths.
     Assumes entries of unit-free Gaussian shape; a SCALE_FLOOR makes trained size depend on their size as well."""
-    samples: dict[tuple[str, int], tuple[float, int]] = {}
-    total, generator = 400.0, torch.Generator().manual_seed(0)
+    room, plain = cfg.artifact_budget_bytes - code_bytes(), unfitted_bytes(model, cfg)
+    if cfg.fit_budget == "bits":
+        return max(plain, min(room, unfitted_bytes(model, replace(cfg, matrix_bits=7, mlp_bits=7))))
+    return {"none": plain, "steps": room, "prune": min(plain, room)}[cfg.fit_budget]
+
+
+def unfitted_bytes(model: GPT, cfg: QuantConfig) -> int:
+    """The same before anything is fitted to the budget."""
+    samples: dict[tuple[str, int], float] = {}
+    total, generator, sums = 400.0, torch.Generator().manual_seed(0), []
     for p in model.exported().values():
         columns = p.size(-1)
         if (p.quant, columns) not in samples:
             rows = max(1, min(2**19 // columns, 4096))
-            t = QUANTISERS[p.quant](cfg).fit(torch.randn(rows, columns, generator=generator))
+            rule = QUANTISERS[p.quant](cfg)
+            rule = RoundToNearest(*rule) if isinstance(rule, GPTQ) else rule  # whose levels take as many bytes
+            t = rule.fit(torch.randn(rows, columns, generator=generator))
             packed = len(packed_smallest(t.values.numpy().tobytes(), PACKINGS[cfg.codec])[1])
-            samples[p.quant, columns] = packed / (rows * columns), 2 if t.scale is not None else 0
-        per_weight, per_row = samples[p.quant, columns]
-        total += p.numel() * per_weight + p.numel() / columns * per_row + 12
-    return int(total)
+            scales = 0 if t.scale is None or cfg.scale_group < 0 else len(t.scale)
+            samples[p.quant, columns] = (packed + 2 * scales) / (rows * columns)
+        total += p.numel() * samples[p.quant, columns] + 12
+        sums.append(sum(p.shape) * (p.dim() == 2))
+    return int(total + sum(sorted(sums)[-cfg.lqer_top:]) * cfg.lqer_rank / 2)
 
 
 # ---- 9 Evaluation: one loop for every strategy; a loss is banked before anything may adapt --------------------------
@@ -3988,13 +4535,16 @@ class Trainer:
         self.cfg, self.rt, self.data, self.model, self.numerics = cfg, rt, data, model, numerics
         self.plans, self.plan, self.loss = plans(cfg.model), 0, compiled(model.forward, numerics)
         self.qat = attach_qat(model, cfg.quant)
+        self.prices = [functools.partial(entropy_price, self.qat, cfg.quant)] * (cfg.quant.qat_entropy > 0)
         self.flat = FlatParameters(model, rt)
         self.optimiser = Optimiser(self.flat, cfg.optim, rt, numerics.dtype, cfg.model.tie_embeddings)
         self.watchers = [InputWatch(model, self.optimiser)] * (input_whitening in self.optimiser.stages)
         self.averager = AVERAGERS[cfg.optim.averaging](self.flat.weights, cfg.optim)
-        self.held_out = data.train.hold_out(cfg.optim.held_out_tokens) if self.averager.needs_scores else None
+        needs_scores = self.averager.needs_scores or cfg.quant.allocation == "loss"
+        self.held_out = data.train.hold_out(cfg.optim.held_out_tokens) if needs_scores else None
         self.loader = LOADERS[cfg.data.loader](data.train, cfg)
-        self.clock, self.step_number, self.hessians = Clock(rt), 0, {}
+        self.clock, self.step_number = Clock(rt), 0
+        self.hessians, self.harms = {}, {}  # what the quantiser may know in the end
         self.recent: list[float] = []  # seconds of the last 50 steps; the first, slow ones are not among them
         self.pending: tuple[int, Tensor] | None = None  # loss of the previous step, not yet known to be finite
         self.last_checkpoint = time.monotonic()
@@ -4024,7 +4574,7 @@ class Trainer:
 
     def step(self, rows: np.ndarray, ramps: dict[str, float]) -> Tensor:
         """One optimiser update from this rank's rows; returns the mean loss of the whole batch (0-D, on the device)."""
-        for site in self.qat:
+        for site in self.qat.values():
             site.on.fill_(ramps["qat"])
         self.model.loop_strength.fill_(ramps["loop"])
         self.plan = int(ramps["plan"])
@@ -4034,6 +4584,8 @@ class Trainer:
             objective, nats = self.loss(ids, targets, self.plans[self.plan])
             (objective * share).backward()
             self.flat.rest[-1] += nats * share
+        for price in self.prices:
+            (price() * (ramps["qat"] > 0) / self.rt.world).backward()
         for watch in self.watchers:
             watch(ids, self.plans[self.plan])
         self.optimiser.step(ramps)
@@ -4057,15 +4609,39 @@ class Trainer:
         self.restore(before)
 
     def observe_inputs(self, tokens: int) -> Hessians:
-        """Second moments of what each matrix reads, on the CPU, over at least so many training tokens of all ranks."""
+        """Second moments of what each matrix reads, over at least so many tokens of all ranks. A tied embedding is read
+        twice, by the head and row by row as input: all inputs alike are added to what the head reads."""
         seen, sums = 0, collections.Counter()
         while seen < tokens:
-            for ids, targets in self.micro_batches(self.loader.next(self.rt.rank, self.rt.world), self.loader.seq):
+            rows = CALIBRATIONS[self.cfg.quant.calibration](self, seen)
+            for ids, targets in self.micro_batches(rows, self.loader.seq):
                 ids = ids[targets[:, 0] >= 0]
                 for p, moment in second_moments(self.model, ids, self.plans[self.plan]).items():
                     sums[p] = sums[p] + moment * ids.numel()
             seen += self.loader.rows * self.loader.seq
-        return {p: self.rt.all_reduce(total).cpu() / seen for p, total in sums.items()}
+        moments = {p: self.rt.all_reduce(total) / seen for p, total in sums.items()}
+        if self.model.embed in moments:
+            tied = moments[self.model.embed]
+            tied += tied.diagonal().mean() * torch.eye(len(tied), device=tied.device)
+        return moments
+
+    @torch.no_grad()
+    def observe_harms(self) -> dict[str, float]:
+        """Nats per token of held-out training text that the rounding of each matrix costs by itself. Its errors are
+        enlarged fourfold, above the noise, and taken with both signs, so that the slope of the loss cancels out."""
+        harms, size, before = {}, 4.0, self.held_out_loss()
+        for name, p in self.model.exported().items():
+            rule, kept = rules_by_tag(self.model, self.cfg.quant)[name], p.detach().clone()
+            if isinstance(rule, Cast):
+                continue
+            rule = RoundToNearest(*rule) if isinstance(rule, GPTQ) else rule
+            error, losses = rule.fit(kept.float()).dequant() - kept, []
+            for sign in (size, -size):
+                p.copy_(kept + sign * error)
+                losses.append(self.held_out_loss())
+            p.copy_(kept)
+            harms[name] = (statistics.mean(losses) - before) / size**2
+        return harms
 
     def held_out_loss(self) -> float:
         """Nats per token of the live weights on the held-out training text, the same on every rank, by the graph that
@@ -4160,7 +4736,7 @@ class Trainer:
 
     def validate(self, elapsed: float):
         """The competition's validation line: chunked score of the live weights without fake quantisation."""
-        for site in self.qat:
+        for site in self.qat.values():
             site.on.zero_()
         self.model.loop_strength.fill_(1.0)  # as the artifact will be scored
         numerics = self.numerics._replace(compile=self.numerics.compile and self.rt.device.type == "cuda")
@@ -4224,13 +4800,47 @@ class Trainer:
         self.rt.log(f"averaging:{self.cfg.optim.averaging} {self.averager.apply(self.held_out_loss)}")
 
     def observe(self):
-        """See what the matrices read, if the quantiser asks for it; then the training clock stops."""
-        self.hessians = self.observe_inputs(self.cfg.quant.calibration_tokens * self.cfg.quant.sees_inputs)
+        """See what the quantiser asks for; what reads training text does so before the training clock stops."""
+        q = self.cfg.quant
+        for site in self.qat.values():
+            site.on.zero_()
+        with self.clock.paused() if q.calibration == "self" else contextlib.nullcontext():
+            self.hessians = self.observe_inputs(q.calibration_tokens * q.sees_inputs)
+        self.harms = HARMS[q.allocation](self)
         self.clock.stop()
         late = self.clock.read() - self.cfg.optim.max_wallclock_seconds
         if self.cfg.optim.max_wallclock_seconds and late > 1:
             self.rt.log(f"warning: the last use of training text ended {late:.1f} s after MAX_WALLCLOCK_SECONDS; raise "
                         "RESERVE_SECONDS")
+
+
+@torch.no_grad()
+def written_rows(trainer: Trainer, seen: int) -> np.ndarray:
+    """Rows (rows of this rank, T + 1) that the model writes itself, at temperature 0.8 from a random first token; they
+    depend on SEED and on what was `seen` before, not on the number of ranks. Source: PR 1019. Knob: CALIBRATION."""
+    rt, seq, model, plan = trainer.rt, trainer.loader.seq, trainer.model, trainer.plans[trainer.plan]
+    numbers = range(rt.rank, trainer.loader.rows, rt.world)
+    draws = [np.random.default_rng([trainer.cfg.run.seed, seen, i]).random(seq + 1) for i in numbers]
+    drawn = torch.from_numpy(np.array(draws).reshape(-1, seq + 1)).to(rt.device)
+    ids = torch.zeros(drawn.shape, dtype=torch.int64, device=rt.device)
+    ids[:, 0] = (drawn[:, 0] * trainer.cfg.data.vocab_size).long()
+    cap = trainer.cfg.model.logit_softcap
+    for part in torch.arange(len(ids), device=rt.device).split(max(1, trainer.cfg.system.micro_batch_tokens // seq)):
+        for t in range(seq):
+            shown = min(seq, -(-(t + 1) // 64) * 64)  # few lengths; causality hides what is not written yet
+            z = model.logits(model.hidden(ids[part, :shown], plan)[:, t]).double()
+            edges = (cap * torch.tanh(z / cap) / 0.8).softmax(-1).cumsum(-1)
+            found = torch.searchsorted(edges, drawn[part, t + 1:t + 2] * edges[:, -1:], right=True)
+            ids[part, t + 1] = found[:, 0].clamp(max=edges.size(-1) - 1)
+    return ids.cpu().numpy().astype(np.uint16)
+
+
+CALIBRATIONS: dict[str, Callable[[Trainer, int], np.ndarray]] = {
+    "train": lambda trainer, seen: trainer.loader.next(trainer.rt.rank, trainer.rt.world), "self": written_rows}
+# ALLOCATION -> what the rounding of each matrix costs; empty = not known
+HARMS: dict[str, Callable[[Trainer], dict[str, float]]] = {
+    "tag": lambda trainer: {}, "hessian": lambda t: output_errors(t.model, t.cfg.quant, t.hessians),
+    "loss": Trainer.observe_harms}
 
 
 # ---- 11 main: the story in reading order ----------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def write_reference() -> dict[str, float]:
                      "brotli": "quality 11, lgwin 24"},
         "versions": {"python": platform.python_version(),
                      **{name: importlib.metadata.version(name) for name in ("zstandard", "brotli")}},
-        "source_sha256": _sha256(TEXT)}
+        "source_sha256": sha256_file(TEXT)}
     REFERENCE.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return figures
 
@@ -187,7 +187,7 @@ def build(out: Path = OUT) -> dict:
         return manifest
     _refuse_foreign_files(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(out) as alone:
+    with exclusive(out) as alone:
         if manifest := complete(out):  # another process finished while this one waited
             return manifest
         if alone:
@@ -211,7 +211,7 @@ def complete(out: Path = OUT) -> dict | None:
         expected[manifest["tokenizer"]] = manifest["tokenizer_sha256"]
         intact = (inputs.items() <= manifest.items() and manifest["manifest_sha256"] == _digest(manifest)
                   and expected.keys() == {*SHARDS.values(), TOKENIZER.name}
-                  and all(_sha256(out / name) == sha256 for name, sha256 in expected.items()))
+                  and all(sha256_file(out / name) == sha256 for name, sha256 in expected.items()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, unreadable or not of our making
         return None
     return manifest if intact else None
@@ -227,7 +227,7 @@ def shard(tokens: np.ndarray) -> bytes:
 def _describe_inputs() -> dict:
     """Return the part of the manifest that follows from the committed files alone, without building anything."""
     reference = json.loads(REFERENCE.read_text(encoding="utf-8"))
-    source = _sha256(TEXT)
+    source = sha256_file(TEXT)
     if reference.get("source_sha256") != source:
         raise RuntimeError(f"{REFERENCE.name} was measured on another text than {TEXT.name}; run --measure-reference")
     return {
@@ -238,7 +238,7 @@ def _describe_inputs() -> dict:
         "format": FORMAT,
         "source_sha256": source,
         "tokenizer": TOKENIZER.name,
-        "tokenizer_sha256": _sha256(TOKENIZER),
+        "tokenizer_sha256": sha256_file(TOKENIZER),
         "vocab_size": VOCAB_SIZE,
         "reference_bpb": reference["bpb"]}
 
@@ -251,13 +251,13 @@ def _fill(folder: Path) -> dict:
     for name, docs in zip(SHARDS, split(documents()), strict=True):
         tokens = encode(tokenizer, docs)
         content = shard(tokens)
-        _save(folder / SHARDS[name], content)
+        save(folder / SHARDS[name], content)
         manifest["splits"][name] = {"documents": len(docs), "tokens": len(tokens), "bytes": utf8_bytes(docs)}
         manifest["files"][SHARDS[name]] = {"tokens": len(tokens), "sha256": hashlib.sha256(content).hexdigest()}
     manifest["manifest_sha256"] = _digest(manifest)
-    _save(folder / TOKENIZER.name, model)
-    _save(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode("utf-8"))
-    _sync(folder)
+    save(folder / TOKENIZER.name, model)
+    save(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode("utf-8"))
+    sync(folder)
     return manifest
 
 
@@ -272,7 +272,7 @@ def _publish(work: Path, out: Path) -> None:
     except OSError:  # where locks do not work, another process may have been faster
         if not complete(out):
             raise
-    _sync(out.parent)
+    sync(out.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -289,7 +289,7 @@ def _refuse_foreign_files(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _exclusive(out: Path) -> Iterator[bool]:
+def exclusive(out: Path) -> Iterator[bool]:
     """Hold the build lock of `out`, which the system frees even after a kill; yield False where locks do not work."""
     with open(out.with_name(f".{out.name}.lock"), "ab") as lock:
         try:
@@ -312,7 +312,7 @@ def _hidden_prefix(out: Path) -> str:
     return f".{out.name}.build-"
 
 
-def _save(path: Path, content: bytes) -> None:
+def save(path: Path, content: bytes) -> None:
     """Write a file and wait until it is on disk."""
     with open(path, "wb") as file:
         file.write(content)
@@ -320,7 +320,7 @@ def _save(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Wait until the names in a folder are on disk."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
@@ -331,9 +331,10 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _sha256(path: Path) -> str:
+def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(manifest: dict) -> str:

@@ -5,6 +5,7 @@ python tests/bench.py cpu        training tokens per second: plain eager fp32 ag
 python tests/bench.py attention  forward and backward of both attention kernels at T = 256 ... 4096
 python tests/bench.py optimiser  a step of the baseline's optimiser: banks, batched, against torch's matrix by matrix
 python tests/bench.py evaluation ways of scoring 8,000 tokens: inputs that the model reads, and seconds
+python tests/bench.py data       MB/s of encoding against plain SentencePiece; tokens/s of every loader
 python tests/bench.py polar      how near every orthogonalisation comes to the polar factor; a table, no timing
 Options: --seconds N (measured time per side or point), --json FILE
 """
@@ -19,10 +20,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("", "data")]
 import train_gpt as tg  # noqa: E402  (first: it sets how threads wait)
 
+import build_sample  # noqa: E402
+import documents as docs  # noqa: E402
 import numpy as np  # noqa: E402
+import prepare  # noqa: E402
 import torch  # noqa: E402
 
 WINDOWS = 7
@@ -193,17 +197,43 @@ def bench_evaluation(seconds: float) -> dict[str, object]:
         read = sum(b.rows * b.width for b in windows.batches(borders, 131_072)) / int(borders[-1])
         table[f"{name}, planned"] = dict(inputs_per_token=read)
         print(f"{name:24s} {read:6.2f} inputs per scored token  (planned, 20,000 documents)")
+
+
+def bench_data(seconds: float) -> dict[str, object]:
+    """MB/s of the embedded text on one core, through SentencePiece alone (token lists) and through the data tools
+    (proved lossless, as arrays), encoding and re-encoding; then tokens/s of each loader from the page cache."""
+    tokenizer, texts = docs.load_tokenizer(build_sample.TOKENIZER), build_sample.documents()[:300]
+    batches = [texts[i:i + 50] for i in range(0, len(texts), 50)]
+    shards = [[np.array(ids, np.uint16) for ids in tokenizer.processor.encode(batch)] for batch in batches]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    sides = {"sentencepiece": lambda: [tokenizer.processor.encode(batch, num_threads=1) for batch in batches],
+             "encode": lambda: [prepare.encode_documents(batch, tokenizer, None, False) for batch in batches],
+             "reencode": lambda: [prepare.encode_documents(batch, tokenizer, tokenizer, False) for batch in shards]}
+    rates = {name: [r * megabytes for r in values] for name, values in alternate(sides, seconds).items()}
+    table: dict[str, object] = {name: statistics.median(values) for name, values in rates.items()}
+    for name, reference in (("encode", "sentencepiece"), ("reencode", "encode")):
+        table[f"{name} / {reference}"] = statistics.median(b / a for a, b in zip(rates[reference], rates[name]))
+    print("  ".join(f"{name} {value:.2f}" for name, value in table.items()) + "   (MB/s of one core, ratios of pairs)")
+    build_sample.build()
+    stream = tg.TokenStream(build_sample.OUT, "train", build_sample.VOCAB_SIZE)
+    for name, kind in tg.LOADERS.items():
+        cfg = tg.load(dict(PRESET="baseline", LOADER=name, DEVICE="cpu"))
+        for world in (1, 8):
+            loader = kind(stream, cfg)
+            steps = rate(lambda: loader.next(0, world), seconds / 8)
+            table[f"{name} {world}"] = steps * cfg.data.train_batch_tokens
+            print(f"{name:10s} rank 0 of {world}: {table[f'{name} {world}'] / 1e6:8.0f} M tokens/s of the whole batch")
     return table
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cpu", "attention", "optimiser", "evaluation", "polar"))
+    parser.add_argument("what", choices=("cpu", "attention", "optimiser", "evaluation", "data", "polar"))
     parser.add_argument("--seconds", type=float, help="measured time per side or point; default 20 or 1")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     asked = parser.parse_args()
     bench, default = {"cpu": (bench_cpu, 20.0), "attention": (bench_attention, 1.0),
-                      "optimiser": (bench_optimiser, 10.0),
+                      "optimiser": (bench_optimiser, 10.0), "data": (bench_data, 20.0),
                       "evaluation": (bench_evaluation, 0.0), "polar": (bench_polar, 0.0)}[asked.what]
     with contextlib.suppress(KeyboardInterrupt):
         figures = bench(asked.seconds or default)

@@ -214,8 +214,8 @@ INEFFECTIVE = [("LEAKY_SLOPE", 0.3, {}, dict(MLP="leaky_relu2")), ("BIGRAM_DIM",
                ("MUON_TABLE", "library", {}, dict(MUON="turbo_muon")), ("MOUSSE", "forward", {}, dict(MUON="mousse")),
                ("MUON_WD", 0.1, dict(MUON_DECAY="fixed_norm"), {}), ("WD_TAPER_AT", 0.5, {}, dict(MUON_WD=0.1)),
                ("WD_TAPER_TO", 0.1, {}, dict(MUON_WD=0.1, WD_TAPER_AT=0.5)),
-               ("CLIP_QUANTILE", 0.9, dict(CLIP="sigma"), {}), ("FILL_BUDGET", 1, {}, dict(CLIP="sigma")),
-               ("CALIBRATION_TOKENS", 100, {}, dict(ROUNDING="gptq")),
+               ("CLIP_QUANTILE", 0.9, dict(CLIP="sigma"), {}), ("QAT_ENTROPY", 0.1, {}, dict(QAT="ste")),
+               ("LQER_TOP", 1, {}, dict(LQER_RANK=2)), ("PRUNE_LEVELS", 1, {}, dict(FIT_BUDGET="prune")),
                ("SWA_TEMPERATURE", 0.1, {}, dict(AVERAGING="iw_swa")),
                ("RESERVE_SECONDS", 5, dict(MAX_WALLCLOCK_SECONDS=0), {}),
                ("EVAL_ROPE_SCALING", "yarn", {}, dict(EVAL="long", EVAL_SEQ_LEN=2048)),
@@ -342,6 +342,6 @@ def test_missing_optional_packages_are_named_only_when_needed(tmp_path):
     hidden.write_text("import runpy, sys\nfor name in ('zstandard', 'brotli', 'tqdm'):\n    sys.modules[name] = None\n"
                       "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
     done = run_script(script=hidden, args=[SCRIPT], cwd=tmp_path, timeout=60, PRESET="baseline", CODEC="zstd")
-    refused(done, "CODEC=zstd", "available: zlib, lzma, rans, best\n")
+    refused(done, "CODEC=zstd", "available: zlib, lzma, rans, base3, best\n")
     done = run_script(script=hidden, args=[SCRIPT], cwd=tmp_path, timeout=60, PRESET="baseline+tiny", RUN_MODE="plan")
     assert done.code == 0 and "predicted_bytes" in done.out

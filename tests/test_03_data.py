@@ -322,7 +322,7 @@ def rows_of(stream, kind: str, count: int, **options) -> list[list[int]]:
     return [row for step in steps for row in step][:count]
 
 
-@pytest.mark.parametrize("kind", ["sequential", "shuffled"])
+@pytest.mark.parametrize("kind", ["sequential", "coprime", "shuffled"])
 def test_a_row_is_contiguous_text_of_one_token_more_than_the_context(positions, kind):
     for row in rows_of(positions, kind, 150):
         assert row == list(range(row[0], row[0] + SEQ + 1))
@@ -334,8 +334,9 @@ def test_the_sequential_loader_reads_the_stream_in_order_and_wraps(positions):
     assert rows[62:] == rows[:62]
 
 
-def test_the_shuffled_loader_visits_every_row_once_per_epoch_in_a_new_order(positions):
-    rows = rows_of(positions, "shuffled", 3 * 62)
+@pytest.mark.parametrize("kind", ["coprime", "shuffled"])
+def test_every_row_is_visited_once_per_epoch_in_a_new_order(positions, kind):
+    rows = rows_of(positions, kind, 3 * 62)
     epochs = [[row[0] for row in rows[62 * e:62 * (e + 1)]] for e in range(3)]
     for starts in epochs:
         inside = sorted(starts)
@@ -344,33 +345,97 @@ def test_the_shuffled_loader_visits_every_row_once_per_epoch_in_a_new_order(posi
     assert all(a != b for a, b in pairwise(epochs)) and epochs[0] != sorted(epochs[0])
 
 
-def test_the_phase_of_the_shuffled_rows_differs_between_epochs(positions):
-    rows = rows_of(positions, "shuffled", 20 * 62)
+@pytest.mark.parametrize("kind", ["coprime", "shuffled"])
+def test_the_phase_of_the_rows_differs_between_epochs(positions, kind):
+    rows = rows_of(positions, kind, 20 * 62)
     phases = {min(row[0] for row in rows[62 * e:62 * (e + 1)]) for e in range(20)}
     assert len(phases) > 3, "the tail must not always be the part that is left out"
 
 
-def test_the_shuffled_order_depends_on_the_seed_alone(positions):
-    first = rows_of(positions, "shuffled", 150, seed=1)
+@pytest.mark.parametrize("kind", ["coprime", "shuffled", "packed"])
+def test_the_order_depends_on_the_seed_alone(documents, kind):
+    first = rows_of(documents, kind, 150, seed=1)
     np.random.seed(99)
     train_gpt.torch.manual_seed(99)
-    assert rows_of(positions, "shuffled", 150, seed=1) == first
-    assert rows_of(positions, "shuffled", 150, seed=1, rows=7) == first, "nor on the batch size"
-    assert rows_of(positions, "shuffled", 150, seed=2) != first
+    assert rows_of(documents, kind, 150, seed=1) == first
+    assert rows_of(documents, kind, 150, seed=1, rows=7) == first, "nor on the batch size"
+    assert rows_of(documents, kind, 150, seed=2) != first
 
 
-@pytest.mark.parametrize("kind", ["sequential", "shuffled"])
+def test_rows_of_one_step_are_far_apart_in_the_text_at_a_coprime_stride(positions):
+    for seed in range(20):
+        starts = [row[0] for row in rows_of(positions, "coprime", 62, seed=seed)]
+        assert min(abs(a - b) for a, b in pairwise(starts)) > 62 * SEQ // 4
+
+
+# Documents of 2 to 17 tokens, and one of 201, in rows of 16. A token tells its document and its place, so that a row
+# can be checked against the text.
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(1, 17, 160).tolist() + [200, 3, 1]
+    tokens = [t for d, n in enumerate(lengths) for t in [1, *range(300 * d + 300, 300 * d + 300 + n)]]
+    return write_shards(tmp_path_factory.mktemp("documents"), [tokens[:900], tokens[900:901], tokens[901:]])
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    monkeypatch.setattr(train_gpt.PackedLoader, "WINDOW", 32)
+
+
+def test_packed_rows_predict_every_token_once_from_what_is_before_it(documents, small_windows):
+    """Whatever the order of the documents, a target is the token that follows in its document, or the next BOS."""
+    total = (len(documents) - 1) // SEQ
+    text = documents.read(0, len(documents)).tolist()
+    for epoch in range(2):
+        rows = rows_of(documents, "packed", total * (epoch + 1))[total * epoch:]
+        pairs = [pair for row in rows for pair in pairwise(row)]
+        assert all(b in (a + 1, 1) if a != 1 else b > 1 and b % 300 == 0 for a, b in pairs)
+        targets, phase = sorted(b for _, b in pairs), len(documents) - total * SEQ
+        assert targets in [sorted(text[start + 1:start + 1 + total * SEQ]) for start in range(phase)]
+
+
+def test_packing_cuts_few_documents(documents, small_windows):
+    """A row that does not begin with a BOS continues a document of another row."""
+    cuts = {kind: sum(row[0] != 1 for row in rows_of(documents, kind, (len(documents) - 1) // SEQ))
+            for kind in ("sequential", "packed")}
+    assert cuts["packed"] < 0.5 * cuts["sequential"], cuts
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(lengths=st.lists(st.integers(1, 40), max_size=60), filled=st.integers(0, 40), row=st.integers(1, 16))
+def test_best_fit_takes_the_longest_that_fits(lengths, filled, row):
+    order, at, left = train_gpt.best_fit(lengths, filled, row), filled, sorted(lengths)
+    assert sorted(order) == list(range(len(lengths)))
+    for chosen in order:
+        room = row - at % row
+        assert lengths[chosen] == max([n for n in left if n <= room] or left)
+        left.remove(lengths[chosen])
+        at += lengths[chosen]
+
+
+@pytest.mark.parametrize("tokens", [17, 18, 100], ids=["one row", "one row and phase", "no document begins"])
+def test_packing_bears_text_without_documents(tmp_path, tokens):
+    stream = write_shards(tmp_path, [[7] * tokens])
+    assert rows_of(stream, "packed", 5) == [[7] * 17] * 5
+
+
+KINDS = ["sequential", "coprime", "shuffled", "packed"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world", [2, 3, 5, 8])
-def test_any_number_of_ranks_shares_the_same_steps(positions, kind, world):
-    alone = deal(lambda: loader(positions, kind), 20)
-    shared = deal(lambda: loader(positions, kind), 20, world)
+def test_any_number_of_ranks_shares_the_same_steps(documents, kind, world, small_windows):
+    alone = deal(lambda: loader(documents, kind), 20)
+    shared = deal(lambda: loader(documents, kind), 20, world)
     assert [sorted(step) for step in shared] == [sorted(step) for step in alone]
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(kind=st.sampled_from(["sequential", "shuffled"]), before=st.integers(0, 40), rows=st.integers(1, 70))
+@given(kind=st.sampled_from(KINDS), before=st.integers(0, 40), rows=st.integers(1, 70))
 @example(kind="shuffled", before=62, rows=1)
 @example(kind="shuffled", before=61, rows=1)
+@example(kind="packed", before=63, rows=1)
 def test_a_restored_loader_continues_with_exactly_the_same_batches(positions, kind, before, rows):
     original = loader(positions, kind, rows)
     for _ in range(before):

@@ -1,0 +1,249 @@
+"""Documents and what they become: reading text files and shards, tokenizers, fingerprints, files written atomically."""
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib
+import json
+import lzma
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import caseops
+import numpy as np
+import sentencepiece as spm
+from build_sample import SEPARATOR, SPACE, save, sha256_file, sync
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+TEXT_CHUNK = 1 << 22
+MANIFEST = "manifest.json"
+PROBE = "Two  spaces,\nlines\n\n\tand tabs; \uff21 full width, \ufb01 ligature, e\u0301, \U0001f600, \x00 and \x7f. "
+
+
+class DataError(ValueError):
+    """A mistake in the input: one line that names the culprit, exit code 2."""
+
+
+def script():
+    """train_gpt.py as a module: its readers and its byte table are what training will use (it needs torch)."""
+    return importlib.import_module("train_gpt")
+
+
+# ---- Files ----
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that its name never stands for half of it, not even after a power cut."""
+    work = path.with_name(f".{path.name}.part")
+    save(work, content)
+    os.replace(work, path)
+    sync(path.parent)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a dictionary as JSON, atomically."""
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict | None:
+    """A JSON object, or None when the file is absent. Raises DataError for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: not a JSON object")
+    return found
+
+
+def fingerprint(content: str | bytes) -> bytes:
+    """16 bytes that identify a document."""
+    return hashlib.blake2b(content.encode() if isinstance(content, str) else content, digest_size=16).digest()
+
+
+# ---- Documents of text files ----
+
+def open_plain(path: Path) -> BinaryIO:
+    """The content of a file, decompressed when it ends in .xz or .gz."""
+    return {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)(path, "rb")
+
+
+def lines_of_json(path: Path, field: str) -> Iterator[str]:
+    """Documents of a .jsonl file: one JSON object per line with the text in a field, or one JSON string."""
+    with open_plain(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                found = json.loads(line)
+                text = found[field] if isinstance(found, dict) else found
+            except KeyError:
+                raise DataError(f"{path.name}, line {number}: no field {field!r}") from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path.name}, line {number}: {error}") from None
+            if not isinstance(text, str):
+                raise DataError(f"{path.name}, line {number}: {field!r} is no text but {type(text).__name__}")
+            yield text
+
+
+def separated(path: Path) -> Iterator[str]:
+    """Documents of a text file that are separated by one blank line, without empty ones."""
+    rest, start = b"", 0
+    with open_plain(path) as file:
+        while chunk := file.read(TEXT_CHUNK):
+            *whole, rest = (rest + chunk).split(SEPARATOR.encode())
+            for raw in whole:
+                yield from _decoded(raw, path, start)
+                start += len(raw) + len(SEPARATOR)
+    yield from _decoded(rest, path, start)
+
+
+def _decoded(raw: bytes, path: Path, start: int) -> Iterator[str]:
+    try:
+        if (text := raw.decode("utf-8")).strip():
+            yield text
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path.name}: byte {start + error.start} is not valid UTF-8") from None
+
+
+def table_rows(path: Path, field: str) -> Iterator[str]:
+    """Documents of a .parquet file: the rows of a column."""
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise DataError(f"{path.name}: reading parquet needs the package pyarrow, which is not installed") from None
+    try:
+        table = parquet.ParquetFile(path)
+        if field not in table.schema_arrow.names:
+            raise DataError(f"{path.name}: no column {field!r}; it has {', '.join(table.schema_arrow.names)}")
+        for batch in table.iter_batches(columns=[field], batch_size=256):
+            for row in batch.column(0).to_pylist():
+                if not isinstance(row, str):
+                    raise DataError(f"{path.name}: column {field!r} has a row without text")
+                yield row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path.name}: {error}") from None
+
+
+def documents_of(paths: list[Path], field: str) -> Iterator[str]:
+    """Every document of some files, in order. Raises DataError that names file and place for what is no text."""
+    for path in paths:
+        kind = Path(path.name.removesuffix(".xz").removesuffix(".gz")).suffix
+        number = 0
+        try:
+            found = (lines_of_json(path, field) if kind in (".jsonl", ".json") else
+                     table_rows(path, field) if kind == ".parquet" else separated(path))
+            for number, text in enumerate(found, 1):
+                text.encode("utf-8")  # a lone surrogate is no text
+                yield text
+        except UnicodeEncodeError:
+            raise DataError(f"{path.name}, document {number}: a lone surrogate is not valid text") from None
+        except (OSError, lzma.LZMAError, EOFError) as error:
+            raise DataError(f"{path.name}: {getattr(error, 'strerror', None) or error}") from None
+
+
+# ---- Tokenizers ----
+
+class Tokenizer(NamedTuple):
+    """A SentencePiece model and the exact bytes that each of its pieces spells."""
+    path: Path
+    processor: spm.SentencePieceProcessor
+    pieces: list[bytes]   # spelling of each id; empty for control and unknown ids
+    sizes: np.ndarray     # (V,) int32, their lengths
+    starts: np.ndarray    # (V,) int32, where each begins in all of them
+    joined: np.ndarray    # uint8, all of them
+    operators: list[int]  # ids of the case operators, none in an ordinary tokenizer
+    sha256: str
+
+    @property
+    def bos(self) -> int:
+        return self.processor.bos_id()
+
+    def spell(self, ids: np.ndarray) -> bytes:
+        """The text that tokens stand for, case operators still in it, as UTF-8 that may be cut anywhere."""
+        sizes = self.sizes[ids]
+        narrow = np.int32 if len(ids) * int(self.sizes.max()) < 2**31 else np.int64  # twice as fast where it is enough
+        ends = np.cumsum(sizes, dtype=narrow)
+        where = np.repeat(self.starts[ids].astype(narrow) - (ends - sizes), sizes)  # of a piece, less that of its text
+        where += np.arange(len(where), dtype=narrow)
+        return self.joined[where].tobytes()
+
+    def text(self, ids: np.ndarray) -> str:
+        """The original text of one document. Raises UnicodeDecodeError when the bytes are no text."""
+        spelt = self.spell(ids).decode("utf-8")
+        return caseops.decode(spelt) if self.operators else spelt
+
+    def changes_text(self) -> bool:
+        """Whether text is normalised, or anything else lost, before it is cut into pieces."""
+        return self.spell(np.array(self.processor.encode(PROBE))).decode("utf-8", "replace") != PROBE
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a tokenizer that can count bytes. Raises DataError that names the file."""
+    try:
+        raw = path.read_bytes()
+        processor = spm.SentencePieceProcessor(model_proto=raw)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except Exception as error:
+        raise DataError(f"{path.name}: not a SentencePiece model ({type(error).__name__})") from None
+    if processor.bos_id() < 0 or processor.piece_to_id(SPACE) == processor.unk_id():
+        raise DataError(f"{path.name}: the tokenizer needs a BOS and a lone space piece")
+    if processor.vocab_size() > 2**16:
+        raise DataError(f"{path.name}: {processor.vocab_size()} pieces do not fit 16 bits")
+    pieces = [spelling(processor, i) for i in range(processor.vocab_size())]
+    try:
+        operators = caseops.operator_ids(processor)
+    except ValueError as error:
+        raise DataError(f"{path.name}: {error}") from None
+    sizes = np.array([len(piece) for piece in pieces], np.int32)
+    joined = np.frombuffer(b"".join(pieces), np.uint8)
+    return Tokenizer(path, processor, pieces, sizes, np.cumsum(sizes) - sizes, joined, operators,
+                     hashlib.sha256(raw).hexdigest())
+
+
+def spelling(processor: spm.SentencePieceProcessor, i: int) -> bytes:
+    """The bytes that a piece adds to the decoded text."""
+    if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
+        return b""
+    piece = processor.id_to_piece(i)
+    return bytes([int(piece[3:5], 16)]) if processor.is_byte(i) else piece.replace(SPACE, " ").encode("utf-8")
+
+
+# ---- Documents of shards ----
+
+def stream_of(folder: Path, split: str, vocab: int):
+    """The shards of a split as one sequence of tokens (see train_gpt.TokenStream). Raises DataError."""
+    tool = script()
+    try:
+        return tool.TokenStream(folder, split, vocab)
+    except tool.UserError as error:
+        raise DataError(str(error)) from None
+
+
+def documents_of_shards(stream, bos: int) -> Iterator[np.ndarray]:
+    """The tokens of every document without its BOS, uint16. Raises DataError when the stream begins without one, or
+    holds an impossible id."""
+    parts: list[np.ndarray] = []
+    for number, shard in enumerate(stream.shards):
+        for low in range(0, len(shard), TEXT_CHUNK):
+            chunk = np.array(shard[low:low + TEXT_CHUNK])
+            if (top := int(chunk.max())) >= stream.vocab:
+                raise DataError(stream.out_of_range(number, top))
+            starts = np.flatnonzero(chunk == bos)
+            if number == low == 0 and (not len(starts) or starts[0]):
+                raise DataError(f"{stream.files[0].name}: the first document does not begin with BOS = {bos}")
+            pieces = np.split(chunk, starts)
+            for i, piece in enumerate(pieces):
+                if i and parts:
+                    yield np.concatenate(parts)[1:]
+                    parts = []
+                if len(piece):
+                    parts.append(piece)
+    yield np.concatenate(parts)[1:]

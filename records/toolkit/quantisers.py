@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Compare quantisers on the same trained models: bytes against loss, several step sizes each, then a table and a plot.
+
+    python records/toolkit/quantisers.py run SWEEP.json       train each seed once and finish what is missing
+    python records/toolkit/quantisers.py report SWEEP.json    write table.md and plot.svg from results.jsonl
+
+SWEEP.json: {"base": {knob: value}, "seeds": [..], "reference": name, "variants": {name: {knob: value}},
+"factors": [..], "bits": [..]}. Every variant quantises, packs and scores the weights that a run of the base ended with;
+one whose clip is a multiple of sigma at all factors of its steps, any other at all numbers of bits. Knobs of the base
+may use {NAME} for an environment variable. The gap is what bits per byte rise above those of the trained weights.
+"""
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_gpt as tg  # noqa: E402
+
+import numpy as np  # noqa: E402
+
+
+def points(spec: dict) -> list[tuple[str, float]]:
+    """(variant, factor or bits) of everything that is measured on one model."""
+    by_sigma = {name: knobs.get("CLIP", spec["base"].get("CLIP", "")).startswith("sigma")
+                for name, knobs in spec["variants"].items()}
+    return [(name, x) for name in spec["variants"] for x in (spec["factors"] if by_sigma[name] else spec["bits"])]
+
+
+def artifact(trainer: tg.Trainer, env: dict[str, str], variant: str, spec: dict, x: float) -> bytes:
+    """The trained weights as one point of a variant stores them."""
+    knobs = {k: str(v) for k, v in spec["variants"][variant].items()}
+    quant = tg.load(env | knobs).quant
+    if not quant.clip.startswith("sigma"):
+        quant = tg.load(env | knobs | dict(MATRIX_BITS=str(int(x)))).quant
+    harms = {"tag": {}, "hessian": tg.output_errors(trainer.model, quant, trainer.hessians),
+             "loss": trainer.harms}[quant.allocation]
+    p = tg.Packer(trainer.model, quant, trainer.hessians, harms, dict(spec=variant))
+    rules = p.rules()
+    if quant.clip.startswith("sigma"):
+        rules = {name: tg.rescaled(rule, x) for name, rule in rules.items()}
+    return p.blob(p.tensors(rules))
+
+
+def sweep(trainer: tg.Trainer, env: dict[str, str], spec: dict, seed: int, results: Path):
+    """Measure every missing point on one trained model, appending each to results.jsonl as soon as it is known."""
+    known = {(r["seed"], r["variant"], r["x"]) for r in read(results)}
+    trained = {name: p.detach().clone() for name, p in trainer.model.exported().items()}
+
+    def bpb() -> float:
+        numerics = trainer.numerics._replace(compile=False)
+        return tg.score_model(trainer.cfg, trainer.rt, trainer.model, numerics, trainer.data, "chunked",
+                              trainer.plans[trainer.plan]).bpb
+
+    def put(weights):
+        with tg.torch.no_grad():
+            for name, p in trainer.model.exported().items():
+                p.copy_(weights[name])
+    whole = bpb()
+    for variant, x in points(spec):
+        if (seed, variant, x) in known:
+            continue
+        begin = time.monotonic()
+        blob = artifact(trainer, env, variant, spec, x)
+        seconds = time.monotonic() - begin
+        put({name: t.dequant() for name, t in tg.unpack_artifact(blob)[1].items()})
+        found = dict(seed=seed, variant=variant, x=x, bytes=len(blob), gap=bpb() - whole, trained=whole,
+                     seconds=round(seconds, 1))
+        put(trained)
+        with open(results, "a") as file:
+            file.write(json.dumps(found) + "\n")
+        print(f"seed {seed} {variant} {x}: {len(blob)} bytes, gap {found['gap']:.5f}", flush=True)
+
+
+def run(path: Path, scratch: Path):
+    """Train one model per seed through the script's own entry point, and sweep where it would export."""
+    spec, results = json.loads(path.read_text()), path.with_name("results.jsonl")
+    for seed in spec["seeds"]:
+        done = {(r["variant"], r["x"]) for r in read(results) if r["seed"] == seed}
+        if set(points(spec)) <= done:
+            continue
+        base = {k: str(v).format(**os.environ) for k, v in spec["base"].items()}
+        env = dict(os.environ) | base | dict(SEED=str(seed), RUNS_DIR=str(scratch), RUN_ID=f"sweep-{time.time_ns()}")
+        export = tg.export
+
+        def replacement(trainer: tg.Trainer) -> Path:
+            sweep(trainer, env, spec, seed, results)
+            return export(trainer)
+        tg.export = replacement
+        try:
+            if code := tg.main([], env):
+                sys.exit(code)
+        finally:
+            tg.export = export
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def curve(rows: list[dict], seed: int, variant: str) -> list[tuple[float, float]]:
+    """(log bytes, log gap) of one variant on one model, by size; points that lost nothing count as a gap of 1e-6."""
+    return sorted((math.log(r["bytes"]), math.log(max(r["gap"], 1e-6))) for r in rows
+                  if (r["seed"], r["variant"]) == (seed, variant))
+
+
+def table(spec: dict, rows: list[dict]) -> str:
+    """Gap at the reference's bytes and bytes at its gap, for each of its points inside the other's range."""
+    reference, seeds = spec["reference"], spec["seeds"]
+    columns = sorted({r["x"] for r in rows if r["variant"] == reference})
+    lines = ["| variant | knobs | " + " | ".join(f"gap at the bytes of {reference} {x:g} | bytes at its gap"
+                                                 for x in columns) + " |", "|---|---|" + "---|---|" * len(columns)]
+    for variant, knobs in spec["variants"].items():
+        cells = []
+        for x in columns:
+            gaps, ratios = [], []
+            for seed in seeds:
+                at = next((r for r in rows if (r["seed"], r["variant"], r["x"]) == (seed, reference, x)), None)
+                line = np.array(curve(rows, seed, variant))
+                if at is None or len(line) < 2:
+                    continue
+                size, gap = math.log(at["bytes"]), math.log(max(at["gap"], 1e-6))
+                if line[0, 0] <= size <= line[-1, 0]:
+                    gaps.append(math.exp(np.interp(size, line[:, 0], line[:, 1])))
+                falling = line[np.argsort(line[:, 1])]
+                if falling[0, 1] <= gap <= falling[-1, 1]:
+                    ratios.append(math.exp(np.interp(gap, falling[:, 1], falling[:, 0]) - size))
+            cells.append(shown(gaps, 5) + " | " + shown(ratios, 3))
+        text = " ".join(f"{k}={v}" for k, v in knobs.items())
+        lines.append(f"| {variant} | `{text}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def shown(values: list[float], digits: int) -> str:
+    """Mean and standard deviation; a dash when nothing was in range."""
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread} (n={len(values)})"
+
+
+def plot(spec: dict, rows: list[dict], path: Path):
+    """Gap against bytes, every variant a line per seed."""
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "quantisers"  # the same data, the same file
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    for i, variant in enumerate(spec["variants"]):
+        for j, seed in enumerate(spec["seeds"]):
+            if line := curve(rows, seed, variant):
+                axis.plot(*np.exp(np.array(line)).T, marker="o", color=f"C{i % 10}", markersize=3, linewidth=1,
+                          linestyle="-" if i < 10 else "--", label=variant if not j else None)
+    axis.set(xscale="log", yscale="log", xlabel="bytes of the model", ylabel="bits per byte above the trained weights")
+    axis.legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def report(path: Path):
+    """Write table.md and plot.svg beside the specification."""
+    spec, rows = json.loads(path.read_text()), read(path.with_name("results.jsonl"))
+    path.with_name("table.md").write_text(table(spec, rows))
+    plot(spec, rows, path.with_name("plot.svg"))
+    print(table(spec, rows), end="")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("sweep", type=Path)
+    parser.add_argument("--scratch", type=Path, default=Path(tg.SCRIPT).parent / "runs", help="where run folders go")
+    asked = parser.parse_args()
+    if asked.what == "run":
+        run(asked.sweep, asked.scratch)
+    report(asked.sweep)
+
+
+if __name__ == "__main__":
+    main()
