@@ -459,7 +459,7 @@ def test_a_run_scores_with_the_plan_that_it_ended_with(steps, plan, toy, tmp_pat
     assert header["plan"] == plan
     rows = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["plan"] for row in rows if row["event"] == "train"] == [int(step >= 3) for step in range(steps)]
-    cfg = tg.load({"PRESET": "prequant_ttt+plain+tiny", "DEVICE": "cpu"})
+    cfg = tg.load({"PRESET": "prequant_ttt+plain+tiny", "DEVICE": "cpu", "TTT": "none"})
     assert tg.stored_plan(cfg, header) == tg.plans(cfg.model)[plan]
     for bad in (2, -1, "0", None, 0.5):
         with pytest.raises(tg.UserError, match="plan"):
