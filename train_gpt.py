@@ -100,6 +100,7 @@ class RunConfig:
     checkpoint_every: float = knob(60.0, "time between checkpoints, 0 = none", 0, 86400, unit="seconds")
     train_log_every: int = knob(200, "steps between two log lines", 1, 10**6, unit="steps")
     val_loss_every: int = knob(1000, "steps between two chunked validations, 0 = only the last", 0, 10**7, unit="steps")
+    allow_noncompliant: bool = knob(False, "agree to what the competition does not admit; the run is marked throughout")
     strict_env: bool = knob(False, "turn warnings about unknown or ineffective variables into errors")
 
 
@@ -340,11 +341,43 @@ class QuantConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    eval: str = knob("chunked", "how the official score is taken: disjoint chunks of TRAIN_SEQ_LEN, or windows of "
-                     "EVAL_SEQ_LEN that advance by EVAL_STRIDE", choices=("chunked", "sliding"))
-    eval_seq_len: int = knob(1024, "sliding window", 2, 65536, unit="tokens", needs="eval == sliding")
-    eval_stride: int = knob(64, "tokens scored per window", 1, 65536, unit="tokens", needs="eval == sliding")
+    eval: str = knob("chunked", "how the official score is taken: disjoint chunks of TRAIN_SEQ_LEN; windows of "
+                     "EVAL_SEQ_LEN that advance by EVAL_STRIDE over the text (sliding), inside documents (doc), or "
+                     "longer than in training (long); one pass that carries keys and values (stream)",
+                     choices=("chunked", "sliding", "doc", "long", "stream"))
+    eval_seq_len: int = knob(1024, "window of the evaluation", 2, 65536, unit="tokens", needs="eval != chunked")
+    eval_stride: int = knob(64, "tokens scored per window", 1, 65536, unit="tokens", needs="eval != chunked")
+    eval_rope_scaling: str = knob("ntk", "how positions reach beyond the training length", needs="eval == long",
+                                  choices=("none", "ntk", "yarn"))
     eval_batch_tokens: int = knob(131_072, "tokens of one evaluation batch on a rank", 1, 2**24, unit="tokens")
+    ttt: str = knob("none", "what is learnt while scoring, from scored text only: all weights by chunks (sgd), each "
+                    "document's adapters (lora), both (phased); prequant trains before quantisation instead",
+                    choices=("none", "sgd", "lora", "phased", "prequant"), source="PRs 549, 1530, 1610, 1539")
+    ttt_lr: float = knob(0.005, "peak learning rate of all weights (sgd, phased)", 0, 1, needs="ttt != none")
+    ttt_momentum: float = knob(0.9, "their momentum", 0, 0.9999, needs="ttt != none")
+    ttt_epochs: int = knob(3, "updates on each chunk", 1, 100, needs="ttt != none")
+    ttt_chunk_tokens: int = knob(32_768, "scored tokens that one update sees", 1, 2**24, needs="ttt != none")
+    ttt_lora_rank: int = knob(96, "rank of the adapters (lora, phased)", 1, 4096, needs="ttt != none")
+    ttt_lora_alpha: float = knob(96.0, "their output is scaled by this over the rank", 0, 1e4, needs="ttt != none")
+    ttt_lora_lr: float = knob(1e-4, "their learning rate", 0, 1, needs="ttt != none")
+    ttt_lora_wd: float = knob(0.5, "their weight decay", 0, 100, needs="ttt != none")
+    ttt_lora_beta2: float = knob(0.999, "their AdamW beta2; beta1 is 0", 0, 0.99999, needs="ttt != none")
+    ttt_lora_chunk: int = knob(48, "tokens of a document scored between two updates", 1, 65536, needs="ttt != none")
+    ttt_lora_docs: int = knob(64, "documents adapted at once", 1, 4096, needs="ttt != none")
+    ttt_warm_a: bool = knob(False, "start from the A of the documents before", source="PR 1767", needs="ttt != none")
+    ttt_phases: int = knob(3, "how often all weights learn", 1, 100, needs="ttt == phased")
+    ttt_phase_docs: int = knob(2000, "longest documents, of which the last phase learns", 1, 10**6,
+                               needs="ttt == phased")
+    prequant_text: str = knob("val", "what prequant trains on: val is not admissible, train (the control) holds out as "
+                              "much training text", choices=("val", "train"), needs="ttt == prequant")
+    prequant_lr: float = knob(5e-4, "peak AdamW learning rate", 0, 1, needs="ttt == prequant")
+    prequant_epochs: int = knob(6, "passes over the text", 1, 1000, needs="ttt == prequant")
+    prequant_rows: int = knob(32, "rows of TRAIN_SEQ_LEN of one update", 1, 65536, needs="ttt == prequant")
+
+    @property
+    def compliant(self) -> bool:
+        """Whether no weight sees validation text before it is scored."""
+        return self.ttt != "prequant" or self.prequant_text != "val"
 
 
 @dataclass(frozen=True)
@@ -428,7 +461,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         xsa_last_n=7, rope_dims=16, smear_gate="B", init="orthogonal", mup_base_width=256, matrix_lr=0.04,
         muon_momentum=0.99, muon_momentum_warmup_steps=500, muon_wd=0.04, averaging="ema", iterations=2000,
         max_wallclock_seconds=240.0, warmup_steps=10, matrix_bits=6, qat="ste", qat_start_frac=0.5, eval="sliding",
-        eval_seq_len=512, eval_stride=64, codec="zstd", clip="search", ttt=Unbuilt("sgd", "test-time training")),
+        eval_seq_len=512, eval_stride=64, codec="zstd", clip="search", ttt="sgd"),
     # Blocks 2-4 run 1 + 8 times, blocks 5-7 in parallel, no positions, no x0 mix, nothing starts at zero. 20,980,824.
     # QAT began when the cosine fell below 0.15, which is 92.4 % of the run. The published embedding belonged to another
     # tokenizer and its score was no bits per byte: neither is copied.
@@ -458,13 +491,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         value_embed_dim=44, max_skips=5, num_loops=1, loop_at_step=3000, parallel="B", table_lr=0.03,
         embed_wd=0.095, muon="muoneq_r_polar", muon_steps=4,
         rounding="gptq", clip="sigma", calibration="self",
-        codec="rans", ttt=Unbuilt("prequant", "test-time training")),
+        codec="rans", ttt="prequant"),
     # PR 1493, 1.0810. 35,944,536 parameters.
     "score_first_ttt": LATE | dict(
         vocab_size=8192, qk_gain_init=5.25, skips="gated", num_loops=2, parallel="A", loader="shuffled",
         embed_wd=0.085, muon="muoneq_r", reserve_seconds=12.0,
-        rounding="gptq", clip="sigma", codec="brotli_shuffle",
-        ttt=Unbuilt("sgd", "test-time training")),
+        rounding="gptq", clip="sigma", codec="brotli_shuffle", ttt="sgd"),
     # PR 1855, 1.0611, the leaderboard's last. 35,945,671 parameters. Values are those of its log, not of its README.
     # It packed with ZPAQ, which takes more bytes than ours on the same levels.
     "phased_ttt": LATE | dict(
@@ -473,8 +505,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         output_gate_scale=0.5, softcap="shifted", num_loops=2, parallel="D", parallel_start=8, embed_wd=0.085,
         beta2=0.99, muon="muoneq_r_polar", matrix_lr=0.026, muon_momentum=0.97, warmdown_frac=0.85, min_lr=0.1,
         reserve_seconds=0.5, embed_bits=7, rounding="gptq", clip="sigma", matrix_clip_sigmas=13.0,
-        mlp_clip_sigmas=11.5, embed_clip_sigmas=14.0, lqer_rank=4, codec="rans",
-        ttt=Unbuilt("phased", "test-time training")),
+        mlp_clip_sigmas=11.5, embed_clip_sigmas=14.0, lqer_rank=4, codec="rans", eval="doc", ttt="phased", ttt_lr=0.001,
+        ttt_epochs=1, ttt_lora_rank=80, ttt_lora_alpha=144.0, ttt_lora_beta2=0.99, ttt_warm_a=True,
+        ttt_phase_docs=2500),
     "plain": {},  # overlay: what exists in place of what a preset waits for; see load()
     "cpu": dict(  # overlay: what two CPU cores train in two minutes, on the embedded sample or anything in its tokens
         vocab_size=1024, caseops=False,
@@ -484,8 +517,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         matrix_lr=0.04, tied_embed_lr=0.05, table_lr=0.05, scalar_lr=0.04, muon_momentum=0.95,
         muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50, warmup_steps=2, train_log_every=20,
         val_loss_every=0, checkpoint_every=30.0, reserve_seconds=2.0, rope_train_len=512, leaky_slopes="", loop_start=1,
-        loop_end=2, loop_at_step=0, parallel_start=3, ema_decay=0.95, swa_every=5, calibration_tokens=16_384, **at_most(
+        loop_end=2, loop_at_step=0, parallel_start=3, ema_decay=0.95, swa_every=5, calibration_tokens=16_384,
+        ttt_lora_chunk=128, **at_most(
             rope_dims=64, xsa_last_n=4, mlp_mult=2, attention_window=128, embed_dim=128, value_embed_last_n=2,
+            ttt_chunk_tokens=8192, ttt_lora_rank=16, ttt_lora_docs=8, ttt_phase_docs=24,
             num_loops=2, loop_ramp_steps=10, adam_l2=0.001)),  # over a short run 0.095 keeps embeddings from growing
     "tiny": dict(  # overlay: what a test runs in seconds; one layer before, one inside and one after a loop
         vocab_size=1024, caseops=False,
@@ -494,9 +529,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_wallclock_seconds=0.0, loader="shuffled", lr_schedule="warmdown_frac", muon_momentum_warmup_steps=4,
         warmup_steps=1, train_log_every=1, val_loss_every=0, compile="off", reserve_seconds=0.0, bigram_dim=16,
         engram_dim=8, value_embed_dim=16, rope_train_len=64, leaky_slopes="", loop_start=1, loop_end=1,
-        parallel_start=2, ema_decay=0.9, swa_every=1, held_out_tokens=512, calibration_tokens=1024, **at_most(
+        parallel_start=2, ema_decay=0.9, swa_every=1, held_out_tokens=512, calibration_tokens=1024,
+        ttt_lora_chunk=32, **at_most(
+            ttt_chunk_tokens=512, ttt_lora_rank=4, ttt_lora_docs=4, ttt_phase_docs=9, prequant_epochs=2,
             bigram_buckets=512, engram_buckets=128, rope_dims=16, xsa_last_n=2,
-        attention_window=32, embed_dim=32, value_embed_last_n=2, num_loops=2, mup_base_width=64, loop_at_step=3,
+            attention_window=32, embed_dim=32, value_embed_last_n=2, num_loops=2, mup_base_width=64, loop_at_step=3,
             loop_ramp_steps=3, adam_l2=0.001))}
 DEFAULT_PRESET = {"cuda": "mlp3x_seq4096", "cpu": "turbo_engram+plain+cpu"}
 
@@ -516,8 +553,19 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
     (lambda v: (v["averaging"] in ("iw_swa", "soup") or v["allocation"] == "loss")
      and v["held_out_tokens"] <= v["train_seq_len"],
      "HELD_OUT_TOKENS={held_out_tokens} must be larger than TRAIN_SEQ_LEN={train_seq_len}"),
-    (lambda v: v["eval"] == "sliding" and v["eval_stride"] > v["eval_seq_len"],
+    (lambda v: v["eval"] in ("sliding", "doc", "long") and v["eval_stride"] > v["eval_seq_len"],
      "EVAL_STRIDE={eval_stride} is larger than EVAL_SEQ_LEN={eval_seq_len}"),
+    (lambda v: v["eval"] == "long" and v["eval_seq_len"] <= v["train_seq_len"],
+     "EVAL=long: EVAL_SEQ_LEN={eval_seq_len} is not longer than TRAIN_SEQ_LEN={train_seq_len}"),
+    (lambda v: v["eval"] not in {"lora": "doc", "phased": "doc", "sgd": "chunked sliding long"}.get(
+        v["ttt"], v["eval"]),
+     "EVAL={eval} does not go with TTT={ttt}: sgd needs chunked, sliding or long, lora and phased need doc"),
+    (lambda v: v["ttt"] == "sgd" and v["ttt_chunk_tokens"] < (
+        v["train_seq_len"] if v["eval"] == "chunked" else v["eval_stride"]),
+     "TTT_CHUNK_TOKENS={ttt_chunk_tokens} is less than what one window scores"),
+    (lambda v: v["ttt"] == "prequant" and v["prequant_text"] == "val" and v["run_mode"] == "train"
+     and not v["allow_noncompliant"], "TTT=prequant trains on validation text before it is scored, which the "
+     "competition does not admit; set ALLOW_NONCOMPLIANT=1 to do it all the same, or PREQUANT_TEXT=train"),
     (lambda v: v["bigram_buckets"] == 1, "BIGRAM_BUCKETS=1: want 0 (off) or at least 2"),
     (lambda v: v["leaky_slopes"] and not re.fullmatch(
         r"-?\d*\.?\d+(,-?\d*\.?\d+){%d}" % (v["num_layers"] - 1), v["leaky_slopes"]),
@@ -530,7 +578,8 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
      "PARALLEL_START={parallel_start} must be larger than LOOP_END={loop_end}: two lanes cannot be looped"),
     (lambda v: v["skip_pairs"] == "around_loop" and not v["num_loops"],
      "SKIP_PAIRS=around_loop needs NUM_LOOPS of at least 1"),
-    (lambda v: v["rope_scaling"] == "ntk" and (v["rope_dims"] or v["model_dim"] // v["num_heads"]) < 4,
+    (lambda v: "ntk" in (v["rope_scaling"], v["eval"] == "long" and v["eval_rope_scaling"]) and (
+        v["rope_dims"] or v["model_dim"] // v["num_heads"]) < 4,
      "ROPE_SCALING=ntk needs at least 4 rotating dims, ROPE_DIMS={rope_dims}"),
     (lambda v: v["embed_init"] == "svd" and v["vocab_size"] > 16_384,
      "EMBED_INIT=svd counts VOCAB_SIZE={vocab_size} squared pairs; want at most 16 384 tokens"),
@@ -737,7 +786,7 @@ class Runtime:
             importlib.import_module("torch._dynamo")  # imported after gloo's threads exist, it can abort at exit
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         self.start, self.phases, self.log_file, self.metrics_file, self.folder = time.monotonic(), [], None, None, None
-        self.interrupted = False
+        self.interrupted, self.mark = False, ""  # what ends every log line of a run that is not admissible
 
     def close(self):
         """Leave the process group."""
@@ -821,12 +870,13 @@ class Runtime:
             raise UserError(f"RUNS_DIR={relative(cfg.run.runs_dir)}: cannot write {relative(self.folder)} "
                             f"({error.strerror})") from None
         known = {k: dict(value=v, origin=cfg.origins[k]) for k, v in cfg.shown().items()}
-        text = json.dumps(dict(preset=cfg.preset, knobs=known), indent=1).encode()
+        text = json.dumps(dict(preset=cfg.preset, compliant=cfg.eval.compliant, knobs=known), indent=1).encode()
         write_atomic(self.folder / "config.json", lambda f: f.write(text))
         return True
 
     def log(self, text: str, echo: bool = True):
         """One line to the log file and, unless echo is off, to the terminal; rank 0 only."""
+        text += self.mark
         if self.main:
             if self.log_file:
                 self.log_file.write(text + "\n")
@@ -1122,7 +1172,7 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
         check_manifest(manifest, each, content=each is stream)
     stream.check_ids(len(stream))
     val = np.ascontiguousarray(stream.read(0, len(stream)))
-    window = cfg.eval.eval_seq_len if cfg.eval.eval == "sliding" else cfg.data.train_seq_len
+    window = cfg.data.train_seq_len if cfg.eval.eval == "chunked" else cfg.eval.eval_seq_len
     if len(val) <= window:
         raise UserError(f"{relative(stream.files[0])}: {len(val)} validation tokens are fewer than one window of "
                         f"{window} + 1")
@@ -1472,16 +1522,16 @@ def through(modules: nn.ModuleList, x: Tensor, *context) -> Tensor:
 
 class Linear(nn.Module):
     """x (..., n_in) -> (..., n_out), no bias; fp32 weight cast to the dtype of x.
-    `weight_sites` is where fake quantisation attaches (filled before compile, empty when off). As a site of its own it
-    needs nothing but x."""
+    `weight_sites` is where fake quantisation attaches, `out_sites` (y, x, slot number) -> y where test-time adapters do
+    (filled before compile, empty when off). As a site of its own it needs nothing but x."""
 
     def __init__(self, n_in: int, n_out: int, init: Callable = uniform, opt: str = "matrix", quant: str = "matrix"):
         super().__init__()
         self.weight, self.init = param((n_out, n_in), init, opt, quant), init
-        self.weight_sites = nn.ModuleList()
+        self.weight_sites, self.out_sites = nn.ModuleList(), nn.ModuleList()
 
     def forward(self, x: Tensor, *context) -> Tensor:
-        return F.linear(x, through(self.weight_sites, self.weight).to(x.dtype))
+        return through(self.out_sites, F.linear(x, through(self.weight_sites, self.weight).to(x.dtype)), x, *context)
 
 
 class Context(NamedTuple):
@@ -1491,6 +1541,8 @@ class Context(NamedTuple):
     visible: Tensor | None = None       # (1 or B,T,T) bool, see visible_keys
     values: tuple[Tensor, ...] = ()     # (B,T,G*D) each, what the value sites made of the ids
     kept: list[Tensor] | tuple[()] = ()  # values (B,T,G,D) of the first block, appended by KeepValue
+    slot: int = 0                       # place in the plan
+    version: int = 0                    # which of its MLPs a block uses there
 
 
 class Site(nn.Module):
@@ -1831,7 +1883,7 @@ class Attention(nn.Module):
         self.qkv_sites, self.out_sites = sites("qkv", cfg, layer), sites("attn_out", cfg, layer)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, self.cfg.head_dim)) for f in (self.q, self.k, self.v))
+        q, k, v = (f(x, context.slot).unflatten(-1, (-1, self.cfg.head_dim)) for f in (self.q, self.k, self.v))
         for site in self.qkv_sites:
             q, k, v = site(q, k, v, context)
         y = self.kernel(q, k, v, context.visible, self.cfg.attention_window)
@@ -1840,7 +1892,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """One stored layer: residual sites, attention, then the MLP on its result, each branch scaled per channel.
-    Takes and returns the lanes of the residual stream, each (B,T,C), here one. `version` 1 uses the repeats' MLP."""
+    Takes and returns the lanes of the residual stream, each (B,T,C), here one. Version 1 uses the repeats' MLP."""
     lanes, skip_lanes = 1, 1  # lanes that it carries, and those that receive skips
 
     def __init__(self, cfg: ModelConfig, layer: int, kernel: Callable):
@@ -1852,6 +1904,7 @@ class Block(nn.Module):
         keep = {"C": [1.1**0.5], "D": [1.1]}.get(cfg.parallel, [])  # in every block, as published; few have lanes
         self.routing = nn.ParameterList(p for k in keep for p in (scalar(2, value=k), scalar(2, 2, value=1.0)))
         self.attn_scale, self.mlp_scale = scalar(cfg.model_dim, value=1.0), scalar(cfg.model_dim, value=1.0)
+        self.attn_sites, self.mlp_sites = nn.ModuleList(), nn.ModuleList()  # as out_sites, over a whole branch
 
     def mixed(self, x: Tensor, context: Context) -> Tensor:
         """The stream after the residual sites."""
@@ -1859,44 +1912,46 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
         """What attention adds to a stream."""
-        return self.attn_scale.to(x.dtype) * self.attn(through(self.input_sites, norm(x)), context)
+        n = through(self.input_sites, norm(x))
+        return self.attn_scale.to(x.dtype) * through(self.attn_sites, self.attn(n, context), n, context.slot)
 
-    def feed(self, x: Tensor, version: int) -> Tensor:
+    def feed(self, x: Tensor, context: Context) -> Tensor:
         """What the MLP adds to a stream."""
-        return self.mlp_scale.to(x.dtype) * (self.mlp, *self.repeat_mlp)[version](through(self.input_sites, norm(x)))
+        n, mlp = through(self.input_sites, norm(x)), (self.mlp, *self.repeat_mlp)[context.version]
+        return self.mlp_scale.to(x.dtype) * through(self.mlp_sites, mlp(n), n, context.slot)
 
-    def forward(self, lanes: tuple[Tensor, ...], context: Context, version: int = 0) -> tuple[Tensor, ...]:
+    def forward(self, lanes: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
         x = self.mixed(lanes[0], context)
         x = x + self.attend(x, context)
-        return (x + self.feed(x, version),)
+        return (x + self.feed(x, context),)
 
 
 class ParallelBlock(Block):
     """Form A: attention and MLP read the same stream and add to it together. Source: PR 1412. Knob: PARALLEL."""
 
-    def forward(self, lanes: tuple[Tensor, ...], context: Context, version: int = 0) -> tuple[Tensor, ...]:
+    def forward(self, lanes: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
         x = self.mixed(lanes[0], context)
-        return (x + self.attend(x, context) + self.feed(x, version),)
+        return (x + self.attend(x, context) + self.feed(x, context),)
 
 
 class LanesB(Block):
     """Form B: attention owns lane 0, the MLP lane 1, which sees no embedding; skips reach lane 0. Source: PR 1334."""
     lanes = 2
 
-    def forward(self, lanes: tuple[Tensor, ...], context: Context, version: int = 0) -> tuple[Tensor, ...]:
+    def forward(self, lanes: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
         x = self.mixed(lanes[0], context)
-        return x + self.attend(x, context), lanes[1] + self.feed(lanes[1], version)
+        return x + self.attend(x, context), lanes[1] + self.feed(lanes[1], context)
 
 
 class LanesC(Block):
     """Form C: each branch writes into both raw lanes by learned amounts, attention before the MLP. Source: PR 1204."""
     lanes, skip_lanes = 2, 2
 
-    def forward(self, lanes: tuple[Tensor, ...], context: Context, version: int = 0) -> tuple[Tensor, ...]:
+    def forward(self, lanes: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
         keep, write = (w.to(lanes[0].dtype) for w in self.routing)  # by branch; by branch and lane written into
         added = self.attend(self.mixed(lanes[0], context), context)
         lanes = tuple(keep[0] * lane + write[0, i] * added for i, lane in enumerate(lanes))
-        added = self.feed(self.mixed(lanes[1], context), version)
+        added = self.feed(self.mixed(lanes[1], context), context)
         return tuple(keep[1] * lane + write[1, i] * added for i, lane in enumerate(lanes))
 
 
@@ -1904,9 +1959,9 @@ class LanesD(Block):
     """Form D: as C, but both branches read before either writes, the MLP its lane as it is. Source: PR 1530."""
     lanes = 2
 
-    def forward(self, lanes: tuple[Tensor, ...], context: Context, version: int = 0) -> tuple[Tensor, ...]:
+    def forward(self, lanes: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
         keep, write = (w.to(lanes[0].dtype) for w in self.routing)  # by branch; by branch and lane written into
-        a, m = self.attend(self.mixed(lanes[0], context), context), self.feed(lanes[1], version)
+        a, m = self.attend(self.mixed(lanes[0], context), context), self.feed(lanes[1], context)
         return tuple(keep[i] * lane + write[0, i] * a + write[1, i] * m for i, lane in enumerate(lanes))
 
 
@@ -1972,6 +2027,7 @@ class GPT(nn.Module):
         self.embed = param((vocab, width), EMBED_INITS[cfg.embed_init](cfg.tied_embed_init_std), "embed", "embed")
         self.output = self.embed if cfg.tie_embeddings else param((vocab, width), zero, "head", "embed")
         self.embed_sites, self.head_sites = sites("embed", cfg), sites("head", cfg)
+        self.logit_sites = nn.ModuleList()  # as out_sites, for the output table
         self.value_sites = nn.ModuleList(ValueTable(cfg, vocab) for _ in range(min(1, cfg.value_embed_last_n)))
         kernel, kinds = ATTENTION[numerics.attention], (Block, PARALLEL[cfg.parallel])
         self.blocks = nn.ModuleList(kinds[i >= cfg.parallel_start](cfg, i, kernel) for i in range(cfg.num_layers))
@@ -2004,13 +2060,13 @@ class GPT(nn.Module):
         x = through(self.embed_sites, F.embedding(ids, self.embed).to(self.dtype), ids)
         values = tuple(site(ids, self.dtype) for site in self.value_sites)
         context, lanes, outputs = Context(ids, x, visible_keys(ids, self.cfg), values, []), (x,), []
-        for slot in plan:
+        for number, slot in enumerate(plan):
             block = self.blocks[slot.block]
             lanes = lanes * (block.lanes // len(lanes))  # one stream enters both lanes
             for weight, source in slot.skips:
                 joined = [self.skip(self, weight, lane, outputs[source]) for lane in lanes[:block.skip_lanes]]
                 lanes = (*joined, *lanes[block.skip_lanes:])
-            entered, lanes = lanes, block(lanes, context, slot.version)
+            entered, lanes = lanes, block(lanes, context._replace(slot=number, version=slot.version))
             for gate in slot.gates:
                 strength = (self.loop_gates[gate] * self.loop_strength).to(self.dtype)
                 lanes = tuple(torch.lerp(a, b, strength) for a, b in zip(entered, lanes))
@@ -2021,7 +2077,7 @@ class GPT(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """h (...,C) -> (...,V) before the softcap."""
-        return F.linear(through(self.head_sites, h), self.output.to(h.dtype))
+        return through(self.logit_sites, F.linear(through(self.head_sites, h), self.output.to(h.dtype)), h)
 
     def losses(self, h: Tensor, targets: Tensor) -> Tensor:
         """h (...,C), targets (...) -> nats (...) fp32; a target of -100 gives 0."""
@@ -3792,8 +3848,8 @@ def export(trainer: "Trainer") -> Path:
     """Quantise, pack and write the artifact of a finished run (on rank 0); returns its path."""
     cfg, rt, model, numerics, data = trainer.cfg, trainer.rt, trainer.model, trainer.numerics, trainer.data
     stored = cfg.values(*STORED_GROUPS) | {name: cfg.values()[name] for name in STORED_FIELDS}
-    header = dict(config=stored, numerics=numerics._asdict(), tokenizer_sha256=data.tokenizer_sha256,
-                  plan=trainer.plan)
+    header = dict(config=stored, numerics=numerics._asdict(), tokenizer_sha256=data.tokenizer_sha256, plan=trainer.plan,
+                  compliant=cfg.eval.compliant)
     with rt.phase("quantise"):
         blob = pack_to_fit(Packer(model, cfg.quant, trainer.hessians, trainer.harms, header), rt)
         path = rt.folder / "model.golf"
@@ -3836,7 +3892,8 @@ def read_artifact(path: Path, rt: Runtime) -> tuple[dict[str, Any], dict[str, QT
 def check_header(header: dict[str, Any]):
     """Raise UserError unless a header has what scoring needs, each of the right type."""
     config, n = header.get("config"), header.get("numerics")
-    if not (isinstance(config, dict) and isinstance(n, dict) and isinstance(header.get("tokenizer_sha256"), str)):
+    if not (isinstance(config, dict) and isinstance(n, dict) and isinstance(header.get("tokenizer_sha256"), str)
+            and type(header.get("compliant")) is bool):
         raise UserError("its header is incomplete")
     wanted = {f.name for group in STORED_GROUPS for f in fields(GROUPS[group])} | set(STORED_FIELDS)
     if odd := sorted(set(config) ^ wanted):
@@ -3848,6 +3905,8 @@ def check_header(header: dict[str, Any]):
 
 def artifact_config(env: dict[str, str], path: Path, header: dict[str, Any]) -> Config:
     """The configuration to score an artifact with. Raises UserError naming the file when its own part is bad."""
+    if env.get("RUN_MODE") == "eval" and env.get("TTT") == "prequant" != header["config"]["ttt"]:
+        raise UserError("TTT=prequant trains before the export; this artifact was exported without it")
     load(env)  # what the user typed is judged first, so that what is left is the file's fault
     with blamed_on(path):
         return load(env, header["config"])
@@ -3904,12 +3963,15 @@ def unfitted_bytes(model: GPT, cfg: QuantConfig) -> int:
 
 
 # ---- 9 Evaluation: one loop for every strategy; a loss is banked before anything may adapt --------------------------
-class Score(NamedTuple):
+@dataclass(frozen=True)
+class Score:
     """Sums over scored targets; the only place that knows the bits-per-byte formula."""
     nats: float
     tokens: int
     bytes: int
     coverage: str = ""  # sha256 of the per-target count of scores
+    documents: np.ndarray | None = field(default=None, compare=False, repr=False)  # (n,2) float32: nats, bytes of each
+    forward_tokens: int = field(default=0, compare=False)  # inputs that models read for it, padding included
 
     @property
     def loss(self) -> float:
@@ -3922,12 +3984,32 @@ class Score(NamedTuple):
         return self.nats / math.log(2) / self.bytes
 
 
+LANES = 8  # shares of work that carry something along; more than the ranks of a node would leave nothing to share
+
+
+class Batch(NamedTuple):
+    """Windows scored together, padded to one shape. One rank scores the batches of a lane in their order; what is
+    carried or learnt along the way never leaves the lane, so that no score depends on the number of ranks."""
+    items: np.ndarray  # (n,3) int64: window start, first scored target, how many
+    rows: int          # n is padded to this
+    width: int         # inputs of a window
+    scored: int        # most scored targets of a window
+    lane: int = 0
+    part: int = 0      # batches of the same documents, or of the same stream, before this one
+    learners: int = 0  # leading windows whose document goes on
+
+
+def dealt(items: np.ndarray, width: int, scored: int, budget: int) -> list[Batch]:
+    """Independent windows in batches of at most `budget` inputs, each its own lane."""
+    rows = max(1, min(budget // width, len(items)))
+    return [Batch(items[lo:lo + rows], rows, width, scored, lo // rows) for lo in range(0, len(items), rows)]
+
+
 class Windows(NamedTuple):
-    """Fixed predictor over windows of `size` that advance by `stride` and score what no earlier window scored.
+    """Windows of `size` that advance by `stride` and score what no earlier window scored.
     Window 0 scores all its targets, later ones those past the first size - stride: every target once, each (after
     window 0) with at least that much context. stride == size gives disjoint chunks. Window starts are 0, S, 2S, ...
     while the start plus size - stride is before the end. Source: the competition's corrected sliding rule."""
-    name: str
     size: int
     stride: int
 
@@ -3941,64 +4023,458 @@ class Windows(NamedTuple):
         end = np.minimum(begin + self.stride, np.minimum(starts + self.size, targets))
         return np.stack([starts, begin, end - begin], 1)
 
-    def adapt(self, items: np.ndarray, losses: np.ndarray):
-        """A fixed predictor learns nothing from banked losses."""
+    def batches(self, borders: np.ndarray, budget: int) -> list[Batch]:
+        """All windows of a text, whose documents lie between `borders`."""
+        return dealt(self.items(int(borders[-1])), self.size, self.stride, budget)
 
 
-STRATEGIES: dict[str, Callable[[Config], Windows]] = {
-    "chunked": lambda c: Windows("chunked", c.data.train_seq_len, c.data.train_seq_len),
-    "sliding": lambda c: Windows(f"sliding_{c.eval.eval_seq_len}_{c.eval.eval_stride}", c.eval.eval_seq_len,
-                                 c.eval.eval_stride)}
+class DocumentWindows(NamedTuple):
+    """The same rule inside each document: no window crosses a border. A document's first `size` targets have one
+    context whatever the stride, so one window scores them all; only what lies deeper slides. Short documents are padded
+    to a quarter, half or three quarters of a window, unless a row's length stretches its positions (`steps` = 1)."""
+    size: int
+    stride: int
+    steps: int = 4
+
+    @property
+    def widths(self) -> list[int]:
+        return [-(-self.size * i // self.steps) for i in range(1, self.steps + 1)]
+
+    def width(self, inputs: int) -> int:
+        """The narrowest row that holds so many inputs."""
+        return next(w for w in self.widths if w >= inputs)
+
+    def batches(self, borders: np.ndarray, budget: int) -> list[Batch]:
+        begin, length = borders[:-1], np.diff(borders)
+        heads = np.stack([begin, begin, np.minimum(length, self.size)], 1)
+        rule = Windows(self.size, self.stride)
+        tails = [items[items[:, 0] > 0] + [a, a, 0] for a, n in zip(begin.tolist(), length.tolist()) if n > self.size
+                 for items in [rule.items(n)]]
+        narrower, found = 0, []
+        for width in self.widths:
+            mine = heads[(heads[:, 2] > narrower) & (heads[:, 2] <= width)]
+            found, narrower = found + dealt(mine, width, width, budget), width
+        found += dealt(np.concatenate([np.zeros((0, 3), np.int64), *tails]), self.size, self.stride, budget)
+        return [batch._replace(lane=i) for i, batch in enumerate(found)]
 
 
-def window_batch(tokens: np.ndarray, items: np.ndarray, size: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tensors of one batch: ids (B,size), targets and rows (B,stride). Padding is causal-safe: right, never scored."""
-    offsets = np.minimum(items[:, :1] + np.arange(size), len(tokens) - 1)
-    positions = np.minimum(items[:, 1:2] + np.arange(stride), np.maximum(items[:, 1:2] + items[:, 2:] - 1, 0))
-    rows = positions - items[:, :1]
-    return tuple(torch.from_numpy(a.astype(np.int64)) for a in (tokens[offsets], tokens[positions + 1], rows))
+class StreamWindows(NamedTuple):
+    """One pass: rows of four windows, of which the first repeats the end of the row before, whose keys and values are
+    carried over (see Carry); each target sees `size` tokens through every layer. The text is cut into up to LANES
+    streams of at least 16 windows, each beginning with one window of plain context."""
+    size: int
+
+    def batches(self, borders: np.ndarray, budget: int) -> list[Batch]:
+        targets, width, found = int(borders[-1]), 4 * self.size, []
+        cuts = np.linspace(0, targets, max(1, min(LANES, targets // (16 * self.size))) + 1).astype(int).tolist()
+        for lane, (first, end) in enumerate(itertools.pairwise(cuts)):
+            for part in range(targets):
+                start = max(0, first - self.size)
+                last = min(start + width, end)
+                found.append(Batch(np.array([[start, first, last - first]]), 1, width, width, lane, part))
+                if (first := last) == end:
+                    break
+        return found
 
 
-def score(nll: Callable, tokens: np.ndarray, target_bytes: np.ndarray, strategy: Windows, rt: Runtime,
-          batch_tokens: int, observer: Callable | None = None) -> Score:
+STRATEGIES: dict[str, Callable[[Config], Windows | DocumentWindows | StreamWindows]] = {
+    "chunked": lambda c: Windows(c.data.train_seq_len, c.data.train_seq_len),
+    "sliding": lambda c: Windows(c.eval.eval_seq_len, c.eval.eval_stride),
+    "doc": lambda c: DocumentWindows(c.eval.eval_seq_len, c.eval.eval_stride, 1 + 3 * (c.model.rope_scaling == "none")),
+    "long": lambda c: Windows(c.eval.eval_seq_len, c.eval.eval_stride),
+    "stream": lambda c: StreamWindows(c.eval.eval_seq_len)}
+# How a strategy sees the model: the same weights, other positions or another reach
+SEEN_AS: dict[str, Callable[[Config], ModelConfig]] = {
+    "long": lambda c: replace(c.model, rope_scaling=c.eval.eval_rope_scaling, rope_train_len=c.data.train_seq_len),
+    "stream": lambda c: replace(c.model, rope_train_len=4 * c.model.rope_train_len, attention_window=min(
+        c.eval.eval_seq_len, c.model.attention_window or c.eval.eval_seq_len))}
+
+
+class FineTuner:
+    """Updates all weights of a model by plain gradients, identically on any number of ranks: a batch is cut into LANES
+    shares, dealt to the ranks, and their gradients are added as whole multiples of 2^-44, whose sum has no order."""
+    UNIT, CLIP = 2.0**44, 1.0
+
+    def __init__(self, model: GPT, plan: Plan, numerics: Numerics, rt: Runtime, optimiser: Callable):
+        self.loss, self.plan, self.rt = compiled(model.forward, numerics), plan, rt
+        self.model, self.params = model, list(model.parameters())
+        self.optimiser = optimiser(self.params)
+
+    @torch.enable_grad()
+    def step(self, ids: Tensor, targets: Tensor, lr: float) -> float:
+        """One update on rows (n,T) that all ranks have; returns nats per token before it. Raises RunFailed."""
+        self.model.requires_grad_(True)
+        size, total = -(-len(ids) // LANES), (targets >= 0).sum()
+        spare = (0, 0, 0, size * LANES - len(ids))
+        ids, targets = F.pad(ids, spare).to(self.rt.device), F.pad(targets, spare, value=-100).to(self.rt.device)
+        sums = [torch.zeros_like(p, dtype=torch.int64) for p in self.params]
+        nats = torch.zeros((), dtype=torch.float64, device=self.rt.device)
+        for share in range(self.rt.rank, LANES, self.rt.world):
+            rows = slice(share * size, (share + 1) * size)
+            objective, plain = self.loss(ids[rows], targets[rows], self.plan)
+            for whole, g in zip(sums, torch.autograd.grad(objective / total, self.params, materialize_grads=True,
+                                                          allow_unused=True)):
+                whole += (g.double() * self.UNIT).round().long()
+            nats += plain
+        if not self.rt.all_reduce(nats).isfinite():
+            raise RunFailed(f"training on scored text diverged at a learning rate of {lr:.2g}; try a lower one")
+        for p, whole in zip(self.params, sums):
+            p.grad = (self.rt.all_reduce(whole).double() / self.UNIT).float()
+        nn.utils.clip_grad_norm_(self.params, self.CLIP)
+        self.optimiser.param_groups[0]["lr"] = lr
+        self.optimiser.step()
+        return float(nats / total)
+
+
+def padded_rows(tokens: np.ndarray, spans: np.ndarray) -> tuple[Tensor, Tensor]:
+    """(ids, targets), each (n, longest) int64, of spans (n,2) of targets; after a span's end targets are -100."""
+    position = spans[:, :1] + np.arange(np.diff(spans).max())
+    ids, targets = (tokens[np.minimum(position + i, len(tokens) - 1)].astype(np.int64) for i in (0, 1))
+    return torch.from_numpy(ids), torch.from_numpy(np.where(position < spans[:, 1:], targets, -100))
+
+
+def cut(begin: int, end: int, length: int) -> np.ndarray:
+    """Spans (n,2) of at most `length` that cover [begin, end)."""
+    first = np.arange(begin, end, length)
+    return np.stack([first, np.minimum(first + length, end)], 1)
+
+
+def cosine_rate(peak: float, k: int, count: int) -> float:
+    """Half a cosine from the peak to zero at the last of `count` chunks."""
+    return peak * 0.5 * (1 + math.cos(math.pi * k / max(1, count - 1)))
+
+
+class Ledger:
+    """What has been scored. A strategy learns from text through `read`, which gives out nothing else."""
+
+    def __init__(self, tokens: np.ndarray):
+        self._tokens, self.losses = tokens, np.zeros(len(tokens) - 1, np.float32)
+        self.count = np.zeros(len(tokens) - 1, np.int32)
+
+    def read(self, spans: np.ndarray) -> tuple[Tensor, Tensor]:
+        """padded_rows() of spans (n,2) of scored targets. Raises RunFailed when one has not been scored yet."""
+        if not all(self.count[a:b].all() for a, b in spans.tolist()):
+            raise RunFailed("a strategy asked to learn from text that is not scored yet")
+        return padded_rows(self._tokens, spans)
+
+
+class Fixed:
+    """A predictor that learns nothing, and the interface of those that do."""
+
+    def __init__(self, windows, cfg: Config, rt: Runtime, model: GPT, numerics: Numerics, plan: Plan):
+        self.windows, self.cfg, self.rt, self.model, self.numerics, self.plan = windows, cfg, rt, model, numerics, plan
+        nll, self.budget, self.attached = compiled(model.nll, numerics), cfg.eval.eval_batch_tokens, []
+        self.nll = lambda ids, targets, rows: nll(ids, targets, rows, plan)
+
+    def rounds(self, borders: np.ndarray, ledger: Ledger) -> Iterator[list[Batch]]:
+        """Rounds of batches. All of a round is scored, on whatever rank, before the next one is asked for; between
+        two, the strategy may learn from whatever `ledger` gives out."""
+        yield self.windows.batches(borders, self.budget)
+
+    def losses(self, batch: Batch, ids: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        """Nats (B,S) of a batch's scored rows."""
+        with torch.no_grad():
+            return self.nll(ids, targets, rows)
+
+    def learn(self, batch: Batch, losses: Tensor):
+        """Learn within the lane from losses that have just been banked."""
+
+    def attach(self, points: nn.ModuleList, module: nn.Module):
+        """Put a module at a site of the model until detach()."""
+        points.append(module.to(self.rt.device))
+        self.attached.append((points, module))
+
+    def detach(self):
+        """Leave the model as it was."""
+        while self.attached:
+            points, _ = self.attached.pop()
+            delattr(points, str(len(points) - 1))  # `del points[-1]` makes another dict, which compiles again
+
+    def slots(self) -> Iterator[tuple[Block, list[int]]]:
+        """Each block with the slots that it serves."""
+        for i, block in enumerate(self.model.blocks):
+            yield block, [number for number, slot in enumerate(self.plan) if slot.block == i]
+
+    def tuner(self, numerics: Numerics) -> FineTuner:
+        """What trains all weights on scored text."""
+        c = self.cfg.eval
+        return FineTuner(self.model, self.plan, numerics, self.rt,
+                         lambda params: torch.optim.SGD(params, lr=c.ttt_lr, momentum=c.ttt_momentum))
+
+
+class ScoreFirstSGD(Fixed):
+    """Score a chunk of TTT_CHUNK_TOKENS, then train all weights on it for the next ones. Source: PRs 461, 549, 1493.
+    A window belongs to the chunk of its first scored target. The last chunk never trains."""
+
+    def rounds(self, borders: np.ndarray, ledger: Ledger) -> Iterator[list[Batch]]:
+        c, targets, tuner = self.cfg.eval, int(borders[-1]), self.tuner(self.numerics)
+        items, chunks = self.windows.items(targets), cut(0, targets, c.ttt_chunk_tokens)
+        for k, (begin, end) in enumerate(chunks.tolist()):
+            mine = items[slice(*np.searchsorted(items[:, 1], [begin, end]))]
+            yield dealt(mine, self.windows.size, self.windows.stride, self.budget)
+            rows = cut(begin, end, self.windows.size)
+            for _ in range(c.ttt_epochs if end < targets else 0):
+                tuner.step(*ledger.read(rows), cosine_rate(c.ttt_lr, k, len(chunks)))
+
+
+class LoRA(nn.Module):
+    """Output site: add scale * B A x, with matrices of each batch row's own for every slot that the module serves;
+    nothing as long as B is zero. Source: arXiv 2106.09685, batched over documents as in PR 1530."""
+
+    def __init__(self, rows: int, n_in: int, n_out: int, rank: int, scale: float, slots: list[int]):
+        super().__init__()
+        self.index, self.scale = {slot: i for i, slot in enumerate(slots)}, scale
+        self.a = nn.ParameterList(torch.zeros(rows, rank, n_in) for _ in slots)
+        self.b = nn.ParameterList(torch.zeros(rows, n_out, rank) for _ in slots)
+
+    def forward(self, y: Tensor, x: Tensor, slot: int = 0) -> Tensor:
+        i = self.index[slot]
+        return y + self.scale * (x @ self.a[i].to(x.dtype).mT) @ self.b[i].to(x.dtype).mT
+
+
+class DocumentLoRA(Fixed):
+    """Low-rank adapters for each document, begun anew with it: a chunk of TTT_LORA_CHUNK tokens is scored with all of
+    the window before it, then one AdamW step on those very losses serves the document's next chunk. Source: PR 1530.
+    Documents go longest first, TTT_LORA_DOCS at a time, in LANES lanes; under TTT_WARM_A a lane keeps its A matrices
+    (PR 1767). TTT=phased: after some of the TTT_PHASE_DOCS longest documents, all weights train on them (PR 1610)."""
+    lane, adapters = -1, ()
+
+    def rounds(self, borders: np.ndarray, ledger: Ledger) -> Iterator[list[Batch]]:
+        c, done, documents = self.cfg.eval, 0, np.stack([borders[:-1], borders[1:]], 1)
+        documents = documents[np.argsort(borders[:-1] - borders[1:], kind="stable")]
+        self.rows, phases = min(c.ttt_lora_docs, len(documents)), c.ttt_phases if c.ttt == "phased" else 0
+        bounds = [min(c.ttt_phase_docs, len(documents)) * (i + 1) // phases for i in range(phases)]
+        tuner = self.tuner(self.numerics._replace(compile=False))  # documents make rows of many shapes
+        for bound in sorted({*bounds, len(documents)} - {0}):
+            self.adapt()
+            yield self.assigned(documents[done:bound])
+            self.detach()
+            done = bound
+            if done == len(documents):
+                return
+            spans = np.concatenate([cut(a, b, self.windows.size) for a, b in documents[:done].tolist()])
+            chunk = np.cumsum(spans[:, 1] - spans[:, 0]) // c.ttt_chunk_tokens
+            chunks = np.split(spans, np.flatnonzero(np.diff(chunk)) + 1)
+            for k, rows in enumerate(chunks[:-1] or chunks):  # the last one is left out, as published
+                for _ in range(c.ttt_epochs):
+                    tuner.step(*ledger.read(rows), cosine_rate(c.ttt_lr, k, len(chunks)))
+
+    def assigned(self, documents: np.ndarray) -> list[Batch]:
+        """Batches of documents, each given to the lane that has least to do."""
+        found, load = [], [0] * LANES
+        for lo in range(0, len(documents), self.rows):
+            lane = load.index(min(load))
+            parts = self.parts(documents[lo:lo + self.rows], lane)
+            load[lane] += sum(batch.width for batch in parts)
+            found += parts
+        return sorted(found, key=lambda batch: batch.lane)  # stable: within a lane the order stays
+
+    def parts(self, documents: np.ndarray, lane: int) -> list[Batch]:
+        """The chunks of a batch of documents (n,2), longest first, in order."""
+        c, found, (begin, end) = self.cfg.eval, [], documents.T
+        for part in range(-(-int(end[0] - begin[0]) // c.ttt_lora_chunk)):
+            first = begin + part * c.ttt_lora_chunk
+            on = first < end
+            last = np.minimum(first + c.ttt_lora_chunk, end)[on]
+            start = np.maximum(begin[on], last - self.windows.size)
+            found.append(Batch(np.stack([start, first[on], last - first[on]], 1), self.rows,
+                               self.windows.width(int((last - start).max())), c.ttt_lora_chunk, lane, part,
+                               int((last < end[on]).sum())))
+        return found
+
+    def adapt(self):
+        """Put adapters at queries, keys, values, the whole attention branch and the whole MLP branch of each block, all
+        reading the branch's input, and at the logits; the weights themselves stand still."""
+        c, model = self.cfg.eval, self.model.requires_grad_(False)
+        width, kv, scale = model.cfg.model_dim, model.cfg.kv_dim, c.ttt_lora_alpha / c.ttt_lora_rank
+        places = [place for block, slots in self.slots() for place in (
+            (block.attn.q.out_sites, width, slots), (block.attn.k.out_sites, kv, slots),
+            (block.attn.v.out_sites, kv, slots), (block.attn_sites, width, slots), (block.mlp_sites, width, slots))]
+        places.append((model.logit_sites, model.output.size(0), [0]))
+        self.adapters = self.adapters or [(points, LoRA(self.rows, width, out, c.ttt_lora_rank, scale, slots))
+                                          for points, out, slots in places]  # the same ones each time: one graph
+        for points, lora in self.adapters:
+            self.attach(points, lora)
+            lora.requires_grad_(True)
+        self.lane = -1
+
+    @torch.no_grad()
+    def forget(self, batch: Batch):
+        """Begin new documents: B = 0, and the A that all begin with unless the lane keeps its own. Every document has
+        the same A, so that no score depends on which others are in its batch."""
+        c, (_, adapters) = self.cfg.eval, zip(*self.attached)
+        generator = torch.Generator(self.rt.device).manual_seed(0)
+        for a, b in ((a, b) for lora in adapters for a, b in zip(lora.a, lora.b)):
+            b.zero_()
+            if batch.lane != self.lane or not c.ttt_warm_a:
+                a.copy_(torch.empty_like(a[0]).uniform_(-a.size(2)**-0.5, a.size(2)**-0.5, generator=generator))
+        self.lane, params = batch.lane, [p for lora in adapters for p in lora.parameters()]
+        self.optimiser = torch.optim.AdamW(params, lr=c.ttt_lora_lr, betas=(0.0, c.ttt_lora_beta2), eps=1e-10,
+                                           weight_decay=c.ttt_lora_wd)
+
+    def losses(self, batch: Batch, ids: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        if batch.part == 0:
+            self.forget(batch)
+        return self.nll(ids, targets, rows)
+
+    def learn(self, batch: Batch, losses: Tensor):
+        if batch.learners:
+            self.optimiser.zero_grad()
+            losses[:batch.learners].mean(1).sum().backward()
+            self.optimiser.step()
+
+
+class Carry(nn.Module):
+    """Output site of keys and values in a stream: what a row repeats of the row before is replaced by what was computed
+    there, in every slot, so that nothing is ever computed with less context than the window gives."""
+
+    def __init__(self, size: int, width: int, slots: list[int]):
+        super().__init__()
+        self.index, self.size = {slot: i for i, slot in enumerate(slots)}, size
+        self.register_buffer("kept", torch.zeros(len(slots), 1, size, width), persistent=False)
+        self.register_buffer("on", torch.zeros(()), persistent=False)
+
+    def forward(self, y: Tensor, x: Tensor, slot: int) -> Tensor:
+        kept = self.kept[self.index[slot]]
+        y = torch.cat([torch.where(self.on > 0, kept.to(y.dtype), y[:, :self.size]), y[:, self.size:]], 1)
+        kept.copy_(y[:, -self.size:])
+        return y
+
+
+class Streaming(Fixed):
+    """The fixed predictor of EVAL=stream."""
+
+    def rounds(self, borders: np.ndarray, ledger: Ledger) -> Iterator[list[Batch]]:
+        for block, slots in self.slots():
+            for linear in (block.attn.k, block.attn.v):
+                self.attach(linear.out_sites, Carry(self.windows.size, self.model.cfg.kv_dim, slots))
+        yield from super().rounds(borders, ledger)
+        self.detach()
+
+    def losses(self, batch: Batch, ids: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        for _, carry in self.attached:
+            carry.on.fill_(batch.part > 0)
+        return super().losses(batch, ids, targets, rows)
+
+
+LEARNERS = {"none": Fixed, "prequant": Fixed, "sgd": ScoreFirstSGD, "lora": DocumentLoRA, "phased": DocumentLoRA}
+
+
+def document_borders(tokens: np.ndarray) -> np.ndarray:
+    """(n + 1,) first target of each document, then the number of targets. A document reaches from its BOS to the next
+    one, which is its last target and stands for no bytes; text before the first BOS is a document too."""
+    return np.unique(np.concatenate([[0], np.flatnonzero(tokens[:-1] == BOS), [len(tokens) - 1]]))
+
+
+def window_batch(text: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors of one batch on the device of text (N,): ids (B,W), targets and rows (B,S). Padding is causal-safe:
+    right, never banked."""
+    items = torch.from_numpy(batch.items).to(text.device)
+    nothing = items[-1:] * torch.tensor([1, 1, 0], device=text.device)
+    items = torch.cat([items, nothing.expand(batch.rows - len(items), -1)])
+    start, first, count = items.split(1, 1)
+    offsets = start + torch.arange(batch.width, device=text.device)
+    positions = first + torch.minimum(torch.arange(batch.scored, device=text.device), (count - 1).clamp(min=0))
+    return text[offsets.clamp(max=len(text) - 1)].long(), text[positions + 1].long(), positions - start
+
+
+def score(tokens: np.ndarray, target_bytes: np.ndarray, strategy: Fixed, rt: Runtime,
+          observer: Callable | None = None) -> Score:
     """Score every target tokens[1:] exactly once and return the sums, equal on all ranks and for any number of them.
-    nll(ids (B,W), targets (B,S), rows (B,S)) -> nats (B,S). `observer(items, losses)` sees each banked batch before
-    the strategy may adapt. Raises RunFailed when a target is missed, repeated or its loss not finite."""
-    targets = len(tokens) - 1
-    bank, count = torch.zeros(targets), torch.zeros(targets, dtype=torch.int32)
-    items, rows = strategy.items(targets), max(1, batch_tokens // strategy.size)
-    mine = items[len(items) * rt.rank // rt.world:len(items) * (rt.rank + 1) // rt.world]
-    with torch.no_grad(), rt.progress(len(mine), "score") as bar:
-        for lo in range(0, len(mine), rows):
-            batch = mine[lo:lo + rows]
-            padded = np.concatenate([batch, np.repeat(batch[-1:], rows - len(batch), 0)])  # one shape, one graph
-            inputs = window_batch(tokens, padded, strategy.size, strategy.stride)
-            losses = nll(*(t.to(rt.device, non_blocking=True) for t in inputs)).float().cpu()
-            for (_, first, n), row in zip(batch.tolist(), losses):
-                bank[first:first + n] = row[:n]
-                count[first:first + n] += 1
-            if observer:
-                observer(batch, losses)
-            strategy.adapt(batch, losses)
+    `observer(batch, losses (n,S))` sees each banked batch before the strategy may learn from it, and the strategy in
+    the state that scored it. Raises RunFailed when a target is missed, repeated or its loss not finite."""
+    borders, ledger = document_borders(tokens), Ledger(tokens)
+    text, forward_tokens, done = torch.from_numpy(tokens.astype(np.int32)).to(rt.device), 0, 0.0
+    begun = told = time.monotonic()
+    with rt.progress(1.0, "score") as bar:
+        for batches in strategy.rounds(borders, ledger):
+            lo = min(int(batch.items[:, 1].min()) for batch in batches)
+            hi = max(int(batch.items[:, 1:].sum(1).max()) for batch in batches)
+            bank, times = torch.zeros(hi - lo + 1, device=rt.device), np.zeros(hi - lo + 1, np.int32)  # last: padding
+            for batch in batches:
+                forward_tokens += batch.rows * batch.width
+                if batch.lane % rt.world != rt.rank:
+                    continue
+                losses = strategy.losses(batch, *window_batch(text, batch))
+                begin, count = batch.items[:, 1:2] - lo, batch.items[:, 2:]
+                offset = np.arange(batch.scored)
+                into = torch.from_numpy(np.where(offset < count, begin + offset, hi - lo)).to(rt.device)
+                bank[into] = losses.detach()[:len(into)].float()
+                np.add.at(times, begin, 1)
+                np.add.at(times, begin + count, -1)
+                if observer:
+                    observer(batch, losses.detach()[:len(into)].float().cpu())
+                strategy.learn(batch, losses)
+                done += rt.world * int(count.sum()) / (len(tokens) - 1)
+                if bar:
+                    bar.update(min(1.0, done) - bar.n)
+                if (now := time.monotonic()) - told > 30:
+                    rt.log(f"scored:{100 * min(1.0, done):.0f}% left:{(now - begun) * max(0.0, 1 / done - 1):.0f}s")
+                    told = now
+            ledger.losses[lo:hi] += rt.all_reduce(bank)[:-1].cpu().numpy()  # disjoint shares: the sum is exact
+            ledger.count[lo:hi] += rt.all_reduce(torch.from_numpy(times.cumsum(dtype=np.int32)))[:-1].numpy()
+    wrong, infinite = int((ledger.count != 1).sum()), int((~np.isfinite(ledger.losses)).sum())
+    if wrong or infinite:
+        raise RunFailed(f"{wrong} targets not scored exactly once, {infinite} losses not finite")
+    coverage = hashlib.sha256(ledger.count.astype("<i4").tobytes()).hexdigest()[:16]
+    documents = np.stack([np.add.reduceat(x.astype(np.float64), borders[:-1])
+                          for x in (ledger.losses, np.asarray(target_bytes))], 1)
+    return Score(float(ledger.losses.sum(dtype=np.float64)), len(tokens) - 1,
+                 int(np.asarray(target_bytes).sum(dtype=np.int64)), coverage, documents.astype(np.float32),
+                 forward_tokens)
+
+
+def tuning_text(cfg: Config, data: Data) -> np.ndarray | None:
+    """What TTT=prequant trains on: the validation text, or as many tokens off the end of the training text, which
+    training then never sees; None without it. Raises UserError."""
+    if cfg.eval.ttt != "prequant" or not cfg.eval.compliant:
+        return data.val if cfg.eval.ttt == "prequant" else None
+    if len(data.val) > len(data.train) // 2:
+        raise UserError(f"PREQUANT_TEXT=train: {len(data.val)} tokens would be more than half of the training text")
+    return data.train.hold_out(len(data.val))
+
+
+def prequant(trainer: "Trainer", text: np.ndarray | None):
+    """Train all weights some epochs on a text, then let them be quantised. On the validation text this is training on
+    the test set (PR 1539, closed); on held-out training text it is the control, and on the training clock."""
+    if text is None:
+        return
+    c, rt, rows = trainer.cfg.eval, trainer.rt, cut(0, len(text) - 1, trainer.cfg.data.train_seq_len)
+    tuner = FineTuner(trainer.model, trainer.plans[trainer.plan], trainer.numerics, rt,
+                      lambda params: torch.optim.AdamW(params, weight_decay=0.0))
+    off_the_clock = contextlib.nullcontext() if c.compliant else trainer.clock.paused()
+    with rt.phase("prequant"), off_the_clock, rt.progress(c.prequant_epochs, "prequant") as bar:
+        for epoch in range(c.prequant_epochs):
+            lr = 0.1 * c.prequant_lr + cosine_rate(0.9 * c.prequant_lr, epoch, c.prequant_epochs + 1)
+            losses = [tuner.step(*padded_rows(text, rows[lo:lo + c.prequant_rows]), lr)
+                      for lo in range(0, len(rows), c.prequant_rows)]
+            rt.log(f"prequant:{epoch + 1}/{c.prequant_epochs} text:{c.prequant_text} lr:{lr:.2e} "
+                   f"loss:{statistics.mean(losses):.4f}")
             if bar:
-                bar.update(len(batch))
-    rt.all_reduce(bank)  # disjoint shares: the sum is exact
-    rt.all_reduce(count)
-    if (count != 1).any() or not bank.isfinite().all():
-        raise RunFailed(f"{int((count != 1).sum())} targets not scored exactly once, "
-                           f"{int((~bank.isfinite()).sum())} losses not finite")
-    coverage = hashlib.sha256(count.numpy().astype("<i4").tobytes()).hexdigest()[:16]
-    return Score(float(bank.double().sum()), targets, int(target_bytes.sum(dtype=np.int64)), coverage)
+                bar.update(1)
 
 
-def score_model(cfg: Config, rt: Runtime, model: GPT, numerics: Numerics, data: Data, kind: str, plan: Plan) -> Score:
+def variant(c: EvalConfig, kind: str, ttt: str = "none") -> str:
+    """What a score is called: how it was taken and what was learnt."""
+    stride = c.ttt_lora_chunk if ttt in ("lora", "phased") else c.eval_stride
+    size = {"chunked": "", "stream": f"_{c.eval_seq_len}"}.get(kind, f"_{c.eval_seq_len}_{stride}")
+    return kind + size + f"_{c.eval_rope_scaling}" * (kind == "long") + f"+{ttt}" * (ttt != "none")
+
+
+def strategy_of(cfg: Config, rt: Runtime, model: GPT, numerics: Numerics, plan: Plan, kind: str, ttt: str) -> Fixed:
+    """A strategy's windows and what learns from them, for one model."""
+    learner = Streaming if kind == "stream" else LEARNERS[ttt]
+    return learner(STRATEGIES[kind](cfg), cfg, rt, model, numerics, plan)
+
+
+def score_model(cfg: Config, rt: Runtime, model: GPT, numerics: Numerics, data: Data, kind: str, plan: Plan,
+                ttt: str = "none", observer: Callable | None = None) -> Score:
     """Score a model that walks `plan` with a named strategy and log the audit line."""
-    strategy = STRATEGIES[kind](cfg)
-    nll = compiled(model.nll, numerics)
-    result = score(lambda ids, targets, rows: nll(ids, targets, rows, plan), data.val, data.val_bytes, strategy, rt,
-                   cfg.eval.eval_batch_tokens)
-    rt.log(f"score:{strategy.name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} tokens:{result.tokens} "
-           f"bytes:{result.bytes} scored_once:1 coverage:{result.coverage}")
+    begin = time.monotonic()
+    result = score(data.val, data.val_bytes, strategy_of(cfg, rt, model, numerics, plan, kind, ttt), rt, observer)
+    rt.log(f"score:{variant(cfg.eval, kind, ttt)} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} "
+           f"tokens:{result.tokens} bytes:{result.bytes} scored_once:1 coverage:{result.coverage} "
+           f"forward_tokens:{result.forward_tokens} seconds:{time.monotonic() - begin:.1f}")
     return result
 
 
@@ -4200,7 +4676,8 @@ class Trainer:
         """The configuration that a checkpoint must agree with."""
         free = ("data_path", "tokenizer_path", "iterations", "max_wallclock_seconds", "micro_batch_tokens",
                 "eval_batch_tokens")
-        identity = self.cfg.values("data", "model", "optim", "quant") | dict(seed=self.cfg.run.seed)
+        identity = self.cfg.values("data", "model", "optim", "quant") | dict(
+            seed=self.cfg.run.seed, train_tokens=len(self.data.train))
         return {k: v for k, v in identity.items() if k not in free}
 
     def save(self):
@@ -4423,12 +4900,19 @@ def official_score(cfg: Config, rt: Runtime, path: Path, data: Data, env: dict[s
         numerics = artifact_numerics(cfg, rt, header)
         apply_numerics(numerics, rt)
         with blamed_on(path):
-            plan, model = stored_plan(cfg, header), build_from_artifact(cfg, tensors, numerics).to(rt.device)
+            plan, seen_as = stored_plan(cfg, header), SEEN_AS.get(cfg.eval.eval, lambda c: c.model)(cfg)
+            model = build_from_artifact(replace(cfg, model=seen_as), tensors, numerics).to(rt.device)
     with rt.phase("eval"):
         begin = time.monotonic()
-        result = score_model(cfg, rt, model, numerics, data, cfg.eval.eval, plan)
+        result = score_model(cfg, rt, model, numerics, data, cfg.eval.eval, plan, cfg.eval.ttt)
         milliseconds = (time.monotonic() - begin) * 1e3
-    label = "roundtrip" if cfg.eval.eval == "chunked" else "sliding_window"
+    name = variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt)
+    kept = rt.folder / "doc_loss.npy" if rt.folder else path.with_suffix(f".{name}.doc_loss.npy")
+    try:
+        rt.on_main(lambda: write_atomic(kept, lambda f: np.save(f, result.documents)))
+    except OSError as error:  # a folder that only may be read is no reason to withhold a score
+        rt.log(f"warning: {relative(kept)} not written ({error.strerror})")
+    label = {"chunked": "roundtrip", "sliding": "sliding_window"}.get(name.split("_")[0], name)
     name = f"final_int{cfg.quant.matrix_bits}_{cfg.quant.codec}_{label}"
     rt.log(f"{name} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} eval_time:{milliseconds:.0f}ms")
     rt.log(f"{name}_exact val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f}")
@@ -4439,10 +4923,11 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
     """The fixed block that ends a run, then the official line."""
     model_bytes, budget = path.stat().st_size, cfg.quant.artifact_budget_bytes
     total = model_bytes + code_bytes()
+    scored = variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt)
     room = f"{budget - total:,} bytes free" if total <= budget else f"OVER BUDGET by {total - budget:,} bytes"
     rt.log("-" * 100)
     rt.log(f"official score   {result.bpb:.4f} bits per byte   ({result.loss:.4f} nats per token, {result.tokens:,} "
-           f"tokens, {result.bytes:,} bytes, {STRATEGIES[cfg.eval.eval](cfg).name})")
+           f"tokens, {result.bytes:,} bytes, {scored})")
     rt.log(f"artifact         {total:,} bytes = code {code_bytes():,} + model {model_bytes:,}   ({room} of {budget:,})")
     spent: dict[str, float] = {}
     for name, begin, end in rt.phases:
@@ -4454,10 +4939,10 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
     if not data.manifest.get("comparable", True):
         rt.log(f"note             {data.manifest['note']}")
     rt.log("-" * 100)
-    rt.log(f"final:official variant:{STRATEGIES[cfg.eval.eval](cfg).name} val_loss:{result.loss:.8f} "
+    rt.log(f"final:official variant:{scored} val_loss:{result.loss:.8f} "
            f"val_bpb:{result.bpb:.8f} tokens:{result.tokens} bytes:{result.bytes}")
     rt.metric("final", loss=result.loss, bpb=result.bpb, tokens=result.tokens, bytes=result.bytes,
-              model_bytes=model_bytes, code_bytes=code_bytes(), phases=spent)
+              model_bytes=model_bytes, code_bytes=code_bytes(), phases=spent, compliant=not rt.mark)
 
 
 def peak_memory(rt: Runtime) -> str:
@@ -4479,6 +4964,7 @@ def train_and_export(cfg: Config, rt: Runtime, data: Data) -> Path:
     see_data(model, data)
     model.to(rt.device)
     parameter_report(model, cfg, rt)
+    text = tuning_text(cfg, data)
     trainer = Trainer(cfg, rt, data, model, numerics)
     with rt.phase("prewarm"):
         rt.log("prewarm: compiling takes up to two minutes the first time" if numerics.compile else "prewarm: eager")
@@ -4489,12 +4975,21 @@ def train_and_export(cfg: Config, rt: Runtime, data: Data) -> Path:
         trainer.run()
     with rt.phase("average"):
         trainer.average()
+    prequant(trainer, text)
     with rt.phase("inputs"):
         trainer.observe()
     with rt.phase("validate"):
         trainer.validate(trainer.clock.read())
     rt.log(peak_memory(rt))
     return rt.on_main(lambda: export(trainer))
+
+
+def announce(rt: Runtime, compliant: bool):
+    """Mark every log line from now on when weights see the validation text before it is scored."""
+    if not compliant:
+        rt.mark = " [NONCOMPLIANT]"
+        rt.log("warning: weights are trained on validation text before it is scored; the competition does not admit "
+               "that (its issues 402 and 677, PR 1376)")
 
 
 def run(cfg: Config, rt: Runtime, env: dict[str, str]):
@@ -4505,9 +5000,11 @@ def run(cfg: Config, rt: Runtime, env: dict[str, str]):
         path = Path(cfg.run.artifact)
         header, _ = read_artifact(path, rt)  # fail on a bad file before anything else
         cfg = artifact_config(env, path, header)
+        announce(rt, header["compliant"])
         log_header(cfg, rt)
         data = open_data(cfg, rt)
     else:
+        announce(rt, cfg.eval.compliant)
         if not rt.open_run(cfg):
             return rt.log(f"{relative(rt.folder)} is complete; see its log.txt")
         log_header(cfg, rt)

@@ -4,6 +4,7 @@
 python tests/bench.py cpu        training tokens per second: plain eager fp32 against the script's automatic choice
 python tests/bench.py attention  forward and backward of both attention kernels at T = 256 ... 4096
 python tests/bench.py optimiser  a step of the baseline's optimiser: banks, batched, against torch's matrix by matrix
+python tests/bench.py evaluation ways of scoring 8,000 tokens: inputs that the model reads, and seconds
 python tests/bench.py data       MB/s of encoding against plain SentencePiece; tokens/s of every loader
 python tests/bench.py polar      how near every orthogonalisation comes to the polar factor; a table, no timing
 Options: --seconds N (measured time per side or point), --json FILE
@@ -172,6 +173,32 @@ def bench_polar(seconds: float) -> dict[str, object]:
     return table
 
 
+def bench_evaluation(seconds: float) -> dict[str, object]:
+    """Inputs read and seconds of strategies at W = 512, S = 64 on random tokens in documents whose lengths spread like
+    the competition's (lognormal, 19 % of the tokens past 2,048 at a mean of 811); beside it the inputs that 2048/64
+    reads of such. A model that has learnt nothing costs as much as one that has."""
+    rng, table = np.random.default_rng(0), {}
+    base = dict(PRESET="baseline+cpu", DEVICE="cpu", TTT_CHUNK_TOKENS="2048", TTT_LORA_DOCS="8", TTT_LORA_RANK="16")
+    tokens = rng.integers(2, 1024, 8001).astype(np.uint16)
+    tokens[np.minimum(8000, np.cumsum(rng.lognormal(4.65, 1.15, 60).astype(int)))] = tg.BOS
+    borders = np.concatenate([[0], np.cumsum(rng.lognormal(6.04, 1.15, 20_000).astype(int) + 1)])
+    for kind, ttt in [("sliding", "none"), ("chunked", "none"), ("doc", "none"), ("stream", "none"), ("doc", "lora"),
+                      ("sliding", "sgd")]:
+        cfg = tg.load(base | dict(EVAL=kind, TTT=ttt, EVAL_SEQ_LEN="512", EVAL_STRIDE="64"))
+        rt = tg.Runtime(cfg, {})
+        torch.manual_seed(0)
+        model = tg.GPT(tg.SEEN_AS.get(kind, lambda c: c.model)(cfg), 1024, tg.Numerics())
+        strategy, begin = tg.strategy_of(cfg, rt, model, tg.Numerics(), tg.schedule(cfg.model), kind, ttt), time.time()
+        read, spent = tg.score(tokens, np.ones(8000), strategy, rt).forward_tokens, time.time() - begin
+        name = tg.variant(cfg.eval, kind, ttt)
+        table[name] = dict(inputs_per_token=read / 8000, seconds=spent)
+        print(f"{name:24s} {read / 8000:6.2f} inputs per scored token  {spent:6.1f} s", flush=True)
+    for name, windows in (("sliding_2048_64", tg.Windows(2048, 64)), ("doc_2048_64", tg.DocumentWindows(2048, 64))):
+        read = sum(b.rows * b.width for b in windows.batches(borders, 131_072)) / int(borders[-1])
+        table[f"{name}, planned"] = dict(inputs_per_token=read)
+        print(f"{name:24s} {read:6.2f} inputs per scored token  (planned, 20,000 documents)")
+
+
 def bench_data(seconds: float) -> dict[str, object]:
     """MB/s of the embedded text on one core, through SentencePiece alone (token lists) and through the data tools
     (proved lossless, as arrays), encoding and re-encoding; then tokens/s of each loader from the page cache."""
@@ -201,13 +228,13 @@ def bench_data(seconds: float) -> dict[str, object]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cpu", "attention", "optimiser", "data", "polar"))
+    parser.add_argument("what", choices=("cpu", "attention", "optimiser", "evaluation", "data", "polar"))
     parser.add_argument("--seconds", type=float, help="measured time per side or point; default 20 or 1")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     asked = parser.parse_args()
     bench, default = {"cpu": (bench_cpu, 20.0), "attention": (bench_attention, 1.0),
                       "optimiser": (bench_optimiser, 10.0), "data": (bench_data, 20.0),
-                      "polar": (bench_polar, 0.0)}[asked.what]
+                      "evaluation": (bench_evaluation, 0.0), "polar": (bench_polar, 0.0)}[asked.what]
     with contextlib.suppress(KeyboardInterrupt):
         figures = bench(asked.seconds or default)
         about = machine()

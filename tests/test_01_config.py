@@ -59,7 +59,7 @@ def test_a_preset_may_derive_a_value_from_those_before_it(monkeypatch):
 @pytest.mark.parametrize("overlay", ["", "+cpu", "+tiny"])
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("cpu", "tiny", "plain")])
 def test_every_preset_passes_its_own_checks(preset, overlay):
-    cfg = resolve(preset + "+plain" + overlay)
+    cfg = resolve(preset + "+plain" + overlay, ALLOW_NONCOMPLIANT=1)
     again = resolve(**{name.upper(): value if KIND[name] is not bool else int(value)
                        for name, value in cfg.values().items() if name != "device"})
     assert again.values() == cfg.values() and not cfg.notes
@@ -218,6 +218,15 @@ INEFFECTIVE = [("LEAKY_SLOPE", 0.3, {}, dict(MLP="leaky_relu2")), ("BIGRAM_DIM",
                ("LQER_TOP", 1, {}, dict(LQER_RANK=2)), ("PRUNE_LEVELS", 1, {}, dict(FIT_BUDGET="prune")),
                ("SWA_TEMPERATURE", 0.1, {}, dict(AVERAGING="iw_swa")),
                ("RESERVE_SECONDS", 5, dict(MAX_WALLCLOCK_SECONDS=0), {}),
+               ("EVAL_ROPE_SCALING", "yarn", {}, dict(EVAL="long", EVAL_SEQ_LEN=2048)),
+               *((f"TTT_{name}", value, {}, dict(TTT="sgd")) for name, value in (
+                   ("LR", 0.1), ("MOMENTUM", 0), ("EPOCHS", 2), ("CHUNK_TOKENS", 4096))),
+               *((f"TTT_{name}", value, {}, dict(TTT="lora", EVAL="doc")) for name, value in (
+                   ("LORA_RANK", 8), ("LORA_ALPHA", 8), ("LORA_LR", 0.1), ("LORA_WD", 0), ("LORA_BETA2", 0.9),
+                   ("LORA_CHUNK", 32), ("LORA_DOCS", 8), ("WARM_A", 1))),
+               *((f"TTT_{name}", 2, {}, dict(TTT="phased", EVAL="doc")) for name in ("PHASES", "PHASE_DOCS")),
+               *((f"PREQUANT_{name}", value, {}, dict(TTT="prequant", ALLOW_NONCOMPLIANT=1)) for name, value in (
+                   ("TEXT", "train"), ("LR", 0.1), ("EPOCHS", 2), ("ROWS", 8))),
                ("ARTIFACT", "x.golf", {}, dict(RUN_MODE="eval"))]
 
 

@@ -452,14 +452,14 @@ def test_a_run_compiles_one_graph_per_plan_and_nothing_at_the_switch(preset, mon
 
 @pytest.mark.parametrize("steps, plan", ((2, 0), (6, 1)))
 def test_a_run_scores_with_the_plan_that_it_ended_with(steps, plan, toy, tmp_path):
-    knobs = dict(PRESET="prequant_ttt+plain+tiny", ITERATIONS=steps)
+    knobs = dict(PRESET="prequant_ttt+plain+tiny", ITERATIONS=steps, TTT="none")
     done = train(toy, tmp_path, "loop", **knobs)
     assert done.code == 0, done.err
     header, _ = tg.unpack_artifact((done.folder / "model.golf").read_bytes())
     assert header["plan"] == plan
     rows = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["plan"] for row in rows if row["event"] == "train"] == [int(step >= 3) for step in range(steps)]
-    cfg = tg.load({"PRESET": "prequant_ttt+plain+tiny", "DEVICE": "cpu"})
+    cfg = tg.load({"PRESET": "prequant_ttt+plain+tiny", "DEVICE": "cpu", "TTT": "none"})
     assert tg.stored_plan(cfg, header) == tg.plans(cfg.model)[plan]
     for bad in (2, -1, "0", None, 0.5):
         with pytest.raises(tg.UserError, match="plan"):

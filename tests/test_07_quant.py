@@ -355,8 +355,8 @@ def test_observed_inputs_are_those_of_the_forward_and_of_all_ranks(toy, tmp_path
     head = h.T @ h / ids.numel()  # the embedding is tied: read by the head, and row by row
     torch.testing.assert_close(found[model.output], head + head.diagonal().mean() * torch.eye(len(head)), rtol=1e-3,
                                atol=1e-4)
-    knobs = dict(PRESET="prequant_ttt+plain+tiny", ITERATIONS=3, TRAIN_BATCH_TOKENS=448, CALIBRATION_TOKENS=448,
-                 CALIBRATION="train")
+    knobs = dict(PRESET="prequant_ttt+plain+tiny", TTT="none", ITERATIONS=3, TRAIN_BATCH_TOKENS=448,
+                 CALIBRATION_TOKENS=448, CALIBRATION="train")
     scores = [float(official(train(toy, tmp_path, f"r{n}", nproc=n, **knobs).out).split("val_loss:")[1].split()[0])
               for n in (0, 2)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4), "seven rows on two ranks: one pass has a row missing"

@@ -12,7 +12,7 @@ from conftest import official, run_script
 from helpers import config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from train_gpt import Windows, schedule, score
+from train_gpt import Batch, DocumentWindows, StreamWindows, Windows, schedule, score
 
 VOCAB = 61
 RICH = dict(NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, SMEAR_GATE="B", BIGRAM_BUCKETS=32, XSA_LAST_N=2,
@@ -50,7 +50,7 @@ SIZES = st.integers(1, 40).flatmap(lambda size: st.tuples(st.just(size), st.inte
 @example(targets=1, window=(1, 1))
 @example(targets=10, window=(40, 3))
 def test_windows_follow_the_rule_and_score_every_target_once(targets, window):
-    strategy = Windows("", *window)
+    strategy = Windows(*window)
     scored = expanded(strategy, targets)
     assert scored == rule(targets, *window)
     assert [p for _, p in scored] == list(range(targets))
@@ -62,13 +62,13 @@ def test_windows_follow_the_rule_and_score_every_target_once(targets, window):
     (5000, 2048, 64, 48), (2048, 2048, 64, 1), (2049, 2048, 64, 2), (1984, 2048, 64, 1), (1985, 2048, 64, 1),
     (1, 2048, 64, 1), (5000, 1000, 1000, 5), (5001, 1000, 1000, 6)])
 def test_the_number_of_windows_is_the_published_one(targets, size, stride, windows):
-    scored = expanded(Windows("", size, stride), targets)
+    scored = expanded(Windows(size, stride), targets)
     assert scored == rule(targets, size, stride)
     assert len({start for start, _ in scored}) == windows
 
 
 def test_the_published_window_count_of_the_competition_is_met():
-    starts = np.unique(Windows("", 2048, 64).items(62_021_632)[:, 0])
+    starts = np.unique(Windows(2048, 64).items(62_021_632)[:, 0])
     assert len(starts) == 969_057
 
 
@@ -76,7 +76,7 @@ def test_the_published_window_count_of_the_competition_is_met():
 @given(targets=st.integers(1, 300), window=SIZES)
 def test_later_windows_give_at_least_the_full_context(targets, window):
     size, stride = window
-    for start, p in expanded(Windows("", *window), targets):
+    for start, p in expanded(Windows(*window), targets):
         assert start == 0 or p - start >= size - stride
 
 
@@ -94,14 +94,26 @@ class Stub:
         return losses
 
 
+class Bare(train_gpt.Fixed):
+    """A strategy made of windows and a bare loss function."""
+
+    def __init__(self, windows, nll, budget: int):
+        self.windows, self.nll, self.budget = windows, nll, budget
+
+
+def scored(nll, tokens, sizes, windows, rt, budget: int, observer=None):
+    """score() by a fixed predictor."""
+    return score(tokens, sizes, Bare(windows, nll, budget), rt, observer)
+
+
 class Recorder:
     """An observer that keeps the banked loss of each target and how often it was seen."""
 
     def __init__(self, targets: int):
         self.losses, self.seen = np.zeros(targets), np.zeros(targets, int)
 
-    def __call__(self, items, losses):
-        for (_, first, n), row in zip(items.tolist(), losses):
+    def __call__(self, batch, losses):
+        for (_, first, n), row in zip(batch.items.tolist(), losses):
             self.losses[first:first + n] = row[:n]
             self.seen[first:first + n] += 1
 
@@ -109,7 +121,7 @@ class Recorder:
 def banked(nll, tokens, strategy, rt, batch_tokens: int = 200) -> np.ndarray:
     """Loss of each target as it was banked."""
     recorder = Recorder(len(tokens) - 1)
-    result = score(nll, tokens, np.ones(len(tokens) - 1), strategy, rt, batch_tokens, recorder)
+    result = scored(nll, tokens, np.ones(len(tokens) - 1), strategy, rt, batch_tokens, recorder)
     assert (recorder.seen == 1).all()
     assert result.nats == pytest.approx(recorder.losses.sum(), rel=1e-9)
     return recorder.losses
@@ -119,7 +131,7 @@ def banked(nll, tokens, strategy, rt, batch_tokens: int = 200) -> np.ndarray:
 @given(targets=st.integers(1, 120), window=SIZES, batch=st.integers(1, 400))
 def test_each_target_is_scored_from_the_text_that_its_window_holds(rt, targets, window, batch):
     tokens = np.arange(targets + 1, dtype=np.uint16)  # a token is its own position
-    losses = banked(Stub(), tokens, Windows("", *window), rt, batch)
+    losses = banked(Stub(), tokens, Windows(*window), rt, batch)
     assert losses.tolist() == [1024 * (p + 1) + p - start + 1 for start, p in rule(targets, *window)]
 
 
@@ -129,7 +141,7 @@ def test_a_uniform_model_scores_the_logarithm_of_the_vocabulary(rt, window):
     tokens, sizes = rng.integers(0, VOCAB, 500).astype(np.uint16), rng.integers(0, 9, 499).astype(np.int16)
     model = random_model(config(**RICH))
     model.embed.data.zero_()
-    result = score(bind(model), tokens, sizes, Windows("", *window), rt, 640)
+    result = scored(bind(model), tokens, sizes, Windows(*window), rt, 640)
     assert (result.tokens, result.bytes) == (499, sizes.sum())
     assert result.bpb == pytest.approx(math.log2(VOCAB) * 499 / sizes.sum(), rel=1e-6)
     assert result.loss == pytest.approx(math.log(VOCAB), rel=1e-6)
@@ -137,7 +149,7 @@ def test_a_uniform_model_scores_the_logarithm_of_the_vocabulary(rt, window):
 
 def test_byte_sums_do_not_overflow(rt):
     sizes = np.full(3000, 30, np.int16)
-    result = score(lambda i, t, r: torch.zeros(t.shape), np.zeros(3001, np.uint16), sizes, Windows("", 64, 64), rt, 640)
+    result = scored(lambda i, t, r: torch.zeros(t.shape), np.zeros(3001, np.uint16), sizes, Windows(64, 64), rt, 640)
     assert result.bytes == 90_000
 
 
@@ -181,7 +193,7 @@ def oracle(model, tokens, size: int, stride: int) -> list[float]:
 
 @pytest.mark.parametrize("window", [(32, 32), (32, 8), (32, 5), (256, 64)], ids=str)
 def test_losses_equal_a_full_recomputation_per_target(rt, model, text, window):
-    losses = banked(bind(model), text, Windows("", *window), rt)
+    losses = banked(bind(model), text, Windows(*window), rt)
     exact = oracle(model, text, *window)
     assert np.abs(losses - exact).max() < 3e-5
     assert np.ptp(exact) > 1, "the model must tell targets apart"
@@ -189,16 +201,15 @@ def test_losses_equal_a_full_recomputation_per_target(rt, model, text, window):
 
 @pytest.mark.parametrize("window", [(32, 32), (32, 8)], ids=str)
 def test_the_batch_size_does_not_change_the_result(rt, model, text, window):
-    results = [score(bind(model), text, np.ones(150), Windows("", *window), rt, n) for n in (1, 64, 100, 10_000)]
+    results = [scored(bind(model), text, np.ones(150), Windows(*window), rt, n) for n in (1, 64, 100, 10_000)]
     for result in results[1:]:
         assert result.loss == pytest.approx(results[0].loss, abs=1e-6)
-        assert result[1:] == results[0][1:]
+        assert (result.tokens, result.bytes, result.coverage) == (150, 150, results[0].coverage)
 
 
 def test_padding_never_reaches_a_score(model, text):
-    strategy = Windows("", 32, 8)
-    items = strategy.items(150)
-    ids, targets, rows = train_gpt.window_batch(text, items, 32, 8)
+    items = Windows(32, 8).items(150)
+    ids, targets, rows = train_gpt.window_batch(torch.from_numpy(text.astype(int)), Batch(items, len(items), 32, 8))
     counts = torch.from_numpy(items[:, 2])
     last = rows.gather(1, counts[:, None] - 1)  # the last row that is scored; after it come later text or padding
     other = torch.where(torch.arange(32) > last, (ids + 7) % VOCAB, ids)
@@ -212,11 +223,11 @@ def test_padding_never_reaches_a_score(model, text):
 @pytest.mark.parametrize("window", [(32, 32), (32, 8)], ids=str)
 def test_changing_a_token_leaves_every_earlier_loss_alone(rt, model, text, window):
     """Through the whole scoring path: neither the future nor the target itself is seen."""
-    before = banked(bind(model), text, Windows("", *window), rt)
+    before = banked(bind(model), text, Windows(*window), rt)
     for t in (1, 2, 31, 32, 33, 77, 149, 150):
         changed = text.copy()
         changed[t] = (changed[t] + 5) % VOCAB
-        after = banked(bind(model), changed, Windows("", *window), rt)
+        after = banked(bind(model), changed, Windows(*window), rt)
         assert np.abs(after - before)[:t - 1].max(initial=0) < 1e-6, f"token {t}"
         assert abs(after - before)[t - 1] > 1e-4, "the loss of the changed target itself must move"
 
@@ -228,8 +239,121 @@ def test_the_losses_of_all_possible_targets_form_a_distribution(rt, model, text)
         for token in range(VOCAB):
             changed = text.copy()
             changed[t] = token
-            total += math.exp(-banked(bind(model), changed[:t + 1], Windows("", 32, 8), rt)[t - 1])
+            total += math.exp(-banked(bind(model), changed[:t + 1], Windows(32, 8), rt)[t - 1])
         assert total == pytest.approx(1, abs=1e-5)
+
+
+# ---- Inside documents, and as a stream ----
+
+def with_documents(length: int, seed: int = 3) -> np.ndarray:
+    """Random text with beginnings of documents at random places, two in a row among them."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(2, VOCAB, length).astype(np.uint16)
+    tokens[[0, 5, 6, *rng.integers(7, length, length // 30)]] = 1
+    return tokens
+
+
+@pytest.mark.parametrize("first_is_bos", [True, False])
+def test_documents_reach_from_bos_to_bos(first_is_bos):
+    tokens = with_documents(300)
+    tokens[0] = 1 if first_is_bos else 9
+    borders, documents = train_gpt.document_borders(tokens).tolist(), [[]]
+    for p in range(299):  # by hand: target p belongs to the document of the token before it
+        if p and tokens[p] == 1:
+            documents.append([])
+        documents[-1].append(p)
+    assert [list(range(a, b)) for a, b in zip(borders, borders[1:])] == documents
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=12), window=SIZES, budget=st.integers(1, 400))
+@example(lengths=[40, 41, 10, 11], window=(40, 3), budget=100)
+def test_document_windows_follow_the_rule_inside_each_document(rt, lengths, window, budget):
+    """The first window of a document needs no slide; every later target has the context that sliding gives."""
+    borders = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.arange(borders[-1] + 1).astype(np.uint16) + 2
+    tokens[borders[:-1]] = 1
+    found = {}
+    for batch in DocumentWindows(*window).batches(borders, budget):
+        assert len(batch.items) <= batch.rows == max(1, min(budget // batch.width, batch.rows)) <= 400
+        for start, first, n in batch.items.tolist():
+            assert 1 <= n <= batch.scored and first + n - start <= batch.width
+            for p in range(first, first + n):
+                assert p not in found
+                found[p] = start
+    wanted = {a + p: a + start for a, n in zip(borders.tolist(), lengths) for start, p in rule(n, *window)}
+    assert found == wanted
+
+
+def test_document_scores_equal_a_full_recomputation_per_target(rt):
+    """Every document alone, every target alone, through several window widths; and no document sees another."""
+    model, tokens = random_model(config(**RICH)), with_documents(400)
+    borders = train_gpt.document_borders(tokens)
+    losses = banked(bind(model), tokens, DocumentWindows(16, 5), rt)
+    exact = np.concatenate([oracle(model, tokens[a:b + 1], 16, 5) for a, b in zip(borders, borders[1:])])
+    assert np.abs(losses - exact).max() < 3e-5 and np.diff(borders).max() > 24
+    other = tokens.copy()
+    other[borders[3] + 1:borders[4]] = (other[borders[3] + 1:borders[4]] + 1) % 50 + 2
+    moved = banked(bind(model), other, DocumentWindows(16, 5), rt) != losses
+    assert moved.any() and not moved[:borders[3]].any() and not moved[borders[4]:].any()
+
+
+def test_permuted_documents_have_the_same_losses(rt):
+    model, tokens = random_model(config(**RICH)), with_documents(400)
+    borders = train_gpt.document_borders(tokens)
+    order = np.random.default_rng(0).permutation(len(borders) - 1)
+    shuffled = np.concatenate([*(tokens[borders[i]:borders[i + 1]] for i in order), [1]]).astype(np.uint16)
+    a, b = (banked(bind(model), x, DocumentWindows(16, 5), rt) for x in (np.append(tokens[:-1], [1]), shuffled))
+    moved = np.concatenate([a[borders[i]:borders[i + 1]] for i in order])
+    ends = np.cumsum([borders[i + 1] - borders[i] for i in order]) - 1
+    assert np.abs(np.delete(moved - b, ends)).max() < 1e-5, "only a last target, the next BOS, may change"
+
+
+def test_documents_cost_a_quarter_of_sliding():
+    """Forward tokens of 2048/64 on lengths like the competition's: a mean of 811, 19 % of the tokens past 2,048."""
+    lengths = np.random.default_rng(0).lognormal(6.04, 1.15, 20_000).astype(int) + 1
+    borders = np.concatenate([[0], np.cumsum(lengths)])
+    assert 780 < lengths.mean() < 840 and 0.18 < np.maximum(lengths - 2048, 0).sum() / lengths.sum() < 0.2
+    cost = {kind: sum(b.rows * b.width for b in windows.batches(borders, 131_072))
+            for kind, windows in (("doc", DocumentWindows(2048, 64)), ("sliding", Windows(2048, 64)))}
+    assert cost["sliding"] > 4 * cost["doc"], cost
+
+
+@pytest.mark.parametrize("knobs", [
+    dict(), dict(SMEAR_GATE="D", OUTPUT_GATE="sparse", DOC_ATTENTION=1, NUM_LOOPS=2, LOOP_START=1, LOOP_END=1),
+    dict(VALUE_RESIDUAL="mix", VALUE_EMBED_LAST_N=2, ENGRAM_BUCKETS=16, ROPE_SCALING="ntk", ROPE_TRAIN_LEN=8)], ids=str)
+def test_a_stream_equals_one_long_row_with_a_window(rt, knobs):
+    """Every stream against a single forward over it and its one window of plain context, 3 new windows to a row."""
+    cfg = config(**RICH | dict(EVAL="stream", EVAL_SEQ_LEN=12) | knobs)
+    trained_for, cfg = cfg.model.rope_train_len, train_gpt.replace(cfg, model=train_gpt.SEEN_AS["stream"](cfg))
+    model, tokens = random_model(cfg), with_documents(700)
+    plan, recorder = schedule(cfg.model), Recorder(699)
+    score(tokens, np.ones(699), train_gpt.Streaming(StreamWindows(12), cfg, rt, model, train_gpt.Numerics(), plan), rt,
+          recorder)
+    assert (recorder.seen == 1).all()
+    cuts, ids = [0, 233, 466, 699], torch.from_numpy(tokens.astype(np.int64))
+    for a, b in zip(cuts, cuts[1:]):
+        start = max(0, a - 12)
+        long = train_gpt.GPT(train_gpt.replace(cfg.model, rope_train_len=trained_for * (b - start) / 12), VOCAB,
+                             train_gpt.Numerics())  # stretched as a row of one window would be
+        long.load_state_dict(model.state_dict())
+        nll = long.losses(long.hidden(ids[None, start:b], plan), ids[None, start + 1:b + 1])[0, a - start:]
+        assert np.abs(recorder.losses[a:b] - nll.detach().numpy()).max() < 5e-5
+    assert not any(len(m.out_sites) for m in model.modules() if isinstance(m, train_gpt.Linear)), "left as it was"
+
+
+def test_longer_windows_stretch_the_positions(rt):
+    """EVAL=long scores the same weights as a model whose base is the stretched one, by the published formula."""
+    cfg = config(**RICH | dict(TRAIN_SEQ_LEN=16, EVAL="long", EVAL_SEQ_LEN=32, EVAL_STRIDE=8, ROPE_BASE=100))
+    seen = train_gpt.SEEN_AS["long"](cfg)
+    assert (seen.rope_scaling, seen.rope_train_len) == ("ntk", 16)
+    model = random_model(train_gpt.replace(cfg, model=seen))
+    by_hand = random_model(train_gpt.replace(cfg, model=train_gpt.replace(cfg.model, rope_base=100 * 2 ** (4 / 2))))
+    text = with_documents(200)
+    a, b = (banked(bind(m), text, train_gpt.STRATEGIES["long"](cfg), rt) for m in (model, by_hand))
+    assert np.abs(a - b).max() < 1e-4
+    plain = banked(bind(random_model(cfg)), text, Windows(32, 8), rt)
+    assert np.abs(a - plain).max() > 1e-2
 
 
 # ---- score() is its own auditor ----
@@ -250,9 +374,9 @@ def test_a_strategy_that_skips_or_repeats_is_caught(rt, model, text, edit):
     class Broken(Edited):
         pass
     Broken.edit = staticmethod(edit)
-    score(bind(model), text, np.ones(150), Edited("", 32, 8), rt, 200)
+    scored(bind(model), text, np.ones(150), Edited(32, 8), rt, 200)
     with pytest.raises(RuntimeError):
-        score(bind(model), text, np.ones(150), Broken("", 32, 8), rt, 200)
+        scored(bind(model), text, np.ones(150), Broken(32, 8), rt, 200)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -260,39 +384,56 @@ def test_a_loss_that_is_no_number_is_caught(rt, text, value):
     def nll(ids, targets, rows):
         return torch.where(targets == int(text[100]), value, 1.0)
     with pytest.raises(RuntimeError):
-        score(nll, text, np.ones(150), Windows("", 32, 8), rt, 200)
+        scored(nll, text, np.ones(150), Windows(32, 8), rt, 200)
 
 
 def test_losses_are_banked_and_observed_before_the_strategy_adapts(rt, model, text):
     events = []
 
-    class Spy(Windows):
-        def adapt(self, items, losses):
-            events.append(("adapt", items.tolist(), losses.tolist()))
+    class Spy(Bare):
+        def learn(self, batch, losses):
+            events.append(("learn", batch.items.tolist(), losses[:len(batch.items)].tolist()))
             losses.fill_(math.nan)  # too late to change what is banked
 
-    def observer(items, losses):
-        events.append(("bank", items.tolist(), losses.tolist()))
-    result = score(bind(model), text, np.ones(150), Spy("", 32, 8), rt, 64, observer)
-    assert [name for name, *_ in events] == ["bank", "adapt"] * (len(events) // 2)
+    def observer(batch, losses):
+        events.append(("bank", batch.items.tolist(), losses.tolist()))
+    result = score(text, np.ones(150), Spy(Windows(32, 8), bind(model), 64), rt, observer)
+    assert [name for name, *_ in events] == ["bank", "learn"] * (len(events) // 2)
     assert all(events[i][1:] == events[i + 1][1:] for i in range(0, len(events), 2))
     seen = [p for _, items, _ in events[::2] for _, first, n in items for p in range(first, first + n)]
     assert seen == list(range(150)), "every target once, in order"
-    assert result == score(bind(model), text, np.ones(150), Windows("", 32, 8), rt, 64)
+    assert result == scored(bind(model), text, np.ones(150), Windows(32, 8), rt, 64)
 
 
 def test_what_a_strategy_learns_changes_later_losses_only(rt, model, text):
     learned = []
 
-    class Learner(Windows):
-        def adapt(self, items, losses):
-            learned.append(len(items))
+    class Learner(Bare):
+        def learn(self, batch, losses):
+            learned.append(len(batch.items))
 
     def nll(ids, targets, rows):
         return torch.full(targets.shape, float(sum(learned)))
     recorder = Recorder(150)
-    score(nll, text, np.ones(150), Learner("", 8, 8), rt, 32, recorder)  # 4 windows per batch
+    score(text, np.ones(150), Learner(Windows(8, 8), nll, 32), rt, recorder)  # 4 windows per batch
     assert recorder.losses.tolist() == [4 * (p // 32) for p in range(150)]
+
+
+def test_a_strategy_can_read_only_what_is_banked(rt, text):
+    """Between rounds the ledger gives out scored targets, and refuses a single one that is not scored yet."""
+    class Reader(Bare):
+        def rounds(self, borders, ledger):
+            batches, done = self.windows.batches(borders, 32), 0
+            for batch in batches:
+                yield [batch._replace(lane=0)]
+                done = int(batch.items[-1, 1:].sum())
+                ids, targets = ledger.read(np.array([[0, done], [done - 1, done]]))
+                assert ids[0].tolist() == text[:done].tolist() and targets[0].tolist() == text[1:done + 1].tolist()
+                assert targets[1].tolist() == [text[done]] + [-100] * (done - 1)
+                if done < 150:
+                    with pytest.raises(train_gpt.RunFailed, match="not scored yet"):
+                        ledger.read(np.array([[0, done], [done - 1, done + 1]]))
+    score(text, np.ones(150), Reader(Windows(8, 8), lambda i, t, r: torch.ones(t.shape), 0), rt)
 
 
 # ---- Whole runs ----
@@ -370,11 +511,14 @@ def test_a_knob_that_an_artifact_decides_is_said_to_have_no_effect(trained, eval
 def test_another_way_of_scoring_has_another_name_and_score(trained, evaluate):
     found = {}
     for knobs in (dict(), dict(EVAL="sliding"), dict(EVAL="sliding", EVAL_STRIDE=16),
-                  dict(EVAL="sliding", EVAL_SEQ_LEN=48, EVAL_STRIDE=16)):
+                  dict(EVAL="sliding", EVAL_SEQ_LEN=48, EVAL_STRIDE=16), dict(EVAL="doc", EVAL_STRIDE=8),
+                  dict(EVAL="long", EVAL_SEQ_LEN=96), dict(EVAL="stream"),
+                  dict(EVAL="sliding", TTT="sgd", TTT_CHUNK_TOKENS=512, TTT_LR=0.05)):
         line = official(evaluate(**knobs))
         found[line.split("variant:")[1].split()[0]] = numbers(line)
-    assert list(found) == ["chunked", "sliding_64_32", "sliding_64_16", "sliding_48_16"]
-    assert len({line["val_loss"] for line in found.values()}) == 4
+    assert list(found) == ["chunked", "sliding_64_32", "sliding_64_16", "sliding_48_16", "doc_64_8", "long_96_32_ntk",
+                           "stream_64", "sliding_64_32+sgd"]
+    assert len({line["val_loss"] for line in found.values()}) == 8
     assert len({(line["tokens"], line["bytes"]) for line in found.values()}) == 1
 
 
@@ -397,12 +541,12 @@ def test_the_batch_of_the_evaluation_does_not_change_the_score(trained, evaluate
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_any_number_of_ranks_gives_the_same_score(trained, ranks):
+def test_any_number_of_ranks_gives_the_same_score(trained, evaluate, ranks):
     run = run_script(nproc=ranks, PRESET="baseline+tiny", EVAL="sliding", **trained.env)
-    alone = run_script(PRESET="baseline+tiny", EVAL="sliding", **trained.env)
+    alone = evaluate(EVAL="sliding")
     assert run.code == 0 and f"world_size:{ranks}" in run.out, run.err
-    ours, theirs = numbers(official(run.out)), numbers(official(alone.out))
+    ours, theirs = numbers(official(run.out)), numbers(official(alone))
     assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-6)
     assert (ours["tokens"], ours["bytes"]) == (theirs["tokens"], theirs["bytes"])
-    coverage = [re.findall(r"scored_once:1 coverage:(\w+)", text) for text in (run.out, alone.out)]
+    coverage = [re.findall(r"scored_once:1 coverage:(\w+)", text) for text in (run.out, alone)]
     assert coverage[0] == coverage[1] and len(coverage[0]) == 1

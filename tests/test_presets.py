@@ -72,7 +72,8 @@ def test_every_preset_is_a_known_overlay_or_system_and_sets_only_knobs():
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_system_trains_exports_reloads_and_scores(system, toy, tmp_path):
-    knobs = dict(PRESET=f"{system}+tiny", DATA_PATH=toy, DEVICE="cpu", THREADS=1, ITERATIONS=40)
+    knobs = dict(PRESET=f"{system}+tiny", DATA_PATH=toy, DEVICE="cpu", THREADS=1, ITERATIONS=40,
+                 ALLOW_NONCOMPLIANT=1)
     done = run_script(RUNS_DIR=tmp_path, RUN_ID="a", **knobs)
     assert done.code == 0, done.err
     losses = [float(x) for x in re.findall(r"step:\d+/40 train_loss:(\S+)", done.out)]
