@@ -524,7 +524,7 @@ def test_compiled_forward_is_one_graph_per_plan_with_the_eager_loss(preset, monk
     plans = tg.schedule(cfg.model), tg.schedule(tg.ModelConfig(num_layers=2, skips="none"))
     for graphs, plan in enumerate(plans, 1):
         for step in range(4):
-            for site in switches:
+            for site in switches.values():
                 site.on.fill_(float(step >= 2))
             ids, targets = random_batch(cfg, 2, 16, seed=step // 2 * 2)
             value = loss(ids, targets, plan)[0]
