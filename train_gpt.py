@@ -424,13 +424,6 @@ class Config:
         return {k: relative(v) if type(v) is str and os.sep in v else v for k, v in self.values().items()}
 
 
-class Unbuilt(NamedTuple):
-    """A preset's published value that the script cannot honour yet: refused unless the overlay `plain` replaces it."""
-    value: Any
-    waits_for: str
-    plain: Any = None  # what exists in its place; None = nothing
-
-
 def at_most(**limits: float) -> dict[str, Callable[[dict], float]]:
     """Overrides that lower a value to a limit and never raise it."""
     return {name: lambda v, name=name, limit=limit: min(v[name], limit) for name, limit in limits.items()}
@@ -508,7 +501,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         mlp_clip_sigmas=11.5, embed_clip_sigmas=14.0, lqer_rank=4, codec="rans", eval="doc", ttt="phased", ttt_lr=0.001,
         ttt_epochs=1, ttt_lora_rank=80, ttt_lora_alpha=144.0, ttt_lora_beta2=0.99, ttt_warm_a=True,
         ttt_phase_docs=2500),
-    "plain": {},  # overlay: what exists in place of what a preset waits for; see load()
     "cpu": dict(  # overlay: what two CPU cores train in two minutes, on the embedded sample or anything in its tokens
         vocab_size=1024, caseops=False,
         num_layers=4, model_dim=256, num_heads=4, num_kv_heads=2, train_seq_len=512, train_batch_tokens=8192,
@@ -518,7 +510,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50, warmup_steps=2, train_log_every=20,
         val_loss_every=0, checkpoint_every=30.0, reserve_seconds=2.0, rope_train_len=512, leaky_slopes="", loop_start=1,
         loop_end=2, loop_at_step=0, parallel_start=3, ema_decay=0.95, swa_every=5, calibration_tokens=16_384,
-        ttt_lora_chunk=128, **at_most(
+        allocation="tag", ttt_lora_chunk=128, **at_most(
             rope_dims=64, xsa_last_n=4, mlp_mult=2, attention_window=128, embed_dim=128, value_embed_last_n=2,
             ttt_chunk_tokens=8192, ttt_lora_rank=16, ttt_lora_docs=8, ttt_phase_docs=24,
             num_loops=2, loop_ramp_steps=10, adam_l2=0.001)),  # over a short run 0.095 keeps embeddings from growing
@@ -535,7 +527,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             bigram_buckets=512, engram_buckets=128, rope_dims=16, xsa_last_n=2,
             attention_window=32, embed_dim=32, value_embed_last_n=2, num_loops=2, mup_base_width=64, loop_at_step=3,
             loop_ramp_steps=3, adam_l2=0.001))}
-DEFAULT_PRESET = {"cuda": "mlp3x_seq4096", "cpu": "turbo_engram+plain+cpu"}
+DEFAULT_PRESET = {"cuda": "mlp3x_seq4096", "cpu": "turbo_engram+cpu"}
 
 # Cross-field rules: (broken when, message with values in braces). All broken ones are reported together.
 RULES: list[tuple[Callable[[dict], Any], str]] = [
@@ -656,8 +648,6 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
             errors.append(f"PRESET={preset}: unknown preset {part!r}; want one of {', '.join(PRESETS)}, joined by +")
         for name, value in PRESETS.get(part, {}).items():
             values[name], origins[name] = value(values) if callable(value) else value, part
-        for name in [n for n, v in values.items() if isinstance(v, Unbuilt) and part == "plain"]:
-            values[name], origins[name] = values[name].plain, "plain"
     for name, value in (stored or {}).items():
         values[name], origins[name] = parse_knob(name, str(value)), "artifact"
     # The environment may change how an artifact is scored and its budget, nothing else that it stores.
@@ -669,10 +659,6 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
             except ValueError as error:
                 errors.append(str(error))
                 wrong.append(f"{name.upper()}=")
-    waiting = {name: v for name, v in values.items() if isinstance(v, Unbuilt)}
-    errors += [f"PRESET={preset}: {name.upper()}={v.value} waits for {v.waits_for}; PRESET={preset}+plain goes without"
-               for name, v in waiting.items()]
-    values |= {name: v.plain for name, v in waiting.items()}
     if values["run_mode"] == "eval" and not values["artifact"]:
         errors.append("RUN_MODE=eval needs ARTIFACT=<path of a .golf file>")
     if values["run_mode"] != "eval" or stored:
@@ -3034,10 +3020,10 @@ class GPTQ(RoundToNearest):
         """As RoundToNearest.fit, with less error in what comes out of the matrix."""
         if hessian is None or not hessian.any():
             return super().fit(w)
-        scale, order, columns = self.scale(w, hessian), self.order(hessian), None
+        scale, order = self.scale(w, hessian), self.order(hessian)
         u = self.inverse_root(hessian[order][:, order])
         steps, rest, found = run_steps(scale, w)[:, order], w[:, order], torch.zeros_like(w)
-        if (columns := self.columns(u)) is not None:
+        if (columns := self.columns(u, rest / steps)) is not None:
             steps = steps * columns
         state, lo = torch.zeros(len(w), dtype=torch.int64, device=w.device), 0
         while lo < w.size(1):
@@ -3061,8 +3047,8 @@ class GPTQ(RoundToNearest):
         h = h + self.DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
         return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
 
-    def columns(self, u: Tensor) -> Tensor | None:
-        """(n,) fp16 factors of the steps by column, or None."""
+    def columns(self, u: Tensor, units: Tensor) -> Tensor | None:
+        """(n,) fp16 factors of the steps by column, or None; units (m,n), the weights in steps."""
         return None
 
     def units(self, levels: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -3093,10 +3079,11 @@ class Water(GPTQ):
     def order(self, hessian: Tensor) -> Tensor:
         return torch.arange(len(hessian), device=hessian.device)
 
-    def columns(self, u: Tensor) -> Tensor:
-        """Their geometric mean is 1, so they cost no bits."""
+    def columns(self, u: Tensor, units: Tensor) -> Tensor:
+        """Their geometric mean is 1, so they cost no bits, unless some must be larger lest a level be out of reach."""
         d = u.diagonal()
-        return rounded_mantissa((d / d.log().mean().exp()).clamp(2**-14, 49152), self.scale_bits).half()
+        factors = torch.maximum(d / d.log().mean().exp(), units.abs().amax(0) / (0.8 * self.reach))
+        return rounded_mantissa(factors.clamp(2**-14, 49152), self.scale_bits).half()
 
 
 STATES, CHECKS = 16, (0o23, 0o04)  # of the trellis: its parity checks, octal; source: Ungerboeck 1982, table I
@@ -5018,6 +5005,7 @@ def run(cfg: Config, rt: Runtime, env: dict[str, str]):
 def main(argv: list[str], env: dict[str, str]) -> int:
     """Entry point; returns the exit code: 0 done, 1 a run that failed, 2 a mistake in the input, 130 interrupted."""
     if argv and argv[0] in ("-h", "--help", "--help=md"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
         print(help_text(markdown=argv[0] == "--help=md"))
         return 0
     rt, main_rank = None, env.get("RANK", "0") == "0"

@@ -6,6 +6,7 @@ python tests/bench.py attention  forward and backward of both attention kernels 
 python tests/bench.py optimiser  a step of the baseline's optimiser: banks, batched, against torch's matrix by matrix
 python tests/bench.py evaluation ways of scoring 8,000 tokens: inputs that the model reads, and seconds
 python tests/bench.py data       MB/s of encoding against plain SentencePiece; tokens/s of every loader
+python tests/bench.py codecs     bytes of an artifact's levels (--artifact FILE) by every codec, against their entropy
 python tests/bench.py polar      how near every orthogonalisation comes to the polar factor; a table, no timing
 Options: --seconds N (measured time per side or point), --json FILE
 """
@@ -144,6 +145,33 @@ def bench_optimiser(seconds: float) -> dict[str, object]:
     return table
 
 
+def bench_codecs(path: Path | None) -> dict[str, object]:
+    """Bytes over zero-order entropy, seconds to pack and to unpack, of the int8 levels of a trained artifact, or of two
+    million Gaussian ones at 0.41 sigma."""
+    levels = np.clip(np.random.default_rng(0).standard_normal(2_000_000) / 0.41, -31, 31).round().astype(np.int8)
+    parts = [levels.reshape(-1, 1000)]
+    if path:
+        _, tensors = tg.unpack_artifact(path.read_bytes())
+        parts = [t.values.numpy() for t in tensors.values() if t.values.dtype == torch.int8]
+    whole = np.concatenate([part.ravel() for part in parts])
+    p = np.unique(whole, return_counts=True)[1] / whole.size
+    entropy = float(-(p * np.log2(p)).sum()) * whole.size / 8
+    print(f"{whole.size} levels, zero-order entropy {8 * entropy / whole.size:.4f} bits each")
+    table: dict[str, object] = {}
+    for name, codec in tg.CODECS.items():
+        for order, layout in (("rows", "C"), ("columns", "F")):
+            data = b"".join(part.tobytes(layout) for part in parts)
+            begin = time.perf_counter()
+            packed = codec.pack(data)
+            middle = time.perf_counter()
+            assert codec.unpack(packed, len(data)) == data
+            table[f"{name} {order}"] = dict(ratio=len(packed) / entropy, pack=middle - begin,
+                                            unpack=time.perf_counter() - middle)
+            print(f"{name:14s} by {order:8s} {len(packed):10d} bytes  {len(packed) / entropy:.4f} x entropy   "
+                  f"pack {middle - begin:6.2f} s  unpack {table[f'{name} {order}']['unpack']:5.2f} s", flush=True)
+    return table
+
+
 def bench_polar(seconds: float) -> dict[str, object]:
     """Mean cosine to the polar factor and largest singular value by variant, steps and kind of matrix, in bf16."""
     generator = torch.Generator().manual_seed(0)
@@ -228,13 +256,15 @@ def bench_data(seconds: float) -> dict[str, object]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cpu", "attention", "optimiser", "evaluation", "data", "polar"))
+    parser.add_argument("what", choices=("cpu", "attention", "optimiser", "evaluation", "data", "codecs", "polar"))
     parser.add_argument("--seconds", type=float, help="measured time per side or point; default 20 or 1")
+    parser.add_argument("--artifact", type=Path, help="whose levels `codecs` packs; default: Gaussian ones")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     asked = parser.parse_args()
     bench, default = {"cpu": (bench_cpu, 20.0), "attention": (bench_attention, 1.0),
                       "optimiser": (bench_optimiser, 10.0), "data": (bench_data, 20.0),
-                      "evaluation": (bench_evaluation, 0.0), "polar": (bench_polar, 0.0)}[asked.what]
+                      "evaluation": (bench_evaluation, 0.0), "polar": (bench_polar, 0.0),
+                      "codecs": (lambda _: bench_codecs(asked.artifact), 0.0)}[asked.what]
     with contextlib.suppress(KeyboardInterrupt):
         figures = bench(asked.seconds or default)
         about = machine()

@@ -9,9 +9,7 @@ import train_gpt as tg
 torch.set_num_threads(1)  # on tensors this small more threads only wait for each other
 
 OVERLAYS = ("cpu", "tiny")
-# every system, as far as the script can honour it
-SYSTEMS = [f"{name}+plain" if any(isinstance(v, tg.Unbuilt) for v in values.values()) else name
-           for name, values in tg.PRESETS.items() if name not in (*OVERLAYS, "plain")]
+SYSTEMS = [name for name in tg.PRESETS if name not in OVERLAYS]
 # one entry per technique that a knob switches
 TECHNIQUES = {
     "plain": {},

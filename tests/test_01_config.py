@@ -57,9 +57,9 @@ def test_a_preset_may_derive_a_value_from_those_before_it(monkeypatch):
 
 
 @pytest.mark.parametrize("overlay", ["", "+cpu", "+tiny"])
-@pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("cpu", "tiny", "plain")])
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("cpu", "tiny")])
 def test_every_preset_passes_its_own_checks(preset, overlay):
-    cfg = resolve(preset + "+plain" + overlay, ALLOW_NONCOMPLIANT=1)
+    cfg = resolve(preset + overlay, ALLOW_NONCOMPLIANT=1)
     again = resolve(**{name.upper(): value if KIND[name] is not bool else int(value)
                        for name, value in cfg.values().items() if name != "device"})
     assert again.values() == cfg.values() and not cfg.notes

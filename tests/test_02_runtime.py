@@ -88,7 +88,7 @@ def sha256(path: Path) -> str:
 def test_run_folder_holds_what_it_promises(finished):
     folder = finished.folder
     assert {p.name for p in folder.iterdir()} == {"log.txt", "metrics.jsonl", "config.json", "model.golf",
-                                                  "checkpoint.pt"}
+                                                  "checkpoint.pt", "doc_loss.npy"}
     assert log(folder).splitlines()[0].startswith(f"audit:code sha256:{sha256(SCRIPT)} ")
     stored = json.loads((folder / "config.json").read_text())
     assert stored["preset"] == "baseline+tiny" and set(stored["knobs"]) == set(train_gpt.KNOBS)

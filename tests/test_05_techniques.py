@@ -32,27 +32,15 @@ TOTALS = {  # from the published logs; depth_recurrent has none: table 2,097,152
 @pytest.mark.parametrize("preset", TOTALS)
 def test_parameter_totals_of_the_systems(preset):
     total, vocab = TOTALS[preset]
-    model = meta_model(config(f"{preset}+plain", vocab_size=vocab))
+    model = meta_model(config(f"{preset}", vocab_size=vocab))
     assert sum(p.numel() for p in model.exported().values()) == total
 
 
 def test_skill_forge_without_its_techniques_is_the_published_run():
     plain = dict(num_kv_heads=8, mlp_mult=2, xsa_last_n=0, rope_dims=0, smear_gate="none", init="default",
                  mup_base_width=0)
-    model = meta_model(config("skill_forge+plain", **plain))
+    model = meta_model(config("skill_forge", **plain))
     assert sum(p.numel() for p in model.parameters()) == 15_220_280
-
-
-@pytest.mark.parametrize("preset", [name.removesuffix("+plain") for name in SYSTEMS if name.endswith("+plain")])
-def test_a_preset_that_names_what_is_missing_is_refused_with_all_of_it(preset):
-    missing = {k: v for k, v in tg.PRESETS[preset].items() if isinstance(v, tg.Unbuilt)}
-    with pytest.raises(tg.UserError) as caught:
-        config(preset)
-    lines = str(caught.value).splitlines()
-    assert len(lines) == len(missing) and all(v.waits_for in str(caught.value) for v in missing.values())
-    assert {line.split(": ")[1].split("=")[0].lower() for line in lines} == set(missing)
-    values = config(preset + "+plain").values()
-    assert all(values[k] == v.plain for k, v in missing.items() if k in tg.KNOBS)
 
 
 # ---- Schedule ----
@@ -75,24 +63,24 @@ def test_virtual_layer_lists_are_the_published_ones(case):
 
 def test_skips_of_the_leaderboards_last_system():
     """4b->5b, 3b->3c, 5a->4c, 4a->5c, 3a->6, 2->7, 1->8, 0->9, nothing into 10."""
-    plan = tg.schedule(config("phased_ttt+plain").model)
+    plan = tg.schedule(config("phased_ttt").model)
     seen, names = {}, []
     for slot in plan:
         seen[slot.block] = seen.get(slot.block, 0) + 1
         names.append(f"{slot.block}{'abc'[seen[slot.block] - 1] if 3 <= slot.block <= 5 else ''}")
     pairs = [f"{names[s]}>{names[t]}" for t, slot in enumerate(plan) for _, s in slot.skips]
     assert pairs == "4b>5b 3b>3c 5a>4c 4a>5c 3a>6 2>7 1>8 0>9".split()
-    flat = tg.plans(config("phased_ttt+plain").model)[0]
+    flat = tg.plans(config("phased_ttt").model)[0]
     assert [(s, t) for t, slot in enumerate(flat) for _, s in slot.skips] == [(4, 5), (3, 6), (2, 7), (1, 8), (0, 9)]
 
 
 def test_skips_around_the_loop_and_a_limit_of_skips():
-    cfg = config("depth_recurrent+plain").model
+    cfg = config("depth_recurrent").model
     plan = tg.schedule(cfg)
     assert [s.block for s in plan] == [0, 1] + [2, 3, 4] * 9 + [5, 6, 7] and len(plan) == 32
     assert {plan[t].block: s for t in range(32) for _, s in plan[t].skips} == {5: 1, 6: 0}
     assert [s.gates for s in plan if s.gates] == [((p, b),) for p in range(8) for b in range(3)]
-    limited = tg.schedule(config("prequant_ttt+plain").model)
+    limited = tg.schedule(config("prequant_ttt").model)
     pairs = [(s, t) for t, slot in enumerate(limited) for _, s in slot.skips]
     assert pairs == [(6, 7), (5, 8), (4, 9), (3, 10), (2, 11)]
 
@@ -452,14 +440,14 @@ def test_a_run_compiles_one_graph_per_plan_and_nothing_at_the_switch(preset, mon
 
 @pytest.mark.parametrize("steps, plan", ((2, 0), (6, 1)))
 def test_a_run_scores_with_the_plan_that_it_ended_with(steps, plan, toy, tmp_path):
-    knobs = dict(PRESET="prequant_ttt+plain+tiny", ITERATIONS=steps, TTT="none")
+    knobs = dict(PRESET="prequant_ttt+tiny", ITERATIONS=steps, TTT="none")
     done = train(toy, tmp_path, "loop", **knobs)
     assert done.code == 0, done.err
     header, _ = tg.unpack_artifact((done.folder / "model.golf").read_bytes())
     assert header["plan"] == plan
     rows = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["plan"] for row in rows if row["event"] == "train"] == [int(step >= 3) for step in range(steps)]
-    cfg = tg.load({"PRESET": "prequant_ttt+plain+tiny", "DEVICE": "cpu", "TTT": "none"})
+    cfg = tg.load({"PRESET": "prequant_ttt+tiny", "DEVICE": "cpu", "TTT": "none"})
     assert tg.stored_plan(cfg, header) == tg.plans(cfg.model)[plan]
     for bad in (2, -1, "0", None, 0.5):
         with pytest.raises(tg.UserError, match="plan"):

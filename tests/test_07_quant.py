@@ -332,7 +332,7 @@ def test_clips_equal_their_formulas():
 
 
 def test_observed_inputs_are_those_of_the_forward_and_of_all_ranks(toy, tmp_path):
-    cfg = config("prequant_ttt+plain+tiny", data_path=toy, calibration_tokens=2000, calibration="train")
+    cfg = config("prequant_ttt+tiny", data_path=toy, calibration_tokens=2000, calibration="train")
     rt = tg.Runtime(cfg, {})
     torch.manual_seed(0)
     model = random_model(cfg)
@@ -355,7 +355,7 @@ def test_observed_inputs_are_those_of_the_forward_and_of_all_ranks(toy, tmp_path
     head = h.T @ h / ids.numel()  # the embedding is tied: read by the head, and row by row
     torch.testing.assert_close(found[model.output], head + head.diagonal().mean() * torch.eye(len(head)), rtol=1e-3,
                                atol=1e-4)
-    knobs = dict(PRESET="prequant_ttt+plain+tiny", TTT="none", ITERATIONS=3, TRAIN_BATCH_TOKENS=448,
+    knobs = dict(PRESET="prequant_ttt+tiny", TTT="none", ITERATIONS=3, TRAIN_BATCH_TOKENS=448,
                  CALIBRATION_TOKENS=448, CALIBRATION="train")
     scores = [float(official(train(toy, tmp_path, f"r{n}", nproc=n, **knobs).out).split("val_loss:")[1].split()[0])
               for n in (0, 2)]
@@ -402,10 +402,13 @@ def test_steps_of_columns_follow_what_later_columns_can_mend():
         later = damped[j + 1:, j + 1:]
         mended = damped[j, j + 1:] @ torch.linalg.solve(later, damped[j + 1:, j])
         assert float(u[j, j]**-2) == pytest.approx(float(damped[j, j] - mended), rel=1e-3)
-    columns = rule.columns(u).double()
+    columns = rule.columns(u, torch.zeros(4, 96)).double()
     torch.testing.assert_close(columns.log().mean(), torch.zeros((), dtype=torch.float64), rtol=0, atol=2e-3)
     ratio = columns * u.diagonal().double().reciprocal()
     assert float(ratio.max() / ratio.min()) < 1.002
+    large = torch.tensor([[0.0] * 95 + [1000.0]])
+    assert torch.equal(rule.columns(u, large)[:95].double(), columns[:95])
+    assert float(rule.columns(u, large)[95]) >= 1000 / 127, "no weight out of reach"
 
 
 def entropy(levels: Tensor) -> float:
@@ -515,7 +518,7 @@ def test_pruning_takes_the_smallest_weights(seed, share):
 
 
 def test_written_text_follows_the_model_and_not_the_ranks(toy, tmp_path):
-    cfg = config("prequant_ttt+plain+tiny", data_path=toy, train_batch_tokens=64 * 40, logit_softcap=5.0)
+    cfg = config("prequant_ttt+tiny", data_path=toy, train_batch_tokens=64 * 40, logit_softcap=5.0)
     rt = tg.Runtime(cfg, {})
     model = random_model(cfg)
     trainer = tg.Trainer(cfg, rt, tg.open_data(cfg, rt), model, tg.Numerics())
@@ -741,7 +744,7 @@ def test_measured_harm_is_the_loss_that_rounding_costs(toy, tmp_path):
     dict(QAT="soft", QAT_START_FRAC=0.3, MATRIX_BITS=5, FIT_BUDGET="bits", ALLOCATION="loss", CLIP="search"),
     dict(MATRIX_BITS=6, QAT="ste", PRUNE_SHARE=0.03, SCALE_GROUP=-1, FIT_BUDGET="prune", CODEC="zstd")), ids=str)
 def test_quantisers_work_by_environment_alone_on_any_preset(knobs, toy, tmp_path):
-    done = train(toy, tmp_path, "q", **dict(PRESET="turbo_engram+plain+tiny", ITERATIONS=4, HELD_OUT_TOKENS=600,
+    done = train(toy, tmp_path, "q", **dict(PRESET="turbo_engram+tiny", ITERATIONS=4, HELD_OUT_TOKENS=600,
                                             ROUNDING="nearest", ALLOCATION="tag", FIT_BUDGET="none", CLIP="quantile",
                                             ARTIFACT_BUDGET_BYTES=tg.code_bytes() + 60_000) | knobs)
     assert done.code == 0, done.err[-2000:]
@@ -749,5 +752,5 @@ def test_quantisers_work_by_environment_alone_on_any_preset(knobs, toy, tmp_path
     if knobs.get("FIT_BUDGET") == "steps":
         assert 0.998 * 60_000 <= size <= 60_000
     again = train(toy, tmp_path, "again", RUN_MODE="eval", ARTIFACT=done.folder / "model.golf",
-                  PRESET="turbo_engram+plain+tiny")
+                  PRESET="turbo_engram+tiny")
     assert again.code == 0 and official(again.out) == official(done.out)

@@ -304,7 +304,7 @@ def assert_refused(code: int, err: str):
 def stored_header(cfg) -> dict:
     """What an export writes beside the weights."""
     config = cfg.values(*train_gpt.STORED_GROUPS) | {k: cfg.values()[k] for k in train_gpt.STORED_FIELDS}
-    return dict(config=config, numerics=train_gpt.Numerics()._asdict(), tokenizer_sha256="0" * 64)
+    return dict(config=config, numerics=train_gpt.Numerics()._asdict(), tokenizer_sha256="0" * 64, compliant=True)
 
 
 def test_another_process_reads_the_exported_weights_bit_for_bit(tmp_path):
@@ -441,7 +441,7 @@ def small_container(codec: str = "zlib", **said) -> bytes:
     data, number = np.arange(6, dtype="<f4").tobytes(), CODECS[codec].number
     packed = CODECS[codec].pack(data)
     line = dict(key="f4", number=number, raw=len(data), length=len(packed)) | said
-    header = dict(tensors=[["w", "f4", said.get("shape", [2, 3]), 0]],
+    header = dict(tensors=[["w", "f4", said.get("shape", [2, 3]), 0, 0, 0, 0]],
                   streams=[[line["key"], line["number"], line["raw"], line["length"], line.get("order", "rows")]])
     return forge(header, packed)
 
@@ -449,7 +449,7 @@ def small_container(codec: str = "zlib", **said) -> bytes:
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("said", [
     dict(raw=25), dict(raw=23), dict(raw=0), dict(raw=-1), dict(raw=2**30 + 1), dict(raw=2**70), dict(raw=24.5),
-    dict(length=0), dict(length=3), dict(length=-1), dict(number=0), dict(number=7), dict(key="f2"), dict(shape=[2, 4]),
+    dict(length=0), dict(length=3), dict(length=-1), dict(number=0), dict(number=8), dict(key="f2"), dict(shape=[2, 4]),
     dict(shape=[3]), dict(order="x"), dict(order=1)], ids=str)
 def test_a_wrong_size_codec_or_shape_is_refused(codec, said):
     assert unpack_artifact(small_container(codec))[1]["w"].values.tolist() == [[0, 1, 2], [3, 4, 5]]

@@ -67,7 +67,7 @@ def test_a_real_run_is_analysed(toy, tmp_path, capsys):
     assert found["tokens"]["mean"] == pytest.approx(float(line.split("val_loss:")[1].split()[0]), abs=1e-5)
     assert found["documents"]["bpb"] == pytest.approx(found["bpb"], rel=1e-5) and found["compliant"] is True
     header = tg.unpack_artifact((run.folder / "model.golf").read_bytes())[0]
-    levels = [shape for _, kind, shape, scaled in header["tensors"] if scaled]
+    levels = [shape for _, kind, shape, scaled, *_ in header["tensors"] if scaled]
     assert [r["weights"] for r in found["weights"]["matrices"]] == [m * n for m, n in levels]
     assert 0.8 < found["weights"]["paid_over_ideal"] < 1.2, "the coder may know more than frequencies"
     assert all(r["bytes"] * 8 > 0.8 * r["weights"] * r["bits"] for r in found["weights"]["matrices"])

@@ -203,10 +203,10 @@ FEW = dict(cuts=2, positions=1)
 
 @pytest.mark.parametrize("knobs, warned", [
     (dict(PRESET="mlp3x_seq4096"), []), (dict(PRESET="baseline", EVAL="stream", EVAL_SEQ_LEN=8), []),
-    (dict(PRESET="depth_recurrent+plain", EVAL="doc", DOC_ATTENTION=1), []),
-    (dict(PRESET="score_first_ttt+plain", TTT_LR=0.05), []),
+    (dict(PRESET="depth_recurrent", EVAL="doc", DOC_ATTENTION=1), []),
+    (dict(PRESET="score_first_ttt", TTT_LR=0.05), []),
     (dict(PRESET="baseline", EVAL="doc", TTT="lora", SMEAR_GATE="D", TTT_LORA_LR=0.01), ["order"]),
-    (dict(PRESET="phased_ttt+plain", TTT_LR=0.05, TTT_LORA_LR=0.01), ["schedule", "order"])],
+    (dict(PRESET="phased_ttt", TTT_LR=0.05, TTT_LORA_LR=0.01), ["schedule", "order"])],
     ids=lambda knobs: " ".join(map(str, knobs.values())) if isinstance(knobs, dict) else "")
 def test_the_real_path_passes(knobs, warned):
     found = probes.probe({"THREADS": "1"} | {k: str(v) for k, v in knobs.items()}, length=80, **FEW)

@@ -10,6 +10,7 @@ import binascii
 import builtins
 import bz2
 import contextlib
+import functools
 import lzma
 import zlib
 from pathlib import Path
@@ -148,6 +149,7 @@ def decoded(value: str | bytes) -> Iterator[bytes]:
             continue
 
 
+@functools.lru_cache(4)
 def parsed(source: bytes | str) -> ast.Module | None:
     """The syntax tree, or None when Python cannot parse it."""
     try:

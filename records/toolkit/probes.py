@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Probe an evaluation from outside: run it on texts that differ where nothing scored so far may depend on it.
 
-    python records/toolkit/probes.py [NAME=VALUE ...]     knobs of train_gpt.py, e.g. PRESET=phased_ttt+plain EVAL=doc
+    python records/toolkit/probes.py [NAME=VALUE ...]     knobs of train_gpt.py, e.g. PRESET=phased_ttt EVAL=doc
     python records/toolkit/probes.py ARTIFACT=FILE [NAME=VALUE ...]   the model of a finished artifact
 
 Without ARTIFACT the preset is shrunk (+tiny, 17 tokens) and every weight is random, so that every technique matters.
@@ -127,7 +127,8 @@ def swap_target(make: Make, tokens: np.ndarray, seen: Seen, at: int, vocab: int,
         again = observe(make, other, rt, digest if value == tg.BOS else no_digest)
         chances[value] = math.exp(-again.losses[target])
         if value == tg.BOS:
-            steered = again.digests[target] != seen.digests[target]
+            steered = any(x[target] != y[target] for x, y in ((again.digests, seen.digests), (again.order, seen.order),
+                                                              (again.start, seen.start)))
         else:
             before = max(before, moved(seen.losses[earlier], again.losses[earlier]))
     error = max(0.0, chances.sum() - chances[tg.BOS] - 1) if steered else abs(chances.sum() - 1)
