@@ -25,7 +25,7 @@ TOOLS = [sys.executable, str(ROOT / "records" / "tools.py")]
 def wrapper(tmp_path_factory):
     """A packed script in a folder of its own, made by the command line."""
     return made_once(tmp_path_factory, "packed", lambda folder: subprocess.run(
-        [*TOOLS, "pack", "--out", str(folder / "train_gpt.py")], check=True, timeout=120)) / "train_gpt.py"
+        [*TOOLS, "pack", "--out", str(folder / "new" / "train_gpt.py")], check=True, timeout=120)) / "new/train_gpt.py"
 
 
 @pytest.fixture(scope="module")

@@ -186,6 +186,7 @@ def pack_file(script: Path, out: Path) -> dict:
     """Write the wrapper of a script; returns sizes in bytes. Raises ValueError."""
     source = script.read_text(encoding="utf-8")
     packed = pack(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(packed)
     out.chmod(0o755)
     return dict(script=script.name, out=str(out), raw_bytes=script.stat().st_size, packed_bytes=len(packed))
