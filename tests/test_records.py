@@ -78,3 +78,25 @@ def test_every_committed_comparison_is_complete():
         assert not missing, f"{path.parent.name}: {missing[:5]}"
         assert path.with_name("table.md").read_text() == ablate.table(spec, results)
         assert path.with_name("plot.svg").exists()
+
+
+def test_a_sweep_of_quantisers_measures_what_an_export_would(toy, tmp_path):
+    base = dict(PRESET="baseline+tiny", DEVICE="cpu", THREADS=1, NUMERICS="fp32", ATTENTION="sdpa", DATA_PATH=str(toy),
+                SCALE_FLOOR=0, CLIP="sigma", MATRIX_BITS=6, ROUNDING="gptq", ITERATIONS=20)
+    spec = dict(base=base, seeds=[3], reference="GPTQ", factors=[1, 3], bits=[3, 6],
+                variants={"GPTQ": {}, "searched": dict(CLIP="search", ROUNDING="nearest")})
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(spec))
+    tool = [sys.executable, str(ROOT / "records" / "toolkit" / "quantisers.py"), "run", str(path), "--scratch",
+            str(tmp_path)]
+    done = subprocess.run(tool, capture_output=True, text=True, env=clean_env(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = {(r["variant"], r["x"]): r for r in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    assert set(rows) == {("GPTQ", 1), ("GPTQ", 3), ("searched", 3), ("searched", 6)}
+    assert rows["GPTQ", 3]["bytes"] < rows["GPTQ", 1]["bytes"] and rows["GPTQ", 3]["gap"] > rows["GPTQ", 1]["gap"]
+    log = next(tmp_path.glob("sweep-*/log.txt")).read_text()
+    exported = float(log.split("final:official")[1].split("val_bpb:")[1].split()[0])
+    assert rows["GPTQ", 1]["trained"] + rows["GPTQ", 1]["gap"] == pytest.approx(exported, abs=1e-5)
+    assert "| GPTQ |" in (tmp_path / "table.md").read_text() and "<svg" in (tmp_path / "plot.svg").read_text()
+    subprocess.run(tool, env=clean_env(), check=True, timeout=60, capture_output=True)
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4, "nothing is measured twice"
