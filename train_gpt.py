@@ -3006,6 +3006,11 @@ class Ternary(RoundToNearest):
         return QTensor(levels.view_as(w).to(torch.int8), scale.half())
 
 
+def own_grid(rule: Cast | RoundToNearest) -> Cast | RoundToNearest:
+    """The rule without making up for errors: known before anything is, and of as many bytes."""
+    return RoundToNearest(*rule) if isinstance(rule, GPTQ) else rule
+
+
 def run_steps(scale: Tensor, w: Tensor) -> Tensor:
     """The step of every weight: scale (k,) -> (m,n)."""
     return scale.repeat_interleave(w.numel() // len(scale)).view_as(w)
@@ -3216,7 +3221,7 @@ class FakeQuant(nn.Module):
 
     def __init__(self, rule: Cast | RoundToNearest):
         super().__init__()
-        self.rule = RoundToNearest(*rule) if isinstance(rule, GPTQ) else rule  # GPTQ's grid
+        self.rule = own_grid(rule)
         self.register_buffer("on", torch.zeros(()), persistent=False)
 
     def forward(self, w: Tensor) -> Tensor:
@@ -3938,9 +3943,7 @@ def unfitted_bytes(model: GPT, cfg: QuantConfig) -> int:
         columns = p.size(-1)
         if (p.quant, columns) not in samples:
             rows = max(1, min(2**19 // columns, 4096))
-            rule = QUANTISERS[p.quant](cfg)
-            rule = RoundToNearest(*rule) if isinstance(rule, GPTQ) else rule  # whose levels take as many bytes
-            t = rule.fit(torch.randn(rows, columns, generator=generator))
+            t = own_grid(QUANTISERS[p.quant](cfg)).fit(torch.randn(rows, columns, generator=generator))
             packed = len(packed_smallest(t.values.numpy().tobytes(), PACKINGS[cfg.codec])[1])
             scales = 0 if t.scale is None or cfg.scale_group < 0 else len(t.scale)
             samples[p.quant, columns] = (packed + 2 * scales) / (rows * columns)
@@ -4618,10 +4621,9 @@ class Trainer:
         enlarged fourfold, above the noise, and taken with both signs, so that the slope of the loss cancels out."""
         harms, size, before = {}, 4.0, self.held_out_loss()
         for name, p in self.model.exported().items():
-            rule, kept = rules_by_tag(self.model, self.cfg.quant)[name], p.detach().clone()
+            rule, kept = own_grid(QUANTISERS[p.quant](self.cfg.quant)), p.detach().clone()
             if isinstance(rule, Cast):
                 continue
-            rule = RoundToNearest(*rule) if isinstance(rule, GPTQ) else rule
             error, losses = rule.fit(kept.float()).dequant() - kept, []
             for sign in (size, -size):
                 p.copy_(kept + sign * error)

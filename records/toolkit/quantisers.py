@@ -37,8 +37,9 @@ def artifact(trainer: tg.Trainer, env: dict[str, str], variant: str, spec: dict,
     quant = tg.load(env | knobs).quant
     if not quant.clip.startswith("sigma"):
         quant = tg.load(env | knobs | dict(MATRIX_BITS=str(int(x)))).quant
-    harms = {"tag": {}, "hessian": tg.output_errors(trainer.model, quant, trainer.hessians),
-             "loss": trainer.harms}[quant.allocation]
+    harms = trainer.harms if quant.allocation == "loss" else {}
+    if quant.allocation == "hessian":
+        harms = tg.output_errors(trainer.model, quant, trainer.hessians)
     p = tg.Packer(trainer.model, quant, trainer.hessians, harms, dict(spec=variant))
     rules = p.rules()
     if quant.clip.startswith("sigma"):
