@@ -299,21 +299,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--with-docs", action="store_true", help="also docs_selected.jsonl, the documents themselves")
     asked = parser.parse_args(argv)
     hub_logging.set_verbosity_error()
-    try:
+
+    def fetch() -> int:
         if not VARIANT.fullmatch(asked.variant):
             raise DataError(f"--variant {asked.variant}: want byte260, sp<vocabulary> or sp<vocabulary>_<name>")
         shards = asked.train_shards if asked.positional is None else asked.positional
         folder = download(asked.variant, shards, asked.skip_manifest, asked.with_docs)
         print(f"ready; what is in it: python data/prepare.py verify data/datasets/{folder.name} --tokenizer MODEL")
         return 0
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 2
+    return docs.exit_code(fetch)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Documents and what they become: reading text files and shards, tokenizers, fingerprints, files written atomically."""
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib
@@ -8,7 +9,7 @@ import json
 import lzma
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -34,6 +35,21 @@ def script():
 
 
 # ---- Files ----
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Run a command; its exit code, or 2 after one line about a mistake in the input, 130 when interrupted."""
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            return command()
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except OSError as error:
+            print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on", file=sys.stderr)
+            return 130
+    return 2
+
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that its name never stands for half of it, not even after a power cut."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
-import contextlib
 import hashlib
 import importlib.metadata
 import io
@@ -529,17 +528,7 @@ def run(asked: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    with contextlib.suppress(BrokenPipeError):
-        try:
-            return run(parser().parse_args(argv))
-        except DataError as error:
-            print(f"error: {error}", file=sys.stderr)
-        except OSError as error:
-            print(f"error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on", file=sys.stderr)
-            return 130
-    return 2
+    return docs.exit_code(lambda: run(parser().parse_args(argv)))
 
 
 if __name__ == "__main__":
