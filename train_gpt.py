@@ -18,6 +18,7 @@ optimiser update, a *micro-step* one forward/backward pass of it. Losses are in 
 # ---- 0 Imports ------------------------------------------------------------------------------------------------------
 import bisect
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import difflib
@@ -850,7 +851,7 @@ class Runtime:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_by_a_crash in self.folder.glob("*.tmp"):
                 left_by_a_crash.unlink()
-            self.log_file = open(log, "a", buffering=1)
+            self.fresh, self.log_file = not log.exists(), open(log, "a", buffering=1)
             self.metrics_file = open(self.folder / "metrics.jsonl", "a", buffering=1)
         except OSError as error:
             raise UserError(f"RUNS_DIR={relative(cfg.run.runs_dir)}: cannot write {relative(self.folder)} "
@@ -859,6 +860,17 @@ class Runtime:
         text = json.dumps(dict(preset=cfg.preset, compliant=cfg.eval.compliant, knobs=known), indent=1).encode()
         write_atomic(self.folder / "config.json", lambda f: f.write(text))
         return True
+
+    def drop_run(self):
+        """Leave nothing of a run that was refused before it began, so that its RUN_ID is free again."""
+        if self.main and self.fresh:
+            for file in (self.log_file, self.metrics_file):
+                file.close()
+            self.log_file = self.metrics_file = None
+            for name in ("log.txt", "metrics.jsonl", "config.json"):
+                (self.folder / name).unlink()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     def log(self, text: str, echo: bool = True):
         """One line to the log file and, unless echo is off, to the terminal; rank 0 only."""
@@ -1173,23 +1185,26 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
 
 
 class Loader:
-    """Deals rows of T + 1 tokens to the ranks. Which rows form a step depends on neither rank nor world size."""
+    """Deals rows of T + 1 tokens to the ranks. Which rows form a step depends on neither rank nor world size. Those of
+    the next step are read while the device computes, by the one thread that knows the order of an epoch."""
 
     def __init__(self, stream: TokenStream, cfg: Config):
         self.stream, self.seq, self.seed = stream, cfg.data.train_seq_len, cfg.run.seed
         self.rows, self.vocab = cfg.data.train_batch_tokens // self.seq, cfg.data.vocab_size
         self.epoch, self.index = 0, 0  # pass over the text, next row of it
-        self.begin_epoch()
+        self.drawn = -1  # the epoch whose order is known
+        self.reader = concurrent.futures.ThreadPoolExecutor(1, "loader")
+        self.ahead: tuple[tuple, concurrent.futures.Future] = (), None  # what is being read, where it will be
 
     def state_dict(self) -> dict[str, int]:
         return dict(epoch=self.epoch, index=self.index)
 
     def load_state_dict(self, state: dict[str, int]):
         self.epoch, self.index = state["epoch"], state["index"]
-        self.begin_epoch()
 
-    def begin_epoch(self):
-        """Prepare the order of the current epoch."""
+    def draw(self, epoch: int):
+        """Prepare the order of an epoch."""
+        self.drawn = epoch
 
     def row_start(self, index: int) -> int:
         """Stream offset of row `index` of this epoch."""
@@ -1212,24 +1227,39 @@ class Loader:
 
     def next(self, rank: int, world: int, share: float = 1.0) -> np.ndarray:
         """Rows rank, rank + world, ... of the next step, which has a share of the full batch, as (rows of this rank,
-        T + 1) uint16."""
+        T + 1) uint16. The step after it is expected to be as large; if it is not, its rows are read when asked for."""
+        wanted = self.epoch, self.index, rank, world, self.rows_of(share)
+        if self.ahead[0] != wanted:
+            self.read_ahead(wanted)
+        rows, self.epoch, self.index = self.ahead[1].result()
+        self.read_ahead((self.epoch, self.index, *wanted[2:]))
+        return rows
+
+    def read_ahead(self, wanted: tuple[int, int, int, int, int]):
+        """Begin to read the rows of one step."""
+        self.ahead = wanted, self.reader.submit(self.deal, *wanted)
+
+    def deal(self, epoch: int, index: int, rank: int, world: int, rows: int) -> tuple[np.ndarray, int, int]:
+        """What `next` returns for a step of so many rows that begins there, and where the step after it begins."""
         mine = []
-        for row in range(self.rows_of(share)):
-            if self.index >= self.rows_in_epoch():
-                self.epoch, self.index = self.epoch + 1, 0
-                self.begin_epoch()
+        for row in range(rows):
+            if index >= self.rows_in_epoch():
+                epoch, index = epoch + 1, 0
+            if epoch != self.drawn:
+                self.draw(epoch)
             if row % world == rank:
-                mine.append(self.row(self.index))
-            self.index += 1
-        return np.stack(mine) if mine else np.zeros((0, self.seq + 1), np.uint16)
+                mine.append(self.row(index))
+            index += 1
+        return np.stack(mine) if mine else np.zeros((0, self.seq + 1), np.uint16), epoch, index
 
 
 class ShuffledLoader(Loader):
     """Rows in a new random order and from a new random phase each epoch, decided by SEED alone."""
 
-    def begin_epoch(self):
+    def draw(self, epoch: int):
         """Draw phase and order from (SEED, epoch)."""
-        rng, rows = np.random.default_rng([self.seed, self.epoch]), self.rows_in_epoch()
+        super().draw(epoch)
+        rng, rows = np.random.default_rng([self.seed, epoch]), self.rows_in_epoch()
         self.phase = int(rng.integers(len(self.stream) - rows * self.seq))
         self.draw_order(rng, rows)
 
@@ -1285,7 +1315,7 @@ class PackedLoader(ShuffledLoader):
         middle = best_fit([len(piece) for piece in pieces[1:-1]], len(pieces[0]), self.seq)
         self.text = np.concatenate([pieces[0], *(pieces[i + 1] for i in middle), *pieces[1:][-1:]])
         self.opened = number
-        self.shuffled = np.random.default_rng([self.seed, self.epoch, number]).permutation(rows)
+        self.shuffled = np.random.default_rng([self.seed, self.drawn, number]).permutation(rows)
 
     def row(self, index: int) -> np.ndarray:
         """A row of the window that is open, or is opened now."""
@@ -4997,8 +5027,12 @@ def run(cfg: Config, rt: Runtime, env: dict[str, str]):
         if not rt.open_run(cfg):
             return rt.log(f"{relative(rt.folder)} is complete; see its log.txt")
         log_header(cfg, rt)
-        with rt.phase("data"):
-            data = open_data(cfg, rt)
+        try:
+            with rt.phase("data"):
+                data = open_data(cfg, rt)
+        except UserError:
+            rt.drop_run()
+            raise
         path = train_and_export(cfg, rt, data)
     scored, result = official_score(cfg, rt, path, data, env)
     summary(scored, rt, path, data, result)

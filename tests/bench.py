@@ -227,6 +227,14 @@ def bench_evaluation(seconds: float) -> dict[str, object]:
         print(f"{name:24s} {read:6.2f} inputs per scored token  (planned, 20,000 documents)")
 
 
+def wait_of_step(loader: tg.Loader, world: int) -> float:
+    """Milliseconds that a step waits for its rows when the device computed for 0.1 s since the last one."""
+    time.sleep(0.1)
+    begin = time.perf_counter()
+    loader.next(0, world)
+    return (time.perf_counter() - begin) * 1e3
+
+
 def bench_data(seconds: float) -> dict[str, object]:
     """MB/s of the embedded text on one core, through SentencePiece alone (token lists) and through the data tools
     (proved lossless, as arrays), encoding and re-encoding; then tokens/s of each loader from the page cache."""
@@ -250,7 +258,9 @@ def bench_data(seconds: float) -> dict[str, object]:
             loader = kind(stream, cfg)
             steps = rate(lambda: loader.next(0, world), seconds / 8)
             table[f"{name} {world}"] = steps * cfg.data.train_batch_tokens
-            print(f"{name:10s} rank 0 of {world}: {table[f'{name} {world}'] / 1e6:8.0f} M tokens/s of the whole batch")
+            table[f"{name} {world} wait ms"] = wait = statistics.median(wait_of_step(loader, world) for _ in range(20))
+            print(f"{name:10s} rank 0 of {world}: {table[f'{name} {world}'] / 1e6:8.0f} M tokens/s of the whole batch; "
+                  f"a step of 0.1 s waits {wait:.2f} ms")
     return table
 
 

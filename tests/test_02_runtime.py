@@ -176,6 +176,15 @@ def test_a_used_folder_is_refused_and_a_finished_run_is_left_alone(finished, toy
     assert log(finished.folder) == before
 
 
+def test_a_run_whose_data_is_refused_leaves_no_folder_and_its_name_free(toy, tmp_path):
+    refused(train(tmp_path / "none", tmp_path, "a"), "no such folder")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    refused(train(toy, tmp_path, "a", TOKENIZER_PATH=tmp_path / "a" / "notes.txt"), "not a SentencePiece model")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["notes.txt"]
+
+
 def test_an_unwritable_runs_dir_is_refused(toy, tmp_path):
     (tmp_path / "file").write_text("in the way")
     refused(train(toy, tmp_path / "file", "a"), "RUNS_DIR=", "cannot write")

@@ -3,6 +3,7 @@ import io
 import json
 import lzma
 import struct
+import threading
 from itertools import pairwise
 
 import build_sample
@@ -446,6 +447,35 @@ def test_a_restored_loader_continues_with_exactly_the_same_batches(positions, ki
     for _ in range(62 // rows + 2):  # past the next epoch border
         assert np.array_equal(restored.next(0, 1), original.next(0, 1))
     assert restored.state_dict() == original.state_dict()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_of_another_size_than_expected_loses_and_repeats_no_row(positions, kind, small_windows):
+    ramp = loader(positions, kind, rows=10)
+    found = [row.tolist() for share in (1, .3, .3, 1, .5, .1, 1, 1) * 4 for row in ramp.next(0, 1, share)]
+    assert found == rows_of(positions, kind, len(found)) and len(found) > 2 * 62
+
+
+def test_rows_of_the_next_step_are_read_while_this_one_computes(positions, monkeypatch):
+    read, reads = train_gpt.TokenStream.read, []
+    monkeypatch.setattr(train_gpt.TokenStream, "read", lambda self, start, count: (
+        reads.append((start // SEQ, threading.current_thread())), read(self, start, count))[1])
+    source = loader(positions, "sequential", rows=5)
+    source.next(0, 1)
+    for step in range(1, 4):
+        source.ahead[1].result(timeout=60)  # nobody asked for it yet
+        assert [row for row, _ in reads] == list(range(5 * (step + 1)))
+        assert source.next(0, 1)[:, 0].tolist() == [SEQ * row for row in range(5 * step, 5 * step + 5)]
+    assert threading.current_thread() not in {thread for _, thread in reads}
+
+
+def test_a_damaged_row_stops_the_step_that_needs_it_and_none_before(tmp_path):
+    write_shard(tmp_path / "fineweb_train_000000.bin", [7] * 20 * SEQ + [5000] + [7] * 20 * SEQ)
+    source = loader(train_gpt.TokenStream(tmp_path, "train", 1024), "sequential", rows=5)
+    for _ in range(3):
+        assert (source.next(0, 1) == 7).all()
+    with pytest.raises(train_gpt.OneRankFailed, match="token id 5000"):
+        source.next(0, 1)
 
 
 @pytest.fixture
