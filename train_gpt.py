@@ -3600,25 +3600,26 @@ CODECS = {
 
 
 class Packing(NamedTuple):
-    """What CODEC stands for: the codecs to try on each stream and the orders to try for levels; the smallest wins."""
-    codecs: tuple[str, ...]
+    """What CODEC stands for: the codecs and orders to try on levels, and the codecs for all else; the smallest wins."""
+    levels: tuple[str, ...]
+    rest: tuple[str, ...]
     orders: tuple[str, ...] = ("rows",)
 
 
-PACKINGS = {name: Packing((name,)) for name in CODECS} | {
-    "base3": Packing(("base3", "lzma")),
-    "rans": Packing(("rans", "lzma"), ("rows", "columns")), "best": Packing(tuple(CODECS), ("rows", "columns"))}
+PACKINGS = {name: Packing((name,), (name,)) for name in CODECS} | {
+    "base3": Packing(("base3",), ("lzma",)), "rans": Packing(("rans",), ("rans", "lzma"), ("rows", "columns")),
+    "best": Packing(tuple(CODECS), tuple(CODECS), ("rows", "columns"))}
 
 
 def available_packings() -> list[str]:
     """What CODEC may be on this machine."""
     return [name for name, packing in PACKINGS.items()
-            if name == "best" or all(CODECS[codec].module for codec in packing.codecs)]
+            if name == "best" or all(CODECS[codec].module for codec in packing.levels + packing.rest)]
 
 
-def packed_smallest(data: bytes, packing: Packing) -> tuple[Codec, bytes]:
+def packed_smallest(data: bytes, names: tuple[str, ...]) -> tuple[Codec, bytes]:
     """The codec that makes least of the data, and what it makes."""
-    tried = [(c, c.pack(data)) for c in (CODECS[name] for name in packing.codecs) if c.module]
+    tried = [(c, c.pack(data)) for c in (CODECS[name] for name in names) if c.module]
     return min(tried, key=lambda pair: len(pair[1]))
 
 
@@ -3639,13 +3640,14 @@ def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], packing: 
             parts.setdefault(key, []).append(part.numpy().astype(part.numpy().dtype.newbyteorder("<")))
     sizes, bodies = [], []
     for key, arrays in parts.items():
+        orders, names = (packing.orders, packing.levels) if key == "i1" else (("rows",), packing.rest)
         tried = [(order, *packed_smallest(b"".join(a.tobytes("F" if order == "columns" else "C") for a in arrays),
-                                          packing)) for order in (packing.orders if key == "i1" else ("rows",))]
+                                          names)) for order in orders]
         order, codec, body = min(tried, key=lambda found: len(found[2]))
         sizes.append([key, codec.number, sum(a.nbytes for a in arrays), len(body), order])
         bodies.append(body)
     text = json.dumps(dict(header, tensors=table, streams=sizes), separators=(",", ":")).encode()
-    codec, small = packed_smallest(text, packing)
+    codec, small = packed_smallest(text, packing.rest)
     body = PREFIX.pack(MAGIC, FORMAT_VERSION, codec.number, len(small), len(text)) + small + b"".join(bodies)
     return body + hashlib.sha256(body).digest()
 
@@ -3974,7 +3976,8 @@ def unfitted_bytes(model: GPT, cfg: QuantConfig) -> int:
         if (p.quant, columns) not in samples:
             rows = max(1, min(2**19 // columns, 4096))
             t = own_grid(QUANTISERS[p.quant](cfg)).fit(torch.randn(rows, columns, generator=generator))
-            packed = len(packed_smallest(t.values.numpy().tobytes(), PACKINGS[cfg.codec])[1])
+            names = PACKINGS[cfg.codec].rest if t.scale is None else PACKINGS[cfg.codec].levels
+            packed = len(packed_smallest(t.values.numpy().tobytes(), names)[1])
             scales = 0 if t.scale is None or cfg.scale_group < 0 else len(t.scale)
             samples[p.quant, columns] = (packed + 2 * scales) / (rows * columns)
         total += p.numel() * samples[p.quant, columns] + 12

@@ -634,6 +634,40 @@ def test_the_budget_is_filled_and_never_exceeded(bits, share):
     assert error < 0.5 * sum(float(q.square().sum()) for q in model.parameters())
 
 
+def uneven_model(seed: int, **knobs) -> tg.GPT:
+    """A model whose matrices differ in size and whose rows differ in spread and tail, as trained ones do."""
+    model, rng = packer(10**9, **knobs).model, torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.dim() == 2:
+            normal, chi = (torch.randn(p.shape, generator=rng) for _ in range(2))
+            tail, spread = torch.rand(len(p), 1, generator=rng), torch.randn(len(p), 1, generator=rng)
+            p.data = normal * (1 + chi.abs() * tail) * (0.2 * spread).exp() * 10 ** -torch.rand(1, generator=rng)
+    return model
+
+
+def fills(budget: int, seed: int, **knobs):
+    """At most so many bytes, at least 99.8 % of them, in a handful of packings."""
+    blob, log = fitted(packer(budget, None, uneven_model(seed, **knobs), **knobs))
+    assert 0.998 * budget <= len(blob) <= budget and int(log.lines[0].split()[1]) <= 6, log.lines
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**31), bits=st.integers(4, 7), codec=st.sampled_from(("rans", "brotli_shuffle", "best")))
+def test_200_kilobytes_are_filled_whatever_the_weights(seed, bits, codec):
+    fills(200_000, seed, model_dim=64, num_layers=8, matrix_bits=bits, codec=codec)
+
+
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**31), bits=st.integers(4, 7))
+def test_a_megabyte_and_four_are_filled_whatever_the_weights(seed, bits):
+    fills(1_000_000, seed, model_dim=192, num_layers=5, matrix_bits=bits)
+    fills(4_000_000, seed, model_dim=320, num_layers=8, matrix_bits=bits)
+
+
+def test_the_competitions_budget_is_filled_beside_the_code():
+    fills(16_000_000 - tg.code_bytes(), seed=1, model_dim=512, num_layers=10, mlp_mult=3, matrix_bits=5)
+
+
 @pytest.mark.parametrize("fit", ("steps", "bits", "prune"))
 def test_a_budget_that_cannot_be_met_keeps_the_run_and_says_why(fit):
     blob, log = fitted(packer(3000, fit_budget=fit))

@@ -86,7 +86,7 @@ def weights(path: Path) -> dict[str, Any]:
         if t.scale is not None:
             levels = t.values.numpy()
             rows.append(dict(name=name, weights=levels.size, bits=entropy_bits(levels), bytes=len(
-                tg.packed_smallest(levels.tobytes(), packing)[1])))
+                tg.packed_smallest(levels.tobytes(), packing.levels)[1])))
     ideal, streams = sum(r["weights"] * r["bits"] for r in rows) / 8, {s[0]: s[3] for s in header["streams"]}
     return dict(matrices=rows, ideal_bytes=ideal, paid_bytes=streams.get("i1", 0), streams=streams,
                 paid_over_ideal=streams.get("i1", 0) / ideal if ideal else None, artifact_bytes=len(blob))
