@@ -8,7 +8,7 @@ import pytest
 import torch
 import train_gpt as tg
 from conftest import ROOT
-from helpers import ALONE, config, random_model
+from helpers import ALONE, SYSTEMS, config, random_model
 
 sys.path.insert(0, str(ROOT / "records" / "toolkit"))
 import probes  # noqa: E402
@@ -201,12 +201,15 @@ def test_what_reads_lengths_ahead_is_a_warning(name):
 FEW = dict(cuts=2, positions=1)
 
 
+# Learning rates are so high here that what a system learns from its text cannot be missed.
 @pytest.mark.parametrize("knobs, warned", [
-    (dict(PRESET="mlp3x_seq4096"), []), (dict(PRESET="baseline", EVAL="stream", EVAL_SEQ_LEN=8), []),
-    (dict(PRESET="depth_recurrent", EVAL="doc", DOC_ATTENTION=1), []),
-    (dict(PRESET="score_first_ttt", TTT_LR=0.05), []),
-    (dict(PRESET="baseline", EVAL="doc", TTT="lora", SMEAR_GATE="D", TTT_LORA_LR=0.01), ["order"]),
-    (dict(PRESET="phased_ttt", TTT_LR=0.05, TTT_LORA_LR=0.01), ["schedule", "order"])],
+    *((dict(PRESET=name, TTT_LR=0.05, TTT_LORA_LR=0.01), ["schedule", "order"] * (name == "phased_ttt"))
+      for name in SYSTEMS if config(name).eval.compliant),
+    (dict(PRESET="turbo_engram", EVAL="doc", DOC_ATTENTION=1), []),
+    (dict(PRESET="turbo_engram", EVAL="stream", EVAL_SEQ_LEN=8), []),
+    (dict(PRESET="turbo_engram", EVAL="long", TRAIN_SEQ_LEN=8, EVAL_SEQ_LEN=16), []),
+    (dict(PRESET="turbo_engram", EVAL="chunked", TTT="sgd", TTT_LR=0.05), []),
+    (dict(PRESET="turbo_engram", EVAL="doc", TTT="lora", SMEAR_GATE="D", TTT_LORA_LR=0.01), ["order"])],
     ids=lambda knobs: " ".join(map(str, knobs.values())) if isinstance(knobs, dict) else "")
 def test_the_real_path_passes(knobs, warned):
     found = probes.probe({"THREADS": "1"} | {k: str(v) for k, v in knobs.items()}, length=80, **FEW)
