@@ -84,7 +84,8 @@ class RunFailed(RuntimeError):
 
 # ---- 1 Config: one field = one environment variable = one line of --help = one range check --------------------------
 def knob(default, doc: str, lo=None, hi=None, choices=(), unit: str = "", source: str = "", needs: str = ""):
-    """Declare a configuration field. `needs` is "<field> <op> <value>": setting the knob without it has no effect."""
+    """Declare a configuration field. `needs` is "<field> <op> <value>", of several values joined by commas if the
+    operator is "in": setting the knob without it has no effect."""
     meta = dict(doc=doc, lo=lo, hi=hi, choices=tuple(choices), unit=unit, source=source, needs=needs)
     return field(default=default, metadata=meta)
 
@@ -354,18 +355,18 @@ class EvalConfig:
     ttt: str = knob("none", "what is learnt while scoring, from scored text only: all weights by chunks (sgd), each "
                     "document's adapters (lora), both (phased); prequant trains before quantisation instead",
                     choices=("none", "sgd", "lora", "phased", "prequant"), source="PRs 549, 1530, 1610, 1539")
-    ttt_lr: float = knob(0.005, "peak learning rate of all weights (sgd, phased)", 0, 1, needs="ttt != none")
-    ttt_momentum: float = knob(0.9, "their momentum", 0, 0.9999, needs="ttt != none")
-    ttt_epochs: int = knob(3, "updates on each chunk", 1, 100, needs="ttt != none")
-    ttt_chunk_tokens: int = knob(32_768, "scored tokens that one update sees", 1, 2**24, needs="ttt != none")
-    ttt_lora_rank: int = knob(96, "rank of the adapters (lora, phased)", 1, 4096, needs="ttt != none")
-    ttt_lora_alpha: float = knob(96.0, "their output is scaled by this over the rank", 0, 1e4, needs="ttt != none")
-    ttt_lora_lr: float = knob(1e-4, "their learning rate", 0, 1, needs="ttt != none")
-    ttt_lora_wd: float = knob(0.5, "their weight decay", 0, 100, needs="ttt != none")
-    ttt_lora_beta2: float = knob(0.999, "their AdamW beta2; beta1 is 0", 0, 0.99999, needs="ttt != none")
-    ttt_lora_chunk: int = knob(48, "tokens of a document scored between two updates", 1, 65536, needs="ttt != none")
-    ttt_lora_docs: int = knob(64, "documents adapted at once", 1, 4096, needs="ttt != none")
-    ttt_warm_a: bool = knob(False, "start from the A of the documents before", source="PR 1767", needs="ttt != none")
+    ttt_lr: float = knob(0.005, "peak learning rate of all weights", 0, 1, needs="ttt in sgd,phased")
+    ttt_momentum: float = knob(0.9, "their momentum", 0, 0.9999, needs="ttt in sgd,phased")
+    ttt_epochs: int = knob(3, "updates on each chunk", 1, 100, needs="ttt in sgd,phased")
+    ttt_chunk_tokens: int = knob(32_768, "scored tokens that one update sees", 1, 2**24, needs="ttt in sgd,phased")
+    ttt_lora_rank: int = knob(96, "rank of the adapters", 1, 4096, needs="ttt in lora,phased")
+    ttt_lora_alpha: float = knob(96.0, "their output times this over the rank", 0, 1e4, needs="ttt in lora,phased")
+    ttt_lora_lr: float = knob(1e-4, "their learning rate", 0, 1, needs="ttt in lora,phased")
+    ttt_lora_wd: float = knob(0.5, "their weight decay", 0, 100, needs="ttt in lora,phased")
+    ttt_lora_beta2: float = knob(0.999, "their AdamW beta2; beta1 is 0", 0, 0.99999, needs="ttt in lora,phased")
+    ttt_lora_chunk: int = knob(48, "tokens scored between two updates", 1, 65536, needs="ttt in lora,phased")
+    ttt_lora_docs: int = knob(64, "documents adapted at once", 1, 4096, needs="ttt in lora,phased")
+    ttt_warm_a: bool = knob(False, "start from the A of documents before", source="PR 1767", needs="ttt in lora,phased")
     ttt_phases: int = knob(3, "how often all weights learn", 1, 100, needs="ttt == phased")
     ttt_phase_docs: int = knob(2000, "longest documents, of which the last phase learns", 1, 10**6,
                                needs="ttt == phased")
@@ -399,7 +400,7 @@ def environment() -> dict[str, str]:
 GROUPS = dict(run=RunConfig, data=DataConfig, model=ModelConfig, optim=OptimConfig, quant=QuantConfig,
               eval=EvalConfig, system=SystemConfig)
 KNOBS = {f.name: (group, f) for group, cls in GROUPS.items() for f in fields(cls)}
-OPERATORS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt}
+OPERATORS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt, "in": lambda a, b: a in b}
 
 
 @dataclass(frozen=True)
@@ -697,7 +698,7 @@ def ineffective(values: dict[str, Any], origins: dict[str, str]) -> list[str]:
     for name, (_, f) in KNOBS.items():
         if f.metadata["needs"] and origins[name] == "environment":
             other, op, want = f.metadata["needs"].split()
-            if not OPERATORS[op](values[other], parse_knob(other, want)):
+            if not OPERATORS[op](values[other], want.split(",") if op == "in" else parse_knob(other, want)):
                 notes.append(f"{name.upper()} has no effect unless {other.upper()} {op} {want}")
     return notes
 

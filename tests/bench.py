@@ -14,8 +14,11 @@ import argparse
 import contextlib
 import json
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +34,9 @@ import prepare  # noqa: E402
 import torch  # noqa: E402
 
 WINDOWS = 7
+# Programs that published systems pack with; called for a comparison when they are installed
+COMPRESSORS = {"zpaq": ["zpaq", "add", "{out}", "{in}", "-method", "5"],
+               "lrzip": ["lrzip", "-z", "-L", "9", "-q", "-o", "{out}", "{in}"]}
 # 4 layers, C = 256, MLP 1024, 4 query heads on 2 key/value heads, V = 1024, 8 rows of 512 tokens.
 REFERENCE = dict(PRESET="baseline+cpu", MLP_MULT="4", TRAIN_BATCH_TOKENS="4096", LOADER="sequential", DEVICE="cpu",
                  MICRO_BATCH_TOKENS="4096", COMPILE="on")
@@ -169,7 +175,29 @@ def bench_codecs(path: Path | None) -> dict[str, object]:
                                             unpack=time.perf_counter() - middle)
             print(f"{name:14s} by {order:8s} {len(packed):10d} bytes  {len(packed) / entropy:.4f} x entropy   "
                   f"pack {middle - begin:6.2f} s  unpack {table[f'{name} {order}']['unpack']:5.2f} s", flush=True)
+    for name, command in COMPRESSORS.items():
+        if shutil.which(command[0]):
+            table[name] = bench_compressor(name, command, parts, entropy)
     return table
+
+
+def bench_compressor(name: str, command: list[str], parts: list[np.ndarray], entropy: float) -> dict[str, float]:
+    """Bytes of each matrix as a file of its own and of all in one file, the smaller of the two, over the entropy."""
+    sizes, begin = {}, time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        source, packed = Path(folder, "levels"), Path(folder, f"levels.{name}")
+        for label, group in (("by matrix", parts), ("whole", [np.concatenate([part.ravel() for part in parts])])):
+            sizes[label] = 0
+            for part in group:
+                packed.unlink(missing_ok=True)
+                source.write_bytes(part.tobytes())
+                subprocess.run([{"{in}": str(source), "{out}": str(packed)}.get(word, word) for word in command],
+                               check=True, capture_output=True)
+                sizes[label] += packed.stat().st_size
+    best = min(sizes, key=sizes.__getitem__)
+    print(f"{name:14s} {best:11s} {sizes[best]:10d} bytes  {sizes[best] / entropy:.4f} x entropy   both ways "
+          f"{time.perf_counter() - begin:6.2f} s", flush=True)
+    return dict(ratio=sizes[best] / entropy, pack=time.perf_counter() - begin)
 
 
 def bench_polar(seconds: float) -> dict[str, object]:

@@ -219,9 +219,9 @@ INEFFECTIVE = [("LEAKY_SLOPE", 0.3, {}, dict(MLP="leaky_relu2")), ("BIGRAM_DIM",
                ("SWA_TEMPERATURE", 0.1, {}, dict(AVERAGING="iw_swa")),
                ("RESERVE_SECONDS", 5, dict(MAX_WALLCLOCK_SECONDS=0), {}),
                ("EVAL_ROPE_SCALING", "yarn", {}, dict(EVAL="long", EVAL_SEQ_LEN=2048)),
-               *((f"TTT_{name}", value, {}, dict(TTT="sgd")) for name, value in (
+               *((f"TTT_{name}", value, dict(TTT="lora", EVAL="doc"), dict(TTT="sgd")) for name, value in (
                    ("LR", 0.1), ("MOMENTUM", 0), ("EPOCHS", 2), ("CHUNK_TOKENS", 4096))),
-               *((f"TTT_{name}", value, {}, dict(TTT="lora", EVAL="doc")) for name, value in (
+               *((f"TTT_{name}", value, dict(TTT="sgd"), dict(TTT="phased", EVAL="doc")) for name, value in (
                    ("LORA_RANK", 8), ("LORA_ALPHA", 8), ("LORA_LR", 0.1), ("LORA_WD", 0), ("LORA_BETA2", 0.9),
                    ("LORA_CHUNK", 32), ("LORA_DOCS", 8), ("WARM_A", 1))),
                *((f"TTT_{name}", 2, {}, dict(TTT="phased", EVAL="doc")) for name in ("PHASES", "PHASE_DOCS")),

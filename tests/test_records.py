@@ -1,5 +1,6 @@
 """The comparison tool of records/: what is run, what is compared, and one real comparison."""
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -100,3 +101,28 @@ def test_a_sweep_of_quantisers_measures_what_an_export_would(toy, tmp_path):
     assert "| GPTQ |" in (tmp_path / "table.md").read_text() and "<svg" in (tmp_path / "plot.svg").read_text()
     subprocess.run(tool, env=clean_env(), check=True, timeout=60, capture_output=True)
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4, "nothing is measured twice"
+
+
+def test_gains_are_those_of_the_same_artifact_and_documents(toy, tmp_path):
+    base = dict(PRESET="baseline+tiny", DEVICE="cpu", THREADS=1, NUMERICS="fp32", ATTENTION="sdpa", DATA_PATH=str(toy))
+    spec = dict(base=base, seeds=[3, 4], variants={
+        "chunks": dict(knobs=dict(EVAL="chunked")), "doc": dict(knobs=dict(EVAL="doc"), against="chunks"),
+        "learning": dict(knobs=dict(EVAL="sliding", TTT="sgd", TTT_LR=0.01), against="chunks")})
+    path = tmp_path / "gains.json"
+    path.write_text(json.dumps(spec))
+    tool = [sys.executable, str(ROOT / "records" / "toolkit" / "gains.py"), "run", str(path), "--scratch", str(tmp_path)]
+    done = subprocess.run(tool, capture_output=True, text=True, env=clean_env(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = {(r["seed"], r["variant"]): r for r in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    assert len(rows) == 6
+    for r in rows.values():
+        assert sum(r["nats"]) / math.log(2) / sum(r["bytes"]) == pytest.approx(r["bpb"], abs=2e-5)
+    log = (tmp_path / "gains-seed3" / "log.txt").read_text()
+    assert f"val_bpb:{rows[3, 'chunks']['bpb']:.8f}" in log.split("final:official")[1], "the run's own artifact"
+    for name in ("doc", "learning"):
+        gains = [rows[seed, "chunks"]["bpb"] - rows[seed, name]["bpb"] for seed in (3, 4)]
+        line = next(x for x in (tmp_path / "table.md").read_text().splitlines() if x.startswith(f"| {name} "))
+        assert f"| {statistics.mean(gains):+.4f} (" in line and " ".join(f"{g:+.4f}" for g in gains) in line
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    subprocess.run(tool, env=clean_env(), check=True, timeout=60, capture_output=True)
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6, "nothing is measured twice"

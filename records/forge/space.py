@@ -176,6 +176,8 @@ def holds(needs: str, values: dict[str, str]) -> bool:
         return True
     name, op, want = needs.split()
     have = str(values.get(name.upper(), ""))
+    if op == "in":
+        return have in want.split(",")
     try:
         a, b = (float({"True": 1, "False": 0}.get(x, x)) for x in (have, want))
     except ValueError:

@@ -77,10 +77,10 @@ def sweep(trainer: tg.Trainer, env: dict[str, str], spec: dict, seed: int, resul
         print(f"seed {seed} {variant} {x}: {len(blob)} bytes, gap {found['gap']:.5f}", flush=True)
 
 
-def run(path: Path, scratch: Path):
+def run(path: Path, scratch: Path, seeds: list[int]):
     """Train one model per seed through the script's own entry point, and sweep where it would export."""
     spec, results = json.loads(path.read_text()), path.with_name("results.jsonl")
-    for seed in spec["seeds"]:
+    for seed in seeds or spec["seeds"]:
         done = {(r["variant"], r["x"]) for r in read(results) if r["seed"] == seed}
         if set(points(spec)) <= done:
             continue
@@ -174,9 +174,10 @@ def main():
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("sweep", type=Path)
     parser.add_argument("--scratch", type=Path, default=Path(tg.SCRIPT).parent / "runs", help="where run folders go")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="only these, so that processes share the work")
     asked = parser.parse_args()
     if asked.what == "run":
-        run(asked.sweep, asked.scratch)
+        run(asked.sweep, asked.scratch, asked.seeds)
     report(asked.sweep)
 
 

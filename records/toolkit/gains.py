@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""What a way of scoring gains on the same trained models, document by document: then a table and a plot.
+
+    python records/toolkit/gains.py run SPEC.json       train each seed once, score what is missing in SPEC.json's folder
+    python records/toolkit/gains.py report SPEC.json    write table.md and plot.svg from results.jsonl
+
+SPEC.json: {"base": {knob: value}, "seeds": [..], "variants": {name: {"against": name, "knobs": {knob: value}}}}. A run
+of the base leaves one artifact per seed; every variant scores that very file in a process of its own. Gains are taken
+per document; the interval resamples documents after their losses were averaged over the seeds. Knobs of the base may
+use {NAME} for an environment variable.
+"""
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from compare import document_bootstrap
+
+SCRIPT = Path(__file__).resolve().parents[2] / "train_gpt.py"
+
+
+def launch(knobs: dict[str, Any]) -> str:
+    """Run the script to its end; returns what it printed. Exits with its message when it failed."""
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=os.environ | {k: str(v) for k, v in knobs.items()},
+                          capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr.strip() or f"{SCRIPT.name} ended with code {done.returncode}")
+    return done.stdout
+
+
+def trained(spec: dict, seed: int, scratch: Path) -> Path:
+    """The artifact of a seed; trains it unless an earlier call left one."""
+    folder = scratch / f"gains-seed{seed}"
+    if not (folder / "model.golf").exists():
+        base = {k: str(v).format(**os.environ) for k, v in spec["base"].items()}
+        launch(base | dict(SEED=seed, RUNS_DIR=scratch, RUN_ID=folder.name, RESUME="auto", STRICT_ENV=1))
+    return folder / "model.golf"
+
+
+def measure(spec: dict, seed: int, name: str, artifact: Path) -> dict[str, Any]:
+    """Score one artifact in one way: bits per byte, seconds, inputs read and nats of each document."""
+    data = str(spec["base"].get("DATA_PATH", "auto")).format(**os.environ)
+    text = launch(dict(RUN_MODE="eval", ARTIFACT=artifact, DATA_PATH=data) | spec["variants"][name]["knobs"])
+    found = re.search(r"^final:official variant:(\S+) val_loss:\S+ val_bpb:(\S+)", text, re.MULTILINE)
+    cost = re.search(r"^score:\S+ .*forward_tokens:(\d+)", text, re.MULTILINE)
+    seconds = re.search(r"^phase:eval start_ms:(\d+) end_ms:(\d+)", text, re.MULTILINE)
+    documents = np.load(artifact.with_suffix(f".{found[1]}.doc_loss.npy"))
+    return dict(seed=seed, variant=name, scored=found[1], bpb=float(found[2]), forward_tokens=int(cost[1]),
+                seconds=(int(seconds[2]) - int(seconds[1])) / 1e3, nats=documents[:, 0].round(4).tolist(),
+                bytes=documents[:, 1].astype(int).tolist())
+
+
+def read(path: Path) -> dict[tuple[int, str], dict]:
+    """Results by seed and variant."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {(r["seed"], r["variant"]): r for r in map(json.loads, lines)}
+
+
+def run(path: Path, scratch: Path, seeds: list[int]):
+    """Append each missing result to results.jsonl as soon as it is known."""
+    spec, results = json.loads(path.read_text()), path.with_name("results.jsonl")
+    for seed in seeds or spec["seeds"]:
+        for name in spec["variants"]:
+            if (seed, name) not in read(results):
+                found = measure(spec, seed, name, trained(spec, seed, scratch))
+                with open(results, "a") as file:
+                    file.write(json.dumps(found) + "\n")
+                print(f"seed {seed} {name}: {found['bpb']:.5f} bpb, {found['seconds']:.0f} s", flush=True)
+
+
+def documents(results: dict[tuple[int, str], dict], seeds: list[int], name: str) -> np.ndarray:
+    """(documents, 2): nats, averaged over the seeds, and bytes."""
+    rows = [results[seed, name] for seed in seeds]
+    return np.stack([np.mean([r["nats"] for r in rows], 0), np.array(rows[0]["bytes"], float)], 1)
+
+
+def gain(spec: dict, results: dict[tuple[int, str], dict], name: str) -> dict[str, Any] | None:
+    """Gain of a variant over the one it stands against: interval over documents, and that of each seed."""
+    against = spec["variants"][name].get("against")
+    seeds = [s for s in spec["seeds"] if (s, name) in results and (s, against) in results]
+    if not seeds:
+        return None
+    found = document_bootstrap(documents(results, seeds, against), documents(results, seeds, name))
+    return found | dict(seeds=[results[s, against]["bpb"] - results[s, name]["bpb"] for s in seeds])
+
+
+def table(spec: dict, results: dict[tuple[int, str], dict]) -> str:
+    """The comparison as Markdown."""
+    lines = ["| scored by | knobs | bpb | against | gain in bpb, 95 % over documents | gain of each seed "
+             "| inputs read | seconds |", "|---|---|---|---|---|---|---|---|"]
+    for name, variant in spec["variants"].items():
+        rows = [r for (_, v), r in results.items() if v == name]
+        knobs, found = " ".join(f"{k}={v}" for k, v in variant["knobs"].items()), gain(spec, results, name)
+        gained = "– | –" if found is None else (
+            f"{found['gain']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f}) | "
+            + " ".join(f"{g:+.4f}" for g in found["seeds"]))
+        lines.append(f"| {name} | `{knobs}` | {statistics.mean(r['bpb'] for r in rows):.4f} | "
+                     f"{variant.get('against', '')} | {gained} | {rows[0]['forward_tokens']:,} | "
+                     f"{statistics.median(r['seconds'] for r in rows):.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(spec: dict, results: dict[tuple[int, str], dict], path: Path):
+    """Gains with their intervals; a dot per seed."""
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "gains"  # the same data, the same file
+    import matplotlib.pyplot as plt
+    found = {name: g for name in reversed(spec["variants"]) if (g := gain(spec, results, name))}
+    figure, axis = plt.subplots(figsize=(8, 1 + 0.4 * len(found)), layout="constrained")
+    for i, g in enumerate(found.values()):
+        axis.barh(i, g["gain"], xerr=[[g["gain"] - g["low"]], [g["high"] - g["gain"]]], ecolor="0.3", capsize=3,
+                  color="tab:green" if g["gain"] > 0 else "tab:red")
+        axis.plot(g["seeds"], [i] * len(g["seeds"]), "k.", markersize=4)
+    axis.axvline(0, color="0.2", linewidth=0.8)
+    axis.set(yticks=range(len(found)), yticklabels=[f"{n}, against {spec['variants'][n]['against']}" for n in found],
+             xlabel="gain in bits per byte (right is better)")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def report(path: Path):
+    """Write table.md and plot.svg beside the specification."""
+    spec, results = json.loads(path.read_text()), read(path.with_name("results.jsonl"))
+    path.with_name("table.md").write_text(table(spec, results))
+    plot(spec, results, path.with_name("plot.svg"))
+    print(table(spec, results), end="")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("--scratch", type=Path, default=SCRIPT.parent / "runs", help="where run folders go")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="only these, so that processes share the work")
+    asked = parser.parse_args()
+    if asked.what == "run":
+        run(asked.spec, asked.scratch, asked.seeds)
+    report(asked.spec)
+
+
+if __name__ == "__main__":
+    main()
