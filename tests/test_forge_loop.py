@@ -113,7 +113,7 @@ def test_budgets_hold(tmp_path):
     assert "confirm" in kinds or state.anchor == state.champion
     c = forge_lab.instant(tmp_path, budget=dict(experiments=100, minutes=30.0))
     state = forge_lab.finish(c)  # every run takes one minute
-    assert 18 <= state.minutes() <= 31 and "minutes" in state.stopped
+    assert 15 <= state.minutes() <= 31 and "minutes" in state.stopped and "in reserve" in state.stopped
     c = forge_lab.instant(tmp_path, budget=dict(experiments=100, deadline="2020-01-01T00:00:00Z"))
     assert forge_lab.finish(c).runs and not any(r.started for r in c.state.runs.values())
     assert "deadline" in c.state.stopped

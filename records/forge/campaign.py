@@ -1,6 +1,7 @@
 """The loop: one idempotent tick reaps, judges, learns, proposes and starts. Everything decided is an event; a tick that
 is killed anywhere is repeated by the next one from the ledger alone, with the same decisions.
 """
+import calendar
 import contextlib
 import json
 import shutil
@@ -9,12 +10,14 @@ import tomllib
 from pathlib import Path
 from typing import Any, Callable
 
-from . import ForgeError, judge, meta, propose, runner, space as space_module
+from . import ForgeError, judge, ladder, meta, propose, runner, space as space_module
 from .ledger import Ledger, digest, file_digest, locked, now, write_atomic
 from .space import CODE, Space, config_id
 from .state import Experiment, replay
 
-STUDIES = ("confirm", "ablation", "compose", "promote")
+RUNG = ("kill_s", "tokens", "stall_s", "sentinel_runs", "prior_sigma", "nproc")  # and env, a table of knobs
+STUDIES = ("confirm", "ablation", "compose", "promote", "closing")
+MARGIN = 1.15  # of the reserve: runs do not all take equally long
 KEPT = ("status", "reason", "attempt", "exit_code", "log_sha256")  # of a run's record, in the ledger
 
 
@@ -116,11 +119,37 @@ class Campaign:
         device = {"CUDA_VISIBLE_DEVICES": str(used.get(key, 0) % slots)} if alone else {}
         return dict(key=key, exp=run.exp, env=run.env, rung=run.rung, seed=run.seed,
                     script=str(self.script(run.change)), code=run.change.get(CODE) or self.config["code"],
-                    kill_s=rung["kill_s"], stall_s=rung.get("stall_s", 300), nproc=rung.get("nproc", 1),
+                    kill_s=rung["kill_s"], seconds=self.clock(run.env), stall_s=rung.get("stall_s", 300), nproc=rung.get("nproc", 1),
                     device_env=device, sandbox=self.sandbox(run.change, key), ordered=now(),
                     batch_tokens=int(run.env.get("TRAIN_BATCH_TOKENS",
                                                  self.space.base_values.get("TRAIN_BATCH_TOKENS", 0))),
                     artifact_bytes=self.config["budget"]["artifact_bytes"])
+
+    def clock(self, env: dict) -> float:
+        """Seconds after which a run of this environment ends its training; 0 when it ends by its steps."""
+        return float(env.get("MAX_WALLCLOCK_SECONDS", self.space.base_values.get("MAX_WALLCLOCK_SECONDS", 0.0)))
+
+    def foretell(self):
+        """Forecast every first run of a search experiment once, halfway, and end those that will hardly beat the anchor.
+        Runs that judge, confirm or repeat are never cut short, and every fifth hopeless one runs on, by lot, so that
+        forecasts are scored on good and bad runs alike."""
+        state = self.state
+        for run in self.running() if self.config["loop"]["forecasts"] else ():
+            x = state.experiments[run.exp]
+            if run.forecast or x.kind != "search" or (config_id(run.change), run.seed) != (x.cid, x.seeds[0]):
+                continue
+            reading = self.runs.partway(run.key)
+            seen = [(r.record["partway"], r.score) for r in state.runs.values() if r.rung == run.rung
+                    and r.score is not None and r.record.get("partway")]
+            bar = state.scores(state.anchor, run.rung)
+            found = ladder.forecast(seen, reading, sum(bar) / len(bar)) if reading and bar else None
+            if found:
+                hopeless = found["chance"] < ladder.HOPELESS and ladder.trusted(state)
+                stop = hopeless and int(digest([self.config["seed"], run.key]), 16) % 5 > 0
+                self.record("forecast", key=run.key, forecast=found | dict(stop=stop))
+                if stop:
+                    self.runs.prune(run.key, f"forecast {found['middle']:.4f} [{found['low']:.4f}, {found['high']:.4f}], "
+                                    f"the anchor has {sum(bar) / len(bar):.4f}")
 
     def sandbox(self, change: dict, key: str) -> list[str]:
         """The command in front of patched code; nothing for the campaign's own code."""
@@ -150,7 +179,7 @@ class Campaign:
         m = record["metrics"]
         kept = {k: record.get(k) for k in KEPT} | {k: m.get(k) for k in (
             "val_bpb", "val_loss", "val_bpb_prequant", "steps", "train_s", "step_ms", "artifact_bytes", "wall_s",
-            "params")}
+            "params", "partway")}
         kept |= dict(bpb=kept.pop("val_bpb"), host=record["host"]["class"], val=[record["data"].get(k) for k in (
             "val_tokens", "val_bytes", "tokenizer_sha256")])
         kept["wall_s"] = kept["wall_s"] or 0.0
@@ -176,16 +205,29 @@ class Campaign:
                     running=running, experiments=len(self.state.searches()), agent_calls=len(self.state.agent_calls),
                     agent_dollars=sum(c.get("dollars", 0.0) for c in self.state.agent_calls))
 
-    def exhausted(self, rung: str, more_runs: int = 1) -> str:
-        """Why `more_runs` further runs on a rung would break a budget; empty when they fit."""
-        budget, spent = self.config["budget"], self.spent()
-        expected = self.state.expected_seconds(rung) * self.config["rungs"][rung].get("nproc", 1) / 60
-        if budget["runs"] and spent["runs"] + more_runs > budget["runs"]:
-            return f"runs: {spent['runs']:.0f} of {budget['runs']} used"
-        if budget["minutes"] and spent["minutes"] + (spent["running"] + more_runs) * expected > budget["minutes"]:
-            return f"minutes: {spent['minutes']:.1f} of {budget['minutes']} used, a run takes {expected:.1f}"
-        if budget["deadline"] and now() > budget["deadline"]:
-            return f"deadline {budget['deadline']} has passed"
+    def reserve(self) -> list[dict]:
+        """Configurations of the runs that stay in reserve: those that confirm the anchor and, when the champion was
+        tested against an earlier one, those that compare the last champion with the base."""
+        arms = [self.state.anchor, self.state.champion] + ([self.state.anchor, {}] if self.state.champion else [])
+        return arms * judge.FRESH
+
+    def exhausted(self, rung: str, more_runs: int = 1, reserve: bool = False) -> str:
+        """Why `more_runs` further runs on a rung (and the reserve behind them) would break a budget; empty when they
+        fit."""
+        budget, spent, state, search = self.config["budget"], self.spent(), self.state, self.config["search"]
+        kept, expected = self.reserve() if reserve else [], state.expected_seconds(rung)
+        where = search["confirm_rung"] or search["rung"]
+        last = sum(MARGIN * max(state.expected_seconds(where, c), state.expected_seconds(where)) for c in kept)
+        nproc = [self.config["rungs"][r].get("nproc", 1) for r in (rung, where)]
+        more = ((spent["running"] + more_runs) * expected * nproc[0] + last * nproc[1]) / 60
+        if budget["runs"] and spent["runs"] + more_runs + len(kept) > budget["runs"]:
+            return f"runs: {spent['runs']:.0f} of {budget['runs']} used" + f", {len(kept)} in reserve" * reserve
+        if budget["minutes"] and spent["minutes"] + more > budget["minutes"]:
+            return (f"minutes: {spent['minutes']:.1f} of {budget['minutes']} used, a run takes {expected / 60:.1f}"
+                    + f", {last * nproc[1] / 60:.1f} in reserve" * reserve)
+        if budget["deadline"] and time.time() + more * 60 / self.config["loop"]["workers"] > seconds_of(
+                budget["deadline"]):
+            return f"deadline {budget['deadline']} " + ("is too near" if now() < budget["deadline"] else "has passed")
         free = shutil.disk_usage(self.folder).free / 2**30
         return f"disk: {free:.1f} GiB free, want {budget['disk_gib']}" if free < budget["disk_gib"] else ""
 
@@ -193,7 +235,8 @@ class Campaign:
         """Start wanted runs while there are workers and budget; sentinels and studies before the search."""
         todo = [r for r in self.state.runs.values() if not r.started]
         for run in todo[:max(0, self.config["loop"]["workers"] - len(self.running()))]:
-            if reason := self.exhausted(run.rung):
+            study = self.state.experiments[run.exp].kind in STUDIES  # the reserve is there to be used
+            if reason := self.exhausted(run.rung, 0 if study else 1):
                 if not self.running():
                     self.record("stopped", reason=reason)
                 return
@@ -230,7 +273,7 @@ class Campaign:
             reason = self.search_over()
             if not reason:
                 self.open_search()
-            elif not state.open():
+            elif not state.open() and not self.open_closing():
                 self.record("stopped", reason=reason)
 
     def sentinels(self, rung: str) -> int:
@@ -251,7 +294,7 @@ class Campaign:
         budget, done = self.config["budget"], len(self.state.searches()) + len(self.state.open("search"))
         if done >= budget["experiments"]:
             return f"experiments: {done} of {budget['experiments']} done"
-        return self.exhausted(self.config["search"]["rung"], 1 + 2 * judge.FRESH)
+        return self.exhausted(self.config["search"]["rung"], reserve=True)
 
     # What each kind of experiment needs, and its verdict.
     def step_sentinel(self, x: Experiment):
@@ -284,11 +327,14 @@ class Campaign:
         if found is None:
             return
         noise = state.noise(x.rung)
-        failed = next((state.run_of(*w).record for w, y in zip(wanted, found) if y is None and w[0] == x.change), None)
-        if failed:
-            return self.close(x, "reject", f"{failed['status']}: {failed['reason']}", delta=None, sigma=noise.sigma)
-        new = state.scores(x.change, x.rung, seeds)
         old = next(s for c in (state.anchor, state.champion, {}) if (s := state.scores(c, x.rung)))
+        failed = next((r for w, y in zip(wanted, found) if y is None and w[0] == x.change
+                       and (r := state.run_of(*w))), None)
+        if failed:
+            cut = failed.forecast["middle"] - sum(old) / len(old) if failed.record["status"] == "pruned" else None
+            return self.close(x, "reject", f"{failed.record['status']}: {failed.record['reason']}", delta=cut,
+                              sigma=noise.sigma)
+        new = state.scores(x.change, x.rung, seeds)
         if self.config["search"]["anchor"] == "greedy":
             step = "move" if new[0] < min(old) else "stay"
         else:
@@ -296,7 +342,7 @@ class Campaign:
         if step in ("new", "anchor"):
             change = x.change if step == "new" else state.anchor
             seed = self.next_seed(change, x.rung)
-            if seed is not None and not self.exhausted(x.rung, 1 + 2 * judge.FRESH):
+            if seed is not None and not self.exhausted(x.rung, reserve=True):
                 return self.want(x, change, x.rung, seed)
             step = "stay"
         delta = sum(new) / len(new) - sum(old) / len(old)
@@ -327,10 +373,33 @@ class Campaign:
                   factors=self.factors(), source="reserve" if short else "judge")
         return True
 
+    def open_closing(self) -> bool:
+        """At the end, the last champion against the base on fresh seeds, unless that is what confirmed it."""
+        state = self.state
+        won = [x for x in state.experiments.values() if x.kind in ("confirm", "closing") and x.verdict
+               and config_id(x.change) == config_id(state.champion)]
+        if not state.champion or any(not x.parent for x in won) or self.exhausted(won[-1].rung, 2 * judge.FRESH):
+            return False
+        self.open("closing", state.champion, won[-1].rung, parent={}, seeds=self.fresh_seeds(), source="judge",
+                  text="what the campaign gained in all")
+        return True
+
+    def step_closing(self, x: Experiment):
+        """Six runs on fresh seeds; nothing moves by them, they are what the report says."""
+        arms = [self.gather(x, [(c, x.rung, s) for s in x.seeds]) for c in (x.change, x.parent)]
+        if None in arms:
+            return
+        new, old = ([y for y in arm if y is not None] for arm in arms)
+        if not new or not old:
+            return self.close(x, "failed", "the runs on fresh seeds failed")
+        better, test = judge.fresh_test(new, old, self.state.noise(x.rung))
+        self.close(x, "upheld" if better else "not upheld", f"{test.delta:+.4f} against the base, p {test.p:.4f}",
+                   seeds_used=x.seeds, scores_new=new, scores_old=old, **self.numbers(test))
+
     def fresh_seeds(self) -> list[int]:
         """Seeds that no experiment has had."""
         first = self.config["seeds"]["fresh_from"] + judge.FRESH * sum(
-            x.kind in ("confirm", "ablation", "compose") for x in self.state.experiments.values())
+            x.kind in ("confirm", "ablation", "compose", "closing") for x in self.state.experiments.values())
         return list(range(first, first + judge.FRESH))
 
     def compose(self, changes: list[dict]) -> str:
@@ -364,17 +433,22 @@ class Campaign:
                 for (name, skill), knobs in sorted(found.items())]
 
     def pairs_look(self, x: Experiment) -> tuple[str, int] | None:
-        """The sequential part of a confirmation: (decision, pairs), or None while runs are missing."""
-        seeds, pairs = self.config["seeds"]["judge"], 0
+        """The sequential part of a confirmation: (decision, pairs), or None while runs are missing. When the next look
+        cannot be paid any more, fresh seeds decide alone."""
+        seeds, pairs, state = self.config["seeds"]["judge"], 0, self.state
         while True:
-            pairs = judge.next_look(pairs)
+            done, pairs = pairs, judge.next_look(pairs)
+            new = [1 for c in (x.change, x.parent) for s in seeds[:pairs] if not state.run_of(c, x.rung, s)]
+            if any(state.run_of(x.change, x.rung, s) for s in x.seeds) or (
+                    new and self.exhausted(x.rung, len(new) + 2 * judge.FRESH)):
+                return "fresh", done
             arms = [self.gather(x, [(c, x.rung, s) for s in seeds[:pairs]]) for c in (x.change, x.parent)]
             if None in arms:
                 return None
             if any(y is None for arm in arms for y in arm):
                 return "reject", pairs
             differences = [a - b for a, b in zip(*arms)]
-            step = judge.look(differences, self.state.noise(x.rung).sigma_d)
+            step = judge.look(differences, state.noise(x.rung).sigma_d)
             if step != "more":
                 return step, pairs
 
@@ -429,7 +503,7 @@ class Campaign:
         if not last or last.kind != "confirm" or last.verdict["verdict"] != "confirmed":
             return False
         factors = last.verdict["factors"][:11]
-        if len(factors) < 2 or self.exhausted(last.rung, 12) or not self.config["loop"]["ablation"]:
+        if len(factors) < 2 or self.exhausted(last.rung, 12, reserve=True) or not self.config["loop"]["ablation"]:
             return False
         self.open("ablation", self.state.champion, last.rung, parent=last.parent, seeds=self.fresh_seeds()[:1],
                   factors=factors,
@@ -460,7 +534,7 @@ class Campaign:
     def open_promotion(self) -> bool:
         """Move the best third and a random tenth one rung up, so that transfer is measured and not assumed."""
         state, search, up = self.state, self.config["search"]["rung"], self.config["search"].get("promote_to", "")
-        if not up or self.exhausted(up, 1 + 2 * judge.FRESH):
+        if not up or self.exhausted(up, reserve=True):
             return False
         if up not in state.reference:
             if not any(x.kind == "sentinel" and x.rung == up for x in state.experiments.values()):
@@ -497,13 +571,15 @@ class Campaign:
                 break
             change, cid = found["change"], config_id(found["change"])
             rung = self.config["search"]["rung"]
-            if cid not in self.state.plans:
-                env = self.space.resolve(change, self.rung(rung))
-                self.record("planned", cid=cid, plan=self.plan(change, env))
-            if reason := self.infeasible(cid):
+            for wanted in (change, {}) if self.config["search"]["max_flops"] else (change,):
+                if config_id(wanted) not in self.state.plans:
+                    env = self.space.resolve(wanted, self.rung(rung))
+                    self.record("planned", cid=config_id(wanted), plan=self.plan(wanted, env))
+            if reason := self.infeasible(cid) or self.costly(cid):
+                plan = self.state.plans[cid]
                 self.record("refused", proposal=found | dict(
                     infeasible=True, reason=reason, at=len(self.state.experiments),
-                    oversize="bytes" in self.state.plans[cid]))
+                    oversize="bytes" in plan and not plan["ok"]))
                 continue
             tried = sum(x.kind == "search" for x in self.state.experiments.values())
             self.open("search", change, rung, skill=found["skill"], parent=self.state.anchor,
@@ -538,6 +614,14 @@ class Campaign:
         over = expected - error - self.config["budget"]["artifact_bytes"]
         return plan["reason"] if over > 0 else ""
 
+    def costly(self, cid: str) -> str:
+        """Why a planned configuration would win only by computing more than the base: on a rung of equal tokens, more
+        operations per token are more time."""
+        limit, plans = self.config["search"]["max_flops"], self.state.plans
+        base, mine = (plans.get(i, {}).get("flops", 0.0) for i in (config_id({}), cid))
+        return f"{mine / base:.2f} times the base's operations per token, the limit is {limit:g}" if (
+            limit and base and mine > limit * base * 1.001) else ""
+
     # The tick.
     def tick(self) -> bool:
         """Reap, judge, learn, propose, start. True when anything happened. Raises ForgeError when another decider is
@@ -549,6 +633,7 @@ class Campaign:
         before = self.state.events
         self.sync_config()
         self.ingest()
+        self.foretell()
         while self.decide():
             pass
         if not self.state.stopped:
@@ -587,8 +672,9 @@ def toggled(change: dict, factors: list[dict], signs) -> dict:
 
 # ---- Beginning -------------------------------------------------------------------------------------------------------
 DEFAULTS: dict[str, dict[str, Any]] = dict(
-    search=dict(rung="screen", confirm_rung="", promote_to="", anchor="sigma", race_above=0.0025),
-    loop=dict(workers=1, meta_every=5, confirm="large", confirm_every=20, ablation=True, lease_s=300.0),
+    search=dict(rung="screen", confirm_rung="", promote_to="", anchor="sigma", race_above=0.0025, max_flops=0.0),
+    loop=dict(workers=1, meta_every=5, confirm="large", confirm_every=20, ablation=True, lease_s=300.0,
+              forecasts=True),
     seeds=dict(search=list(range(1, 21)), judge=list(range(101, 106)), fresh_from=1001),
     budget=dict(experiments=40, minutes=0.0, runs=0, deadline="", disk_gib=1.0, artifact_bytes=16_000_000,
                 agent_calls=0, agent_dollars=0.0),
@@ -598,8 +684,10 @@ DEFAULTS: dict[str, dict[str, Any]] = dict(
 HEAD = """\
 # A campaign's limits. Edit at any time, also while it runs; name, seed, code and base are fixed. 0 or "" is no limit.
 # rungs: kill_s ends a run by force; env is added to every run; tokens, if given, makes runs equal in tokens.
-# search: rung of the search; confirm_rung "" is the same; anchor "sigma" or "greedy"; race_above is a noise.
-# loop: confirm "large" tests a large gain at once, "end" only when the budget is used.
+# search: rung of the search; confirm_rung "" is the same; anchor "sigma" or "greedy"; race_above is a noise;
+#   max_flops refuses what needs more operations per token than this times the base's (0 = no limit).
+# loop: confirm "large" tests a large gain at once, "end" only when the budget is used; forecasts end hopeless runs
+#   of the search halfway.
 
 """
 
@@ -628,6 +716,12 @@ def read_config(path: Path) -> dict:
     for name, rung in found.get("rungs", {}).items():
         if not isinstance(rung.get("kill_s"), (int, float)) or rung["kill_s"] <= 0:
             errors.append(f"{path.name}: [rungs.{name}] kill_s must be a number of seconds above 0")
+        errors += [f"{path.name}: [rungs.{name}] {k} = {v!r}: want a number named {', '.join(RUNG)}" for k, v in
+                   rung.items() if k != "env" and (k not in RUNG or not isinstance(v, (int, float)))]
+    try:
+        seconds_of(config["budget"]["deadline"] or now())
+    except ValueError:
+        errors.append(f"{path.name}: [budget] deadline {config['budget']['deadline']!r}: want 2026-12-01T08:00:00Z")
     seeds = config["seeds"]
     if set(seeds["search"]) & set(seeds["judge"]) or max(*seeds["search"], *seeds["judge"]) >= seeds["fresh_from"]:
         errors.append(f"{path.name}: search, judge and fresh seeds must not overlap")
@@ -636,6 +730,11 @@ def read_config(path: Path) -> dict:
     if errors:
         raise ForgeError("\n".join(sorted(errors)))
     return config
+
+
+def seconds_of(moment: str) -> float:
+    """A UTC text such as 2026-12-01T08:00:00Z in seconds of time.time(). Raises ValueError."""
+    return float(calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ")))
 
 
 def to_toml(value: dict, prefix: str = "") -> str:
@@ -676,6 +775,8 @@ def create(folder: Path, script: Path, skills: Path, config: dict) -> Campaign:
         write_atomic(folder / "campaign.toml", to_toml(config))
         config = read_config(folder / "campaign.toml")
         described = space_module.describe(folder / "code" / code / "train_gpt.py", config["base"])
+        if tokens := config["rungs"][config["search"]["rung"]].get("tokens"):  # what counts steps is a part of these
+            described["values"]["ITERATIONS"] = max(1, tokens // described["values"]["TRAIN_BATCH_TOKENS"])
         Space.build(described, load_skills(skills), config["base"])
         write_atomic(folder / "code" / code / "knobs.json", json.dumps(described))
         shutil.copytree(skills, folder / "skills", dirs_exist_ok=True)

@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":
@@ -61,6 +62,14 @@ def pairs(items: list[str]) -> dict[str, str]:
     return dict(item.split("=", 1) for item in items)
 
 
+def value_of(text: str) -> Any:
+    """A number, truth value or list where the text is one, else the text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
 def init(asked):
     """Create a campaign."""
     from forge import campaign as c
@@ -77,12 +86,17 @@ def init(asked):
         if key.isupper():
             rungs[name]["env"] = rungs[name]["env"] | {key: value}
         else:
-            rungs[name][key] = json.loads(value)
+            rungs[name][key] = value_of(value)
     config = dict(seed=asked.seed, base=base, rungs=rungs, search=dict(rung=asked.on, promote_to=asked.promote_to),
                   loop=dict(workers=asked.workers),
                   budget=dict(experiments=asked.experiments, minutes=asked.minutes, runs=asked.runs,
                               deadline=asked.deadline),
                   agent=dict(cmd=asked.agent))
+    for item, value in pairs(asked.set).items():  # loop.confirm=end, search.max_flops=1.1
+        table, _, key = item.partition(".")
+        if table not in c.DEFAULTS or not key:
+            raise ForgeError(f"--set {item}: want TABLE.KEY=VALUE with a table of {', '.join(c.DEFAULTS)}")
+        config.setdefault(table, {})[key] = value_of(value)
     folder = place(asked.name)
     c.create(folder, Path(asked.script), Path(asked.skills), config)
     print(f"campaign {folder.name} begun; limits and rungs are in campaign.toml, which you may edit at any time")
@@ -404,6 +418,8 @@ def describe_campaign(made: argparse.ArgumentParser):
     made.add_argument("--knob", action="append", default=[], metavar="NAME=VALUE", help="fixed for every run")
     made.add_argument("--rung", action="append", default=[], metavar="RUNG.NAME=VALUE",
                       help="of a rung: a knob in capitals, or tokens, kill_s, stall_s, sentinel_runs, nproc")
+    made.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE",
+                      help="anything else of campaign.toml, such as loop.confirm=end or search.max_flops=1.1")
     made.add_argument("--on", default="screen", help="rung of the search")
     made.add_argument("--promote-to", default="", help="rung that the best third is measured on as well")
     made.add_argument("--experiments", type=int, default=40)

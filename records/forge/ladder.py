@@ -2,12 +2,14 @@
 from typing import Any, Sequence
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
 from .space import Space
 from .state import State
 
 TOO_FEW, ENOUGH = 8, 12  # shared configurations: below, no statement; from here, a rule
 TRANSFERS, FAILS = 0.4, 0.3  # bounds of tau
+FORECAST_FROM, HOPELESS = 8, 0.05  # finished runs before a forecast; chance below which a run is not worth its end
 PRIOR = dict(schedule="does not transfer", batch="does not transfer", eval="does not transfer", shape="transfers")
 
 
@@ -57,6 +59,40 @@ def report(state: State, space: Space) -> list[dict]:
             found.append(dict(lower=lower, upper=upper, klass=klass, prior=PRIOR.get(klass, "unknown"), points=points,
                               **transfer([p[0] for p in points], [p[1] for p in points], base)))
     return found
+
+
+# ---- Forecasts -------------------------------------------------------------------------------------------------------
+def forecast(seen: Sequence[tuple[float, float]], reading: float, bar: float, level: float = 0.9) -> dict | None:
+    """Where a run will end whose training loss partway is `reading`, from the finished runs of its rung: (their loss at
+    the same part of the run, their score). {"low", "middle", "high"} of a new score at `level`, and the chance that it
+    ends below `bar`. None with fewer than FORECAST_FROM finished runs, or when all their readings are equal.
+
+    Ordinary least squares with its prediction interval: the shape of the curve behind that part, decay of the rate
+    included, is what finished runs share. After Baker et al. 2017, arXiv 1705.10823.
+    """
+    x, y = np.array(seen, float).reshape(-1, 2).T
+    if len(x) < FORECAST_FROM or not np.ptp(x):
+        return None
+    df, square = len(x) - 2, ((x - x.mean()) ** 2).sum()
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / square
+    middle = float(y.mean() + slope * (reading - x.mean()))
+    rest = y - y.mean() - slope * (x - x.mean())
+    error = float(np.sqrt((rest**2).sum() / df * (1 + 1 / len(x) + (reading - x.mean()) ** 2 / square))) + 1e-12
+    half = float(stdtrit(df, (1 + level) / 2)) * error
+    return dict(low=middle - half, middle=middle, high=middle + half, chance=float(stdtr(df, (bar - middle) / error)))
+
+
+def calibration(state: State) -> tuple[int, float]:
+    """How many of the last 20 forecasts have met their score, and the part of them that covered it."""
+    met = [r.forecast["low"] <= r.score <= r.forecast["high"] for r in state.runs.values()
+           if r.forecast and r.score is not None][-20:]
+    return len(met), sum(met) / len(met) if met else 0.0
+
+
+def trusted(state: State) -> bool:
+    """Whether forecasts have shown that they may end runs: five have met their score, three of four covered it."""
+    n, covered = calibration(state)
+    return n >= 5 and covered >= 0.75
 
 
 # ---- Projection ------------------------------------------------------------------------------------------------------

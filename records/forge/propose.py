@@ -95,7 +95,8 @@ def study_of(state: State, space: Space, sampler) -> optuna.Study:
         if x.kind in ("search", "sentinel"):
             scores = state.scores(x.change, x.rung)
             params = {n: k.clip(v) for (n, v), k in zip(space.values(x.change).items(), space.knobs.values())}
-            value = float(np.mean(scores)) if scores else worst  # a running one counts as bad: no two look there
+            cut = [r.forecast["middle"] for r in state.runs.values() if r.exp == x.id and r.forecast]
+            value = float(np.mean(scores or cut or worst))  # a running one counts as bad: no two look there
             trials.append(optuna.trial.create_trial(params=params, distributions=table, value=value))
     trials += [optuna.trial.create_trial(params={n: k.clip(v) for (n, v), k in zip(
         space.values(p["change"]).items(), space.knobs.values())}, distributions=table, value=worst)

@@ -32,7 +32,8 @@ NUMBER = r"[-+.\deE]+|nan|inf|-inf"
 FINAL = re.compile(rf"^final:official variant:(\S+) val_loss:({NUMBER}) val_bpb:({NUMBER}) tokens:(\d+) bytes:(\d+)",
                    re.M)
 EXACT = re.compile(rf"^final_\w+_exact val_loss:({NUMBER}) val_bpb:({NUMBER})", re.M)
-STEP = re.compile(rf"^step:(\d+)/\d+ train_loss:({NUMBER}) train_time:(\d+)ms", re.M)
+STEP = re.compile(rf"^step:(\d+)/(\d+) train_loss:({NUMBER}) train_time:(\d+)ms", re.M)
+PARTWAY = (0.3, 0.5)  # part of a run whose training losses foretell its score
 VAL = re.compile(rf"^step:(\d+)/\d+ val_loss:({NUMBER}) val_bpb:({NUMBER}) train_time:(\d+)ms", re.M)
 
 
@@ -108,13 +109,22 @@ def kill_group(group: int, grace: float = GRACE, below: int | None = None):
 
 
 # ---- What a log says -------------------------------------------------------------------------------------------------
+def partway(text: str, seconds: float = 0.0) -> float | None:
+    """Mean training loss, in nats, between 30 and 50 % of a run that ends by its steps or after `seconds` (0 = by steps
+    alone); None before that, or with fewer than five readings."""
+    rows = [(max(int(m[1]) / int(m[2]), int(m[4]) / 1e3 / seconds if seconds else 0.0), float(m[3]))
+            for m in STEP.finditer(text)]
+    inside = [loss for share, loss in rows if PARTWAY[0] < share <= PARTWAY[1] and math.isfinite(loss)]
+    return statistics.fmean(inside) if rows and rows[-1][0] >= PARTWAY[1] and len(inside) >= 5 else None
+
+
 def parse_log(text: str, batch_tokens: int = 0) -> dict[str, Any]:
     """Numbers of a log. `finals` holds every official score line; `curve` is [tokens, bits per byte], `losses`
     [step, nats]."""
     official = [(float(m[2]), float(m[3]), int(m[4]), int(m[5])) for m in FINAL.finditer(text)]
     exact = [(float(m[1]), float(m[2])) for m in EXACT.finditer(text)]
     finals = official or [(loss, bpb, 0, 0) for loss, bpb in exact[-1:]]
-    steps = [(int(m[1]), float(m[2]), int(m[3])) for m in STEP.finditer(text)]
+    steps = [(int(m[1]), float(m[3]), int(m[4])) for m in STEP.finditer(text)]
     vals = [(int(m[1]), float(m[2]), float(m[3])) for m in VAL.finditer(text)]
     gaps = [(b[2] - a[2]) / (b[0] - a[0]) for a, b in zip(steps[3:], steps[4:]) if b[0] > a[0]]
     found: dict[str, Any] = dict(
@@ -190,6 +200,7 @@ def collect(folder: Path, order: dict, attempt: int, code: int | None, killed: s
         status, reason = "tampered", f"the log says {parsed['logged_bytes']:,} bytes, the disk {size:,}"
     loss, bpb, *_ = parsed["finals"][-1] if parsed["finals"] else (None, None)
     metrics = {k: parsed[k] for k in ("val_bpb_prequant", "steps", "train_s", "step_ms", "peak_mib", "params")}
+    metrics["partway"] = partway(text, order.get("seconds", 0.0))
     metrics |= dict(val_bpb=bpb if status == "ok" else None, val_loss=loss if status == "ok" else None,
                     artifact_bytes=size, wall_s=round(time.time() - order.get("begin", time.time()), 3))
     record = dict(
@@ -352,6 +363,18 @@ class LocalRunner:
                 return "lost", None
         except ForgeError:
             return "running", None
+
+    def partway(self, key: str) -> float | None:
+        """What the training losses of a running run say by now, see the function of that name."""
+        logs = sorted((self.runs / key).glob("a*.out"))
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            order = json.loads((self.runs / key / "run.json").read_text())
+            return partway(logs[-1].read_text("utf-8", "replace"), order.get("seconds", 0.0)) if logs else None
+        return None
+
+    def prune(self, key: str, reason: str):
+        """Ask a run's supervisor to end it."""
+        write_atomic(self.runs / key / "prune", reason)
 
     def stop(self, keys: list[str]):
         """End the supervisors of these runs and what they run."""

@@ -158,6 +158,9 @@ class QueueRuns:
             write_atomic(folder / "metrics.json", json.dumps(record, indent=1))
         return record
 
+    def partway(self, key: str) -> None:
+        """Logs arrive with the result: runs elsewhere are never cut short."""
+
     def stop(self, keys: list[str]):
         """Nothing to end here: workers finish what they have, and it is taken in next time."""
 

@@ -151,18 +151,20 @@ class Space:
 
     def resolve(self, change: dict[str, Any], rung: dict[str, Any]) -> dict[str, str]:
         """The knob environment of a change on a rung: base, then change, then the rung's own. On a rung that names
-        `tokens`, a larger batch gets fewer steps; counts of steps follow the expected steps."""
+        `tokens`, runs end by tokens and never by the clock: a larger batch gets fewer steps. Counts of steps follow the
+        expected steps."""
         env = dict(self.base_env)
         values, steps = self.base_values | change, rung["steps"]
+        fixed = {k: str(v) for k, v in rung.get("env", {}).items()}
         if rung.get("tokens"):
-            steps = max(1, rung["tokens"] // int(values["TRAIN_BATCH_TOKENS"]))
-            env |= dict(ITERATIONS=str(steps), MAX_WALLCLOCK_SECONDS="0")
+            steps = max(1, rung["tokens"] // int(fixed.get("TRAIN_BATCH_TOKENS", values["TRAIN_BATCH_TOKENS"])))
+            fixed |= dict(ITERATIONS=str(steps), MAX_WALLCLOCK_SECONDS="0")
         for name, value in change.items():
             if name != CODE:
                 if self.knobs[name].of_steps:
                     value = max(1, round(value * steps)) if value else 0
                 env[name] = str(value)
-        return env | {k: str(v) for k, v in rung.get("env", {}).items()}
+        return env | fixed
 
     def classes(self, change: dict[str, Any], other: dict[str, Any]) -> set[str]:
         """Classes of the knobs in which two changes differ."""

@@ -19,6 +19,7 @@ class Run:
     env: dict
     started: bool = False
     record: dict | None = None
+    forecast: dict | None = None
 
     @property
     def finished(self) -> bool:
@@ -98,9 +99,12 @@ class State:
     def on_finished(self, e):
         self.runs[e["key"]].record = e["record"]
 
+    def on_forecast(self, e):
+        self.runs[e["key"]].forecast = e["forecast"]
+
     def on_forgotten(self, e):
         run = self.runs[e["key"]]
-        run.started, run.record = False, None
+        run.started, run.record, run.forecast = False, None, None
         x = self.experiments[run.exp]
         if x.kind in ("sentinel", "search") and x.verdict["verdict"] in ("failed", "reject"):
             x.verdict = None  # to be judged anew; neither verdict had moved anything
@@ -175,16 +179,19 @@ class State:
         return sum(r.record["wall_s"] * self.config["rungs"][r.rung].get("nproc", 1)
                    for r in self.runs.values() if r.finished) / 60
 
-    def expected_seconds(self, rung: str) -> float:
-        """How long a run on this rung takes: the median so far, or half its limit before any is known."""
-        times = sorted(r.record["wall_s"] for r in self.runs.values() if r.finished and r.rung == rung)
+    def expected_seconds(self, rung: str, change: dict | None = None) -> float:
+        """How long a run on this rung takes: the median so far, of this configuration if it ran there, or half the
+        rung's limit before any is known. Runs that were cut short do not count."""
+        runs = [r for r in self.runs.values() if r.finished and r.rung == rung and r.record["status"] != "pruned"]
+        mine = [r for r in runs if change is not None and config_id(r.change) == config_id(change)]
+        times = sorted(r.record["wall_s"] for r in mine or runs)
         return times[len(times) // 2] if times else 0.5 * self.config["rungs"][rung]["kill_s"]
 
     def digest(self) -> str:
         """One hash of everything derived: equal states, equal hashes."""
         return digest(dict(
             config=self.config, anchor=self.anchor, champion=self.champion, chapter=self.chapter, metas=self.metas,
-            runs={k: [r.exp, r.change, r.rung, r.seed, r.started, r.record] for k, r in self.runs.items()},
+            runs={k: [r.exp, r.change, r.rung, r.seed, r.started, r.record, r.forecast] for k, r in self.runs.items()},
             experiments={k: [x.kind, x.change, x.skill, x.verdict] for k, x in self.experiments.items()},
             evidence=dict(self.evidence), reference=self.reference, stopped=self.stopped))
 
