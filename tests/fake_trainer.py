@@ -174,7 +174,7 @@ def main() -> int:
     folder = Path(v["runs_dir"]) / v["run_id"]
     folder.mkdir(parents=True, exist_ok=True)
     score = noisy_score(v, tricks.get("noise", 0.001))
-    lines = list(log_lines(v, score))
+    lines = list(log_lines(v, score, tricks.get("steps", 10)))
     if trick == "stubborn":  # ignores SIGTERM, and so do a grandchild and one that left the session
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.fork() == 0:

@@ -46,6 +46,9 @@ class InstantRuns:
     def start(self, order):
         self.orders[order["key"]] = order
 
+    def partway(self, key):
+        """These runs are never seen on their way."""
+
     def poll(self, key):
         order = self.orders[key]
         noise = fake_trainer.rungs_noise(order["rung"], order["seed"], dict(order["env"], campaign=id(self) * 0))
@@ -55,6 +58,35 @@ class InstantRuns:
             host={"class": "lab"}, data=dict(val_tokens=1000, val_bytes=2500, tokenizer_sha256="x"),
             metrics=dict(val_bpb=score, val_loss=score * 1.7, steps=100, train_s=1.0, step_ms=10.0, wall_s=60.0,
                          artifact_bytes=fake_trainer.model_bytes(values(order["env"])) + 1000))
+
+
+class HalfwayRuns(InstantRuns):
+    """Runs that are seen once on their way: a training loss that follows the score, and an end that can be asked for."""
+
+    def __init__(self, score, sigma: float, error: float = 0.002):
+        super().__init__(score, sigma)
+        self.error, self.polled, self.pruned = error, set(), {}
+
+    def loss(self, key):
+        wobble = fake_trainer.rungs_noise("loss", self.orders[key]["seed"], dict(self.orders[key]["env"]))
+        return 0.3 + 1.7 * super().poll(key)[1]["metrics"]["val_bpb"] + self.error * wobble
+
+    def partway(self, key):
+        return self.loss(key)
+
+    def prune(self, key, reason):
+        self.pruned[key] = reason
+
+    def poll(self, key):
+        if key not in self.polled:
+            self.polled.add(key)
+            return "running", None
+        _, record = super().poll(key)
+        record["metrics"]["partway"] = self.loss(key)
+        if key in self.pruned:
+            record |= dict(status="pruned", reason=self.pruned[key])
+            record["metrics"] |= dict(val_bpb=None, val_loss=None, wall_s=25.0)
+        return "done", record
 
 
 class MemoryLedger(Ledger):
@@ -76,7 +108,8 @@ def plan(change, env):
     return dict(ok=size <= fake_trainer.BUDGET, bytes=size, reason="" if size <= fake_trainer.BUDGET else "too large")
 
 
-def instant(tmp: Path, sigma: float = 0.001, score=None, skills=None, **changes) -> campaign_module.Campaign:
+def instant(tmp: Path, sigma: float = 0.001, score=None, skills=None, kind=InstantRuns,
+            **changes) -> campaign_module.Campaign:
     """A campaign on the planted problem whose runs take no time. `changes` are tables of campaign.toml."""
     config = {k: v for k, v in CONFIG.items()}
     for table, defaults in campaign_module.DEFAULTS.items():
@@ -85,7 +118,7 @@ def instant(tmp: Path, sigma: float = 0.001, score=None, skills=None, **changes)
     config["budget"]["disk_gib"] = 0.0
     ledger = MemoryLedger()
     ledger.append("created", config=config)
-    runs = InstantRuns(score or (lambda order: fake_trainer.true_score(values(order["env"]))), sigma)
+    runs = kind(score or (lambda order: fake_trainer.true_score(values(order["env"]))), sigma)
     found = campaign_module.Campaign(tmp, runs, ledger, plan)
     found._space = Space.build(DESCRIBED, skills or fake_trainer.SKILLS, {})
     found._space_code = config["code"]

@@ -164,6 +164,38 @@ def test_transfer_speaks_only_when_it_knows():
     assert ladder.transfer(list(range(9)), list(range(9)))["word"] == "unknown"
 
 
+def test_forecasts_equal_the_prediction_interval_of_a_regression():
+    rng = np.random.default_rng(9)
+    x = rng.normal(4, 0.2, 12)
+    y = 0.5 + 0.4 * x + rng.normal(0, 0.02, 12)
+    found, line = ladder.forecast(list(zip(x, y)), 4.3, 2.2), stats.linregress(x, y)
+    rest = y - line.intercept - line.slope * x
+    error = math.sqrt((rest @ rest) / 10 * (1 + 1 / 12 + (4.3 - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum()))
+    assert found["middle"] == pytest.approx(line.intercept + line.slope * 4.3)
+    assert found["high"] - found["middle"] == pytest.approx(stats.t.ppf(0.95, 10) * error, rel=1e-6)
+    assert found["chance"] == pytest.approx(stats.t.cdf((2.2 - found["middle"]) / error, 10))
+    assert ladder.forecast(list(zip(x, y))[:7], 4.3, 2.2) is None and ladder.forecast([(1, 2)] * 9, 1, 2) is None
+
+
+def test_forecasts_cover_the_ends_of_synthetic_curves():
+    """Curves of different floor, speed and decay: nine of ten end inside their interval, and hopeless ones hardly ever
+    end below the bar."""
+    rng, hits, wrong, ended = np.random.default_rng(10), 0, 0, 0
+
+    def curve():
+        floor, scale, speed = rng.normal(1.6, 0.03), rng.normal(3.0, 0.3), rng.normal(0.5, 0.02)
+        loss = lambda t: floor + scale * (50 * t) ** -speed  # noqa: E731
+        return loss(0.4) + rng.normal(0, 0.005), loss(1.0) - abs(rng.normal(0.1, 0.005)) + rng.normal(0, 0.004)
+    for _ in range(300):
+        seen, (half, end) = [curve() for _ in range(12)], curve()
+        bar = sorted(y for _, y in seen)[2]
+        found = ladder.forecast(seen, half, bar)
+        hits += found["low"] <= end <= found["high"]
+        if found["chance"] < ladder.HOPELESS:
+            ended, wrong = ended + 1, wrong + (end < bar)
+    assert 0.85 <= hits / 300 <= 0.95 and ended > 100 and wrong / ended <= 0.05, (hits, ended, wrong)
+
+
 def test_projection_intervals_cover_what_comes():
     """Acceptance 14: empirical coverage of the 90 % interval on synthetic curves, and width that is of use."""
     rng, hits, widths = np.random.default_rng(8), 0, []

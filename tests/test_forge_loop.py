@@ -143,6 +143,107 @@ def test_what_the_reserve_is_for(tmp_path):
     raise AssertionError("no campaign reached a confirmation")
 
 
+def test_hopeless_runs_of_the_search_end_halfway_and_no_other_does(tmp_path):
+    """Savings without distortion: what was cut is worse than the anchor of its moment, judging runs are whole."""
+    cut = whole = better = 0
+    for seed in range(4):
+        c = forge_lab.instant(tmp_path, seed=seed, kind=forge_lab.HalfwayRuns, budget=dict(experiments=40))
+        state = forge_lab.finish(c)
+        assert len(state.searches()) == 40 and all(r.record["status"] in ("ok", "pruned") for r in state.runs.values())
+        for run in state.runs.values():
+            x = state.experiments[run.exp]
+            if run.record["status"] != "pruned":
+                whole += x.kind == "search"
+                continue
+            assert x.kind == "search" and run.seed == x.seeds[0] and x.verdict["verdict"] == "reject"
+            assert x.verdict["delta"] > 0 and "forecast" in x.verdict["reason"]
+            cut += 1
+            truth = [fake_trainer.true_score(forge_lab.values(c.space.resolve(change, c.rung("screen"))))
+                     for change in (run.change, x.parent)]
+            better += truth[0] < truth[1]
+        stopped = sum(r.forecast["stop"] for r in state.runs.values() if r.forecast)
+        spared = [r for r in state.runs.values() if r.forecast and r.forecast["chance"] < 0.05 and not r.forecast["stop"]]
+        assert stopped == sum(r.record["status"] == "pruned" for r in state.runs.values()) and spared
+    assert cut > 30 and better / cut <= 0.05, (cut, whole, better)
+
+
+def test_forecasts_that_were_wrong_end_nothing(tmp_path, monkeypatch):
+    """Losses that say nothing about scores: intervals miss or are wide, and every run is whole."""
+    monkeypatch.setattr(forge_lab.HalfwayRuns, "partway", lambda self, key: self.loss(key) + 1.0)  # not what is kept
+    c = forge_lab.instant(tmp_path, kind=forge_lab.HalfwayRuns, budget=dict(experiments=30), loop=dict(confirm="end"))
+    state = forge_lab.finish(c)
+    from forge import ladder
+    assert not ladder.trusted(state) and ladder.calibration(state)[0] >= 5
+    assert all(r.record["status"] == "ok" for r in state.runs.values())
+
+
+def test_a_pruned_process_ends_and_has_no_score(tmp_path):
+    c = forge_lab.real(tmp_path, dict(pause=0.1, steps=40))
+    c.locked_tick()
+    key = c.running()[0].key
+    while c.runs.partway(key) is None:
+        time.sleep(0.02)
+    assert c.runs.poll(key) == ("running", None)
+    c.runs.prune(key, "forecast 9")
+    while c.runs.poll(key)[0] != "done":
+        time.sleep(0.02)
+    record = c.runs.poll(key)[1]
+    assert (record["status"], record["reason"]) == ("pruned", "pruned: forecast 9")
+    assert record["metrics"]["val_bpb"] is None and record["metrics"]["steps"] < 40
+
+
+def test_the_last_champion_is_compared_with_the_base(tmp_path):
+    """Two confirmed chapters: the gain in all comes from fresh seeds and not from the sum of two selected gains."""
+    c = forge_lab.instant(tmp_path, budget=dict(experiments=40), loop=dict(ablation=False))
+    state = forge_lab.finish(c)
+    confirmed = [x for x in state.experiments.values() if x.kind == "confirm" and x.verdict["verdict"] == "confirmed"]
+    closing = [x for x in state.experiments.values() if x.kind == "closing"]
+    assert len(confirmed) >= 2 and len(closing) == 1 and closing[0].change == state.champion
+    v = closing[0].verdict
+    assert v["verdict"] == "upheld" and v["ci95"][1] < 0 and len(v["scores_new"]) == len(v["scores_old"]) == judge.FRESH
+    truth = fake_trainer.true_score(forge_lab.values(c.space.resolve(state.champion, c.rung("screen"))))
+    assert v["delta"] == pytest.approx(truth - fake_trainer.DEFAULT, abs=4 * 0.001 * (2 / 3) ** 0.5)
+    assert not set(closing[0].seeds) & {s for x in confirmed for s in x.seeds}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_campaign_within_its_minutes_ends_with_its_confirmation(tmp_path, seed):
+    """Champions that take half as long again: the reserve is counted in their own minutes."""
+    class Slower(forge_lab.InstantRuns):
+        def poll(self, key):
+            state, record = super().poll(key)
+            record["metrics"]["wall_s"] = 60.0 + 30.0 * ("MATRIX_LR" in self.orders[key]["env"])
+            return state, record
+    for confirm in ("end", "large"):
+        c = forge_lab.instant(tmp_path, seed=seed, kind=Slower, budget=dict(experiments=100, minutes=40.0),
+                              loop=dict(confirm=confirm, workers=2))
+        state = forge_lab.finish(c)
+        assert state.minutes() <= 40.0 + 2 * 1.5, "never exceeded by more than what was running"
+        assert not state.open(), "no experiment is left half done"
+        from forge import report
+        tested = [x for x in state.experiments.values() if x.kind == "confirm"]
+        assert tested and (report.gain_in_all(state) or all(x.verdict["verdict"] == "refuted" for x in tested))
+
+
+def test_what_costs_more_operations_is_refused_before_it_starts(tmp_path):
+    c = forge_lab.instant(tmp_path, budget=dict(experiments=30), loop=dict(confirm="end"),
+                          search=dict(max_flops=1.1))
+    flops = lambda env: float(forge_lab.values(env)["num_layers"])  # noqa: E731
+    c.plan = lambda change, env: forge_lab.plan(change, env) | dict(flops=flops(env))
+    state = forge_lab.finish(c)
+    assert all(flops(r.env) <= 9.9 for r in state.runs.values()) and len(state.searches()) == 30
+    reasons = [p["reason"] for p in state.refused if "operations per token" in p["reason"]]
+    assert reasons and all("the limit is 1.1" in r for r in reasons)
+
+
+def test_runs_of_equal_tokens_never_end_by_the_clock():
+    space = forge_lab.Space.build(forge_lab.DESCRIBED | dict(values=forge_lab.DESCRIBED["values"] | dict(
+        TRAIN_BATCH_TOKENS=100)), fake_trainer.SKILLS, {})
+    rung = dict(steps=50, tokens=1000, env=dict(MAX_WALLCLOCK_SECONDS="30", EVAL="chunked"))
+    env = space.resolve(dict(WARMDOWN_ITERS=0.5), rung)
+    assert env == dict(ITERATIONS="10", MAX_WALLCLOCK_SECONDS="0", EVAL="chunked", WARMDOWN_ITERS="5")
+
+
 def test_search_judge_and_fresh_seeds_are_never_mixed(tmp_path):
     c = forge_lab.instant(tmp_path, seed=5, budget=dict(experiments=40))
     state = forge_lab.finish(c)

@@ -8,7 +8,7 @@ import shutil
 import time
 import tomllib
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 from . import ForgeError, judge, ladder, meta, propose, runner, space as space_module
 from .ledger import Ledger, digest, file_digest, locked, now, write_atomic
@@ -78,8 +78,10 @@ class Campaign:
             if not cache.exists():
                 write_atomic(cache, json.dumps(space_module.describe(self.script(self.state.anchor),
                                                                      self.config["base"])))
-            self._space = Space.build(json.loads(cache.read_text()), load_skills(self.folder / "skills"),
-                                      self.config["base"])
+            fixed = self.config["rungs"][self.config["search"]["rung"]].get("env", {})  # no change could reach these
+            skills = {s: {n: k for n, k in table.items() if n not in fixed} for s, table in load_skills(
+                self.folder / "skills").items()}
+            self._space = Space.build(json.loads(cache.read_text()), skills, self.config["base"])
             self._space_code = code
         return self._space
 
@@ -119,7 +121,8 @@ class Campaign:
         device = {"CUDA_VISIBLE_DEVICES": str(used.get(key, 0) % slots)} if alone else {}
         return dict(key=key, exp=run.exp, env=run.env, rung=run.rung, seed=run.seed,
                     script=str(self.script(run.change)), code=run.change.get(CODE) or self.config["code"],
-                    kill_s=rung["kill_s"], seconds=self.clock(run.env), stall_s=rung.get("stall_s", 300), nproc=rung.get("nproc", 1),
+                    kill_s=rung["kill_s"], stall_s=rung.get("stall_s", 300), nproc=rung.get("nproc", 1),
+                    seconds=self.clock(run.env),
                     device_env=device, sandbox=self.sandbox(run.change, key), ordered=now(),
                     batch_tokens=int(run.env.get("TRAIN_BATCH_TOKENS",
                                                  self.space.base_values.get("TRAIN_BATCH_TOKENS", 0))),
@@ -130,9 +133,9 @@ class Campaign:
         return float(env.get("MAX_WALLCLOCK_SECONDS", self.space.base_values.get("MAX_WALLCLOCK_SECONDS", 0.0)))
 
     def foretell(self):
-        """Forecast every first run of a search experiment once, halfway, and end those that will hardly beat the anchor.
-        Runs that judge, confirm or repeat are never cut short, and every fifth hopeless one runs on, by lot, so that
-        forecasts are scored on good and bad runs alike."""
+        """Forecast every first run of a search experiment once, halfway, and end those that will hardly beat the
+        anchor. Runs that judge, confirm or repeat are never cut short, and every fifth hopeless one runs on, by lot, so
+        that forecasts are scored on good and bad runs alike."""
         state = self.state
         for run in self.running() if self.config["loop"]["forecasts"] else ():
             x = state.experiments[run.exp]
@@ -148,8 +151,8 @@ class Campaign:
                 stop = hopeless and int(digest([self.config["seed"], run.key]), 16) % 5 > 0
                 self.record("forecast", key=run.key, forecast=found | dict(stop=stop))
                 if stop:
-                    self.runs.prune(run.key, f"forecast {found['middle']:.4f} [{found['low']:.4f}, {found['high']:.4f}], "
-                                    f"the anchor has {sum(bar) / len(bar):.4f}")
+                    self.runs.prune(run.key, f"forecast {found['middle']:.4f} [{found['low']:.4f}, "
+                                    f"{found['high']:.4f}], the anchor has {sum(bar) / len(bar):.4f}")
 
     def sandbox(self, change: dict, key: str) -> list[str]:
         """The command in front of patched code; nothing for the campaign's own code."""
@@ -344,15 +347,36 @@ class Campaign:
             seed = self.next_seed(change, x.rung)
             if seed is not None and not self.exhausted(x.rung, reserve=True):
                 return self.want(x, change, x.rung, seed)
-            step = "stay"
+            step = judge.anchor_step(new, old, noise.sigma, noise.sigma)  # no race can be paid: one margin decides
         delta = sum(new) / len(new) - sum(old) / len(old)
         more = dict(delta=delta, sigma=noise.sigma, runs=len(new), anchor_before=state.anchor)
         if step == "move":
             return self.close(x, "tentative", f"{delta:+.4f} against the anchor", anchor_after=x.change, **more)
         self.close(x, "reject", f"{delta:+.4f} against the anchor, noise {noise.sigma:.4f}", **more)
 
-    def open_confirm(self) -> bool:
-        """Put the anchor's claim to the test when its gain is large, overdue, or nothing else can be afforded."""
+    def open_sentinel(self, rung: str) -> str:
+        """Open the measurement of the base on a rung; returns its name. Raises ForgeError when there is one or no such
+        rung."""
+        if rung not in self.config["rungs"]:
+            raise ForgeError(f"rung {rung!r}: want one of {', '.join(self.config['rungs'])}")
+        if rung in self.state.reference or any(x.rung == rung for x in self.state.open("sentinel")):
+            raise ForgeError(f"rung {rung}: the base is measured there already")
+        return self.open("sentinel", {}, rung, seeds=self.config["seeds"]["search"][:self.sentinels(rung)])
+
+    def promote(self, name: str, rung: str) -> str:
+        """Open a run of an experiment's configuration on another rung, behind the base's own there; returns its
+        name. Raises ForgeError."""
+        x = self.state.experiments.get(name)
+        if x is None or not x.change:
+            raise ForgeError(f"{name}: want an experiment that changes something")
+        if rung not in self.state.reference and not any(s.rung == rung for s in self.state.open("sentinel")):
+            self.open_sentinel(rung)
+        return self.open("promote", x.change, rung, skill=x.skill, seeds=self.config["seeds"]["search"][:1],
+                         source="human", text=f"{name}: asked for")
+
+    def open_confirm(self, asked_for: bool = False) -> bool:
+        """Put the anchor's claim to the test when it is asked for, its gain is large, it is overdue, or nothing else
+        can be afforded."""
         state, loop, rung = self.state, self.config["loop"], self.config["search"]["rung"]
         if config_id(state.anchor) == config_id(state.champion):
             return False
@@ -360,7 +384,7 @@ class Campaign:
                      len(state.experiments))
         noise, old, new = state.noise(rung), state.scores(state.champion, rung), state.scores(state.anchor, rung)
         gain = sum(old) / len(old) - sum(new) / len(new) if old and new else 0.0
-        over = self.search_over()
+        over = "asked for" if asked_for else self.search_over()
         large = loop["confirm"] != "end" and gain > 3 * judge.minimal_gain(rung, noise)
         if not (over or large or loop["confirm"] != "end" and since >= loop["confirm_every"]):
             return False
@@ -554,12 +578,14 @@ class Campaign:
         return False
 
     def step_promote(self, x: Experiment):
-        """A configuration on the next rung."""
+        """A configuration on the next rung, once the base is measured there."""
+        if any(s.rung == x.rung for s in self.state.open("sentinel")):
+            return
         scores = self.gather(x, [(x.change, x.rung, s) for s in x.seeds])
         if scores is not None:
-            base = self.state.reference[x.rung]["scores"]
-            delta = scores[0] - sum(base) / len(base) if scores[0] is not None else None
-            self.close(x, "promoted", "measured" if delta is not None else "the run failed", delta=delta)
+            base = self.state.reference.get(x.rung, {}).get("scores")
+            delta = scores[0] - sum(base) / len(base) if scores[0] is not None and base else None
+            self.close(x, "promoted", "measured" if delta is not None else "a run failed", delta=delta)
 
     # Proposals.
     def open_search(self):
@@ -759,9 +785,12 @@ def add_code(folder: Path, script: Path, data: Path | None = None) -> str:
     return sha
 
 
-def create(folder: Path, script: Path, skills: Path, config: dict) -> Campaign:
-    """Begin a campaign in an empty folder; nothing is left behind when the configuration is refused."""
-    folder = Path(folder)
+def create(folder: Path, script: Path, skills: Path, config: dict, without: Sequence[str] = ()) -> Campaign:
+    """Begin a campaign in an empty folder, with all skills but some; nothing is left behind when the configuration is
+    refused."""
+    folder, known = Path(folder), {p.parent.name for p in skills.glob("*/SKILL.md")}
+    if unknown := sorted(set(without) - known):
+        raise ForgeError(f"--without {', '.join(unknown)}: want a skill of {', '.join(sorted(known))}")
     if (folder / "events.jsonl").exists():
         raise ForgeError(f"{folder.name} already holds a campaign; go on with `run`")
     if not script.is_file():
@@ -779,7 +808,8 @@ def create(folder: Path, script: Path, skills: Path, config: dict) -> Campaign:
             described["values"]["ITERATIONS"] = max(1, tokens // described["values"]["TRAIN_BATCH_TOKENS"])
         Space.build(described, load_skills(skills), config["base"])
         write_atomic(folder / "code" / code / "knobs.json", json.dumps(described))
-        shutil.copytree(skills, folder / "skills", dirs_exist_ok=True)
+        shutil.copytree(skills, folder / "skills", dirs_exist_ok=True, ignore=lambda at, names: set(
+            without) & set(names) if Path(at) == skills else ())
         (folder / "runs").mkdir(exist_ok=True)
         write_atomic(folder / "campaign.toml", HEAD + to_toml(config))
     except (ForgeError, OSError) as error:

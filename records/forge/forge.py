@@ -8,6 +8,7 @@
 A campaign is a folder under records/campaigns/ (or a path). Stop it at any time and any way; `run NAME` goes on.
 """
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -98,7 +99,7 @@ def init(asked):
             raise ForgeError(f"--set {item}: want TABLE.KEY=VALUE with a table of {', '.join(c.DEFAULTS)}")
         config.setdefault(table, {})[key] = value_of(value)
     folder = place(asked.name)
-    c.create(folder, Path(asked.script), Path(asked.skills), config)
+    c.create(folder, Path(asked.script), Path(asked.skills), config, asked.without)
     print(f"campaign {folder.name} begun; limits and rungs are in campaign.toml, which you may edit at any time")
 
 
@@ -246,12 +247,47 @@ def file_digest_of(text: str) -> str:
     return digest(text, 12)
 
 
+def inbox(asked):
+    """Hypotheses that were handed in and wait for their turn, and those that were set aside."""
+    box = campaign(asked.name).folder / "inbox"
+    found = {kind: [json.loads(p.read_text()) | dict(file=p.name) for p in sorted((box / at).glob("*.json"))]
+             for kind, at in (("waiting", "."), ("taken", "done"))}
+    say(asked, found, "\n".join(f"{kind:<8} {h['file']}  {json.dumps(h.get('env', {}))}  {h.get('hypothesis', '')[:80]}"
+                                for kind, rows in found.items() for h in rows) or "empty")
+
+
+@contextlib.contextmanager
+def deciding(name: str):
+    """The campaign, while no other process decides for it."""
+    from forge.ledger import locked
+    with locked(campaign(name).folder / "tick.lock", busy=f"{name}: another decider is at work"):
+        yield campaign(name)
+
+
 def compose(asked):
     """Which of several changes help together? Twelve runs on one fresh seed, by Plackett-Burman."""
-    from forge.ledger import locked
-    folder = campaign(asked.name).folder
-    with locked(folder / "tick.lock", busy=f"{asked.name}: another decider is at work"):
-        print(campaign(asked.name).compose([pairs(text.split(",")) for text in asked.changes]) + " is the next to run")
+    with deciding(asked.name) as c:
+        print(c.compose([pairs(text.split(",")) for text in asked.changes]) + " is the next to run")
+
+
+def confirm(asked):
+    """Put the anchor to the test on paired and then on fresh seeds, whatever the search thinks of it."""
+    with deciding(asked.name) as c:
+        if not c.open_confirm(asked_for=True):
+            raise ForgeError("nothing to confirm: the anchor is the champion, or no budget is left for six runs")
+        print(f"{list(c.state.experiments)[-1]} is the next to run")
+
+
+def sentinel(asked):
+    """Measure the base configuration and its noise on a rung."""
+    with deciding(asked.name) as c:
+        print(c.open_sentinel(asked.rung) + " is the next to run")
+
+
+def promote(asked):
+    """Run an experiment's configuration on another rung as well."""
+    with deciding(asked.name) as c:
+        print(c.promote(asked.id, asked.to) + " is the next to run")
 
 
 def project(asked):
@@ -279,6 +315,19 @@ def transfer(asked):
         f"tau {r['tau']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if "tau" in r else f"(prior: {r['prior']})")
         for r in rows]
     say(asked, dict(rows=rows), "\n".join(text) or "no configuration has run on two rungs yet")
+
+
+def rebuild(asked):
+    """Write everything but the events anew from the events: report, table, playbooks, evidence, meta files."""
+    import shutil
+    with deciding(asked.name) as c:
+        for path in [*c.folder.glob("meta/*.json"), *c.folder.glob("skills/*/references/playbook.md"),
+                     *c.folder.glob("skills/*/assets/evidence.json"), *c.folder.glob("skills_history/*.json"),
+                     c.folder / "report.html", c.folder / "results.tsv", c.folder / "study.journal"]:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(c.folder / "scratch", ignore_errors=True)
+        publish(c)
+        print(f"{c.state.events} events rendered; state {c.state.digest()}")
 
 
 def verify(asked):
@@ -323,10 +372,7 @@ def replay(asked):
 
 def retry(asked):
     """Forget a failed run, so that it is run again: for failures of the machine, not of the configuration."""
-    from forge.ledger import locked
-    folder = campaign(asked.name).folder
-    with locked(folder / "tick.lock", busy=f"{asked.name}: another decider is at work"):
-        c = campaign(asked.name)
+    with deciding(asked.name) as c:
         run = c.state.runs.get(asked.id)
         if run is None or not run.finished or run.score is not None:
             raise ForgeError(f"{asked.id}: want the key of a finished run that has no score")
@@ -355,12 +401,15 @@ def playbook(asked):
 
 
 def skills(asked):
-    """Check skill folders against the Agent Skills format."""
+    """List skill folders, checked against the Agent Skills format."""
     from forge import skillcheck
     problems = skillcheck.check_all(Path(asked.skills), Path(asked.script))
     if problems:
         raise ForgeError("\n".join(problems))
-    print(f"{len(list(Path(asked.skills).glob('*/SKILL.md')))} skills are valid")
+    from forge.campaign import load_skills
+    table = {name: sorted(knobs) for name, knobs in load_skills(Path(asked.skills)).items()}
+    say(asked, dict(skills=table), "\n".join(f"{name:<22} {', '.join(knobs) or 'notes only'}" for name, knobs in
+                                             table.items()) + f"\n{len(table)} skills are valid")
 
 
 def harvest(asked):
@@ -420,6 +469,7 @@ def describe_campaign(made: argparse.ArgumentParser):
                       help="of a rung: a knob in capitals, or tokens, kill_s, stall_s, sentinel_runs, nproc")
     made.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE",
                       help="anything else of campaign.toml, such as loop.confirm=end or search.max_flops=1.1")
+    made.add_argument("--without", action="append", default=[], metavar="SKILL", help="leave a skill out")
     made.add_argument("--on", default="screen", help="rung of the search")
     made.add_argument("--promote-to", default="", help="rung that the best third is measured on as well")
     made.add_argument("--experiments", type=int, default=40)
@@ -455,11 +505,13 @@ def parser() -> argparse.ArgumentParser:
         describe_campaign(made)
     for made in (verb(run), verbs.choices["start"]):
         made.add_argument("--hours", type=float, default=0.0, help="stop after this long, 0 = when the budget is used")
-    for function in (tick, status, transfer, verify, meta, playbook):
+    for function in (tick, status, transfer, verify, meta, playbook, inbox, confirm, rebuild):
         verb(function)
+    verb(sentinel).add_argument("--rung", default="screen")
     verb(report_, "report")
-    for function in (show, project, replay, retry):
+    for function in (show, project, replay, retry, promote):
         verb(function).add_argument("id")
+    verbs.choices["promote"].add_argument("--to", required=True, metavar="RUNG")
     verbs.choices["project"].add_argument("--tokens", type=float, nargs="*", default=[])
     verb(compose).add_argument("changes", nargs="+", metavar="KNOB=VALUE[,KNOB=VALUE]")
     made = verb(diff)

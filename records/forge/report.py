@@ -14,6 +14,8 @@ from . import ladder, meta
 from .ledger import now, write_atomic
 from .space import config_id
 
+SKILL_HEAD = ["skill", "tries", "moved the anchor", "upheld", "failed", "gain per try", "from", "to (95 %)", "minutes",
+              "minutes per 0.001"]
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
@@ -45,6 +47,14 @@ def gain_of(state) -> dict | None:
     return dict(exp=found[-1].id, **found[-1].verdict) if found else None
 
 
+def gain_in_all(state) -> dict | None:
+    """The champion against the base on fresh seeds: the closing comparison, or the confirmation if that was against the
+    base; None when there was neither."""
+    found = [x for x in state.experiments.values() if x.kind in ("confirm", "closing") and not x.parent and x.verdict
+             and x.verdict.get("scores_new") and config_id(x.change) == config_id(state.champion)]
+    return dict(exp=found[-1].id, **found[-1].verdict) if found and state.champion else None
+
+
 def summary(c) -> dict[str, Any]:
     """Where a campaign stands, for people and programs."""
     state, rung = c.state, c.config["search"]["rung"]
@@ -56,6 +66,7 @@ def summary(c) -> dict[str, Any]:
         ("base", {}), ("anchor", state.anchor), ("champion", state.champion))}
     return dict(name=c.folder.name, stopped=state.stopped, spent=c.spent(), budget=c.config["budget"], runs=kinds,
                 rung=rung, scores=means, anchor=state.anchor, champion=state.champion, confirmed=gain_of(state),
+                in_all=gain_in_all(state), forecasts=ladder.calibration(state),
                 noise=list(state.noise(rung)), skills=meta.skill_table(state, c.space) if state.searches() else [],
                 inert=state.metas[-1]["inert"] if state.metas else [], claims=meta.claims(state))
 
@@ -71,6 +82,9 @@ def summary_text(d: dict) -> str:
     lines.append("champion: " + label(d["champion"]) + (
         f"; confirmed {found['delta']:+.4f} [{found['ci95'][0]:+.4f}, {found['ci95'][1]:+.4f}] on fresh seeds"
         if found else "; nothing is confirmed yet"))
+    if d["in_all"]:
+        lines.append("against the base, on fresh seeds: {:+.4f} [{:+.4f}, {:+.4f}]".format(
+            d["in_all"]["delta"], *d["in_all"]["ci95"]))
     lines += ["anchor: " + label(d["anchor"])] + ([f"stopped: {d['stopped']}"] if d["stopped"] else [])
     return "\n".join(lines) + ("\n\n" + skill_text(d["skills"], d["inert"]) if d["skills"] else "")
 
@@ -233,6 +247,19 @@ def plot_curves(c):
     return svg(draw, height=2.6)
 
 
+def plot_forecasts(c):
+    """Score against forecast with its interval."""
+    def draw(axis):
+        rows = [(r.forecast, r.score) for r in c.state.runs.values() if r.forecast and r.score is not None]
+        for f, y in rows:
+            axis.errorbar(f["middle"], y, xerr=[[f["middle"] - f["low"]], [f["high"] - f["middle"]]], fmt="o",
+                          markersize=3, color="tab:blue", ecolor="0.7")
+        if rows:
+            axis.axline((rows[0][1], rows[0][1]), slope=1, color="0.4", linewidth=0.8)
+        axis.set(xlabel="forecast halfway, bits per byte (90 %)", ylabel="score")
+    return svg(draw, 4.5, 3.2)
+
+
 def plot_importance(found: dict[str, float]):
     """Knobs by PED-ANOVA importance."""
     def draw(axis):
@@ -251,17 +278,55 @@ def table(head: list[str], rows: list[list]) -> str:
             + f"</tr></thead><tbody>{body}</tbody></table>")
 
 
-def headline(state, d: dict) -> str:
-    """What the campaign may claim, in two sentences."""
-    confirmed, base = d["confirmed"], d["scores"]["base"]
-    claim = "Nothing is confirmed yet: what the search found so far may be luck. "
-    if confirmed:
-        low, high = confirmed["ci95"]
-        n = len(confirmed["seeds_used"])
-        claim = (f"is better than what it was tested against by <b>{-confirmed['delta']:.4f}</b> bits per byte "
-                 f"[{-high:.4f}, {-low:.4f}] on {n} + {n} fresh seeds ({confirmed['exp']}). ")
+def setting(c, d: dict) -> str:
+    """What was done, for a reader who has seen nothing else."""
+    state, rung = c.state, c.config["rungs"][d["rung"]]
+    base = ", ".join(f"{n}={v}" for n, v in c.config["base"].items() if n not in ("CHECKPOINT_EVERY", "STRICT_ENV"))
+    own = ", ".join(f"{n}={v}" for n, v in rung.get("env", {}).items() if not (
+        rung.get("tokens") and n == "MAX_WALLCLOCK_SECONDS"))
+    val, host = ((state.reference.get(d["rung"]) or {}).get(k) for k in ("val", "host"))
+    length = f"{rung['tokens']:,} training tokens" if rung.get("tokens") else "its own limits"
+    text = (f"A score is bits per byte of validation text; lower is better. The campaign began at the base "
+            f"configuration <code>{html.escape(base)}</code> and tried {d['spent']['experiments']} changes on the rung "
+            f"<i>{html.escape(d['rung'])}</i>: every run there ends after {length}"
+            + (f", with <code>{html.escape(own)}</code>" if own else "") + ". ")
+    if val and val[0]:
+        text += f"Every run is scored on the same {val[0]:,} tokens ({val[1]:,} bytes), on {html.escape(host)}. "
+    return (f"<p>{text}Two runs that differ in nothing but the seed differ by {d['noise'][0]:.4f} (one standard "
+            "deviation), so one better run proves nothing: a claim must hold on seeds that no decision has seen.</p>")
+
+
+def headline(c, d: dict) -> str:
+    """What the campaign may claim, in a few sentences."""
+    state, found, base = c.state, d["in_all"] or d["confirmed"], d["scores"]["base"]
+    claim = "Nothing is confirmed: what the search found may be luck. "
+    if found:
+        (low, high), n = found["ci95"], len(found["seeds_used"])
+        against = "the base configuration" if d["in_all"] else "the champion before it"
+        where = state.experiments[found["exp"]].rung
+        longer = state.expected_seconds(where, state.champion) / max(1e-9, state.expected_seconds(where, {}))
+        claim = (f"scores <b>{-found['delta']:.4f}</b> bits per byte less than {against} (95 % interval {-high:.4f} to "
+                 f"{-low:.4f}, one-sided p {found['p']:.2g}), on {n} + {n} runs with fresh seeds ({found['exp']}). "
+                 f"A run of it takes {longer:.2f} times as long. ")
     return (f"<p class=big>{html.escape(label(state.champion))}</p><p>{claim}The base scores "
-            f"{base if base is not None else float('nan'):.4f}; one run's noise is {d['noise'][0]:.4f}.</p>")
+            f"{base if base is not None else float('nan'):.4f}.</p>")
+
+
+def failures_of_ideas(c) -> list[list]:
+    """What did not work: [change, skill, difference, in sigmas, how it ended, experiment], claims that fell on fresh
+    seeds first, then the worst."""
+    rows = []
+    for x in c.state.experiments.values():
+        v = x.verdict or {}
+        if v.get("verdict") not in ("reject", "refuted", "not upheld"):
+            continue
+        change = label({n: f"{c.space.values(x.parent).get(n, '-')} -> {w}" for n, w in c.space.values(x.change).items()
+                        if c.space.values(x.parent)[n] != w})
+        sigma, delta = v.get("sigma") or c.state.noise(x.rung).sigma, v.get("delta")
+        how = v["reason"] if x.kind != "search" or delta is None or v["reason"].startswith("pruned") else (
+            "ahead, but not by enough" if delta < 0 else "within the noise" if delta < 2 * sigma else "clearly worse")
+        rows.append([change, x.skill or x.kind, delta, delta / sigma if delta is not None else None, how, x.id])
+    return sorted(rows, key=lambda r: (r[1] not in ("confirm", "closing"), -(r[2] if r[2] is not None else 1e9)))
 
 
 def page(c) -> str:
@@ -269,7 +334,7 @@ def page(c) -> str:
     state, d = c.state, summary(c)
     transfers, failures = ladder.report(state, c.space), {}
     for r in state.runs.values():
-        if r.finished and r.record["status"] != "ok":
+        if r.finished and r.record["status"] not in ("ok", "pruned"):
             failures.setdefault((r.record["status"] != "tampered", r.record["status"], r.record["reason"][:160]),
                                 []).append(r.key)
     experiments = [[x.id, x.kind, x.skill, x.source, (x.verdict or {}).get("verdict", "open"),
@@ -278,7 +343,7 @@ def page(c) -> str:
                     " ".join(r.key for r in state.runs.values() if r.exp == x.id)] for x in state.experiments.values()]
     stand = summary_text(d).splitlines()[0] + (f" · stopped: {state.stopped}" if state.stopped else "")
     parts = [f"<h1>{html.escape(d['name'])}</h1><p class=muted>{now()} · {html.escape(stand)}</p><h2>Champion</h2>",
-             headline(state, d)]
+             headline(c, d), setting(c, d)]
 
     def section(title: str, *body: str, note: str = ""):
         parts.append(f"<h2>{title}</h2>" + (f"<p class=muted>{note}</p>" if note else "") + "".join(body))
@@ -288,8 +353,13 @@ def page(c) -> str:
     section("Progress", plot_progress(c), note="Grey dots are single runs. The blue line is where the search stands; "
             "it may follow luck. Only the green line survived fresh seeds.")
     if state.searches():
-        section("Skills", table(list(d["skills"][0]), [list(r.values()) for r in d["skills"]]), plot_skills(c),
-                note="With few experiments this ranking is a tendency: read the intervals. Inert: "
+        section("What did not work", table(["change", "skill", "difference", "in sigmas", "what happened", "id"],
+                                           failures_of_ideas(c)),
+                note="Against the anchor of the moment, most by a single run: a change that is only a little worse "
+                "here may be worth nothing or a little. Claims that fell on fresh seeds come first, then failed runs.")
+        section("Skills", table(SKILL_HEAD, [list(r.values()) for r in d["skills"]]), plot_skills(c),
+                note="A skill is a group of knobs with notes on them. With few experiments this ranking is a tendency: "
+                "read the intervals. Inert: "
                 + (", ".join(d["inert"]) or "none so far") + ".")
     section("Claims", table(["id", "standing", "claim", "k", "parents", "mean", "low", "high", "rung", "evidence"], [
         [r["id"], r["label"], r["claim"], r["k"], r["parents"], r["mean"], r["low"], r["high"], r["rung"],
@@ -308,6 +378,11 @@ def page(c) -> str:
         ["device minutes", round(d["spent"]["minutes"], 2), d["budget"]["minutes"] or "none"],
         ["runs", d["spent"]["runs"], d["budget"]["runs"] or "none"],
         ["agent calls", d["spent"]["agent_calls"], d["budget"]["agent_calls"]]]))
+    if any(r.forecast for r in state.runs.values()):
+        (n, covered), cut = d["forecasts"], sum(r.record["status"] == "pruned" for r in state.runs.values() if r.record)
+        section("Forecasts", plot_forecasts(c), note="Halfway, the end of a run is foretold from its training loss; "
+                f"{cut} without prospects were ended there. Of the last {n} forecasts that met their score, "
+                f"{covered:.0%} covered it (90 % intervals); below 75 % no run is ended. Runs that confirm are never cut short.")
     if state.metas and state.metas[-1]["importance"]:
         section("Which knobs matter", plot_importance(state.metas[-1]["importance"]))
     section("Experiments", table(["id", "kind", "skill", "source", "verdict", "delta", "reason", "change", "runs"],

@@ -206,6 +206,8 @@ def make_knob(name: str, skill: str, want: dict, described: dict) -> Knob:
             raise ForgeError(f"choices {', '.join(sorted(wrong))} are not among the script's")
         return Knob(kind="choice", base=text(value), choices=tuple(dict.fromkeys([*choices, text(value)])), **common)
     low, high = float(want["low"]), float(want["high"])
+    if "at_most" in want:  # a knob whose larger values all mean the same, such as "top blocks" beyond NUM_LAYERS
+        high = min(high, float(described["values"][want["at_most"]]))
     limits = (0, 1) if of_steps else (known["lo"], known["hi"])
     if not limits[0] <= low < high <= limits[1]:
         raise ForgeError(f"range {low:g} to {high:g}: want a range inside {limits[0]} to {limits[1]}")
