@@ -800,7 +800,8 @@ def create(folder: Path, script: Path, skills: Path, config: dict, without: Sequ
         folder.mkdir(parents=True, exist_ok=True)
         code = add_code(folder, script, script.parent / "data")
         config = dict(name=folder.name, seed=1) | config | dict(
-            code=code, data_print=data_print(config.get("base", {}).get("DATA_PATH", "auto")))
+            code=code, data_print=data_print(space_module.located(
+                dict(DATA_PATH="auto") | config.get("base", {}), folder / "code" / code / "train_gpt.py")["DATA_PATH"]))
         write_atomic(folder / "campaign.toml", to_toml(config))
         config = read_config(folder / "campaign.toml")
         described = space_module.describe(folder / "code" / code / "train_gpt.py", config["base"])

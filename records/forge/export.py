@@ -1,4 +1,5 @@
 """A record folder of the champion, made by records/tools.py from the runs that confirmed it."""
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,9 @@ def export(c, track: str, title: str, author: str, out: Path | None = None) -> s
     blurb = (f"Found by the forge in campaign {c.folder.name}: {report.label(x.change)}. Against the configuration "
              f"that it was tested with, on fresh seeds: {confirmed['delta']:+.4f} [{low:+.4f}, {high:+.4f}] bits per "
              "byte.")
-    command = [sys.executable, str(TOOLS), "new", *folders, "--name", title or c.folder.name, "--track", track,
-               "--blurb", blurb, "--script", str(c.script(x.change))]
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "_", title or c.folder.name).strip("_")[:49]  # as folders are named
+    command = [sys.executable, str(TOOLS), "new", *folders, "--name", name, "--track", track, "--blurb", blurb,
+               "--script", str(c.script(x.change))]
     command += ["--author", author] if author else []
     command += ["--records", str(out)] if out else []
     done = subprocess.run(command, capture_output=True, text=True)

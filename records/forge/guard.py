@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import ForgeError
 from .runner import FINAL
-from .space import clean_environment
+from .space import clean_environment, located
 
 # What a patch may not touch: sections of train_gpt.py by number (runtime, data and bytes, artifact, evaluation, main)
 # and, wherever they stand, what is scored, how, and how it is reported.
@@ -138,7 +138,7 @@ def losses(script: Path, env: dict[str, str], scratch: Path, wrap: list[str]) ->
     """Training losses of a short run, as printed. Raises ForgeError with the run's complaint."""
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    env = clean_environment(env | dict(RUNS_DIR=str(scratch), RUN_ID="smoke", SEED="1"))
+    env = clean_environment(located(env, script) | dict(RUNS_DIR=str(scratch), RUN_ID="smoke", SEED="1"))
     try:
         done = subprocess.run([*wrap, sys.executable, str(script)], env=env, cwd=scratch, capture_output=True,
                               text=True, timeout=600)
@@ -202,7 +202,7 @@ def rescore(script: Path, folder: Path, record: dict) -> str:
     if not artifact.exists():
         return "no artifact to score again"
     knobs = {k: v for k, v in record["env"].items() if k in ("THREADS", "DATA_PATH", "TOKENIZER_PATH", "DEVICE")}
-    env = clean_environment(knobs | dict(RUN_MODE="eval", ARTIFACT=str(artifact), RUNS_DIR=str(folder)))
+    env = clean_environment(located(knobs, script) | dict(RUN_MODE="eval", ARTIFACT=str(artifact), RUNS_DIR=str(folder)))
     try:
         done = subprocess.run([sys.executable, str(script)], env=env, cwd=folder, capture_output=True, text=True,
                               timeout=record["budget"]["kill_s"])

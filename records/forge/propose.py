@@ -18,7 +18,8 @@ from .state import State
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 DISCOUNT = 0.6  # weight of a credit per later try of the same skill: what a skill had to give, it gave
 SPREAD = 1.5  # of the posterior; below 1.5 an early winner starves the rest, above 2 the inert skill costs more
-SUBSET = 0.6  # chance of each further knob of the skill to move along
+SUBSET, MOST = 0.6, 4  # chance of a further knob of the skill to move along; most knobs of one proposal: eight drawn
+# at once from a tuned configuration are hardly ever better
 FLOOR = 0.05  # smallest share of proposals of every skill
 REDRAWS = 8
 
@@ -108,7 +109,7 @@ def study_of(state: State, space: Space, sampler) -> optuna.Study:
 def sample(state: State, space: Space, skill: str, seed: int) -> dict[str, Any]:
     """A change of the anchor in some of the skill's knobs, by TPE over everything seen."""
     rng, names = np.random.default_rng(seed), [n for n, k in space.knobs.items() if k.skill == skill]
-    chosen = rng.choice(len(names), 1 + rng.binomial(len(names) - 1, SUBSET), replace=False)
+    chosen = rng.choice(len(names), 1 + rng.binomial(min(len(names), MOST) - 1, SUBSET), replace=False)
     mine = {names[i]: space.knobs[names[i]] for i in chosen}
     anchor = space.values(state.anchor)
     fixed = {n: space.knobs[n].clip(v) for n, v in anchor.items() if n not in mine}

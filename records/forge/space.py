@@ -85,6 +85,13 @@ def clean_environment(extra: dict[str, str]) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if keep.fullmatch(k)} | {k: str(v) for k, v in extra.items()}
 
 
+def located(env: dict[str, str], script: Path) -> dict[str, str]:
+    """The same environment with relative data paths taken from the script's folder, beside which a campaign links
+    data/: what is recorded then names no folder of this machine."""
+    return env | {k: str(script.parent / env[k]) for k in ("DATA_PATH", "TOKENIZER_PATH")
+                  if env.get(k, "auto") != "auto" and not os.path.isabs(env[k])}
+
+
 def class_of(group: str, name: str, unit: str) -> str:
     """The knob class that decides how far a finding travels, unless a skill says otherwise."""
     if group == "optim" and (unit in ("steps", "seconds") or name.endswith(("_FRAC", "_ITERS", "_STEPS", "_AT"))):
@@ -224,7 +231,7 @@ def make_knob(name: str, skill: str, want: dict, described: dict) -> Knob:
 
 def plan(script: Path, env: dict[str, str], scratch: Path) -> dict[str, Any]:
     """What the script's RUN_MODE=plan foretells: {"ok", "reason", "bytes", "params", "flops", "fits"}."""
-    env = env | dict(RUN_MODE="plan", RUNS_DIR=str(scratch))
+    env = located(env, script) | dict(RUN_MODE="plan", RUNS_DIR=str(scratch))
     try:
         done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=scratch,
                               env=clean_environment(env))
