@@ -61,7 +61,7 @@ class InstantRuns:
 
 
 class HalfwayRuns(InstantRuns):
-    """Runs that are seen once on their way: a training loss that follows the score, and an end that can be asked for."""
+    """Runs that are seen once on their way: a training loss that follows the score, and an end on request."""
 
     def __init__(self, score, sigma: float, error: float = 0.002):
         super().__init__(score, sigma)

@@ -162,7 +162,8 @@ def test_hopeless_runs_of_the_search_end_halfway_and_no_other_does(tmp_path):
                      for change in (run.change, x.parent)]
             better += truth[0] < truth[1]
         stopped = sum(r.forecast["stop"] for r in state.runs.values() if r.forecast)
-        spared = [r for r in state.runs.values() if r.forecast and r.forecast["chance"] < 0.05 and not r.forecast["stop"]]
+        spared = [r for r in state.runs.values() if r.forecast and r.forecast["chance"] < 0.05
+                  and not r.forecast["stop"]]
         assert stopped == sum(r.record["status"] == "pruned" for r in state.runs.values()) and spared
     assert cut > 30 and better / cut <= 0.05, (cut, whole, better)
 
@@ -242,6 +243,13 @@ def test_runs_of_equal_tokens_never_end_by_the_clock():
     rung = dict(steps=50, tokens=1000, env=dict(MAX_WALLCLOCK_SECONDS="30", EVAL="chunked"))
     env = space.resolve(dict(WARMDOWN_ITERS=0.5), rung)
     assert env == dict(ITERATIONS="10", MAX_WALLCLOCK_SECONDS="0", EVAL="chunked", WARMDOWN_ITERS="5")
+
+
+def test_relative_data_paths_belong_to_the_checkout():
+    from forge.space import located
+    env = located(dict(DATA_PATH="data/x", TOKENIZER_PATH="/abs/t.model", SEED="1"), Path("/c/code/1/train_gpt.py"))
+    assert env == dict(DATA_PATH="/c/code/1/data/x", TOKENIZER_PATH="/abs/t.model", SEED="1")
+    assert located(dict(DATA_PATH="auto"), Path("/c/train_gpt.py")) == dict(DATA_PATH="auto")
 
 
 def test_search_judge_and_fresh_seeds_are_never_mixed(tmp_path):
@@ -400,21 +408,64 @@ def test_commands_of_a_finished_campaign(tmp_path, capsys):
     done = forge_lab.forge("run", c.folder)
     assert done.returncode == 0 and "stopped: experiments: 2 of 2 done" in done.stdout, done.stderr
     page = (c.folder / "report.html").read_text()
-    assert page.count("<svg") >= 6 and "Nothing is confirmed yet" in page
+    assert page.count("<svg") >= 6 and "Nothing is confirmed: " in page
     assert not re.search(r"(src|href)=.?(https?:|//)|@import|url\(http", page), "nothing is loaded from elsewhere"
     from forge import forge as command
-    for verb in (["status"], ["transfer"], ["meta"], ["playbook"], ["propose"], ["diff"], ["verify"], ["report"]):
+    for verb in (["status"], ["transfer"], ["meta"], ["playbook"], ["propose"], ["diff"], ["verify"], ["report"],
+                 ["inbox"], ["rebuild"]):
         more = ["base", "e000002"] if verb == ["diff"] else []
         assert command.main([*verb, str(c.folder), *more]) == 0 and capsys.readouterr().out.strip()
-        if verb[0] not in ("verify", "report"):
+        if verb[0] not in ("verify", "report", "rebuild"):
             assert command.main([*verb, str(c.folder), *more, "--json"]) == 0
             assert isinstance(json.loads(capsys.readouterr().out), dict)
     assert command.main(["show", str(c.folder), "e000002"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "search"
     for args in (["show", c.folder, "e9"], ["status", "nowhere"], ["replay", c.folder, "abc"],
-                 ["diff", c.folder, "base", "x"], ["project", c.folder, "abc"], ["submit", c.folder, "nofile"]):
+                 ["diff", c.folder, "base", "x"], ["project", c.folder, "abc"], ["submit", c.folder, "nofile"],
+                 ["sentinel", c.folder], ["sentinel", c.folder, "--rung", "big"],
+                 ["promote", c.folder, "e000001", "--to", "screen"], ["promote", c.folder, "e000002", "--to", "big"]):
         assert command.main(list(map(str, args))) == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_person_asks_for_a_confirmation_and_for_another_rung(tmp_path):
+    rung = dict(kill_s=20, prior_sigma=0.001, env={})
+    rungs = dict(screen=rung, local=rung | dict(sentinel_runs=2))
+    c = forge_lab.real(tmp_path, rungs=rungs, budget=dict(experiments=0))
+    c.loop(60, pause=0.05)
+    good = dict(MATRIX_LR=0.022, MUON_MOMENTUM=0.98)
+    name = c.open("search", good, "screen", skill="optimizer", parent={}, seeds=[1])
+    from forge import forge as command
+    assert command.main(["confirm", str(c.folder)]) == 2, "the anchor is the champion"
+    again = campaign.Campaign(c.folder)
+    again.record("resumed", after="")
+    again.loop(60, pause=0.05)
+    assert again.state.anchor == again.state.champion == good, "the end confirms it by itself"
+    assert command.main(["promote", str(c.folder), name, "--to", "local"]) == 0
+    assert forge_lab.forge("run", c.folder).returncode == 0
+    state = replay(Ledger(c.folder / "events.jsonl").read())
+    up = [x for x in state.experiments.values() if x.kind == "promote"]
+    assert len(up) == 1 and up[0].verdict["delta"] < 0 and len(state.reference["local"]["scores"]) == 2
+    assert (c.folder / "report.html").read_text().count("What did not work") == 1
+
+
+def test_settings_of_a_new_campaign(tmp_path):
+    """--set, --without and knobs that a rung fixes, which no proposal may touch."""
+    script = tmp_path / "train_gpt.py"
+    script.write_bytes(forge_lab.FAKE.read_bytes())
+    args = ["init", tmp_path / "c", "--script", script, "--skills", forge_lab.write_skills(tmp_path / "skills"),
+            "--set", "loop.confirm=end", "--set", "search.max_flops=1.1", "--without", "inert",
+            "--rung", "screen.MATRIX_BITS=8"]
+    assert forge_lab.forge(*args).returncode == 0
+    c = campaign.Campaign(tmp_path / "c")
+    assert c.config["loop"]["confirm"] == "end" and c.config["search"]["max_flops"] == 1.1
+    assert "inert" not in c.space.skills and "MATRIX_BITS" not in c.space.knobs and "CLIP_SIGMAS" in c.space.knobs
+    args[1] = tmp_path / "d"
+    for more, message in ((["--set", "loop.cnfirm=end"], "unknown [loop] cnfirm"),
+                          (["--set", "x.y=1"], "with a table of"), (["--without", "magic"], "want a skill of"), (["--rung", "screen.tokns=5"], "tokns = 5"),
+                          (["--deadline", "tomorrow"], "deadline 'tomorrow'")):
+        done = forge_lab.forge(*args, *more)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_beginning_twice_and_beginning_badly(tmp_path):

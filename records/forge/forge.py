@@ -24,8 +24,8 @@ from forge import ForgeError  # noqa: E402
 from forge.ledger import file_digest, write_atomic  # noqa: E402
 
 ROOT = HERE.parents[1]
-# What a rung is called with, per device; times are limits, not wishes. Compiling takes longer than a short run on a CPU,
-# chunks are the cheapest score, and a line per step is what forecasts read.
+# What a rung is called with, per device; times are limits, not wishes. Compiling takes longer than a short run on a
+# CPU, chunks are the cheapest score, and a line per step is what forecasts read.
 SHORT = dict(COMPILE="off", EVAL="chunked", TRAIN_LOG_EVERY="1")
 LADDERS = {
     "cpu": {"smoke": dict(kill_s=180.0, env=SHORT | dict(ITERATIONS="20", MAX_WALLCLOCK_SECONDS="0")),

@@ -202,7 +202,8 @@ def rescore(script: Path, folder: Path, record: dict) -> str:
     if not artifact.exists():
         return "no artifact to score again"
     knobs = {k: v for k, v in record["env"].items() if k in ("THREADS", "DATA_PATH", "TOKENIZER_PATH", "DEVICE")}
-    env = clean_environment(located(knobs, script) | dict(RUN_MODE="eval", ARTIFACT=str(artifact), RUNS_DIR=str(folder)))
+    env = clean_environment(located(knobs, script) | dict(RUN_MODE="eval", ARTIFACT=str(artifact),
+                                                          RUNS_DIR=str(folder)))
     try:
         done = subprocess.run([sys.executable, str(script)], env=env, cwd=folder, capture_output=True, text=True,
                               timeout=record["budget"]["kill_s"])

@@ -382,7 +382,7 @@ def page(c) -> str:
         (n, covered), cut = d["forecasts"], sum(r.record["status"] == "pruned" for r in state.runs.values() if r.record)
         section("Forecasts", plot_forecasts(c), note="Halfway, the end of a run is foretold from its training loss; "
                 f"{cut} without prospects were ended there. Of the last {n} forecasts that met their score, "
-                f"{covered:.0%} covered it (90 % intervals); below 75 % no run is ended. Runs that confirm are never cut short.")
+                f"{covered:.0%} covered it (90 % intervals); below 75 % no run is ended. Runs that confirm are never cut.")
     if state.metas and state.metas[-1]["importance"]:
         section("Which knobs matter", plot_importance(state.metas[-1]["importance"]))
     section("Experiments", table(["id", "kind", "skill", "source", "verdict", "delta", "reason", "change", "runs"],

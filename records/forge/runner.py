@@ -286,7 +286,8 @@ def command(order: dict) -> list[str]:
 def run_attempt(folder: Path, order: dict, attempt: int) -> tuple[int | None, str]:
     """Run the script once in its own session; returns exit code and why it was killed."""
     out = folder / f"a{attempt}.out"
-    env = clean_environment(located(order["env"], Path(order["script"])) | dict(RUNS_DIR=str(folder), RUN_ID=f"a{attempt}", SEED=str(order["seed"])))
+    env = clean_environment(located(order["env"], Path(order["script"])) | dict(
+        RUNS_DIR=str(folder), RUN_ID=f"a{attempt}", SEED=str(order["seed"])))
     env |= order.get("device_env", {})
     with open(out, "wb") as file:
         process = subprocess.Popen(command(order), env=env, cwd=folder, stdin=subprocess.DEVNULL, stdout=file,
