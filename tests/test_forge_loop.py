@@ -462,7 +462,8 @@ def test_settings_of_a_new_campaign(tmp_path):
     assert "inert" not in c.space.skills and "MATRIX_BITS" not in c.space.knobs and "CLIP_SIGMAS" in c.space.knobs
     args[1] = tmp_path / "d"
     for more, message in ((["--set", "loop.cnfirm=end"], "unknown [loop] cnfirm"),
-                          (["--set", "x.y=1"], "with a table of"), (["--without", "magic"], "want a skill of"), (["--rung", "screen.tokns=5"], "tokns = 5"),
+                          (["--set", "x.y=1"], "with a table of"),
+                          (["--without", "magic"], "want a skill of"), (["--rung", "screen.tokns=5"], "tokns = 5"),
                           (["--deadline", "tomorrow"], "deadline 'tomorrow'")):
         done = forge_lab.forge(*args, *more)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr

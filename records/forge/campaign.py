@@ -334,7 +334,8 @@ class Campaign:
         failed = next((r for w, y in zip(wanted, found) if y is None and w[0] == x.change
                        and (r := state.run_of(*w))), None)
         if failed:
-            cut = failed.forecast["middle"] - sum(old) / len(old) if failed.record["status"] == "pruned" else None
+            cut = failed.forecast["middle"] - sum(old) / len(old) if failed.forecast and (
+                failed.record["status"] == "pruned") else None
             return self.close(x, "reject", f"{failed.record['status']}: {failed.record['reason']}", delta=cut,
                               sigma=noise.sigma)
         new = state.scores(x.change, x.rung, seeds)

@@ -292,7 +292,7 @@ def setting(c, d: dict) -> str:
             + (f", with <code>{html.escape(own)}</code>" if own else "") + ". ")
     if val and val[0]:
         text += f"Every run is scored on the same {val[0]:,} tokens ({val[1]:,} bytes), on {html.escape(host)}. "
-    return (f"<p>{text}Two runs that differ in nothing but the seed differ by {d['noise'][0]:.4f} (one standard "
+    return (f"<p>{text}From seed to seed the score of one configuration varies by {d['noise'][0]:.4f} (standard "
             "deviation), so one better run proves nothing: a claim must hold on seeds that no decision has seen.</p>")
 
 
@@ -382,7 +382,7 @@ def page(c) -> str:
         (n, covered), cut = d["forecasts"], sum(r.record["status"] == "pruned" for r in state.runs.values() if r.record)
         section("Forecasts", plot_forecasts(c), note="Halfway, the end of a run is foretold from its training loss; "
                 f"{cut} without prospects were ended there. Of the last {n} forecasts that met their score, "
-                f"{covered:.0%} covered it (90 % intervals); below 75 % no run is ended. Runs that confirm are never cut.")
+                f"{covered:.0%} covered it (90 % intervals); below 75 % no run is ended. What confirms is never cut.")
     if state.metas and state.metas[-1]["importance"]:
         section("Which knobs matter", plot_importance(state.metas[-1]["importance"]))
     section("Experiments", table(["id", "kind", "skill", "source", "verdict", "delta", "reason", "change", "runs"],
