@@ -516,9 +516,8 @@ def parser() -> argparse.ArgumentParser:
     verbs.choices["promote"].add_argument("--to", required=True, metavar="RUNG")
     verbs.choices["project"].add_argument("--tokens", type=float, nargs="*", default=[])
     verb(compose).add_argument("changes", nargs="+", metavar="KNOB=VALUE[,KNOB=VALUE]")
-    made = verb(diff)
-    made.add_argument("a")
-    made.add_argument("b")
+    for side in ("a", "b"):
+        (verbs.choices.get("diff") or verb(diff)).add_argument(side)
     made = verb(propose)
     made.add_argument("--n", type=int, default=3)
     made.add_argument("--skill", default="")

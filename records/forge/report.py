@@ -14,6 +14,10 @@ from . import ladder, meta
 from .ledger import now, write_atomic
 from .space import config_id
 
+FORECAST_NOTE = (
+    "Halfway, the end of a run is foretold from its training loss; {cut} without prospects were ended there. Of the "
+    "last {n} forecasts that met their score, {covered:.0%} covered it (90 % intervals); below 75 % no run is ended. What "
+    "confirms is never cut short.")
 SKILL_HEAD = ["skill", "tries", "moved the anchor", "upheld", "failed", "gain per try", "from", "to (95 %)", "minutes",
               "minutes per 0.001"]
 STYLE = """
@@ -329,6 +333,13 @@ def failures_of_ideas(c) -> list[list]:
     return sorted(rows, key=lambda r: (r[1] not in ("confirm", "closing"), -(r[2] if r[2] is not None else 1e9)))
 
 
+def experiment_rows(state) -> list[list]:
+    """Every experiment as a row of the last table."""
+    return [[x.id, x.kind, x.skill, x.source, (x.verdict or {}).get("verdict", "open"), (x.verdict or {}).get("delta"),
+             (x.verdict or {}).get("reason", ""), label({n: v for n, v in x.change.items() if x.parent.get(n) != v}),
+             " ".join(r.key for r in state.runs.values() if r.exp == x.id)] for x in state.experiments.values()]
+
+
 def page(c) -> str:
     """The whole report."""
     state, d = c.state, summary(c)
@@ -337,10 +348,6 @@ def page(c) -> str:
         if r.finished and r.record["status"] not in ("ok", "pruned"):
             failures.setdefault((r.record["status"] != "tampered", r.record["status"], r.record["reason"][:160]),
                                 []).append(r.key)
-    experiments = [[x.id, x.kind, x.skill, x.source, (x.verdict or {}).get("verdict", "open"),
-                    (x.verdict or {}).get("delta"), (x.verdict or {}).get("reason", ""),
-                    label({n: v for n, v in x.change.items() if x.parent.get(n) != v}),
-                    " ".join(r.key for r in state.runs.values() if r.exp == x.id)] for x in state.experiments.values()]
     stand = summary_text(d).splitlines()[0] + (f" · stopped: {state.stopped}" if state.stopped else "")
     parts = [f"<h1>{html.escape(d['name'])}</h1><p class=muted>{now()} · {html.escape(stand)}</p><h2>Champion</h2>",
              headline(c, d), setting(c, d)]
@@ -380,13 +387,12 @@ def page(c) -> str:
         ["agent calls", d["spent"]["agent_calls"], d["budget"]["agent_calls"]]]))
     if any(r.forecast for r in state.runs.values()):
         (n, covered), cut = d["forecasts"], sum(r.record["status"] == "pruned" for r in state.runs.values() if r.record)
-        section("Forecasts", plot_forecasts(c), note="Halfway, the end of a run is foretold from its training loss; "
-                f"{cut} without prospects were ended there. Of the last {n} forecasts that met their score, "
-                f"{covered:.0%} covered it (90 % intervals); below 75 % no run is ended. What confirms is never cut.")
+        section("Forecasts", plot_forecasts(c), note=FORECAST_NOTE.format(cut=cut, n=n, covered=covered))
     if state.metas and state.metas[-1]["importance"]:
         section("Which knobs matter", plot_importance(state.metas[-1]["importance"]))
     section("Experiments", table(["id", "kind", "skill", "source", "verdict", "delta", "reason", "change", "runs"],
-                                 experiments), note="Repeat a run: <code>forge.py replay CAMPAIGN RUN</code>. "
+                                 experiment_rows(state)),
+            note="Repeat a run: <code>forge.py replay CAMPAIGN RUN</code>. "
             "Click a heading to sort.")
     if state.refused:
         section("Refused before they started", table(["skill", "reason", "change"], [
