@@ -16,8 +16,8 @@ from .space import config_id
 
 FORECAST_NOTE = (
     "Halfway, the end of a run is foretold from its training loss; {cut} without prospects were ended there. Of the "
-    "last {n} forecasts that met their score, {covered:.0%} covered it (90 % intervals); below 75 % no run is ended. What "
-    "confirms is never cut short.")
+    "last {n} forecasts that met their score, {covered:.0%} covered it (90 % intervals); below 75 % no run is ended. "
+    "What confirms is never cut short.")
 SKILL_HEAD = ["skill", "tries", "moved the anchor", "upheld", "failed", "gain per try", "from", "to (95 %)", "minutes",
               "minutes per 0.001"]
 STYLE = """
