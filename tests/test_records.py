@@ -110,10 +110,12 @@ def test_gains_are_those_of_the_same_artifact_and_documents(toy, tmp_path):
         "learning": dict(knobs=dict(EVAL="sliding", TTT="sgd", TTT_LR=0.01), against="chunks")})
     path = tmp_path / "gains.json"
     path.write_text(json.dumps(spec))
-    tool = [sys.executable, str(ROOT / "records" / "toolkit" / "gains.py"), "run", str(path), "--scratch", str(tmp_path)]
+    tool = [sys.executable, str(ROOT / "records" / "toolkit" / "gains.py"), "run", str(path), "--scratch",
+            str(tmp_path)]
     done = subprocess.run(tool, capture_output=True, text=True, env=clean_env(), timeout=300)
     assert done.returncode == 0, done.stderr
-    rows = {(r["seed"], r["variant"]): r for r in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = {(r["seed"], r["variant"]): r for r in results}
     assert len(rows) == 6
     for r in rows.values():
         assert sum(r["nats"]) / math.log(2) / sum(r["bytes"]) == pytest.approx(r["bpb"], abs=2e-5)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a way of scoring gains on the same trained models, document by document: then a table and a plot.
 
-    python records/toolkit/gains.py run SPEC.json       train each seed once, score what is missing in SPEC.json's folder
+    python records/toolkit/gains.py run SPEC.json       train each seed once and score what is missing
     python records/toolkit/gains.py report SPEC.json    write table.md and plot.svg from results.jsonl
 
 SPEC.json: {"base": {knob: value}, "seeds": [..], "variants": {name: {"against": name, "knobs": {knob: value}}}}. A run
