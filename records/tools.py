@@ -50,9 +50,16 @@ def check(asked) -> int:
 
 
 def audit(asked) -> int:
-    """Run a record's own code in fresh processes without a network; --write keeps the results in the folder."""
+    """Run a record's own code in fresh processes without a network; --write keeps the results in the folder. A folder
+    of another make needs --adapter: see records/toolkit/foreign.py."""
+    if asked.adapter and (asked.data or asked.write):
+        raise ValueError("--adapter does not go with --data or --write: those are for folders that `new` made")
     import audit as tool
-    found = tool.audit(asked.folder, asked.data)
+    if asked.adapter:
+        from foreign import audit_foreign
+        found = audit_foreign(asked.folder, asked.adapter)
+    else:
+        found = tool.audit(asked.folder, asked.data)
     if asked.write:
         tool.record_audits(asked.folder, found)
     show(asked, found, tool.as_text(found))
@@ -139,6 +146,8 @@ def arguments() -> argparse.ArgumentParser:
     sub = command(audit, "folder")
     sub.add_argument("--data", type=Path, help="folder of the record's shards: its artifacts are scored again in full")
     sub.add_argument("--write", action="store_true", help="put the results into submission.json and README.md")
+    sub.add_argument("--adapter", metavar="FILE.py:FUNCTION", help="what runs the evaluation of a script of another "
+                     "make: tokens in, losses out")
     sub = command(new)
     sub.add_argument("runs", type=Path, nargs="+", help="run folders, one per seed")
     sub.add_argument("--name", required=True, help="short name of the record, no score in it")

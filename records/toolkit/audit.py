@@ -2,7 +2,8 @@
 
 Unlike `check` this runs the folder: its launch.sh on the text in smoke/, in a copy that lies alone in an empty place;
 then the artifact once more in a second process beside nothing but the script; then, where the artifacts and the text of
-the record are at hand, the claimed scores. A folder of a stranger wants a machine that may be lost.
+the record are at hand, the claimed scores. The probes of a script of another make are in foreign.py. A folder of a
+stranger wants a machine that may be lost.
 """
 import contextlib
 import json
@@ -10,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from check import CAP_BYTES
-from folder import read_folder
+from folder import Folder, read_folder
 from logs import Log, read_log
 from snapshot import refreshed
 
@@ -62,12 +64,25 @@ def environment(home: Path, **knobs) -> dict[str, str]:
 
 
 def execute(command: list[str], where: Path, home: Path, isolated: list[str], **knobs) -> subprocess.CompletedProcess:
-    """Run a command in a folder without a network. A process that takes too long counts as failed."""
+    """Run a command in a folder without a network. A process that takes too long counts as failed; it ends together
+    with all that it started."""
+    process = subprocess.Popen([*isolated, *command], cwd=where, env=environment(home, **knobs), text=True,
+                               errors="replace", stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
-        return subprocess.run([*isolated, *command], cwd=where, env=environment(home, **knobs), capture_output=True,
-                              text=True, errors="replace", timeout=SECONDS)
+        out, err = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 124, "", f"took more than {SECONDS} s")
+        out, err = "", f"took more than {SECONDS} s"
+        process.returncode = 124
+    finally:
+        end(process)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def end(process: subprocess.Popen):
+    """End a process that leads its session, and whatever it started there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def said(done: subprocess.CompletedProcess) -> str:
@@ -85,13 +100,22 @@ def final(text: str) -> tuple[float, float] | None:
 class Place:
     """A copy of a record alone in an empty folder, and the processes that run there."""
 
-    def __init__(self, record: Path, top: Path):
-        self.folder, self.home, self.top = top / "alone" / record.name, top / "home", top
+    def __init__(self, record: Folder, top: Path):
+        self.folder, self.home, self.top = top / "alone" / record.path.resolve().name, top / "home", top
         self.isolated, self.python = namespace(), [sys.executable]
         self.home.mkdir()
-        shutil.copytree(record, self.folder, symlinks=True, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+        self.folder.mkdir(parents=True)
+        for name in record.files:  # regular files: no links, no pipes
+            if not re.match(r"runs/|(.*/)?__pycache__/", name):
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(record.path / name, self.folder / name)
         if not self.isolated:
             self.python = [sys.executable, str(OFFLINE)]
+
+    def offline(self) -> dict[str, Any]:
+        """How the network is kept away."""
+        return result("no_network", True if self.isolated else None, "a network namespace of its own"
+                      if self.isolated else "sockets refused; this system has no namespaces for us")
 
     def launch(self) -> tuple[subprocess.CompletedProcess, Path | None]:
         """Run launch.sh +tiny; returns it and the run folder it made."""
@@ -141,7 +165,7 @@ def claimed(place: Place, submission: dict[str, Any], data: Path | None) -> Iter
     """Size and score of each shipped artifact against its claim; scores need the record's own text."""
     for seed, r in submission.get("seed_results", {}).items():
         artifact = place.folder / str(r.get("artifact"))
-        if not r.get("artifact") or not artifact.is_file() or artifact.is_symlink():
+        if not r.get("artifact") or not artifact.is_file():
             continue
         yield recount(read_log(place.folder / r["log"]), place.folder / "train_gpt.py", artifact) | dict(seed=seed)
         if data:
@@ -153,14 +177,12 @@ def claimed(place: Place, submission: dict[str, Any], data: Path | None) -> Iter
 
 
 def probes(place: Place, run: Path) -> list[dict[str, Any]]:
-    """Suffix swap, target swap and their kin (records/toolkit/probes.py) on the record's own script and the artifact of
+    """Suffix swap, target swap and their kin (probes.py, perturb.py) on the record's own script and the artifact of
     `run`, in a process of their own."""
-    source = Path(__file__).with_name("probes.py")
-    if not source.is_file():
-        return []
     bare = place.top / "probed"
     (bare / "records" / "toolkit").mkdir(parents=True)
-    shutil.copyfile(source, bare / "records" / "toolkit" / "probes.py")
+    for name in ("probes.py", "perturb.py"):
+        shutil.copyfile(Path(__file__).with_name(name), bare / "records" / "toolkit" / name)
     shutil.copyfile(place.folder / "train_gpt.py", bare / "train_gpt.py")
     shutil.copyfile(run / "model.golf", bare / "model.golf")
     (bare / "probe.py").write_text(PROBE)
@@ -171,9 +193,14 @@ def probes(place: Place, run: Path) -> list[dict[str, Any]]:
         found = None
     if found is None:
         return [result("probes", None, said(done))]
+    return verdicts(found, [name for name in PROBED if name != "document_order" or "documents" in found])
+
+
+def verdicts(found: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """What the probes found, as lines of an audit."""
     numbers = {name: f"{found.get(name, math.nan):.1e}" for name in ("suffix", "target", "sum", "uniform")}
-    lines = [result(name, not set(flags) & set(found["flags"]), words.format(**numbers))
-             for name, (flags, words) in PROBED.items() if name != "document_order" or "documents" in found]
+    lines = [result(name, not set(PROBED[name][0]) & set(found["flags"]), PROBED[name][1].format(**numbers))
+             for name in names]
     return lines + [result(f"{name}_warning", None, "reads what lies ahead; not ruled on")
                     for name in found["warnings"]]
 
@@ -187,11 +214,9 @@ def audit(folder: Path, data: Path | None = None) -> list[dict[str, Any]]:
     if data and not data.is_dir():
         raise ValueError(f"--data {data}: no such folder")
     with tempfile.TemporaryDirectory(prefix="audit.") as top:
-        place = Place(folder.resolve(), Path(top))
+        place = Place(record, Path(top))
         done, run = place.launch()
-        found = [result("no_network", True if place.isolated else None, "a network namespace of its own"
-                        if place.isolated else "sockets refused; this system has no namespaces for us"),
-                 runs_alone(done, run)]
+        found = [place.offline(), runs_alone(done, run)]
         if found[-1]["status"] == "pass":
             found.append(recount(read_log(run / "log.txt"), place.folder / "train_gpt.py", run / "model.golf"))
             found += reloads(place, run, done.stdout)
