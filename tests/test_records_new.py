@@ -310,9 +310,8 @@ def test_audit_confirms_a_record_and_writes_what_it_saw(record, tmp_path, monkey
     status = {a["id"]: a["status"] for a in found}
     assert set(status.values()) <= {"pass", "unknown"}, audit.as_text(found)
     passed = {k for k, v in status.items() if v == "pass"}
-    assert {"self_contained", "artifact_recount", "repeatable", "reload"} <= passed
-    if (ROOT / "records" / "toolkit" / "probes.py").is_file():
-        assert status["suffix_swap"] == status["target_swap"] == status["score_once"] == "pass"
+    assert {"self_contained", "artifact_recount", "repeatable", "reload", "val_text_unused", "suffix_swap",
+            "target_swap", "score_once", "state_digest"} <= passed
     audit.record_audits(folder, found)
     written = json.loads((folder / "submission.json").read_text())
     assert {a["id"] for a in written["evidence"]["audits"]} == set(status)
@@ -324,13 +323,14 @@ STUB = """import os, pathlib, random, sys, urllib.request
 folder, size = pathlib.Path(__file__).parent, pathlib.Path(__file__).stat().st_size
 {before}
 if os.environ.get("RUN_MODE") != "eval":
-    run = folder / "runs" / "r"
+    run = folder / "runs" / os.environ["RUN_ID"]
     run.mkdir(parents=True)
-    (run / "model.golf").write_bytes(b"x" * 1000)
+    text = (pathlib.Path(os.environ.get("DATA_PATH", folder / "smoke")) / "fineweb_val_000000.bin").read_bytes()
+    (run / "model.golf").write_bytes({artifact})
     (run / "log.txt").write_text(f"Total submission size: {{size + {logged}}} bytes\\n")
 print(f"final:official variant:chunked val_loss:2.5 val_bpb:{{{score}}}")
 """
-HONEST = dict(before="", logged="1000", score="1.25")
+HONEST = dict(before="", logged="1000", score="1.25", artifact='b"x" * 1000')
 
 
 @pytest.mark.parametrize("odd, failed", [
@@ -340,12 +340,17 @@ HONEST = dict(before="", logged="1000", score="1.25")
     (dict(score="1.25 if (folder / 'launch.sh').exists() else 1.26"), "reload"),
     (dict(score="random.random()"), "repeatable"),
     (dict(score="1.25 if os.environ.get('RUN_MODE') != 'eval' else 1.2502"), "claimed_score"),
+    (dict(artifact="text[-1000:]"), "val_text_unused"),
+    (dict(before="not list(pathlib.Path(os.environ.get('DATA_PATH', folder / 'smoke')).glob('*train*')) "
+          "and sys.exit('error: no training text')"), "reload"),
     (dict(logged="900"), "artifact_recount")])
 def test_audit_of_scripts_that_do_not_do_what_they_say(odd, failed, tmp_path, monkeypatch):
-    """A network, a file beside it, another score in a second process, an unstable score, a wrong size."""
+    """A network, a file beside it, another score in a second process, an unstable score, validation text in the
+    artifact, training text in the evaluation, a wrong size."""
     monkeypatch.setattr(audit, "probes", lambda place, run: [])  # these scripts have no model to probe
     (tmp_path / "smoke").mkdir()
-    (tmp_path / "smoke" / "fineweb_val_000000.bin").touch()
+    for split in ("train", "val"):
+        (tmp_path / "smoke" / f"fineweb_{split}_000000.bin").write_bytes(split.encode() * 1000)
     claim = dict(artifact="model_seed1.golf", log="train_seed1.log", val_bpb=1.25)
     (tmp_path / "submission.json").write_text(json.dumps(dict(seed_results={"1": claim})))
     (tmp_path / "model_seed1.golf").write_bytes(b"x" * 1000)

@@ -24,6 +24,7 @@ from logs import Log, read_log
 from snapshot import refreshed
 
 SECONDS = 600  # of one process; the whole audit of a shrunk run takes about one minute
+HEADER_BYTES = 1024  # of a shard
 OFFLINE = Path(__file__).with_name("offline.py")
 
 # What runs in the probing process, and which audit each of its flags decides.
@@ -117,15 +118,29 @@ class Place:
         return result("no_network", True if self.isolated else None, "a network namespace of its own"
                       if self.isolated else "sockets refused; this system has no namespaces for us")
 
-    def launch(self) -> tuple[subprocess.CompletedProcess, Path | None]:
+    def launch(self, run_id: str = "first", **knobs) -> tuple[subprocess.CompletedProcess, Path | None]:
         """Run launch.sh +tiny; returns it and the run folder it made."""
         interpreter = self.top / "python"  # launch.sh starts "$PYTHON train_gpt.py"
         interpreter.write_text("#!/bin/sh\nexec " + " ".join(f"'{p}'" for p in self.python) + ' "$@"\n')
         interpreter.chmod(0o755)
         done = execute(["bash", "launch.sh", "+tiny"], self.folder, self.home, self.isolated, PYTHON=interpreter,
-                       DEVICE="cpu", THREADS=1)
-        logs = sorted((self.folder / "runs").glob("*/log.txt"))
-        return done, logs[-1].parent if logs else None
+                       DEVICE="cpu", THREADS=1, RUN_ID=run_id, **knobs)
+        run = self.folder / "runs" / run_id
+        return done, run if (run / "log.txt").is_file() else None
+
+    def text(self, name: str, *splits: str) -> Path:
+        """A copy of smoke/ with these splits only. A split `other` is called val and holds other text, that of the end
+        of the training shard."""
+        copy, smoke = self.top / name, self.folder / "smoke"
+        copy.mkdir()
+        for path in smoke.iterdir():
+            if not path.name.startswith("fineweb_") or path.name.split("_")[1] in splits:
+                shutil.copyfile(path, copy / path.name)
+        if "other" in splits:
+            val, train = ((smoke / f"fineweb_{split}_000000.bin").read_bytes() for split in ("val", "train"))
+            tail = max(0, len(val) - HEADER_BYTES)
+            (copy / "fineweb_val_000000.bin").write_bytes(val[:HEADER_BYTES] + train[len(train) - tail:])
+        return copy
 
     def score(self, artifact: Path, data: Path, **knobs) -> subprocess.CompletedProcess:
         """Score an artifact with nothing beside it but the script, in a fresh process."""
@@ -150,15 +165,31 @@ def recount(log: Log, script: Path, artifact: Path) -> dict[str, Any]:
 
 
 def reloads(place: Place, run: Path, first: str) -> list[dict[str, Any]]:
-    """The artifact scored again twice, each time in a process of its own that has only the file."""
-    again = [place.score(run / "model.golf", place.folder / "smoke", DEVICE="cpu") for _ in range(2)]
+    """The artifact scored again twice, each time in a process of its own that has only the file and the validation
+    text."""
+    data = place.text("validation", "val")
+    again = [place.score(run / "model.golf", data, DEVICE="cpu") for _ in range(2)]
     if failed := [d for d in again if d.returncode or final(d.stdout) is None]:
         return [result("reload", False, said(failed[0]))]
     scores = [final(first), *(final(d.stdout) for d in again)]
     noise, gap = abs(scores[1][1] - scores[2][1]), abs(scores[0][1] - scores[1][1])
     return [result("repeatable", noise <= 1e-8, f"{noise:.1e} bits per byte between two scorings", max_abs_diff=noise),
-            result("reload", gap <= max(1e-8, noise), f"{scores[1][1]:.8f} in a second process, "
+            result("reload", gap <= max(1e-8, noise), f"{scores[1][1]:.8f} in a second process without training text, "
                    f"{scores[0][1]:.8f} by the run", max_abs_diff=gap)]
+
+
+def val_text_unused(place: Place, run: Path) -> dict[str, Any]:
+    """Whether training, calibration and export make the same artifact beside another validation text."""
+    def artifact(run_id: str, **knobs) -> bytes:
+        made = place.launch(run_id, **knobs)[1]
+        return (made / "model.golf").read_bytes() if made and (made / "model.golf").is_file() else b""
+    first, other = (run / "model.golf").read_bytes(), artifact("other", DATA_PATH=place.text("other", "train", "other"))
+    if first == other:
+        return result("val_text_unused", True, "the same artifact beside another validation text")
+    if artifact("again") != first:  # then a difference says nothing
+        return result("val_text_unused", None, "two equal runs make different artifacts")
+    return result("val_text_unused", False, "another artifact beside another validation text" if other else
+                  "no artifact beside another validation text")
 
 
 def claimed(place: Place, submission: dict[str, Any], data: Path | None) -> Iterator[dict[str, Any]]:
@@ -208,7 +239,8 @@ def verdicts(found: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
 def audit(folder: Path, data: Path | None = None) -> list[dict[str, Any]]:
     """Every audit of a record folder that `new` made. Raises ValueError when it is none."""
     record = read_folder(folder)
-    for name in ("train_gpt.py", "launch.sh", "submission.json", "smoke/fineweb_val_000000.bin"):
+    for name in ("train_gpt.py", "launch.sh", "submission.json", "smoke/fineweb_train_000000.bin",
+                 "smoke/fineweb_val_000000.bin"):
         if name not in record.files:
             raise ValueError(f"{folder}: no {name}; audit runs folders that `new` made")
     if data and not data.is_dir():
@@ -220,6 +252,7 @@ def audit(folder: Path, data: Path | None = None) -> list[dict[str, Any]]:
         if found[-1]["status"] == "pass":
             found.append(recount(read_log(run / "log.txt"), place.folder / "train_gpt.py", run / "model.golf"))
             found += reloads(place, run, done.stdout)
+            found.append(val_text_unused(place, run))
             found += probes(place, run)
         found += claimed(place, record.submission, data)
     return found
@@ -227,13 +260,13 @@ def audit(folder: Path, data: Path | None = None) -> list[dict[str, Any]]:
 
 def record_audits(folder: Path, audits: list[dict[str, Any]]):
     """Put results into submission.json, where they decide what is known of compliance, and into the README made of
-    it. How a model was trained cannot be seen in its artifact: tuning before quantisation is not decided here."""
+    it."""
     path = folder / "submission.json"
     submission = json.loads(path.read_text())
     submission["evidence"]["audits"] = audits
     status = {a["id"]: a["status"] for a in audits}
     for shown, names in dict(suffix_swap=("score_first_ttt", "no_slot", "no_etlb"),
-                             target_swap=("no_ngram_cache",)).items():
+                             target_swap=("no_ngram_cache",), val_text_unused=("no_pre_quant_ttt",)).items():
         known = {"pass": True, "fail": False}.get(status.get(shown))
         submission["compliance"] |= dict.fromkeys(names, known)
     path.write_text(json.dumps(submission, indent=1))

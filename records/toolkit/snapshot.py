@@ -160,7 +160,7 @@ def submission(runs: list[Run], script: bytes, wanted: Wanted, date: str) -> dic
     scores, losses = [g.official.bpb for g in logs], [g.official.loss for g in logs]
     several = len(runs) > 1
     worst = max(logs, key=lambda g: max(g.total_bytes))
-    ttt = runs[0].knobs.get("ttt", {}).get("value")  # the run's own code knows no other way of adapting before export
+    ttt = runs[0].knobs.get("ttt", {}).get("value")
     phases = {name: round(max(g.phases.get(name, 0.0) for g in logs) * 1e3) for name in logs[0].phases}
     return dict(
         author=wanted.author, github_id=wanted.github_id, name=wanted.name.replace("_", " "), date=date,
@@ -179,7 +179,7 @@ def submission(runs: list[Run], script: bytes, wanted: Wanted, date: str) -> dic
             artifact_under_16mb=max(worst.total_bytes) <= CAP_BYTES,
             train_under_600s=at_most([g.train_seconds for g in logs], BUDGET_SECONDS),
             eval_under_600s=at_most([g.eval_seconds for g in logs], BUDGET_SECONDS), score_first_ttt=None, no_slot=None,
-            no_etlb=None, no_ngram_cache=None, no_pre_quant_ttt=ttt and ttt != "prequant", three_seeds=len(runs) >= 3),
+            no_etlb=None, no_ngram_cache=None, no_pre_quant_ttt=ttt and not any(g.noncompliant for g in logs), three_seeds=len(runs) >= 3),
         evidence=dict(
             schema=1, code_sha256=hashlib.sha256(script).hexdigest(), code_wrapped=unwrapped(script) != script,
             data_manifest=logs[0].manifest, tokenizer_sha256=logs[0].tokenizer_sha256, val_tokens=logs[0].val_tokens,
