@@ -16,6 +16,7 @@ in the input.
 """
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def audit(asked) -> int:
     if asked.adapter and (asked.data or asked.write):
         raise ValueError("--adapter does not go with --data or --write: those are for folders that `new` made")
     import audit as tool
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that its processes end with it
     if asked.adapter:
         from foreign import audit_foreign
         found = audit_foreign(asked.folder, asked.adapter)

@@ -21,18 +21,22 @@ from typing import Any, Iterator
 from check import CAP_BYTES
 from folder import Folder, read_folder
 from logs import Log, read_log
-from snapshot import refreshed
+from snapshot import OF_ONE_RUN, refreshed
 
 SECONDS = 600  # of one process; the whole audit of a shrunk run takes about one minute
 HEADER_BYTES = 1024  # of a shard
 OFFLINE = Path(__file__).with_name("offline.py")
 
-# What runs in the probing process, and which audit each of its flags decides.
+# What runs in the probing process, and which audit each of its flags decides. A token takes every value in a model of the
+# same knobs with few tokens: in that of the artifact, with at least a thousand, it would take an hour where weights learn.
 PROBE = """import json, sys
 sys.path.insert(0, "records/toolkit")
 import probes
-knobs = dict(ARTIFACT="model.golf", DEVICE="cpu", THREADS="1", EVAL_BATCH_TOKENS="128")
-found = probes.probe(knobs, cuts=6, positions=1)
+ours = dict(DEVICE="cpu", THREADS="1", EVAL_BATCH_TOKENS="128")
+found = probes.probe(ours | dict(ARTIFACT="model.golf"), cuts=6, positions=0)
+small = probes.probe(json.load(open("knobs.json")) | ours, length=96, cuts=1, positions=2)
+found |= {name: small[name] for name in ("sum", "target")}
+found["flags"] += [name for name in small["flags"] if name in ("sum", "target", "once")]
 print(json.dumps(found, default=float))
 """
 PROBED = {"suffix_swap": (("suffix", "nothing_compared"), "losses move by {suffix} nats when later text is replaced"),
@@ -210,12 +214,17 @@ def claimed(place: Place, submission: dict[str, Any], data: Path | None) -> Iter
 def probes(place: Place, run: Path) -> list[dict[str, Any]]:
     """Suffix swap, target swap and their kin (probes.py, perturb.py) on the record's own script and the artifact of
     `run`, in a process of their own."""
+    made = json.loads((run / "config.json").read_text())
+    typed = {k.upper(): str(int(v["value"]) if isinstance(v["value"], bool) else v["value"])
+             for k, v in made["knobs"].items()
+             if v["origin"] == "environment" and k not in OF_ONE_RUN}
     bare = place.top / "probed"
     (bare / "records" / "toolkit").mkdir(parents=True)
     for name in ("probes.py", "perturb.py"):
         shutil.copyfile(Path(__file__).with_name(name), bare / "records" / "toolkit" / name)
     shutil.copyfile(place.folder / "train_gpt.py", bare / "train_gpt.py")
     shutil.copyfile(run / "model.golf", bare / "model.golf")
+    (bare / "knobs.json").write_text(json.dumps(typed | dict(PRESET=made["preset"])))
     (bare / "probe.py").write_text(PROBE)
     done = execute([*place.python, "probe.py"], bare, place.home, place.isolated)
     try:

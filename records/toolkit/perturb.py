@@ -112,7 +112,7 @@ def audit(look: Look, tokens: np.ndarray, vocab: int, seed: int = 0, cuts: int =
     found["schedule"] = max(swap_unscored(look, tokens, seen, rng, True)[0] for _ in range(cuts))
     at = rng.choice(np.flatnonzero(tokens[1:-1] != BOS) + 1, positions, replace=False).tolist()
     targets = [swap_target(look, tokens, seen, p, vocab) for p in at]
-    found["sum"], found["target"] = (max(x) for x in zip(*targets))
+    found["sum"], found["target"] = (max(x) for x in zip(*targets or [(0.0, 0.0)]))
     if isolated:
         found["documents"] = reorder(look, tokens, rng)
     failed = dict(once=not found["once"], suffix=found["suffix"] > limit, states=found["states"] > 0,
