@@ -21,7 +21,7 @@ from typing import Any, Iterator
 from check import CAP_BYTES
 from folder import Folder, read_folder
 from logs import Log, read_log
-from snapshot import OF_ONE_RUN, refreshed
+from snapshot import OF_ONE_RUN, file_sha256, refreshed
 
 SECONDS = 600  # of one process; the whole audit of a shrunk run takes about one minute
 HEADER_BYTES = 1024  # of a shard
@@ -196,11 +196,14 @@ def val_text_unused(place: Place, run: Path) -> dict[str, Any]:
                   "no artifact beside another validation text")
 
 
-def claimed(place: Place, submission: dict[str, Any], data: Path | None) -> Iterator[dict[str, Any]]:
-    """Size and score of each shipped artifact against its claim; scores need the record's own text."""
+def claimed(place: Place, submission: dict[str, Any], data: Path | None, runs: list[Path]) -> Iterator[dict[str, Any]]:
+    """Size and score of each artifact against its claim: of those in the record, else of those in run folders, known by
+    their sha256; scores need the record's own text."""
+    elsewhere = {file_sha256(run / "model.golf"): run / "model.golf" for run in runs}
     for seed, r in submission.get("seed_results", {}).items():
-        artifact = place.folder / str(r.get("artifact"))
-        if not r.get("artifact") or not artifact.is_file():
+        kept, other = r.get("artifact"), elsewhere.pop(r.get("artifact_sha256"), None)
+        artifact = place.folder / kept if kept else other
+        if artifact is None or not artifact.is_file():
             continue
         yield recount(read_log(place.folder / r["log"]), place.folder / "train_gpt.py", artifact) | dict(seed=seed)
         if data:
@@ -209,6 +212,8 @@ def claimed(place: Place, submission: dict[str, Any], data: Path | None) -> Iter
             gap = abs(score[1] - r["val_bpb"]) if score else None
             yield result("claimed_score", gap is not None and gap <= 1e-4, said(done) if score is None else
                          f"{score[1]:.8f} now, {r['val_bpb']:.8f} claimed", seed=seed, max_abs_diff=gap)
+    for path in elsewhere.values():
+        yield result("artifact_of_the_record", False, f"{path.parent.name}/model.golf belongs to no seed of the record")
 
 
 def probes(place: Place, run: Path) -> list[dict[str, Any]]:
@@ -245,8 +250,9 @@ def verdicts(found: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
                     for name in found["warnings"]]
 
 
-def audit(folder: Path, data: Path | None = None) -> list[dict[str, Any]]:
-    """Every audit of a record folder that `new` made. Raises ValueError when it is none."""
+def audit(folder: Path, data: Path | None = None, runs: list[Path] = ()) -> list[dict[str, Any]]:
+    """Every audit of a record folder that `new` made; `data` and `runs` hold its text and its artifacts. Raises
+    ValueError when it is none."""
     record = read_folder(folder)
     for name in ("train_gpt.py", "launch.sh", "submission.json", "smoke/fineweb_train_000000.bin",
                  "smoke/fineweb_val_000000.bin"):
@@ -254,6 +260,9 @@ def audit(folder: Path, data: Path | None = None) -> list[dict[str, Any]]:
             raise ValueError(f"{folder}: no {name}; audit runs folders that `new` made")
     if data and not data.is_dir():
         raise ValueError(f"--data {data}: no such folder")
+    for run in runs:
+        if not (run / "model.golf").is_file():
+            raise ValueError(f"--runs {run}: no model.golf")
     with tempfile.TemporaryDirectory(prefix="audit.") as top:
         place = Place(record, Path(top))
         done, run = place.launch()
@@ -263,7 +272,7 @@ def audit(folder: Path, data: Path | None = None) -> list[dict[str, Any]]:
             found += reloads(place, run, done.stdout)
             found.append(val_text_unused(place, run))
             found += probes(place, run)
-        found += claimed(place, record.submission, data)
+        found += claimed(place, record.submission, data, runs)
     return found
 
 
