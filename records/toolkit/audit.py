@@ -34,7 +34,7 @@ sys.path.insert(0, "records/toolkit")
 import probes
 ours = dict(DEVICE="cpu", THREADS="1", EVAL_BATCH_TOKENS="128")
 found = probes.probe(ours | dict(ARTIFACT="model.golf"), cuts=6, positions=0)
-small = probes.probe(json.load(open("knobs.json")) | ours, length=96, cuts=1, positions=2)
+small = probes.probe(json.load(open("knobs.json")) | ours, length=72, cuts=1, positions=2)
 found |= {name: small[name] for name in ("sum", "target")}
 found["flags"] += [name for name in small["flags"] if name in ("sum", "target", "once")]
 print(json.dumps(found, default=float))
