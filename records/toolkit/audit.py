@@ -27,8 +27,8 @@ SECONDS = 600  # of one process; the whole audit of a shrunk run takes about one
 HEADER_BYTES = 1024  # of a shard
 OFFLINE = Path(__file__).with_name("offline.py")
 
-# What runs in the probing process, and which audit each of its flags decides. A token takes every value in a model of the
-# same knobs with few tokens: in that of the artifact, with at least a thousand, it would take an hour where weights learn.
+# What runs in the probing process, and which audit each of its flags decides. A token takes every value in a model of
+# the same knobs with few tokens: with the thousand of the artifact it would take an hour where weights learn.
 PROBE = """import json, sys
 sys.path.insert(0, "records/toolkit")
 import probes

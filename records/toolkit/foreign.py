@@ -10,7 +10,7 @@ copy of the folder, so that it may `import train_gpt`. It has
         ...
 
 which is given a text, an int64 array (N,) of ids below VOCAB from one BOS (1) to another with documents between, and
-runs the script's own evaluation on it, from the same start each time. Losses are nats, entry i is that of tokens[i + 1].
+runs the script's own evaluation on it, from the same start each time. Losses are nats; entry i is of tokens[i + 1].
 It either returns all N - 1 of them, or, so that order, counts and states can be seen too, it is a generator that yields
 
     first, losses           what the evaluation counts: losses of the targets first, first + 1, ...

@@ -3,7 +3,7 @@
     python foreign_host.py ADAPTER FUNCTION      in the folder of the script
 
 First comes a line about the adapter. Then each line of standard input, {"tokens": [...], "digests": bool}, is answered
-with one line: {"pieces": [[first target, [nats, ...], digest of the state], ...], "whole": bool, "mean": number or null}.
+with one line: {"pieces": [[first target, [nats, ...], digest of the state], ...], "whole": bool, "mean": nats or null}.
 What the script prints goes to standard error.
 """
 import hashlib

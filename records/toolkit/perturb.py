@@ -1,7 +1,7 @@
 """Probes of an evaluation that know nothing of its method: texts go in, the loss of each target comes out.
 
-An evaluation is a function look(tokens (N,), digests: bool) -> Seen. The probes run it on texts that differ where nothing
-scored so far may depend on it:
+An evaluation is a function look(tokens (N,), digests: bool) -> Seen. The probes run it on texts that differ where
+nothing scored so far may depend on it:
 
 suffix    what is not scored yet is replaced, documents keep their borders: no loss so far and no state may move
 schedule  the same with moved borders: a warning, for strategies that read lengths ahead

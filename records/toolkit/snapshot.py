@@ -180,7 +180,8 @@ def submission(runs: list[Run], script: bytes, wanted: Wanted, date: str) -> dic
             artifact_under_16mb=max(worst.total_bytes) <= CAP_BYTES,
             train_under_600s=at_most([g.train_seconds for g in logs], BUDGET_SECONDS),
             eval_under_600s=at_most([g.eval_seconds for g in logs], BUDGET_SECONDS), score_first_ttt=None, no_slot=None,
-            no_etlb=None, no_ngram_cache=None, no_pre_quant_ttt=ttt and not any(g.noncompliant for g in logs), three_seeds=len(runs) >= 3),
+            no_etlb=None, no_ngram_cache=None, no_pre_quant_ttt=ttt and not any(g.noncompliant for g in logs),
+            three_seeds=len(runs) >= 3),
         evidence=dict(
             schema=1, code_sha256=hashlib.sha256(script).hexdigest(), code_wrapped=unwrapped(script) != script,
             data_manifest=logs[0].manifest, tokenizer_sha256=logs[0].tokenizer_sha256, val_tokens=logs[0].val_tokens,
