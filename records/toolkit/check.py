@@ -531,8 +531,8 @@ CHECKS: dict[str, Callable[[Folder], Findings]] = {f.__name__: f for f in (
     cap, shipped_size, training_time, last_step, hessian_time, evaluation_time, all_evaluations, implied_bytes,
     scored_once, too_good, headline, best_seed, spread, claimed_sizes, seed_count, seed_repeated, mixed_seeds,
     mixed_shards, overlap, noncompliant, code_hash, unknown_options, network, programs, side_code, local_imports,
-    packages, slot, etlb, casefold, warmup_on_validation, files, parses, other_pythons, inside, folder_name, fields, machine_paths,
-    evidence, compliance)}
+    packages, slot, etlb, casefold, warmup_on_validation, files, parses, other_pythons, inside, folder_name, fields,
+    machine_paths, evidence, compliance)}
 CHECKS |= dict(audit_suffix_swap=functools.partial(audit, "suffix_swap"),
                audit_target_swap=functools.partial(audit, "target_swap"),
                audit_state_digest=functools.partial(audit, "state_digest"),
