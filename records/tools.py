@@ -16,6 +16,7 @@ in the input.
 """
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -50,9 +51,17 @@ def check(asked) -> int:
 
 
 def audit(asked) -> int:
-    """Run a record's own code in fresh processes without a network; --write keeps the results in the folder."""
+    """Run a record's own code in fresh processes without a network; --write keeps the results in the folder. A folder
+    of another make needs --adapter: see records/toolkit/foreign.py."""
+    if asked.adapter and (asked.data or asked.runs or asked.write):
+        raise ValueError("--adapter does not go with --data, --runs or --write: those are for folders that `new` made")
     import audit as tool
-    found = tool.audit(asked.folder, asked.data)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that its processes end with it
+    if asked.adapter:
+        from foreign import audit_foreign
+        found = audit_foreign(asked.folder, asked.adapter)
+    else:
+        found = tool.audit(asked.folder, asked.data, asked.runs)
     if asked.write:
         tool.record_audits(asked.folder, found)
     show(asked, found, tool.as_text(found))
@@ -138,7 +147,11 @@ def arguments() -> argparse.ArgumentParser:
     command(check, "folder")
     sub = command(audit, "folder")
     sub.add_argument("--data", type=Path, help="folder of the record's shards: its artifacts are scored again in full")
+    sub.add_argument("--runs", type=Path, nargs="+", default=[], help="run folders of the record, where it was made "
+                     "without --keep-artifacts")
     sub.add_argument("--write", action="store_true", help="put the results into submission.json and README.md")
+    sub.add_argument("--adapter", metavar="FILE.py:FUNCTION", help="what runs the evaluation of a script of another "
+                     "make: tokens in, losses out")
     sub = command(new)
     sub.add_argument("runs", type=Path, nargs="+", help="run folders, one per seed")
     sub.add_argument("--name", required=True, help="short name of the record, no score in it")

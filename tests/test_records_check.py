@@ -135,6 +135,10 @@ PLANTED = {
     "compliance typed by hand": (Record(submission=dict(compliance=dict(no_slot=True))), "E11", "warn"),
     "failed audit": (Record(submission=dict(evidence=dict(audits=[dict(id="suffix_swap", status="fail")]))), "C1",
                      "fail"),
+    "an audit found validation text in training": (Record(submission=dict(evidence=dict(audits=[dict(
+        id="val_text_unused", status="fail")]))), "W4", "fail"),
+    "trained on validation text, as the log admits": (Record(last_changed(
+        extra="step:9/9 train_loss:2.0 train_time:598000ms [NONCOMPLIANT]")), "C9", "fail"),
     "another failed audit": (Record(submission=dict(evidence=dict(audits=[dict(id="reload", status="fail")]))), "E10",
                              "fail"),
     "another script's hash": (Record(submission=dict(evidence=dict(code_sha256="0" * 64))), "E10", "fail"),

@@ -134,7 +134,7 @@ def test_it_refuses(runs, toy, tmp_path):
 
 
 def test_a_run_left_out_needs_a_reason_which_is_shown(runs, toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(snapshot, "report", lambda folder: "")
+    monkeypatch.setattr(snapshot, "draw", lambda folder: None)
     wanted = snapshot.Wanted("Two", data=toy, left_out="the third was interrupted by hand")
     folder = snapshot.new(runs[:2], SCRIPT, tmp_path, wanted)
     assert "the third was interrupted by hand" in (folder / "README.md").read_text()
@@ -151,7 +151,7 @@ def test_an_interrupted_run_makes_the_same_record(runs, toy, tmp_path, monkeypat
     assert process.returncode == 130
     assert train(toy, tmp_path, "run", RESUME="auto", **knobs).code == 0
     found = []
-    monkeypatch.setattr(snapshot, "report", lambda folder: "")
+    monkeypatch.setattr(snapshot, "draw", lambda folder: None)
     for i, run in enumerate((runs[0], tmp_path / "run")):
         wanted = snapshot.Wanted("One", data=toy, left_out="a test", date="2026-11-21")
         folder = snapshot.new([run], SCRIPT, tmp_path / f"records_{i}", wanted)
@@ -241,6 +241,8 @@ def test_a_report_is_one_page_that_loads_nothing(record, runs, tmp_path):
     assert not page.open and not page.fetched and "<script" not in text and "url(http" not in text
     for run in runs:
         assert f"{official(run)[1]:.4f}" in text
+    assert (record / "loss.svg").read_text() in text and "![Loss and score](loss.svg)" in (
+        record / "README.md").read_text()
     assert text.count("<svg") >= 5 and "16,000,000" in text and text == (record / "report.html").read_text()
     one = report.report(runs[0])
     assert "Learning rate" in one and "Loss and score" in one
@@ -310,9 +312,8 @@ def test_audit_confirms_a_record_and_writes_what_it_saw(record, tmp_path, monkey
     status = {a["id"]: a["status"] for a in found}
     assert set(status.values()) <= {"pass", "unknown"}, audit.as_text(found)
     passed = {k for k, v in status.items() if v == "pass"}
-    assert {"self_contained", "artifact_recount", "repeatable", "reload"} <= passed
-    if (ROOT / "records" / "toolkit" / "probes.py").is_file():
-        assert status["suffix_swap"] == status["target_swap"] == status["score_once"] == "pass"
+    assert {"self_contained", "artifact_recount", "repeatable", "reload", "val_text_unused", "suffix_swap",
+            "target_swap", "score_once", "state_digest"} <= passed
     audit.record_audits(folder, found)
     written = json.loads((folder / "submission.json").read_text())
     assert {a["id"] for a in written["evidence"]["audits"]} == set(status)
@@ -324,13 +325,26 @@ STUB = """import os, pathlib, random, sys, urllib.request
 folder, size = pathlib.Path(__file__).parent, pathlib.Path(__file__).stat().st_size
 {before}
 if os.environ.get("RUN_MODE") != "eval":
-    run = folder / "runs" / "r"
+    run = folder / "runs" / os.environ["RUN_ID"]
     run.mkdir(parents=True)
-    (run / "model.golf").write_bytes(b"x" * 1000)
+    text = (pathlib.Path(os.environ.get("DATA_PATH", folder / "smoke")) / "fineweb_val_000000.bin").read_bytes()
+    (run / "model.golf").write_bytes({artifact})
     (run / "log.txt").write_text(f"Total submission size: {{size + {logged}}} bytes\\n")
 print(f"final:official variant:chunked val_loss:2.5 val_bpb:{{{score}}}")
 """
-HONEST = dict(before="", logged="1000", score="1.25")
+HONEST = dict(before="", logged="1000", score="1.25", artifact='b"x" * 1000')
+
+
+def stub_record(folder: Path, artifact: dict, odd: dict):
+    """A record whose script only says that it trains and scores."""
+    (folder / "smoke").mkdir(parents=True)
+    for split in ("train", "val"):
+        (folder / "smoke" / f"fineweb_{split}_000000.bin").write_bytes(split.encode() * 1000)
+    claim = dict(log="train_seed1.log", val_bpb=1.25) | artifact
+    (folder / "submission.json").write_text(json.dumps(dict(seed_results={"1": claim})))
+    (folder / "launch.sh").write_text('exec "$PYTHON" train_gpt.py\n')
+    (folder / "train_gpt.py").write_text(script := STUB.format(**HONEST | odd))
+    (folder / "train_seed1.log").write_text(f"Total submission size: {len(script) + 1000} bytes\n")
 
 
 @pytest.mark.parametrize("odd, failed", [
@@ -340,22 +354,34 @@ HONEST = dict(before="", logged="1000", score="1.25")
     (dict(score="1.25 if (folder / 'launch.sh').exists() else 1.26"), "reload"),
     (dict(score="random.random()"), "repeatable"),
     (dict(score="1.25 if os.environ.get('RUN_MODE') != 'eval' else 1.2502"), "claimed_score"),
+    (dict(artifact="text[-1000:]"), "val_text_unused"),
+    (dict(before="not list(pathlib.Path(os.environ.get('DATA_PATH', folder / 'smoke')).glob('*train*')) "
+          "and sys.exit('error: no training text')"), "reload"),
     (dict(logged="900"), "artifact_recount")])
 def test_audit_of_scripts_that_do_not_do_what_they_say(odd, failed, tmp_path, monkeypatch):
-    """A network, a file beside it, another score in a second process, an unstable score, a wrong size."""
+    """A network, a file beside it, another score in a second process, an unstable score, validation text in the
+    artifact, training text in the evaluation, a wrong size."""
     monkeypatch.setattr(audit, "probes", lambda place, run: [])  # these scripts have no model to probe
-    (tmp_path / "smoke").mkdir()
-    (tmp_path / "smoke" / "fineweb_val_000000.bin").touch()
-    claim = dict(artifact="model_seed1.golf", log="train_seed1.log", val_bpb=1.25)
-    (tmp_path / "submission.json").write_text(json.dumps(dict(seed_results={"1": claim})))
+    stub_record(tmp_path, dict(artifact="model_seed1.golf"), odd)
     (tmp_path / "model_seed1.golf").write_bytes(b"x" * 1000)
-    (tmp_path / "launch.sh").write_text('exec "$PYTHON" train_gpt.py\n')
-    (tmp_path / "train_gpt.py").write_text(script := STUB.format(**HONEST | odd))
-    (tmp_path / "train_seed1.log").write_text(f"Total submission size: {len(script) + 1000} bytes\n")
     found = [(a["id"], a["status"]) for a in audit.audit(tmp_path, data=tmp_path / "smoke")]
     seen = {name for name, status in found if status == "fail"}
     assert failed in seen if failed else not seen and ("claimed_score", "pass") in found
     assert not (tmp_path / "runs").exists(), "an audit works on a copy"
+
+
+def test_artifacts_that_stay_with_the_runs_are_known_by_their_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit, "probes", lambda place, run: [])
+    for name, content in (("mine", b"x" * 1000), ("other", b"y" * 1000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.golf").write_bytes(content)
+    stub_record(tmp_path / "record", dict(artifact_sha256=snapshot.file_sha256(tmp_path / "mine" / "model.golf")), {})
+    runs, data = [tmp_path / "mine", tmp_path / "other"], tmp_path / "record" / "smoke"
+    found = [(a["id"], a.get("seed"), a["status"]) for a in audit.audit(tmp_path / "record", data, runs)]
+    assert {("artifact_recount", "1", "pass"), ("claimed_score", "1", "pass"),
+            ("artifact_of_the_record", None, "fail")} <= set(found)
+    with pytest.raises(ValueError, match="no model.golf"):
+        audit.audit(tmp_path / "record", data, [tmp_path])
 
 
 def test_audit_wants_a_whole_record(tmp_path):

@@ -2,7 +2,8 @@
 
 Unlike `check` this runs the folder: its launch.sh on the text in smoke/, in a copy that lies alone in an empty place;
 then the artifact once more in a second process beside nothing but the script; then, where the artifacts and the text of
-the record are at hand, the claimed scores. A folder of a stranger wants a machine that may be lost.
+the record are at hand, the claimed scores. The probes of a script of another make are in foreign.py. A folder of a
+stranger wants a machine that may be lost.
 """
 import contextlib
 import json
@@ -10,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,19 +19,24 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from check import CAP_BYTES
-from folder import read_folder
+from folder import Folder, read_folder
 from logs import Log, read_log
-from snapshot import refreshed
+from snapshot import OF_ONE_RUN, file_sha256, refreshed
 
 SECONDS = 600  # of one process; the whole audit of a shrunk run takes about one minute
+HEADER_BYTES = 1024  # of a shard
 OFFLINE = Path(__file__).with_name("offline.py")
 
-# What runs in the probing process, and which audit each of its flags decides.
+# What runs in the probing process, and which audit each of its flags decides. A token takes every value in a model of
+# the same knobs with few tokens: with the thousand of the artifact it would take an hour where weights learn.
 PROBE = """import json, sys
 sys.path.insert(0, "records/toolkit")
 import probes
-knobs = dict(ARTIFACT="model.golf", DEVICE="cpu", THREADS="1", EVAL_BATCH_TOKENS="128")
-found = probes.probe(knobs, cuts=6, positions=1)
+ours = dict(DEVICE="cpu", THREADS="1", EVAL_BATCH_TOKENS="128")
+found = probes.probe(ours | dict(ARTIFACT="model.golf"), cuts=6, positions=0)
+small = probes.probe(json.load(open("knobs.json")) | ours, length=72, cuts=1, positions=2)
+found |= {name: small[name] for name in ("sum", "target")}
+found["flags"] += [name for name in small["flags"] if name in ("sum", "target", "once")]
 print(json.dumps(found, default=float))
 """
 PROBED = {"suffix_swap": (("suffix", "nothing_compared"), "losses move by {suffix} nats when later text is replaced"),
@@ -62,12 +69,25 @@ def environment(home: Path, **knobs) -> dict[str, str]:
 
 
 def execute(command: list[str], where: Path, home: Path, isolated: list[str], **knobs) -> subprocess.CompletedProcess:
-    """Run a command in a folder without a network. A process that takes too long counts as failed."""
+    """Run a command in a folder without a network. A process that takes too long counts as failed; it ends together
+    with all that it started."""
+    process = subprocess.Popen([*isolated, *command], cwd=where, env=environment(home, **knobs), text=True,
+                               errors="replace", stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
-        return subprocess.run([*isolated, *command], cwd=where, env=environment(home, **knobs), capture_output=True,
-                              text=True, errors="replace", timeout=SECONDS)
+        out, err = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 124, "", f"took more than {SECONDS} s")
+        out, err = "", f"took more than {SECONDS} s"
+        process.returncode = 124
+    finally:
+        end(process)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def end(process: subprocess.Popen):
+    """End a process that leads its session, and whatever it started there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def said(done: subprocess.CompletedProcess) -> str:
@@ -85,23 +105,46 @@ def final(text: str) -> tuple[float, float] | None:
 class Place:
     """A copy of a record alone in an empty folder, and the processes that run there."""
 
-    def __init__(self, record: Path, top: Path):
-        self.folder, self.home, self.top = top / "alone" / record.name, top / "home", top
+    def __init__(self, record: Folder, top: Path):
+        self.folder, self.home, self.top = top / "alone" / record.path.resolve().name, top / "home", top
         self.isolated, self.python = namespace(), [sys.executable]
         self.home.mkdir()
-        shutil.copytree(record, self.folder, symlinks=True, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+        self.folder.mkdir(parents=True)
+        for name in record.files:  # regular files: no links, no pipes
+            if not re.match(r"runs/|(.*/)?__pycache__/", name):
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(record.path / name, self.folder / name)
         if not self.isolated:
             self.python = [sys.executable, str(OFFLINE)]
 
-    def launch(self) -> tuple[subprocess.CompletedProcess, Path | None]:
+    def offline(self) -> dict[str, Any]:
+        """How the network is kept away."""
+        return result("no_network", True if self.isolated else None, "a network namespace of its own"
+                      if self.isolated else "sockets refused; this system has no namespaces for us")
+
+    def launch(self, run_id: str = "first", **knobs) -> tuple[subprocess.CompletedProcess, Path | None]:
         """Run launch.sh +tiny; returns it and the run folder it made."""
         interpreter = self.top / "python"  # launch.sh starts "$PYTHON train_gpt.py"
         interpreter.write_text("#!/bin/sh\nexec " + " ".join(f"'{p}'" for p in self.python) + ' "$@"\n')
         interpreter.chmod(0o755)
         done = execute(["bash", "launch.sh", "+tiny"], self.folder, self.home, self.isolated, PYTHON=interpreter,
-                       DEVICE="cpu", THREADS=1)
-        logs = sorted((self.folder / "runs").glob("*/log.txt"))
-        return done, logs[-1].parent if logs else None
+                       DEVICE="cpu", THREADS=1, RUN_ID=run_id, **knobs)
+        run = self.folder / "runs" / run_id
+        return done, run if (run / "log.txt").is_file() else None
+
+    def text(self, name: str, *splits: str) -> Path:
+        """A copy of smoke/ with these splits only. A split `other` is called val and holds other text, that of the end
+        of the training shard."""
+        copy, smoke = self.top / name, self.folder / "smoke"
+        copy.mkdir()
+        for path in smoke.iterdir():
+            if not path.name.startswith("fineweb_") or path.name.split("_")[1] in splits:
+                shutil.copyfile(path, copy / path.name)
+        if "other" in splits:
+            val, train = ((smoke / f"fineweb_{split}_000000.bin").read_bytes() for split in ("val", "train"))
+            tail = max(0, len(val) - HEADER_BYTES)
+            (copy / "fineweb_val_000000.bin").write_bytes(val[:HEADER_BYTES] + train[len(train) - tail:])
+        return copy
 
     def score(self, artifact: Path, data: Path, **knobs) -> subprocess.CompletedProcess:
         """Score an artifact with nothing beside it but the script, in a fresh process."""
@@ -126,22 +169,41 @@ def recount(log: Log, script: Path, artifact: Path) -> dict[str, Any]:
 
 
 def reloads(place: Place, run: Path, first: str) -> list[dict[str, Any]]:
-    """The artifact scored again twice, each time in a process of its own that has only the file."""
-    again = [place.score(run / "model.golf", place.folder / "smoke", DEVICE="cpu") for _ in range(2)]
+    """The artifact scored again twice, each time in a process of its own that has only the file and the validation
+    text."""
+    data = place.text("validation", "val")
+    again = [place.score(run / "model.golf", data, DEVICE="cpu") for _ in range(2)]
     if failed := [d for d in again if d.returncode or final(d.stdout) is None]:
         return [result("reload", False, said(failed[0]))]
     scores = [final(first), *(final(d.stdout) for d in again)]
     noise, gap = abs(scores[1][1] - scores[2][1]), abs(scores[0][1] - scores[1][1])
     return [result("repeatable", noise <= 1e-8, f"{noise:.1e} bits per byte between two scorings", max_abs_diff=noise),
-            result("reload", gap <= max(1e-8, noise), f"{scores[1][1]:.8f} in a second process, "
+            result("reload", gap <= max(1e-8, noise), f"{scores[1][1]:.8f} in a second process without training text, "
                    f"{scores[0][1]:.8f} by the run", max_abs_diff=gap)]
 
 
-def claimed(place: Place, submission: dict[str, Any], data: Path | None) -> Iterator[dict[str, Any]]:
-    """Size and score of each shipped artifact against its claim; scores need the record's own text."""
+def val_text_unused(place: Place, run: Path) -> dict[str, Any]:
+    """Whether training, calibration and export make the same artifact beside another validation text."""
+    def artifact(run_id: str, **knobs) -> bytes:
+        made = place.launch(run_id, **knobs)[1]
+        return (made / "model.golf").read_bytes() if made and (made / "model.golf").is_file() else b""
+    first, other = (run / "model.golf").read_bytes(), artifact("other", DATA_PATH=place.text("other", "train", "other"))
+    if first == other:
+        return result("val_text_unused", True, "the same artifact beside another validation text")
+    if artifact("again") != first:  # then a difference says nothing
+        return result("val_text_unused", None, "two equal runs make different artifacts")
+    return result("val_text_unused", False, "another artifact beside another validation text" if other else
+                  "no artifact beside another validation text")
+
+
+def claimed(place: Place, submission: dict[str, Any], data: Path | None, runs: list[Path]) -> Iterator[dict[str, Any]]:
+    """Size and score of each artifact against its claim: of those in the record, else of those in run folders, known by
+    their sha256; scores need the record's own text."""
+    elsewhere = {file_sha256(run / "model.golf"): run / "model.golf" for run in runs}
     for seed, r in submission.get("seed_results", {}).items():
-        artifact = place.folder / str(r.get("artifact"))
-        if not r.get("artifact") or not artifact.is_file() or artifact.is_symlink():
+        kept, other = r.get("artifact"), elsewhere.pop(r.get("artifact_sha256"), None)
+        artifact = place.folder / kept if kept else other
+        if artifact is None or not artifact.is_file():
             continue
         yield recount(read_log(place.folder / r["log"]), place.folder / "train_gpt.py", artifact) | dict(seed=seed)
         if data:
@@ -150,19 +212,24 @@ def claimed(place: Place, submission: dict[str, Any], data: Path | None) -> Iter
             gap = abs(score[1] - r["val_bpb"]) if score else None
             yield result("claimed_score", gap is not None and gap <= 1e-4, said(done) if score is None else
                          f"{score[1]:.8f} now, {r['val_bpb']:.8f} claimed", seed=seed, max_abs_diff=gap)
+    for path in elsewhere.values():
+        yield result("artifact_of_the_record", False, f"{path.parent.name}/model.golf belongs to no seed of the record")
 
 
 def probes(place: Place, run: Path) -> list[dict[str, Any]]:
-    """Suffix swap, target swap and their kin (records/toolkit/probes.py) on the record's own script and the artifact of
+    """Suffix swap, target swap and their kin (probes.py, perturb.py) on the record's own script and the artifact of
     `run`, in a process of their own."""
-    source = Path(__file__).with_name("probes.py")
-    if not source.is_file():
-        return []
+    made = json.loads((run / "config.json").read_text())
+    typed = {k.upper(): str(int(v["value"]) if isinstance(v["value"], bool) else v["value"])
+             for k, v in made["knobs"].items()
+             if v["origin"] == "environment" and k not in OF_ONE_RUN}
     bare = place.top / "probed"
     (bare / "records" / "toolkit").mkdir(parents=True)
-    shutil.copyfile(source, bare / "records" / "toolkit" / "probes.py")
+    for name in ("probes.py", "perturb.py"):
+        shutil.copyfile(Path(__file__).with_name(name), bare / "records" / "toolkit" / name)
     shutil.copyfile(place.folder / "train_gpt.py", bare / "train_gpt.py")
     shutil.copyfile(run / "model.golf", bare / "model.golf")
+    (bare / "knobs.json").write_text(json.dumps(typed | dict(PRESET=made["preset"])))
     (bare / "probe.py").write_text(PROBE)
     done = execute([*place.python, "probe.py"], bare, place.home, place.isolated)
     try:
@@ -171,44 +238,53 @@ def probes(place: Place, run: Path) -> list[dict[str, Any]]:
         found = None
     if found is None:
         return [result("probes", None, said(done))]
+    return verdicts(found, [name for name in PROBED if name != "document_order" or "documents" in found])
+
+
+def verdicts(found: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """What the probes found, as lines of an audit."""
     numbers = {name: f"{found.get(name, math.nan):.1e}" for name in ("suffix", "target", "sum", "uniform")}
-    lines = [result(name, not set(flags) & set(found["flags"]), words.format(**numbers))
-             for name, (flags, words) in PROBED.items() if name != "document_order" or "documents" in found]
+    lines = [result(name, not set(PROBED[name][0]) & set(found["flags"]), PROBED[name][1].format(**numbers))
+             for name in names]
     return lines + [result(f"{name}_warning", None, "reads what lies ahead; not ruled on")
                     for name in found["warnings"]]
 
 
-def audit(folder: Path, data: Path | None = None) -> list[dict[str, Any]]:
-    """Every audit of a record folder that `new` made. Raises ValueError when it is none."""
+def audit(folder: Path, data: Path | None = None, runs: list[Path] = ()) -> list[dict[str, Any]]:
+    """Every audit of a record folder that `new` made; `data` and `runs` hold its text and its artifacts. Raises
+    ValueError when it is none."""
     record = read_folder(folder)
-    for name in ("train_gpt.py", "launch.sh", "submission.json", "smoke/fineweb_val_000000.bin"):
+    for name in ("train_gpt.py", "launch.sh", "submission.json", "smoke/fineweb_train_000000.bin",
+                 "smoke/fineweb_val_000000.bin"):
         if name not in record.files:
             raise ValueError(f"{folder}: no {name}; audit runs folders that `new` made")
     if data and not data.is_dir():
         raise ValueError(f"--data {data}: no such folder")
+    for run in runs:
+        if not (run / "model.golf").is_file():
+            raise ValueError(f"--runs {run}: no model.golf")
     with tempfile.TemporaryDirectory(prefix="audit.") as top:
-        place = Place(folder.resolve(), Path(top))
+        place = Place(record, Path(top))
         done, run = place.launch()
-        found = [result("no_network", True if place.isolated else None, "a network namespace of its own"
-                        if place.isolated else "sockets refused; this system has no namespaces for us"),
-                 runs_alone(done, run)]
+        found = [place.offline(), runs_alone(done, run)]
         if found[-1]["status"] == "pass":
             found.append(recount(read_log(run / "log.txt"), place.folder / "train_gpt.py", run / "model.golf"))
             found += reloads(place, run, done.stdout)
+            found.append(val_text_unused(place, run))
             found += probes(place, run)
-        found += claimed(place, record.submission, data)
+        found += claimed(place, record.submission, data, runs)
     return found
 
 
 def record_audits(folder: Path, audits: list[dict[str, Any]]):
     """Put results into submission.json, where they decide what is known of compliance, and into the README made of
-    it. How a model was trained cannot be seen in its artifact: tuning before quantisation is not decided here."""
+    it."""
     path = folder / "submission.json"
     submission = json.loads(path.read_text())
     submission["evidence"]["audits"] = audits
     status = {a["id"]: a["status"] for a in audits}
     for shown, names in dict(suffix_swap=("score_first_ttt", "no_slot", "no_etlb"),
-                             target_swap=("no_ngram_cache",)).items():
+                             target_swap=("no_ngram_cache",), val_text_unused=("no_pre_quant_ttt",)).items():
         known = {"pass": True, "fail": False}.get(status.get(shown))
         submission["compliance"] |= dict.fromkeys(names, known)
     path.write_text(json.dumps(submission, indent=1))

@@ -288,6 +288,13 @@ def overlap(folder: Folder) -> Findings:
                               "in training", g.name)
 
 
+def noncompliant(folder: Folder) -> Findings:
+    """Our own script says so in every line when weights are trained on validation text before it is scored."""
+    for g in folder.logs:
+        if g.noncompliant:
+            yield Finding("its lines are marked [NONCOMPLIANT]: weights were trained on validation text", g.name)
+
+
 # Code.
 def code_hash(folder: Folder) -> Findings:
     shipped = {hashlib.sha256((folder.path / n).read_bytes()).hexdigest() for n, size in folder.files.items()
@@ -512,7 +519,7 @@ def compliance(folder: Folder) -> Findings:
     if done.get("target_swap") == "pass":
         backed.add("no_ngram_cache")
     found = folder.submission.get("evidence")
-    if isinstance(found, dict) and found.get("ttt") not in (None, "prequant"):  # from the configuration of the runs
+    if done.get("val_text_unused") == "pass" or isinstance(found, dict) and found.get("ttt"):  # see noncompliant()
         backed.add("no_pre_quant_ttt")
     unbacked = sorted(k for k, v in claimed.items() if v is True and k not in backed) \
         if isinstance(claimed, dict) else []
@@ -523,13 +530,14 @@ def compliance(folder: Folder) -> Findings:
 CHECKS: dict[str, Callable[[Folder], Findings]] = {f.__name__: f for f in (
     cap, shipped_size, training_time, last_step, hessian_time, evaluation_time, all_evaluations, implied_bytes,
     scored_once, too_good, headline, best_seed, spread, claimed_sizes, seed_count, seed_repeated, mixed_seeds,
-    mixed_shards, overlap, code_hash, unknown_options, network, programs, side_code, local_imports, packages, slot,
-    etlb, casefold, warmup_on_validation, files, parses, other_pythons, inside, folder_name, fields, machine_paths,
-    evidence, compliance)}
+    mixed_shards, overlap, noncompliant, code_hash, unknown_options, network, programs, side_code, local_imports,
+    packages, slot, etlb, casefold, warmup_on_validation, files, parses, other_pythons, inside, folder_name, fields,
+    machine_paths, evidence, compliance)}
 CHECKS |= dict(audit_suffix_swap=functools.partial(audit, "suffix_swap"),
                audit_target_swap=functools.partial(audit, "target_swap"),
                audit_state_digest=functools.partial(audit, "state_digest"),
-               audits_passed=functools.partial(audit, "(?!suffix_swap|target_swap|state_digest).*"))
+               audit_val_text=functools.partial(audit, "val_text_unused"),
+               audits_passed=functools.partial(audit, "(?!suffix_swap|target_swap|state_digest|val_text_unused).*"))
 
 
 def level(rule: dict[str, Any], finding: Finding, date: str) -> str:

@@ -63,6 +63,7 @@ class Log:
     finished: bool = False
     resumed: bool = False
     machine_paths: int = 0
+    noncompliant: bool = False  # our own script marks every line of a run that the competition would not admit
 
     @property
     def implied_bytes(self) -> float | None:
@@ -156,6 +157,8 @@ def read_log(path: Path) -> Log:
     """Every fact of one log file."""
     text, cut = read_ends(path)
     log = Log(path.name, cut=cut)
+    text, marks = re.subn(r" \[NONCOMPLIANT\]$", "", text, flags=re.MULTILINE)
+    log.noncompliant = marks > 0
     if path.stat().st_size <= HASHED_BYTES:
         with open(path, "rb") as file:
             log.sha256 = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,17 +1,12 @@
 #!/usr/bin/env python3
-"""Probe an evaluation from outside: run it on texts that differ where nothing scored so far may depend on it.
+"""Probe an evaluation of train_gpt.py from outside: the probes of perturb.py on its score().
 
     python records/toolkit/probes.py [NAME=VALUE ...]     knobs of train_gpt.py, e.g. PRESET=phased_ttt EVAL=doc
     python records/toolkit/probes.py ARTIFACT=FILE [NAME=VALUE ...]   the model of a finished artifact
 
 Without ARTIFACT the preset is shrunk (+tiny, 17 tokens) and every weight is random, so that every technique matters.
-The probes know nothing of the method. They see the loss of each target through the observer of score():
+The probes see the loss of each target through the observer of score(). One probe needs the model itself:
 
-suffix    what is not scored yet is replaced, documents keep their borders: no loss so far and no state may move
-schedule  the same with moved borders: a warning, for strategies that read lengths ahead
-target    one token takes every value: earlier losses stand still, and the probabilities of all values sum to one
-once      every target is banked exactly once, and the coverage hash says so
-documents reordered, the losses of each stay the same (where a strategy isolates documents)
 uniform   a model without knowledge scores exactly log2(V) * tokens / bytes (fixed predictors)
 """
 import copy
@@ -20,28 +15,20 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import train_gpt as tg  # noqa: E402
 
+import perturb  # noqa: E402
 import torch  # noqa: E402
+from perturb import Seen, probe_text  # noqa: E402
 
 VOCAB, LENGTH = 17, 180  # of a shrunk model and of the text it is probed with
 Make = Callable[[np.ndarray], tg.Fixed]  # a text -> a fresh strategy that will score it
-
-
-class Seen(NamedTuple):
-    """One evaluation, target by target."""
-    losses: np.ndarray   # (N,) nats; NaN where none was banked
-    count: np.ndarray    # (N,) how often
-    order: np.ndarray    # (N,) number of the batch that banked it
-    start: np.ndarray    # (N,) first token that its window held
-    digests: list[str]   # per target, of the state that scored it
-    error: str           # why score() refused, if it did
-    score: tg.Score | None
 
 
 def state_digests(strategy: tg.Fixed, rows: int) -> list[str]:
@@ -60,7 +47,7 @@ def state_digests(strategy: tg.Fixed, rows: int) -> list[str]:
 
 def observe(make: Make, tokens: np.ndarray, rt: tg.Runtime, digest: Callable = state_digests) -> Seen:
     """Run one evaluation and keep everything; a refusal by score() is kept, not raised."""
-    n, strategy, error, result = len(tokens) - 1, make(tokens), "", None
+    n, strategy, error = len(tokens) - 1, make(tokens), ""
     losses, count, order, start = np.full(n, np.nan), np.zeros(n, int), np.full(n, -1), np.zeros(n, int)
     digests, batches = [""] * n, 0
 
@@ -73,75 +60,19 @@ def observe(make: Make, tokens: np.ndarray, rt: tg.Runtime, digest: Callable = s
             count[here] += 1
         batches += 1
     try:
-        result = tg.score(tokens, np.ones(n), strategy, rt, watch)
+        coverage = tg.score(tokens, np.ones(n), strategy, rt, watch).coverage
+        if coverage != hashlib.sha256(np.ones(n, "<i4").tobytes()).hexdigest()[:16]:
+            error = "the coverage hash is not that of a text scored once"
     except tg.RunFailed as refused:
         error = str(refused)
-    return Seen(losses, count, order, start, digests, error, result)
+    return Seen(losses, count, order, start, digests, error)
 
 
-def moved(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest difference; a loss that is missing on one side is infinitely different."""
-    if (np.isnan(a) != np.isnan(b)).any():
-        return math.inf
-    return float(np.nanmax(np.abs(a - b), initial=0.0))
-
-
-def swap_unscored(make: Make, tokens: np.ndarray, seen: Seen, rt: tg.Runtime, rng: np.random.Generator,
-                  move_borders: bool = False, digest: Callable = state_digests) -> tuple[float, int, int]:
-    """Replace every token that is not scored yet at a random moment: after some batch, and some targets into each
-    window of the next. (largest change of a loss whose text stayed, states that changed, how many were compared)"""
-    n, vocab = len(tokens) - 1, int(tokens.max()) + 1
-    moment = int(rng.integers(seen.order.max() + 1))
-    current = np.flatnonzero(seen.order == moment)
-    keep = seen.order < moment
-    into = int(rng.integers(1, max(2, len(current))))
-    previous, run = -2, 0
-    for p in current:  # the first targets of each of the batch's windows
-        run = run + 1 if p == previous + 1 and seen.start[p] == seen.start[previous] else 1
-        previous = p
-        keep[p] |= run <= into
-    kept = np.concatenate([[True], keep])  # by token
-    other = tokens.copy()
-    free = ~kept & (tokens != tg.BOS)
-    other[free] = rng.integers(2, vocab, int(free.sum()))
-    if move_borders:
-        other[np.flatnonzero(~kept)[::11]] = tg.BOS
-    again = observe(make, other, rt, digest)
-    whole = np.concatenate([[0], np.cumsum(~kept)])  # replaced tokens before each
-    stays = keep & (whole[np.arange(n) + 2] == whole[seen.start])
-    states = sum(a != b for a, b, s in zip(seen.digests, again.digests, stays) if s)
-    return moved(seen.losses[stays], again.losses[stays]), states, int(stays.sum())
-
-
-def swap_target(make: Make, tokens: np.ndarray, seen: Seen, at: int, vocab: int, rt: tg.Runtime,
-                digest: Callable = state_digests) -> tuple[float, float]:
-    """Token `at` takes every value: (error of the sum of its probabilities, largest change of an earlier loss).
-    A BOS is a new border. Where borders steer what is learnt first, its probability cannot be seen in this way: then
-    only what the other values have above one is an error."""
-    before, target, chances, steered = 0.0, at - 1, np.zeros(vocab), False
-    earlier = (seen.order < seen.order[target]) | (
-        (seen.order == seen.order[target]) & (seen.start == seen.start[target]) & (np.arange(len(tokens) - 1) < target))
-    for value in range(vocab):
-        other = tokens.copy()
-        other[at] = value
-        again = observe(make, other, rt, digest if value == tg.BOS else no_digest)
-        chances[value] = math.exp(-again.losses[target])
-        if value == tg.BOS:
-            steered = any(x[target] != y[target] for x, y in ((again.digests, seen.digests), (again.order, seen.order),
-                                                              (again.start, seen.start)))
-        else:
-            before = max(before, moved(seen.losses[earlier], again.losses[earlier]))
-    error = max(0.0, chances.sum() - chances[tg.BOS] - 1) if steered else abs(chances.sum() - 1)
-    return float(error), before
-
-
-def reorder(make: Make, tokens: np.ndarray, rt: tg.Runtime, rng: np.random.Generator) -> float:
-    """Largest change of a loss when documents come in another order. The text must begin and end with BOS."""
-    borders = tg.document_borders(tokens)
-    order = rng.permutation(len(borders) - 1)
-    other = np.concatenate([*(tokens[borders[i]:borders[i + 1]] for i in order), tokens[-1:]])
-    a, b = (observe(make, x, rt, no_digest).losses for x in (tokens, other))
-    return moved(np.concatenate([a[borders[i]:borders[i + 1]] for i in order]), b)
+def audit(make: Make, tokens: np.ndarray, vocab: int, rt: tg.Runtime, digest: Callable = state_digests,
+          **options) -> dict[str, Any]:
+    """Every probe of the strategies of `make`; options as perturb.audit."""
+    return perturb.audit(lambda x, digests: observe(make, x, rt, digest if digests else no_digest), tokens, vocab,
+                         **options)
 
 
 def no_digest(strategy: tg.Fixed, rows: int) -> list[str]:
@@ -149,46 +80,7 @@ def no_digest(strategy: tg.Fixed, rows: int) -> list[str]:
     return [""] * rows
 
 
-def audit(make: Make, tokens: np.ndarray, vocab: int, rt: tg.Runtime, seed: int = 0, cuts: int = 6, positions: int = 2,
-          isolated: bool = False, digest: Callable = state_digests, tolerance: float = 2e-5) -> dict[str, Any]:
-    """Every probe of one evaluation of `tokens` (from BOS to BOS). `flags` names what failed, `warnings` what a
-    reviewer should know: it learns in another order than the text's, or by lengths read ahead. A difference counts when
-    it exceeds that of two equal runs and the tolerance in nats; a sum of probabilities when it is off by 1e-3."""
-    rng = np.random.default_rng(seed)
-    seen, again = observe(make, tokens, rt, digest), observe(make, tokens, rt, digest)
-    floor = moved(seen.losses, again.losses)
-    limit = max(tolerance, 2 * floor)
-    found: dict[str, Any] = dict(targets=len(tokens) - 1, batches=int(seen.order.max()) + 1, noise_floor=floor)
-    coverage = hashlib.sha256(np.ones(len(tokens) - 1, "<i4").tobytes()).hexdigest()[:16]
-    found["once"] = not seen.error and bool((seen.count == 1).all()) and seen.score.coverage == coverage
-    found["refused"] = seen.error
-    found["chronological"] = bool((np.diff(seen.order) >= 0).all())
-    swaps = [swap_unscored(make, tokens, seen, rt, rng, digest=digest) for _ in range(cuts)]
-    found["suffix"], found["states"], found["compared"] = (f(x) for f, x in zip((max, sum, sum), zip(*swaps)))
-    found["schedule"] = max(swap_unscored(make, tokens, seen, rt, rng, True, no_digest)[0] for _ in range(cuts))
-    at = rng.choice(np.flatnonzero(tokens[1:-1] != tg.BOS) + 1, positions, replace=False).tolist()
-    targets = [swap_target(make, tokens, seen, p, vocab, rt, digest) for p in at]
-    found["sum"], found["target"] = (max(x) for x in zip(*targets))
-    if isolated:
-        found["documents"] = reorder(make, tokens, rt, rng)
-    failed = dict(once=not found["once"], suffix=found["suffix"] > limit, states=found["states"] > 0,
-                  sum=not found["sum"] < 1e-3, target=found["target"] > limit,
-                  documents=found.get("documents", 0) > limit, nothing_compared=found["compared"] == 0)
-    found["flags"] = [name for name, bad in failed.items() if bad]
-    learns = len(set(seen.digests)) > 1
-    found["warnings"] = ["schedule"] * (found["schedule"] > limit) + ["order"] * (learns and not found["chronological"])
-    return found
-
-
 # ---- Presets and artifacts ----
-def probe_text(length: int, vocab: int, seed: int = 1) -> np.ndarray:
-    """Random tokens in documents of very different lengths, from BOS to BOS."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(2, vocab, length).astype(np.uint16)
-    tokens[[0, length // 12, length // 6, length // 2, -1]] = tg.BOS
-    return tokens
-
-
 def random_weights(model: tg.GPT, seed: int = 0):
     """Every parameter random and of a size that matters, those that start at zero included."""
     generator = torch.Generator().manual_seed(seed)

@@ -240,7 +240,7 @@ def picture(title: str, curves: list[Curve]) -> str:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
     draw, height = PICTURES[title]
-    with matplotlib.rc_context({"svg.hashsalt": title, "font.size": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": title, "svg.fonttype": "none", "font.size": 9}):
         figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
         drawn, out = draw(axes, curves), io.StringIO()
         if drawn:

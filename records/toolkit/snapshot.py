@@ -20,12 +20,13 @@ import numpy as np
 from check import check
 from logs import FREE, Log, read_log
 from pack import parsed, unwrapped
-from report import report
+from report import picture, read_curves, report
 
 CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600.0
 TRACKS = ("non_record_16mb", "10min_16mb")
 SMOKE_TOKENS = dict(train=30_000, val=3_000)  # of the runs' own text, for ./launch.sh +tiny
 OF_ONE_RUN = ("run_mode", "run_id", "runs_dir", "seed", "resume", "artifact", "data_path", "tokenizer_path")
+PICTURES = {"loss.svg": "Loss and score", "bytes.svg": "Bytes"}  # that a README shows; report.html has them all
 OF_A_MACHINE = ("device", "numerics", "attention", "compile", "threads")
 BLURB = "(No description.)"
 STATEMENTS = {True: "These are leaderboard conditions.",
@@ -160,7 +161,7 @@ def submission(runs: list[Run], script: bytes, wanted: Wanted, date: str) -> dic
     scores, losses = [g.official.bpb for g in logs], [g.official.loss for g in logs]
     several = len(runs) > 1
     worst = max(logs, key=lambda g: max(g.total_bytes))
-    ttt = runs[0].knobs.get("ttt", {}).get("value")  # the run's own code knows no other way of adapting before export
+    ttt = runs[0].knobs.get("ttt", {}).get("value")
     phases = {name: round(max(g.phases.get(name, 0.0) for g in logs) * 1e3) for name in logs[0].phases}
     return dict(
         author=wanted.author, github_id=wanted.github_id, name=wanted.name.replace("_", " "), date=date,
@@ -179,7 +180,8 @@ def submission(runs: list[Run], script: bytes, wanted: Wanted, date: str) -> dic
             artifact_under_16mb=max(worst.total_bytes) <= CAP_BYTES,
             train_under_600s=at_most([g.train_seconds for g in logs], BUDGET_SECONDS),
             eval_under_600s=at_most([g.eval_seconds for g in logs], BUDGET_SECONDS), score_first_ttt=None, no_slot=None,
-            no_etlb=None, no_ngram_cache=None, no_pre_quant_ttt=ttt and ttt != "prequant", three_seeds=len(runs) >= 3),
+            no_etlb=None, no_ngram_cache=None, no_pre_quant_ttt=ttt and not any(g.noncompliant for g in logs),
+            three_seeds=len(runs) >= 3),
         evidence=dict(
             schema=1, code_sha256=hashlib.sha256(script).hexdigest(), code_wrapped=unwrapped(script) != script,
             data_manifest=logs[0].manifest, tokenizer_sha256=logs[0].tokenizer_sha256, val_tokens=logs[0].val_tokens,
@@ -318,7 +320,9 @@ def statistics_text(s: dict[str, Any]) -> str:
 
 def tables(s: dict[str, Any], names: list[str]) -> dict[str, str]:
     """Every generated part of a README."""
-    return dict(headline=headline(s), seeds=seed_table(s), settings=settings(s), compliance=compliance(s),
+    pictures = [f"![{title}]({name})" for name, title in PICTURES.items() if name in names]
+    return dict(headline=headline(s), pictures="\n\n".join([*pictures, "More: [report.html](report.html)."]),
+                seeds=seed_table(s), settings=settings(s), compliance=compliance(s),
                 statistics=statistics_text(s), setup=f"Runs made on {s['hardware']} with torch {s['pytorch_version']}; "
                 "`pip install -r requirements.txt` first.", files="\n".join(f"- `{n}`" for n in names))
 
@@ -367,18 +371,31 @@ def fill(folder: Path, runs: list[Run], script: bytes, wanted: Wanted, repositor
     for run in runs:
         result = info["seed_results"][str(run.log.seed)]
         for source, what in (("log.txt", "log"), ("doc_loss.npy", "doc_loss"), ("metrics.jsonl", "metrics"),
-                             ("analysis.json", "analysis"), ("model.golf", "artifact")):
+                             ("analysis.json", "analysis")):
             if what in result:
                 shutil.copyfile(run.folder / source, folder / result[what])
+        if (run.folder / "model.golf").is_file():  # kept or not, the pictures need it
+            shutil.copyfile(run.folder / "model.golf", folder / f"model_seed{run.log.seed}.golf")
     data = wanted.data or repository / (text_folder(runs[0]) or "-")
     if not write_smoke(data, folder / "smoke") and wanted.data:
         raise ValueError(f"--data {wanted.data}: no shards of both splits with one tokenizer")
-    (folder / "report.html").write_text(report(folder))
+    draw(folder)
+    for path in () if wanted.keep_artifacts else folder.glob("model_seed*.golf"):
+        path.unlink()
     template = Path(__file__).with_name("record.md").read_text()
     filled = template.format(name=info["name"], blurb=wanted.blurb or BLURB,
                              statement=STATEMENTS[wanted.track == "10min_16mb"])
     (folder / "README.md").write_text(filled)
     (folder / "README.md").write_text(refreshed(folder))
+
+
+def draw(folder: Path):
+    """Write report.html and the pictures of the README."""
+    (folder / "report.html").write_text(report(folder))
+    curves = read_curves(folder)
+    for name, title in PICTURES.items():
+        if drawn := picture(title, curves):
+            (folder / name).write_text(drawn)
 
 
 def new(folders: list[Path], script: Path, records: Path, wanted: Wanted) -> Path:
