@@ -9,7 +9,6 @@ A variant is the base with some knobs changed; knobs of a text may use {NAME} fo
 variant is compared with the base of the same text and seed, so that what a seed changes for both cancels out. A run
 that fails is recorded with its reason, and tried again the next time.
 """
-import argparse
 import json
 import math
 import os
@@ -20,7 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "train_gpt.py"
+import study
+
 BASE = "base"
 
 
@@ -28,8 +28,7 @@ def wanted(spec: dict) -> list[dict]:
     """Every run of a specification, seed by seed, the base first: an early stop leaves comparable pairs."""
     variants = {BASE: {}} | spec["variants"]
     return [dict(text=text, seed=seed, variant=variant,
-                 knobs=spec["base"] | {k: str(v).format(**os.environ) for k, v in spec["texts"][text].items()}
-                 | variants[variant])
+                 knobs=spec["base"] | study.filled(spec["texts"][text]) | variants[variant])
             for seed in spec["seeds"] for text in spec["texts"] for variant in variants]
 
 
@@ -39,8 +38,7 @@ def identity(run: dict) -> tuple:
 
 def read_results(path: Path) -> dict[tuple, dict]:
     """Finished runs by identity; the last word on each counts."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {identity(r): r for r in map(json.loads, lines) if "bpb" in r}
+    return {identity(r): r for r in study.read(path) if "bpb" in r}
 
 
 def measure(run: dict, scratch: Path) -> dict:
@@ -48,7 +46,7 @@ def measure(run: dict, scratch: Path) -> dict:
     folder = scratch / "-".join(map(str, (*identity(run), time.time_ns())))
     knobs = run["knobs"] | dict(SEED=run["seed"], RUNS_DIR=folder.parent, RUN_ID=folder.name, STRICT_ENV=1)
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=os.environ | {k: str(v) for k, v in knobs.items()},
+    done = subprocess.run([sys.executable, str(study.SCRIPT)], env=os.environ | {k: str(v) for k, v in knobs.items()},
                           capture_output=True, text=True)
     kept = dict(text=run["text"], seed=run["seed"], variant=run["variant"])
     found = re.search(r"^final:official variant:(\S+) val_loss:(\S+) val_bpb:(\S+)", done.stdout, re.MULTILINE)
@@ -64,18 +62,16 @@ def measure(run: dict, scratch: Path) -> dict:
                        wall=round(time.monotonic() - begin, 1))
 
 
-def run_all(spec_path: Path, scratch: Path, share: tuple[int, int]):
+def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
     """Append each missing result to results.jsonl as soon as it is known; share (i, n) is the i-th of n equal parts."""
-    spec, results = json.loads(spec_path.read_text()), spec_path.with_name("results.jsonl")
     finished, (part, parts) = read_results(results), share
-    todo = [run for run in wanted(spec)[part - 1::parts] if identity(run) not in finished]
-    for i, run in enumerate(todo):
+    todo = [each for each in wanted(spec)[part - 1::parts] if identity(each) not in finished]
+    for i, each in enumerate(todo):
         begin = time.monotonic()
-        found = measure(run, scratch)
-        with open(results, "a") as file:
-            file.write(json.dumps(found) + "\n")
+        found = measure(each, scratch)
+        study.append(results, found)
         left = (time.monotonic() - begin) * (len(todo) - i - 1) / 60
-        print(f"{i + 1}/{len(todo)} {run['text']} seed {run['seed']} {run['variant']}: "
+        print(f"{i + 1}/{len(todo)} {each['text']} seed {each['seed']} {each['variant']}: "
               f"{found.get('bpb', found.get('error'))}   about {left:.0f} min left", flush=True)
 
 
@@ -107,45 +103,20 @@ def table(spec: dict, results: dict[tuple, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(spec: dict, results: dict[tuple, dict], path: Path):
+def plot(spec: dict, results: dict[tuple, dict]):
     """Difference to the base with its standard deviation, one panel per text."""
-    import matplotlib
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "ablation"  # the same data, the same file
-    import matplotlib.pyplot as plt
     texts = list(spec["texts"])
     order = sorted(spec["variants"], key=lambda v: -paired(results, texts[0], v)["mean"])
-    figure, axes = plt.subplots(1, len(texts), figsize=(5 * len(texts), 1 + 0.35 * len(order)), sharey=True,
-                                squeeze=False, layout="constrained")
+    figure, axes = study.subplots(1, len(texts), figsize=(5 * len(texts), 1 + 0.35 * len(order)), sharey=True,
+                                  squeeze=False)
     for axis, text in zip(axes[0], texts):
         rows = [paired(results, text, variant) for variant in order]
         axis.barh(order, [r["mean"] for r in rows], xerr=[0 if math.isnan(r["sd"]) else r["sd"] for r in rows],
                   color=["tab:green" if r["mean"] < 0 else "tab:red" for r in rows], ecolor="0.3", capsize=2)
         axis.axvline(0, color="0.2", linewidth=0.8)
         axis.set(title=text, xlabel="bits per byte minus base (left is better)")
-    figure.savefig(path, metadata={"Date": None})
-
-
-def report(spec_path: Path):
-    """Write table.md and plot.svg beside the specification."""
-    spec, results = json.loads(spec_path.read_text()), read_results(spec_path.with_name("results.jsonl"))
-    spec_path.with_name("table.md").write_text(table(spec, results))
-    plot(spec, results, spec_path.with_name("plot.svg"))
-    print(table(spec, results), end="")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("spec", type=Path)
-    parser.add_argument("--scratch", type=Path, default=SCRIPT.parent / "runs", help="where run folders go")
-    parser.add_argument("--share", default="1/1", metavar="I/N", type=lambda s: tuple(map(int, s.split("/", 1))),
-                        help="only the I-th of N equal parts, so that N processes can share the work")
-    asked = parser.parse_args()
-    if asked.what == "run":
-        run_all(asked.spec, asked.scratch, asked.share)
-    report(asked.spec)
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    study.main(__doc__, run, read_results, table, plot)

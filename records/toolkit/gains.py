@@ -9,8 +9,6 @@ of the base leaves one artifact per seed; every variant scores that very file in
 per document; the interval resamples documents after their losses were averaged over the seeds. Knobs of the base may
 use {NAME} for an environment variable.
 """
-import argparse
-import json
 import os
 import re
 import statistics
@@ -20,17 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import study
 from compare import document_bootstrap
-
-SCRIPT = Path(__file__).resolve().parents[2] / "train_gpt.py"
 
 
 def launch(knobs: dict[str, Any]) -> str:
     """Run the script to its end; returns what it printed. Exits with its message when it failed."""
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=os.environ | {k: str(v) for k, v in knobs.items()},
+    done = subprocess.run([sys.executable, str(study.SCRIPT)], env=os.environ | {k: str(v) for k, v in knobs.items()},
                           capture_output=True, text=True)
     if done.returncode:
-        sys.exit(done.stderr.strip() or f"{SCRIPT.name} ended with code {done.returncode}")
+        sys.exit(done.stderr.strip() or f"{study.SCRIPT.name} ended with code {done.returncode}")
     return done.stdout
 
 
@@ -38,15 +35,15 @@ def trained(spec: dict, seed: int, scratch: Path) -> Path:
     """The artifact of a seed; trains it unless an earlier call left one."""
     folder = scratch / f"gains-seed{seed}"
     if not (folder / "model.golf").exists():
-        base = {k: str(v).format(**os.environ) for k, v in spec["base"].items()}
-        launch(base | dict(SEED=seed, RUNS_DIR=scratch, RUN_ID=folder.name, RESUME="auto", STRICT_ENV=1))
+        launch(study.filled(spec["base"]) | dict(SEED=seed, RUNS_DIR=scratch, RUN_ID=folder.name, RESUME="auto",
+                                                 STRICT_ENV=1))
     return folder / "model.golf"
 
 
 def measure(spec: dict, seed: int, name: str, artifact: Path) -> dict[str, Any]:
     """Score one artifact in one way: bits per byte, seconds, inputs read and nats of each document."""
-    data = str(spec["base"].get("DATA_PATH", "auto")).format(**os.environ)
-    text = launch(dict(RUN_MODE="eval", ARTIFACT=artifact, DATA_PATH=data) | spec["variants"][name]["knobs"])
+    data = {k: v for k, v in study.filled(spec["base"]).items() if k in ("DATA_PATH", "TOKENIZER_PATH")}
+    text = launch(data | dict(RUN_MODE="eval", ARTIFACT=artifact) | spec["variants"][name]["knobs"])
     found = re.search(r"^final:official variant:(\S+) val_loss:\S+ val_bpb:(\S+)", text, re.MULTILINE)
     cost = re.search(r"^score:\S+ .*forward_tokens:(\d+)", text, re.MULTILINE)
     seconds = re.search(r"^phase:eval start_ms:(\d+) end_ms:(\d+)", text, re.MULTILINE)
@@ -56,21 +53,18 @@ def measure(spec: dict, seed: int, name: str, artifact: Path) -> dict[str, Any]:
                 bytes=documents[:, 1].astype(int).tolist())
 
 
-def read(path: Path) -> dict[tuple[int, str], dict]:
+def known(path: Path) -> dict[tuple[int, str], dict]:
     """Results by seed and variant."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {(r["seed"], r["variant"]): r for r in map(json.loads, lines)}
+    return {(r["seed"], r["variant"]): r for r in study.read(path)}
 
 
-def run(path: Path, scratch: Path, seeds: list[int]):
+def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
     """Append each missing result to results.jsonl as soon as it is known."""
-    spec, results = json.loads(path.read_text()), path.with_name("results.jsonl")
-    for seed in seeds or spec["seeds"]:
+    for seed in spec["seeds"][share[0] - 1::share[1]]:
         for name in spec["variants"]:
-            if (seed, name) not in read(results):
+            if (seed, name) not in known(results):
                 found = measure(spec, seed, name, trained(spec, seed, scratch))
-                with open(results, "a") as file:
-                    file.write(json.dumps(found) + "\n")
+                study.append(results, found)
                 print(f"seed {seed} {name}: {found['bpb']:.5f} bpb, {found['seconds']:.0f} s", flush=True)
 
 
@@ -106,14 +100,10 @@ def table(spec: dict, results: dict[tuple[int, str], dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(spec: dict, results: dict[tuple[int, str], dict], path: Path):
+def plot(spec: dict, results: dict[tuple[int, str], dict]):
     """Gains with their intervals; a dot per seed."""
-    import matplotlib
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "gains"  # the same data, the same file
-    import matplotlib.pyplot as plt
     found = {name: g for name in reversed(spec["variants"]) if (g := gain(spec, results, name))}
-    figure, axis = plt.subplots(figsize=(8, 1 + 0.4 * len(found)), layout="constrained")
+    figure, axis = study.subplots(figsize=(8, 1 + 0.4 * len(found)))
     for i, g in enumerate(found.values()):
         axis.barh(i, g["gain"], xerr=[[g["gain"] - g["low"]], [g["high"] - g["gain"]]], ecolor="0.3", capsize=3,
                   color="tab:green" if g["gain"] > 0 else "tab:red")
@@ -121,28 +111,8 @@ def plot(spec: dict, results: dict[tuple[int, str], dict], path: Path):
     axis.axvline(0, color="0.2", linewidth=0.8)
     axis.set(yticks=range(len(found)), yticklabels=[f"{n}, against {spec['variants'][n]['against']}" for n in found],
              xlabel="gain in bits per byte (right is better)")
-    figure.savefig(path, metadata={"Date": None})
-
-
-def report(path: Path):
-    """Write table.md and plot.svg beside the specification."""
-    spec, results = json.loads(path.read_text()), read(path.with_name("results.jsonl"))
-    path.with_name("table.md").write_text(table(spec, results))
-    plot(spec, results, path.with_name("plot.svg"))
-    print(table(spec, results), end="")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("spec", type=Path)
-    parser.add_argument("--scratch", type=Path, default=SCRIPT.parent / "runs", help="where run folders go")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="only these, so that processes share the work")
-    asked = parser.parse_args()
-    if asked.what == "run":
-        run(asked.spec, asked.scratch, asked.seeds)
-    report(asked.spec)
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    study.main(__doc__, run, known, table, plot)

@@ -9,8 +9,6 @@ SWEEP.json: {"base": {knob: value}, "seeds": [..], "reference": name, "variants"
 one whose clip is a multiple of sigma at all factors of its steps, any other at all numbers of bits. Knobs of the base
 may use {NAME} for an environment variable. The gap is what bits per byte rise above those of the trained weights.
 """
-import argparse
-import json
 import math
 import os
 import statistics
@@ -18,7 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import study
+
+sys.path.insert(0, str(study.SCRIPT.parent))
 import train_gpt as tg  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -49,7 +49,7 @@ def artifact(trainer: tg.Trainer, env: dict[str, str], variant: str, spec: dict,
 
 def sweep(trainer: tg.Trainer, env: dict[str, str], spec: dict, seed: int, results: Path):
     """Measure every missing point on one trained model, appending each to results.jsonl as soon as it is known."""
-    known = {(r["seed"], r["variant"], r["x"]) for r in read(results)}
+    known = {(r["seed"], r["variant"], r["x"]) for r in study.read(results)}
     trained = {name: p.detach().clone() for name, p in trainer.model.exported().items()}
 
     def bpb() -> float:
@@ -72,20 +72,18 @@ def sweep(trainer: tg.Trainer, env: dict[str, str], spec: dict, seed: int, resul
         found = dict(seed=seed, variant=variant, x=x, bytes=len(blob), gap=bpb() - whole, trained=whole,
                      seconds=round(seconds, 1))
         put(trained)
-        with open(results, "a") as file:
-            file.write(json.dumps(found) + "\n")
+        study.append(results, found)
         print(f"seed {seed} {variant} {x}: {len(blob)} bytes, gap {found['gap']:.5f}", flush=True)
 
 
-def run(path: Path, scratch: Path, seeds: list[int]):
+def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
     """Train one model per seed through the script's own entry point, and sweep where it would export."""
-    spec, results = json.loads(path.read_text()), path.with_name("results.jsonl")
-    for seed in seeds or spec["seeds"]:
-        done = {(r["variant"], r["x"]) for r in read(results) if r["seed"] == seed}
+    for seed in spec["seeds"][share[0] - 1::share[1]]:
+        done = {(r["variant"], r["x"]) for r in study.read(results) if r["seed"] == seed}
         if set(points(spec)) <= done:
             continue
-        base = {k: str(v).format(**os.environ) for k, v in spec["base"].items()}
-        env = dict(os.environ) | base | dict(SEED=str(seed), RUNS_DIR=str(scratch), RUN_ID=f"sweep-{time.time_ns()}")
+        env = dict(os.environ) | study.filled(spec["base"]) | dict(SEED=str(seed), RUNS_DIR=str(scratch),
+                                                                   RUN_ID=f"sweep-{time.time_ns()}")
         export = tg.export
 
         def replacement(trainer: tg.Trainer) -> Path:
@@ -97,10 +95,6 @@ def run(path: Path, scratch: Path, seeds: list[int]):
                 sys.exit(code)
         finally:
             tg.export = export
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def curve(rows: list[dict], seed: int, variant: str) -> list[tuple[float, float]]:
@@ -144,13 +138,9 @@ def shown(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread} (n={len(values)})"
 
 
-def plot(spec: dict, rows: list[dict], path: Path):
+def plot(spec: dict, rows: list[dict]):
     """Gap against bytes, every variant a line per seed."""
-    import matplotlib
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "quantisers"  # the same data, the same file
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    figure, axis = study.subplots(figsize=(8, 5.5))
     for i, variant in enumerate(spec["variants"]):
         for j, seed in enumerate(spec["seeds"]):
             if line := curve(rows, seed, variant):
@@ -158,28 +148,8 @@ def plot(spec: dict, rows: list[dict], path: Path):
                           linestyle="-" if i < 10 else "--", label=variant if not j else None)
     axis.set(xscale="log", yscale="log", xlabel="bytes of the model", ylabel="bits per byte above the trained weights")
     axis.legend(fontsize="small")
-    figure.savefig(path, metadata={"Date": None})
-
-
-def report(path: Path):
-    """Write table.md and plot.svg beside the specification."""
-    spec, rows = json.loads(path.read_text()), read(path.with_name("results.jsonl"))
-    path.with_name("table.md").write_text(table(spec, rows))
-    plot(spec, rows, path.with_name("plot.svg"))
-    print(table(spec, rows), end="")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("sweep", type=Path)
-    parser.add_argument("--scratch", type=Path, default=Path(tg.SCRIPT).parent / "runs", help="where run folders go")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="only these, so that processes share the work")
-    asked = parser.parse_args()
-    if asked.what == "run":
-        run(asked.sweep, asked.scratch, asked.seeds)
-    report(asked.sweep)
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    study.main(__doc__, run, study.read, table, plot)
