@@ -1,12 +1,14 @@
 """The comparison tool of records/: what is run, what is compared, and one real comparison."""
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT, clean_env
+from conftest import ROOT, clean_env, write_shard
 
 sys.path.insert(0, str(ROOT / "records" / "toolkit"))
 import ablate  # noqa: E402
@@ -104,7 +106,12 @@ def test_a_sweep_of_quantisers_measures_what_an_export_would(toy, tmp_path):
 
 
 def test_gains_are_those_of_the_same_artifact_and_documents(toy, tmp_path):
-    base = dict(PRESET="baseline+tiny", DEVICE="cpu", THREADS=1, NUMERICS="fp32", ATTENTION="sdpa", DATA_PATH=str(toy))
+    text = tmp_path / "text"
+    shutil.copytree(toy, text)
+    tokens = np.fromfile(toy / "fineweb_val_000000.bin", "<u2")[512:]
+    tokens[::250] = 1  # documents
+    write_shard(text / "fineweb_val_000000.bin", tokens.tolist())
+    base = dict(PRESET="baseline+tiny", DEVICE="cpu", THREADS=1, NUMERICS="fp32", ATTENTION="sdpa", DATA_PATH=str(text))
     spec = dict(base=base, seeds=[3, 4], variants={
         "chunks": dict(knobs=dict(EVAL="chunked")), "doc": dict(knobs=dict(EVAL="doc"), against="chunks"),
         "learning": dict(knobs=dict(EVAL="sliding", TTT="sgd", TTT_LR=0.01), against="chunks")})
