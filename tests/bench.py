@@ -36,7 +36,7 @@ import torch  # noqa: E402
 WINDOWS = 7
 # Programs that published systems pack with; called for a comparison when they are installed
 COMPRESSORS = {"zpaq": ["zpaq", "add", "{out}", "{in}", "-method", "5"],
-               "lrzip": ["lrzip", "-z", "-L", "9", "-q", "-o", "{out}", "{in}"]}
+               "lrzip": ["lrzip", "-z", "-T", "-L", "9", "-q", "-o", "{out}", "{in}"]}
 # 4 layers, C = 256, MLP 1024, 4 query heads on 2 key/value heads, V = 1024, 8 rows of 512 tokens.
 REFERENCE = dict(PRESET="baseline+cpu", MLP_MULT="4", TRAIN_BATCH_TOKENS="4096", LOADER="sequential", DEVICE="cpu",
                  MICRO_BATCH_TOKENS="4096", COMPILE="on")
