@@ -41,6 +41,7 @@ import statistics
 import struct
 import sys
 import time
+import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -1491,6 +1492,7 @@ def apply_numerics(numerics: Numerics, rt: Runtime):
 
 def compiled(function: Callable, numerics: Numerics) -> Callable:
     """torch.compile with static shapes and no graph breaks, or the function itself."""
+    warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")  # scales are rounded to fp16 among bf16: as it should
     return torch.compile(function, dynamic=False, fullgraph=True) if numerics.compile else function
 
 
