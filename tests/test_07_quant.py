@@ -331,6 +331,25 @@ def test_clips_equal_their_formulas():
             assert float(chosen[i]) == pytest.approx(min(errors)[1], rel=1e-4), "per row, as the name promises"
 
 
+@pytest.mark.parametrize("bits", (4, 6))
+def test_gptq_hurts_no_matrix_of_a_trained_model_more_than_rounding(toy, bits):
+    cfg = config("turbo_engram+tiny", data_path=toy, matrix_bits=bits, rounding="gptq", clip="sigma", iterations=40)
+    rt = tg.Runtime(cfg, {})
+    torch.manual_seed(0)
+    model = tg.GPT(cfg.model, cfg.data.vocab_size, tg.Numerics())
+    trainer = tg.Trainer(cfg, rt, tg.open_data(cfg, rt), model, tg.Numerics())
+    losses = [float(trainer.step(trainer.loader.next(0, 1), tg.full_speed(cfg) | dict(momentum=0.9, qat=0.0)))
+              for _ in range(40)]
+    assert losses[-1] < losses[0] - 1
+    compared = 0
+    for p, h in trainer.observe_inputs(8192).items():
+        gptq, w = tg.QUANTISERS[p.quant](cfg.quant), p.detach()
+        nearest, best = (weighted_error(w, rule.fit(w, h), h) for rule in (tg.own_grid(gptq), gptq))
+        assert best <= nearest
+        compared += best < 0.9 * nearest
+    assert compared > 10
+
+
 def test_observed_inputs_are_those_of_the_forward_and_of_all_ranks(toy, tmp_path):
     cfg = config("prequant_ttt+tiny", data_path=toy, calibration_tokens=2000, calibration="train")
     rt = tg.Runtime(cfg, {})
