@@ -5,6 +5,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,17 +49,20 @@ def test_a_failed_run_is_tried_again_and_the_last_word_counts(tmp_path):
     assert list(found) == [("t", 1, "better")] and found["t", 1, "better"]["bpb"] == 1.5
 
 
+def study(tool: str, spec: dict, folder: Path) -> list[dict]:
+    """Run a study to its end through its command line; returns all its results so far."""
+    (folder / "spec.json").write_text(json.dumps(spec))
+    done = subprocess.run([sys.executable, str(ROOT / "records" / "toolkit" / tool), "run", str(folder / "spec.json"),
+                           "--scratch", str(folder)], capture_output=True, text=True, env=clean_env(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
 def test_a_real_comparison_ends_in_a_table_and_a_plot(toy, tmp_path):
     base = dict(PRESET="baseline+tiny", DEVICE="cpu", THREADS=1, NUMERICS="fp32", ATTENTION="sdpa", DATA_PATH=str(toy))
     spec = dict(base=base, texts=dict(toy={}), seeds=[1, 2],
                 variants=dict(narrow=dict(MLP_MULT=1), broken=dict(NUM_HEADS=3)))
-    path = tmp_path / "spec.json"
-    path.write_text(json.dumps(spec))
-    tool = [sys.executable, str(ROOT / "records" / "toolkit" / "ablate.py")]
-    done = subprocess.run([*tool, "run", str(path), "--scratch", str(tmp_path)], capture_output=True, text=True,
-                          env=clean_env(), timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    lines = study("ablate.py", spec, tmp_path)
     assert len(lines) == 6 and sum("error" in r for r in lines) == 2
     assert all("NUM_HEADS=3" in r["error"] for r in lines if "error" in r)
     good = {ablate.identity(r): r["bpb"] for r in lines if "bpb" in r}
@@ -66,10 +70,7 @@ def test_a_real_comparison_ends_in_a_table_and_a_plot(toy, tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert f"| narrow | `MLP_MULT=1` | {statistics.mean(gaps):+.4f} ± {statistics.stdev(gaps):.4f} (n=2)" in table
     assert "<svg" in (tmp_path / "plot.svg").read_text() and "nan" in table
-    subprocess.run([*tool, "run", str(path), "--scratch", str(tmp_path)], env=clean_env(), check=True, timeout=300,
-                   capture_output=True)
-    again = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(again) == 8, "only the failed runs are repeated"
+    assert len(study("ablate.py", spec, tmp_path)) == 8, "only the failed runs are repeated"
 
 
 def test_every_committed_comparison_is_complete():
@@ -88,21 +89,14 @@ def test_a_sweep_of_quantisers_measures_what_an_export_would(toy, tmp_path):
                 SCALE_FLOOR=0, CLIP="sigma", MATRIX_BITS=6, ROUNDING="gptq", ITERATIONS=20)
     spec = dict(base=base, seeds=[3], reference="GPTQ", factors=[1, 3], bits=[3, 6],
                 variants={"GPTQ": {}, "searched": dict(CLIP="search", ROUNDING="nearest")})
-    path = tmp_path / "sweep.json"
-    path.write_text(json.dumps(spec))
-    tool = [sys.executable, str(ROOT / "records" / "toolkit" / "quantisers.py"), "run", str(path), "--scratch",
-            str(tmp_path)]
-    done = subprocess.run(tool, capture_output=True, text=True, env=clean_env(), timeout=300)
-    assert done.returncode == 0, done.stderr
-    rows = {(r["variant"], r["x"]): r for r in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    rows = {(r["variant"], r["x"]): r for r in study("quantisers.py", spec, tmp_path)}
     assert set(rows) == {("GPTQ", 1), ("GPTQ", 3), ("searched", 3), ("searched", 6)}
     assert rows["GPTQ", 3]["bytes"] < rows["GPTQ", 1]["bytes"] and rows["GPTQ", 3]["gap"] > rows["GPTQ", 1]["gap"]
     log = next(tmp_path.glob("sweep-*/log.txt")).read_text()
     exported = float(log.split("final:official")[1].split("val_bpb:")[1].split()[0])
     assert rows["GPTQ", 1]["trained"] + rows["GPTQ", 1]["gap"] == pytest.approx(exported, abs=1e-5)
     assert "| GPTQ |" in (tmp_path / "table.md").read_text() and "<svg" in (tmp_path / "plot.svg").read_text()
-    subprocess.run(tool, env=clean_env(), check=True, timeout=60, capture_output=True)
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4, "nothing is measured twice"
+    assert len(study("quantisers.py", spec, tmp_path)) == 4, "nothing is measured twice"
 
 
 def test_gains_are_those_of_the_same_artifact_and_documents(toy, tmp_path):
@@ -115,14 +109,7 @@ def test_gains_are_those_of_the_same_artifact_and_documents(toy, tmp_path):
     spec = dict(base=base, seeds=[3, 4], variants={
         "chunks": dict(knobs=dict(EVAL="chunked")), "doc": dict(knobs=dict(EVAL="doc"), against="chunks"),
         "learning": dict(knobs=dict(EVAL="sliding", TTT="sgd", TTT_LR=0.01), against="chunks")})
-    path = tmp_path / "gains.json"
-    path.write_text(json.dumps(spec))
-    tool = [sys.executable, str(ROOT / "records" / "toolkit" / "gains.py"), "run", str(path), "--scratch",
-            str(tmp_path)]
-    done = subprocess.run(tool, capture_output=True, text=True, env=clean_env(), timeout=300)
-    assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    rows = {(r["seed"], r["variant"]): r for r in results}
+    rows = {(r["seed"], r["variant"]): r for r in study("gains.py", spec, tmp_path)}
     assert len(rows) == 6
     for r in rows.values():
         assert sum(r["nats"]) / math.log(2) / sum(r["bytes"]) == pytest.approx(r["bpb"], abs=2e-5)
@@ -133,5 +120,4 @@ def test_gains_are_those_of_the_same_artifact_and_documents(toy, tmp_path):
         line = next(x for x in (tmp_path / "table.md").read_text().splitlines() if x.startswith(f"| {name} "))
         assert f"| {statistics.mean(gains):+.4f} (" in line and " ".join(f"{g:+.4f}" for g in gains) in line
     assert "<svg" in (tmp_path / "plot.svg").read_text()
-    subprocess.run(tool, env=clean_env(), check=True, timeout=60, capture_output=True)
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6, "nothing is measured twice"
+    assert len(study("gains.py", spec, tmp_path)) == 6, "nothing is measured twice"

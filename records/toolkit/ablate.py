@@ -11,11 +11,8 @@ that fails is recorded with its reason, and tried again the next time.
 """
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -46,16 +43,16 @@ def measure(run: dict, scratch: Path) -> dict:
     folder = scratch / "-".join(map(str, (*identity(run), time.time_ns())))
     knobs = run["knobs"] | dict(SEED=run["seed"], RUNS_DIR=folder.parent, RUN_ID=folder.name, STRICT_ENV=1)
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, str(study.SCRIPT)], env=os.environ | {k: str(v) for k, v in knobs.items()},
-                          capture_output=True, text=True)
+    done = study.launch(knobs)
     kept = dict(text=run["text"], seed=run["seed"], variant=run["variant"])
-    found = re.search(r"^final:official variant:(\S+) val_loss:(\S+) val_bpb:(\S+)", done.stdout, re.MULTILINE)
-    if done.returncode or not found:
+    score = study.official(done.stdout)
+    if done.returncode or not score:
         return kept | dict(error=(done.stderr.strip().splitlines() or ["no score"])[-1][:300])
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = [e["seconds"] for e in events if e["event"] == "train"]
     steps = [b - a for a, b in zip(seconds[3:], seconds[4:])]
-    return kept | dict(bpb=float(found[3]), loss=float(found[2]), scored=found[1], steps=len(seconds),
+    scored, loss, bpb = score
+    return kept | dict(bpb=bpb, loss=loss, scored=scored, steps=len(seconds),
                        step_ms=round(statistics.median(steps) * 1e3, 1),
                        parameters=int(re.search(r"^model_params:(\d+)", done.stdout, re.MULTILINE)[1]),
                        artifact_bytes=int(re.search(r"^Total submission size: (\d+)", done.stdout, re.MULTILINE)[1]),

@@ -9,10 +9,8 @@ of the base leaves one artifact per seed; every variant scores that very file in
 per document; the interval resamples documents after their losses were averaged over the seeds. Knobs of the base may
 use {NAME} for an environment variable.
 """
-import os
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,7 @@ from compare import document_bootstrap
 
 def launch(knobs: dict[str, Any]) -> str:
     """Run the script to its end; returns what it printed. Exits with its message when it failed."""
-    done = subprocess.run([sys.executable, str(study.SCRIPT)], env=os.environ | {k: str(v) for k, v in knobs.items()},
-                          capture_output=True, text=True)
+    done = study.launch(knobs)
     if done.returncode:
         sys.exit(done.stderr.strip() or f"{study.SCRIPT.name} ended with code {done.returncode}")
     return done.stdout
@@ -44,11 +41,11 @@ def measure(spec: dict, seed: int, name: str, artifact: Path) -> dict[str, Any]:
     """Score one artifact in one way: bits per byte, seconds, inputs read and nats of each document."""
     data = {k: v for k, v in study.filled(spec["base"]).items() if k in ("DATA_PATH", "TOKENIZER_PATH")}
     text = launch(data | dict(RUN_MODE="eval", ARTIFACT=artifact) | spec["variants"][name]["knobs"])
-    found = re.search(r"^final:official variant:(\S+) val_loss:\S+ val_bpb:(\S+)", text, re.MULTILINE)
+    scored, _, bpb = study.official(text)
     cost = re.search(r"^score:\S+ .*forward_tokens:(\d+)", text, re.MULTILINE)
     seconds = re.search(r"^phase:eval start_ms:(\d+) end_ms:(\d+)", text, re.MULTILINE)
-    documents = np.load(artifact.with_suffix(f".{found[1]}.doc_loss.npy"))
-    return dict(seed=seed, variant=name, scored=found[1], bpb=float(found[2]), forward_tokens=int(cost[1]),
+    documents = np.load(artifact.with_suffix(f".{scored}.doc_loss.npy"))
+    return dict(seed=seed, variant=name, scored=scored, bpb=bpb, forward_tokens=int(cost[1]),
                 seconds=(int(seconds[2]) - int(seconds[1])) / 1e3, nats=documents[:, 0].round(4).tolist(),
                 bytes=documents[:, 1].astype(int).tolist())
 
@@ -60,9 +57,10 @@ def known(path: Path) -> dict[tuple[int, str], dict]:
 
 def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
     """Append each missing result to results.jsonl as soon as it is known."""
+    finished = known(results)
     for seed in spec["seeds"][share[0] - 1::share[1]]:
         for name in spec["variants"]:
-            if (seed, name) not in known(results):
+            if (seed, name) not in finished:
                 found = measure(spec, seed, name, trained(spec, seed, scratch))
                 study.append(results, found)
                 print(f"seed {seed} {name}: {found['bpb']:.5f} bpb, {found['seconds']:.0f} s", flush=True)

@@ -3,6 +3,9 @@ plot beside it, and the command line. Used by ablate.py, quantisers.py and gains
 import argparse
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Callable
 
@@ -12,6 +15,18 @@ SCRIPT = Path(__file__).resolve().parents[2] / "train_gpt.py"
 def filled(knobs: dict[str, Any]) -> dict[str, str]:
     """Knobs of a specification as text; {NAME} stands for an environment variable."""
     return {k: str(v).format(**os.environ) for k, v in knobs.items()}
+
+
+def launch(knobs: dict[str, Any]) -> subprocess.CompletedProcess:
+    """Run the script to its end with these knobs beside the environment's."""
+    return subprocess.run([sys.executable, str(SCRIPT)], env=os.environ | {k: str(v) for k, v in knobs.items()},
+                          capture_output=True, text=True)
+
+
+def official(text: str) -> tuple[str, float, float] | None:
+    """(how it was scored, nats per token, bits per byte) of a run's official line; None when there is none."""
+    found = re.search(r"^final:official variant:(\S+) val_loss:(\S+) val_bpb:(\S+)", text, re.MULTILINE)
+    return (found[1], float(found[2]), float(found[3])) if found else None
 
 
 def append(path: Path, found: dict[str, Any]):
@@ -47,7 +62,8 @@ def main(about: str, run: Callable, known: Callable, table: Callable, plot: Call
     spec, results = json.loads(asked.spec.read_text()), asked.spec.with_name("results.jsonl")
     if asked.what == "run":
         run(spec, results, asked.scratch, asked.share)
-    text = table(spec, known(results))
+    found = known(results)
+    text = table(spec, found)
     asked.spec.with_name("table.md").write_text(text)
-    plot(spec, known(results)).savefig(asked.spec.with_name("plot.svg"), metadata={"Date": None})
+    plot(spec, found).savefig(asked.spec.with_name("plot.svg"), metadata={"Date": None})
     print(text, end="")
