@@ -4639,12 +4639,13 @@ class Trainer:
         twice, by the head and row by row as input: all inputs alike are added to what the head reads."""
         seen, sums = 0, collections.Counter()
         while seen < tokens:
-            rows = CALIBRATIONS[self.cfg.quant.calibration](self, seen)
+            rows = CALIBRATIONS[self.cfg.quant.calibration](self, seen, tokens - seen)
             for ids, targets in self.micro_batches(rows, self.loader.seq):
                 ids = ids[targets[:, 0] >= 0]
                 for p, moment in second_moments(self.model, ids, self.plans[self.plan]).items():
                     sums[p] = sums[p] + moment * ids.numel()
-            seen += self.loader.rows * self.loader.seq
+            seen += int(self.rt.all_reduce(torch.tensor(len(rows), device=self.rt.device))) * self.loader.seq
+            self.rt.log(f"calibrated:{seen} of {tokens} tokens")
         moments = {p: self.rt.all_reduce(total) / seen for p, total in sums.items()}
         if self.model.embed in moments:
             tied = moments[self.model.embed]
@@ -4840,17 +4841,19 @@ class Trainer:
 
 
 @torch.no_grad()
-def written_rows(trainer: Trainer, seen: int) -> np.ndarray:
-    """Rows (rows of this rank, T + 1) that the model writes itself, at temperature 0.8 from a random first token; they
-    depend on SEED and on what was `seen` before, not on the number of ranks. Source: PR 1019. Knob: CALIBRATION."""
+def written_rows(trainer: Trainer, seen: int, wanted: int) -> np.ndarray:
+    """Rows (rows of this rank, T + 1) that the model writes itself, at temperature 0.8 from a random first token, for
+    `wanted` tokens of all ranks or one step's rows, if that is less; they depend on SEED and on what was `seen` before,
+    not on the number of ranks. Source: PR 1019. Knob: CALIBRATION."""
     rt, seq, model, plan = trainer.rt, trainer.loader.seq, trainer.model, trainer.plans[trainer.plan]
-    numbers = range(rt.rank, trainer.loader.rows, rt.world)
+    numbers = range(rt.rank, min(trainer.loader.rows, -(-wanted // seq)), rt.world)
     draws = [np.random.default_rng([trainer.cfg.run.seed, seen, i]).random(seq + 1) for i in numbers]
     drawn = torch.from_numpy(np.array(draws).reshape(-1, seq + 1)).to(rt.device)
     ids = torch.zeros(drawn.shape, dtype=torch.int64, device=rt.device)
     ids[:, 0] = (drawn[:, 0] * trainer.cfg.data.vocab_size).long()
     cap = trainer.cfg.model.logit_softcap
-    for part in torch.arange(len(ids), device=rt.device).split(max(1, trainer.cfg.system.micro_batch_tokens // seq)):
+    size = max(1, trainer.cfg.system.micro_batch_tokens // seq)
+    for part in (slice(lo, lo + size) for lo in range(0, len(ids), size)):
         for t in range(seq):
             shown = min(seq, -(-(t + 1) // 64) * 64)  # few lengths; causality hides what is not written yet
             z = model.logits(model.hidden(ids[part, :shown], plan)[:, t]).double()
@@ -4860,8 +4863,8 @@ def written_rows(trainer: Trainer, seen: int) -> np.ndarray:
     return ids.cpu().numpy().astype(np.uint16)
 
 
-CALIBRATIONS: dict[str, Callable[[Trainer, int], np.ndarray]] = {
-    "train": lambda trainer, seen: trainer.loader.next(trainer.rt.rank, trainer.rt.world), "self": written_rows}
+CALIBRATIONS: dict[str, Callable[[Trainer, int, int], np.ndarray]] = {
+    "train": lambda trainer, seen, wanted: trainer.loader.next(trainer.rt.rank, trainer.rt.world), "self": written_rows}
 # ALLOCATION -> what the rounding of each matrix costs; empty = not known
 HARMS: dict[str, Callable[[Trainer], dict[str, float]]] = {
     "tag": lambda trainer: {}, "hessian": lambda t: output_errors(t.model, t.cfg.quant, t.hessians),

@@ -541,11 +541,16 @@ def test_written_text_follows_the_model_and_not_the_ranks(toy, tmp_path):
     rt = tg.Runtime(cfg, {})
     model = random_model(cfg)
     trainer = tg.Trainer(cfg, rt, tg.open_data(cfg, rt), model, tg.Numerics())
-    rows = tg.written_rows(trainer, 0)
-    assert rows.shape == (40, 65) and rows.dtype == np.uint16 and not np.array_equal(rows, tg.written_rows(trainer, 1))
-    split = [tg.written_rows(type("T", (), vars(trainer) | dict(rt=type("R", (), dict(
-        rank=rank, world=3, device=rt.device))()))(), 0) for rank in range(3)]
-    assert all(np.array_equal(part, rows[rank::3]) for rank, part in enumerate(split))
+    rows = tg.written_rows(trainer, 0, 10_000)
+    assert rows.shape == (40, 65) and rows.dtype == np.uint16, "no more than a step has"
+    assert not np.array_equal(rows, tg.written_rows(trainer, 1, 10_000))
+
+    def of_rank(rank: int, wanted: int) -> np.ndarray:
+        runtime = type("R", (), dict(rank=rank, world=3, device=rt.device))()
+        return tg.written_rows(type("T", (), vars(trainer) | dict(rt=runtime))(), 0, wanted)
+    assert all(np.array_equal(of_rank(rank, 10_000), rows[rank::3]) for rank in range(3))
+    assert [len(of_rank(rank, 65)) for rank in range(3)] == [1, 1, 0], "65 tokens take two rows of 64"
+    assert np.array_equal(of_rank(1, 65)[0], rows[1])
     ids = torch.from_numpy(rows.astype(np.int64))
     with torch.no_grad():  # under the model at this temperature the text has the likelihood of a fair draw
         z = model.logits(model.hidden(ids[:, :-1], trainer.plans[0])).double()
