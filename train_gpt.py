@@ -1739,13 +1739,16 @@ class Rotary(Site):
 
     def build(self, cfg: ModelConfig, layer: int):
         self.dims, self.length, self.scaling = cfg.rotary_dims, cfg.rope_train_len, ROPE_SCALINGS[cfg.rope_scaling]
+        self.place: tuple[int, int] | None = None  # (first position, length of the whole row) of a Writer's part
         frequency = cfg.rope_base ** (-torch.arange(0, self.dims, 2, dtype=torch.float64) / self.dims)
         self.register_buffer("frequency", frequency.float(), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
         r = torch.arange(0, self.dims, 2, device=q.device) / self.dims
-        frequency = self.scaling(self.frequency, r, max(1.0, q.size(1) / self.length))
-        angle = torch.arange(q.size(1), device=q.device, dtype=torch.float32)[:, None] * frequency
+        first, whole = self.place or (0, q.size(1))
+        frequency = self.scaling(self.frequency, r, max(1.0, whole / self.length))
+        position = torch.arange(first, first + q.size(1), device=q.device, dtype=torch.float32)
+        angle = position[:, None] * frequency
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # (T,1,R/2), fp32
         return self.rotate(q, cos, sin), self.rotate(k, cos, sin), v
 
@@ -4840,6 +4843,44 @@ class Trainer:
                         "RESERVE_SECONDS")
 
 
+class Writer:
+    """A model that reads one position at a time. In place of its attention kernels it keeps the keys and values of
+    every slot, (slots, 2, B, T, G, D) in plan order, and only the last position attends; the REACH - 1 before it are
+    there for embedding sites, which look that far back. `read` positions 0, 1, ... of ids (B, up to T), then close."""
+    REACH = 4  # a smear gate of a hash of three tokens
+
+    def __init__(self, model: GPT, plan: Plan, rows: int, length: int):
+        cfg, self.model, self.plan, self.slot = model.cfg, model, plan, 0
+        self.kept = torch.zeros(len(plan), 2, rows, length, cfg.num_kv_heads, cfg.head_dim, dtype=model.dtype,
+                                device=model.embed.device)
+        self.rotaries = [m for m in model.modules() if isinstance(m, Rotary)]
+        self.kernel = model.blocks[0].attn.kernel  # the same in every block
+        for block in model.blocks:
+            block.attn.kernel = self.attend
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, window: int) -> Tensor:
+        """Shapes as in sdpa_attention; zeros for all but the last position."""
+        kept, self.slot = self.kept[self.slot], (self.slot + 1) % len(self.plan)
+        kept[:, :, self.at] = torch.stack([k[:, -1], v[:, -1]])
+        keys, values = kept[:, :, :self.at + 1]
+        return F.pad(sdpa_attention(q[:, -1:], keys, values, self.visible), (0, 0, 0, 0, q.size(1) - 1, 0))
+
+    def read(self, ids: Tensor, at: int) -> Tensor:
+        """Logits (B,V), uncapped, after the position `at` of ids, of which all before it were read."""
+        visible, first = visible_keys(ids[:, :at + 1], self.model.cfg), max(0, at + 1 - self.REACH)
+        self.at, self.visible = at, ids.new_ones(1, 1, at + 1).bool() if visible is None else visible[:, -1:]
+        for rotary in self.rotaries:
+            rotary.place = first, self.kept.size(3)
+        return self.model.logits(self.model.hidden(ids[:, first:at + 1], self.plan)[:, -1])
+
+    def close(self):
+        """Give the model its kernels and positions back."""
+        for block in self.model.blocks:
+            block.attn.kernel = self.kernel
+        for rotary in self.rotaries:
+            rotary.place = None
+
+
 @torch.no_grad()
 def written_rows(trainer: Trainer, seen: int, wanted: int) -> np.ndarray:
     """Rows (rows of this rank, T + 1) that the model writes itself, at temperature 0.8 from a random first token, for
@@ -4851,15 +4892,13 @@ def written_rows(trainer: Trainer, seen: int, wanted: int) -> np.ndarray:
     drawn = torch.from_numpy(np.array(draws).reshape(-1, seq + 1)).to(rt.device)
     ids = torch.zeros(drawn.shape, dtype=torch.int64, device=rt.device)
     ids[:, 0] = (drawn[:, 0] * trainer.cfg.data.vocab_size).long()
-    cap = trainer.cfg.model.logit_softcap
-    size = max(1, trainer.cfg.system.micro_batch_tokens // seq)
-    for part in (slice(lo, lo + size) for lo in range(0, len(ids), size)):
-        for t in range(seq):
-            shown = min(seq, -(-(t + 1) // 64) * 64)  # few lengths; causality hides what is not written yet
-            z = model.logits(model.hidden(ids[part, :shown], plan)[:, t]).double()
-            edges = (cap * torch.tanh(z / cap) / 0.8).softmax(-1).cumsum(-1)
-            found = torch.searchsorted(edges, drawn[part, t + 1:t + 2] * edges[:, -1:], right=True)
-            ids[part, t + 1] = found[:, 0].clamp(max=edges.size(-1) - 1)
+    cap, writer = trainer.cfg.model.logit_softcap, Writer(model, plan, len(ids), seq)
+    for t in range(seq if len(ids) else 0):
+        z = writer.read(ids, t).double()
+        edges = (cap * torch.tanh(z / cap) / 0.8).softmax(-1).cumsum(-1)
+        found = torch.searchsorted(edges, drawn[:, t + 1:t + 2] * edges[:, -1:], right=True)
+        ids[:, t + 1] = found[:, 0].clamp(max=edges.size(-1) - 1)
+    writer.close()
     return ids.cpu().numpy().astype(np.uint16)
 
 

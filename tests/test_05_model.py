@@ -370,6 +370,22 @@ def test_a_token_never_changes_an_earlier_loss(preset, technique, attention):
     assert difference[:-1].diagonal(1).min() > 1e-4, "a loss ignores the token before"
 
 
+@pytest.mark.parametrize("preset, technique", [(s, "plain") for s in SYSTEMS] + [("baseline", t) for t in TECHNIQUES])
+def test_a_writer_finds_the_logits_of_whole_rows(preset, technique):
+    cfg = config(f"{preset}+tiny", **TECHNIQUES[technique], vocab_size=61)
+    model = random_model(cfg)
+    plan, (ids, _) = tg.plans(cfg.model)[-1], random_batch(cfg, 3, 20)
+    ids[1, 6:] = ids[0, 6:]
+    ids[0, 5] = ids[1, 9] = tg.BOS
+    with torch.no_grad():
+        whole = model.logits(model.hidden(ids, plan))
+        writer = tg.Writer(model, plan, 3, 20)
+        found = torch.stack([writer.read(ids, t) for t in range(20)], 1)
+        writer.close()
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model.logits(model.hidden(ids, plan)), whole), "the model is as it was"
+
+
 # ---- Techniques, one by one ----
 def test_xsa_removes_exactly_the_part_along_the_own_value():
     torch.manual_seed(0)
