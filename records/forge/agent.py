@@ -69,10 +69,12 @@ def check(h: dict, c) -> dict[str, Any]:
     if h.get("kind") == "patch":
         change |= admit_patch(h["patch"], c)
     change = c.space.normal(change | {n: v for n, v in h.get("env", {}).items()})
-    skills = {c.space.knobs[n].skill for n in h.get("env", {}) if n in c.space.knobs}
+    owners = {n: c.space.knobs[n].skill for n in h.get("env", {}) if n in c.space.knobs}
+    if retired := [n for n, skill in owners.items() if skill in c.state.retired]:
+        raise ForgeError(f"{', '.join(retired)}: of a retired skill; `skills restore` brings it back")
     if config_id(change) in {x.cid for x in c.state.experiments.values()}:
         raise ForgeError("this configuration was tried before")
-    skill = h["skill"] if h.get("skill") in c.space.skills else next(iter(skills), "patch")
+    skill = h["skill"] if h.get("skill") in c.space.skills else next(iter(owners.values()), "patch")
     return dict(change=change, skill=skill, text=str(h.get("hypothesis", ""))[:500])
 
 
@@ -197,7 +199,13 @@ def next_hypothesis(c) -> dict | None:
     settings, rng = c.config["agent"], propose.generator(c.state, "agent", len(c.state.agent_calls))
     if not settings["cmd"] or rng.random() >= settings["share"] or silenced(c.state):
         return None
-    skill, complaint = propose.choose_skill(c.state, c.space.skills, rng), ""
+    return consult(c, propose.choose_skill(c.state, c.space.skills, rng))
+
+
+def consult(c, skill: str) -> dict | None:
+    """The agent's proposal for a skill after every gate, with one repair; None when it has none. Calls and reasons are
+    recorded, and no call is made that a budget forbids."""
+    settings, complaint = c.config["agent"], ""
     for attempt in (1, 2):  # one repair
         if not affordable(c):
             return None

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -16,7 +17,9 @@ from .space import CODE, Space, config_id
 from .state import Experiment, replay
 
 RUNG = ("kill_s", "tokens", "stall_s", "sentinel_runs", "prior_sigma", "nproc")  # and env, a table of knobs
-STUDIES = ("confirm", "ablation", "compose", "promote", "closing")
+STUDIES = ("confirm", "ablation", "compose", "pair", "promote", "closing", "retest")
+FRESH_STUDIES = tuple(k for k in STUDIES if k != "promote")  # each has fresh seeds of its own
+CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # of a 2x2: both changes, the first, the second, none
 MARGIN = 1.15  # of the reserve: runs do not all take equally long
 KEPT = ("status", "reason", "attempt", "exit_code", "log_sha256")  # of a run's record, in the ledger
 
@@ -270,7 +273,8 @@ class Campaign:
             return self.record("stopped", reason="the base configuration does not run: "
                                + next(x for x in state.experiments.values()).verdict["reason"])
         if not state.open():
-            if self.open_ablation() or self.open_confirm() or self.open_promotion():
+            if (self.open_ablation() or self.open_pair() or self.open_confirm() or self.open_retest()
+                    or self.open_promotion()):
                 return
         if len(state.open("search")) < self.config["loop"]["workers"]:
             reason = self.search_over()
@@ -379,12 +383,13 @@ class Campaign:
         """Put the anchor's claim to the test when it is asked for, its gain is large, it is overdue, or nothing else
         can be afforded."""
         state, loop, rung = self.state, self.config["loop"], self.config["search"]["rung"]
-        if config_id(state.anchor) == config_id(state.champion):
+        rival, slimmer = self.rival(), state.anchor.items() < state.champion.items()
+        if config_id(state.anchor) in (config_id(state.champion), config_id(rival)):
             return False
         since = next((i for i, x in enumerate(reversed(list(state.experiments.values()))) if x.kind == "confirm"),
                      len(state.experiments))
         noise, old, new = state.noise(rung), state.scores(state.champion, rung), state.scores(state.anchor, rung)
-        gain = sum(old) / len(old) - sum(new) / len(new) if old and new else 0.0
+        gain = sum(old) / len(old) - sum(new) / len(new) if old and new and not slimmer else 0.0
         over = "asked for" if asked_for else self.search_over()
         large = loop["confirm"] != "end" and gain > 3 * judge.minimal_gain(rung, noise)
         if not (over or large or loop["confirm"] != "end" and since >= loop["confirm_every"]):
@@ -393,10 +398,19 @@ class Campaign:
         if self.exhausted(where, 2 * judge.FRESH):
             return False
         short = bool(self.exhausted(where, 2 * judge.FRESH + 4))
-        self.open("confirm", state.anchor, where, parent=state.champion, seeds=self.fresh_seeds(),
-                  text="fresh seeds only: the reserve is all that is left" if short else over or "the gain is large",
-                  factors=self.factors(), source="reserve" if short else "judge")
+        self.open("confirm", state.anchor, where, parent=rival, seeds=self.fresh_seeds(),
+                  text="fresh seeds only: the reserve is all that is left" if short else
+                  "the champion with fewer changes" if slimmer else over or "the gain is large",
+                  factors=[] if slimmer else self.factors(), source="reserve" if short else "judge")
         return True
+
+    def rival(self) -> dict:
+        """What the anchor must beat: the champion or, when it is the champion less some changes, what that one beat. A
+        test of gain would always refute a simplification, and one of equality takes 49 runs per arm."""
+        state = self.state
+        won = [x.parent for x in state.experiments.values() if x.kind == "confirm" and x.verdict
+               and x.verdict["verdict"] == "confirmed" and x.cid == config_id(state.champion)]
+        return won[-1] if won and state.anchor.items() < state.champion.items() else state.champion
 
     def open_closing(self) -> bool:
         """At the end, the last champion against the base on fresh seeds, unless that is what confirmed it."""
@@ -409,8 +423,22 @@ class Campaign:
                   text="what the campaign gained in all")
         return True
 
+    def open_retest(self) -> bool:
+        """A proven claim without new evidence for long is tested once more, on the present anchor: never a second
+        time."""
+        done = {x.factors[0]["claim"] for x in self.state.experiments.values() if x.kind == "retest"}
+        for claim in meta.claims(self.state) if self.state.evidence else ():
+            if (claim["status"], claim["was"]) == ("stale", "proven") and claim["claim"] not in done:
+                new, old = (self.space.normal(toggled(self.state.anchor, [claim], [sign])) for sign in (1, -1))
+                if new != old and not self.exhausted(claim["rung"], 2 * judge.FRESH, reserve=True):
+                    self.open("retest", new, claim["rung"], parent=old, skill=claim["skill"], seeds=self.fresh_seeds(),
+                              factors=[{k: claim[k] for k in ("claim", "skill", "knobs")}], source="judge",
+                              text=f"{claim['id']} is stale")
+                    return True
+        return False
+
     def step_closing(self, x: Experiment):
-        """Six runs on fresh seeds; nothing moves by them, they are what the report says."""
+        """Six runs on fresh seeds that move nothing: what the report says of the champion, or evidence for a claim."""
         arms = [self.gather(x, [(c, x.rung, s) for s in x.seeds]) for c in (x.change, x.parent)]
         if None in arms:
             return
@@ -418,13 +446,17 @@ class Campaign:
         if not new or not old:
             return self.close(x, "failed", "the runs on fresh seeds failed")
         better, test = judge.fresh_test(new, old, self.state.noise(x.rung))
-        self.close(x, "upheld" if better else "not upheld", f"{test.delta:+.4f} against the base, p {test.p:.4f}",
-                   seeds_used=x.seeds, scores_new=new, scores_old=old, **self.numbers(test))
+        against = f"{x.text}: {test.delta:+.4f}" if x.factors else f"{test.delta:+.4f} against the base"
+        self.close(x, "upheld" if better else "not upheld", f"{against}, p {test.p:.4f}", seeds_used=x.seeds,
+                   scores_new=new, scores_old=old, evidence=[self.comparison(f, test, x) for f in x.factors],
+                   **self.numbers(test))
+
+    step_retest = step_closing
 
     def fresh_seeds(self) -> list[int]:
         """Seeds that no experiment has had."""
         first = self.config["seeds"]["fresh_from"] + judge.FRESH * sum(
-            x.kind in ("confirm", "ablation", "compose", "closing") for x in self.state.experiments.values())
+            x.kind in FRESH_STUDIES for x in self.state.experiments.values())
         return list(range(first, first + judge.FRESH))
 
     def compose(self, changes: list[dict]) -> str:
@@ -442,7 +474,7 @@ class Campaign:
             raise ForgeError(f"{len(factors)} changes: want 2 to 11")
         whole = self.space.normal(toggled(self.state.anchor, factors, [1] * len(factors)))
         return self.open("compose", whole, self.config["search"]["rung"], parent=self.state.anchor, source="human",
-                         seeds=self.fresh_seeds()[:1], factors=factors, text="which of these help together")
+                         seeds=self.fresh_seeds(), factors=factors, text="which of these help together")
 
     def factors(self) -> list[dict]:
         """The chapter's moves as independent switches: which knobs, from what, to what. A knob that was moved twice
@@ -480,7 +512,7 @@ class Campaign:
     def step_confirm(self, x: Experiment):
         """Anchor against champion: sequential looks on common seeds, then the deciding test on fresh ones."""
         state, pairs = self.state, 0
-        back = dict(anchor_after=x.parent)
+        back = dict(anchor_after=state.champion)
         if x.source != "reserve":
             looked = self.pairs_look(x)
             if looked is None:
@@ -506,8 +538,6 @@ class Campaign:
             evidence = [self.comparison(x.factors[0], test, x)] if len(x.factors) == 1 else []
             return self.close(x, "confirmed", f"{test.delta:+.4f} on fresh seeds, p {test.p:.4f}", factors=x.factors,
                               evidence=evidence, **numbers, **after)
-        if test.high < judge.minimal_gain(x.rung, noise) / 2 and len(x.change) < len(x.parent):
-            return self.close(x, "equal_simpler", "no worse, and fewer changes", **numbers, **after)
         self.close(x, "refuted", f"{test.delta:+.4f} on fresh seeds, p {test.p:.3f}", **numbers, **back)
 
     @staticmethod
@@ -530,31 +560,87 @@ class Campaign:
         factors = last.verdict["factors"][:11]
         if len(factors) < 2 or self.exhausted(last.rung, 12, reserve=True) or not self.config["loop"]["ablation"]:
             return False
-        self.open("ablation", self.state.champion, last.rung, parent=last.parent, seeds=self.fresh_seeds()[:1],
-                  factors=factors,
-                  source="judge", text=f"effects of {len(factors)} moves of {last.id}")
+        self.open("ablation", self.state.champion, last.rung, parent=last.parent, seeds=self.fresh_seeds(),
+                  factors=factors, source="judge", text=f"effects of {len(factors)} moves of {last.id}")
         return True
+
+    def design_of(self, x: Experiment) -> tuple:
+        """A study's design and its twelve runs. Rows that are one configuration get a seed each: the same run counted
+        twice would be no repetition."""
+        design, seen, runs = judge.plackett_burman(len(x.factors)), Counter(), []
+        for row in design:
+            change = self.space.normal(toggled(x.change, x.factors, row))
+            runs.append((change, x.rung, x.seeds[seen[config_id(change)] % len(x.seeds)]))
+            seen[config_id(change)] += 1
+        return design, runs
 
     def step_ablation(self, x: Experiment):
         """Plackett-Burman over the factors: drop what does not help, keep the rest as evidence."""
-        design = judge.plackett_burman(len(x.factors))
-        rows = [self.space.normal(toggled(x.change, x.factors, row)) for row in design]
-        scores = self.gather(x, [(row, x.rung, x.seeds[0]) for row in rows])
+        design, runs = self.design_of(x)
+        scores = self.gather(x, runs)
         if scores is None:
             return
         if None in scores:
             return self.close(x, "failed", "a run of the design failed; the moves stay together")
         noise = self.state.noise(x.rung)
         tests = judge.effects(design, scores, noise)
-        keep = [t.delta + judge.stdtrit(t.df, 0.8) * abs(t.delta / t.t if t.t else 0.0) < 0 for t in tests]
+        keep = [judge.carries(t) for t in tests]
         slim = self.space.normal(toggled(x.change, x.factors, [1 if k else -1 for k in keep]))
-        rows = [dict(claim=f["claim"], keep=bool(k), **self.numbers(t)) for f, k, t in zip(x.factors, keep, tests)]
         text = f"{sum(keep)} of {len(keep)} moves carry the gain"
         after = dict(anchor_after=slim) if x.kind == "ablation" or any(keep) else {}
-        self.close(x, "ablated", text, effects=rows, evidence=[
-            self.comparison(f, t, x) for f, t in zip(x.factors, tests)], **after)
+        self.close(x, "ablated", text, suspect=judge.suspect(design, scores, noise),
+                   **self.findings(x, keep, tests), **after)
+
+    def findings(self, x: Experiment, keep: Sequence[bool], tests: list[judge.Test]) -> dict:
+        """The effects of a study and the evidence that they are."""
+        rows = [dict(claim=f["claim"], keep=bool(k), **self.numbers(t)) for f, k, t in zip(x.factors, keep, tests)]
+        return dict(effects=rows, evidence=[self.comparison(f, t, x) for f, t in zip(x.factors, tests)])
 
     step_compose = step_ablation  # the same design over changes that were named by hand
+
+    def open_pair(self) -> bool:
+        """A 2x2 of the two changes that the last study suspects of an interaction, on fresh seeds: twelve runs."""
+        last = next((x for x in reversed(self.state.experiments.values()) if x.kind in ("ablation", "compose", "pair")),
+                    None)
+        suspect = last and last.verdict.get("suspect")
+        if not suspect or self.exhausted(last.rung, 4 * judge.FRESH, reserve=True):
+            return False
+        study = self.state.experiments[last.study or last.id]
+        factors = [study.factors[i] for i in suspect]
+        both, none = (self.space.normal(toggled(self.state.anchor, factors, s)) for s in ((1, 1), (-1, -1)))
+        self.open("pair", both, last.rung, parent=none, study=study.id, seeds=self.fresh_seeds(), factors=factors,
+                  source="judge", text=f"{study.id} suspects that these two do not simply add up")
+        return True
+
+    def step_pair(self, x: Experiment):
+        """When two changes interact, the anchor takes their best corner, and the study's other effects are corrected
+        for the third of the interaction that the design had mixed into them."""
+        changes = [self.space.normal(toggled(x.change, x.factors, signs)) for signs in CORNERS]
+        scores = self.gather(x, [(c, x.rung, s) for c in changes for s in x.seeds])
+        if scores is None:
+            return
+        if None in scores:
+            return self.close(x, "failed", "a run of the 2x2 failed")
+        noise, n, study = self.state.noise(x.rung), len(x.seeds), self.state.experiments[x.study]
+        corners = {signs: scores[i * n:(i + 1) * n] for i, signs in enumerate(CORNERS)}
+        test = judge.interaction(*corners.values(), noise)
+        text = f"together {test.delta:+.4f} [{test.low:+.4f}, {test.high:+.4f}] beyond their sum"
+        if test.low <= 0 <= test.high:
+            return self.close(x, "no interaction", text, **self.numbers(test))
+        found = {tuple(map(study.factors.index, p.factors)): p.verdict["delta"] for p in self.state.experiments.values()
+                 if p.study == x.study and p.verdict and p.verdict["verdict"] == "interaction"}
+        pair = tuple(map(study.factors.index, x.factors))
+        found[pair] = test.delta
+        design, runs = self.design_of(study)
+        measured = self.gather(x, runs)
+        clean = [y - sum(d / 4 * row[i] * row[j] for (i, j), d in found.items()) for y, row in zip(measured, design)]
+        tests, best = judge.effects(design, clean, noise), judge.best_corner(corners, noise)
+        settled = {i: e["keep"] for i, e in enumerate(study.verdict["effects"]) if any(i in p for p in found)}
+        settled |= {i: sign > 0 for i, sign in zip(pair, best)}
+        keep = [settled.get(i, judge.carries(t)) for i, t in enumerate(tests)]
+        slim = self.space.normal(toggled(self.state.anchor, study.factors, [1 if k else -1 for k in keep]))
+        self.close(x, "interaction", text, suspect=judge.suspect(design, measured, noise, list(found)),
+                   anchor_after=slim, **self.numbers(test), **self.findings(study, keep, tests))
 
     def open_promotion(self) -> bool:
         """Move the best third and a random tenth one rung up, so that transfer is measured and not assumed."""
@@ -597,24 +683,27 @@ class Campaign:
             if found is None:
                 break
             change, cid = found["change"], config_id(found["change"])
-            rung = self.config["search"]["rung"]
-            for wanted in (change, {}) if self.config["search"]["max_flops"] else (change,):
-                if config_id(wanted) not in self.state.plans:
-                    env = self.space.resolve(wanted, self.rung(rung))
-                    self.record("planned", cid=config_id(wanted), plan=self.plan(wanted, env))
-            if reason := self.infeasible(cid) or self.costly(cid):
+            if reason := self.refusal(change):
                 plan = self.state.plans[cid]
                 self.record("refused", proposal=found | dict(
                     infeasible=True, reason=reason, at=len(self.state.experiments),
                     oversize="bytes" in plan and not plan["ok"]))
                 continue
             tried = sum(x.kind == "search" for x in self.state.experiments.values())
-            self.open("search", change, rung, skill=found["skill"], parent=self.state.anchor,
+            self.open("search", change, self.config["search"]["rung"], skill=found["skill"], parent=self.state.anchor,
                       source=found["source"], text=found.get("text", ""),
                       seeds=[self.config["seeds"]["search"][tried % 3]])
             return
         if not self.state.open():
             self.record("stopped", reason=f"no new feasible proposal in {3 * propose.REDRAWS} draws")
+
+    def refusal(self, change: dict) -> str:
+        """Why a change must not start, by what the script foretells of it; empty when it may."""
+        for wanted in (change, {}) if self.config["search"]["max_flops"] else (change,):
+            if config_id(wanted) not in self.state.plans:
+                env = self.space.resolve(wanted, self.rung(self.config["search"]["rung"]))
+                self.record("planned", cid=config_id(wanted), plan=self.plan(wanted, env))
+        return self.infeasible(config_id(change)) or self.costly(config_id(change))
 
     def numeric(self) -> dict | None:
         """The sampler's next proposal."""
@@ -654,7 +743,15 @@ class Campaign:
         """Reap, judge, learn, propose, start. True when anything happened. Raises ForgeError when another decider is
         at work."""
         with locked(self.folder / "tick.lock", busy=f"{self.folder.name}: another decider is at work"):
+            self.catch_up()
             return self.locked_tick()
+
+    def catch_up(self):
+        """Take in what other commands recorded between two ticks."""
+        if self.ledger.count() > self.state.events:
+            for event in self.ledger.read()[self.state.events:]:
+                self.state.apply(event)
+            self._space = None  # a skill may have been added
 
     def locked_tick(self) -> bool:
         before = self.state.events

@@ -213,10 +213,43 @@ def knobs(asked):
     say(asked, data, "\n".join([*lines, "", f"{len(unowned)} knobs that no skill owns: " + ", ".join(unowned)]))
 
 
+def searched_skill(c, name: str) -> str:
+    """The name of a skill that takes part in the search. Raises ForgeError."""
+    active = [s for s in c.space.skills if s not in c.state.retired]
+    if name not in active:
+        raise ForgeError(f"skill {name}: want one of {', '.join(active)}")
+    return name
+
+
+def ask_agent(asked):
+    """The agent's next proposal through all gates; its calls count."""
+    from forge import agent, propose as p
+    with deciding(asked.name) as c:
+        c.sync_config()
+        if not c.config["agent"]["cmd"]:
+            raise ForgeError(f"{asked.name}: no agent; name a command in campaign.toml, [agent] cmd")
+        if not agent.affordable(c):
+            raise ForgeError("the budget for the agent is used: [budget] agent_calls and agent_dollars")
+        before, rng = len(c.state.agent_calls), p.generator(c.state, "agent", len(c.state.agent_calls))
+        skill = searched_skill(c, asked.skill) if asked.skill else p.choose_skill(c.state, c.space.skills, rng)
+        found, calls = agent.consult(c, skill), c.state.agent_calls[before:]
+        made = [found | dict(env=c.space.resolve(found["change"], c.rung(c.config["search"]["rung"])),
+                             refused=c.refusal(found["change"]))] if found else []
+        lines = [f"answer {call['attempt']} was refused: {call['reason']}" for call in calls if not call["ok"]]
+        lines += [f"{f['skill']}: {f['change']}  {f['text']}" + f"\nrefused: {f['refused']}" * bool(f["refused"])
+                  for f in made]
+        lines += [f"{len(calls)} calls, {c.spent()['agent_calls']} in all"]
+        say(asked, dict(proposals=made, calls=calls), "\n".join(lines))
+
+
 def propose(asked):
-    """Show proposals without running them."""
+    """Show proposals without running them. One of the agent costs what a call costs, and may follow an open breaker."""
     from forge import propose as p
+    if asked.agent:
+        return ask_agent(asked)
     c, found = campaign(asked.name), []
+    if asked.skill:
+        searched_skill(c, asked.skill)
     for i in range(asked.n):
         made = p.propose(c.state, c.space, asked.skill)
         if made is None:
@@ -267,7 +300,7 @@ def deciding(name: str):
 
 
 def compose(asked):
-    """Which of several changes help together? Twelve runs on one fresh seed, by Plackett-Burman."""
+    """Which of several changes help together? Twelve runs on fresh seeds, by Plackett-Burman."""
     with deciding(asked.name) as c:
         print(c.compose([pairs(text.split(",")) for text in asked.changes]) + " is the next to run")
 
@@ -390,7 +423,7 @@ def meta(asked):
     from forge import meta as m, report
     c = campaign(asked.name)
     data = m.summarise(c.state, c.space, len(c.state.metas) + 1)
-    say(asked, data, report.skill_text(data["skills"], data["inert"]))
+    say(asked, data, report.skill_text(data["skills"], report.marks(c.state)))
 
 
 def playbook(asked):
@@ -403,22 +436,63 @@ def playbook(asked):
 
 
 def skills(asked):
-    """List skill folders, checked against the Agent Skills format."""
+    """List, check, add, retire and restore skills: those that ship or, with --of, those of a campaign."""
     from forge import skillcheck
-    problems = skillcheck.check_all(Path(asked.skills), Path(asked.script))
-    if problems:
-        raise ForgeError("\n".join(problems))
     from forge.campaign import load_skills
-    table = {name: sorted(knobs) for name, knobs in load_skills(Path(asked.skills)).items()}
-    say(asked, dict(skills=table), "\n".join(f"{name:<22} {', '.join(knobs) or 'notes only'}" for name, knobs in
-                                             table.items()) + f"\n{len(table)} skills are valid")
+    if asked.action in ("retire", "restore"):
+        return change_skill(asked)
+    c = campaign(asked.of) if asked.of else None
+    folder, script = (c.folder / "skills", c.script()) if c else (Path(asked.skills), Path(asked.script))
+    base = c.config["base"] if c else {}
+    if asked.action == "new":
+        knobs = dict(map(skillcheck.knob_of, asked.knob))
+        if not (asked.skill and asked.about):
+            raise ForgeError("skills new: want a name and --about \"what it does and when to use it\"")
+        with deciding(asked.of) if c else contextlib.nullcontext() as held:
+            skillcheck.create(folder, asked.skill, asked.about, knobs, script, base)
+            if held:
+                held.record("skill", action="new", skill=asked.skill, knobs=knobs)
+    if problems := skillcheck.check_all(folder, script, base):
+        raise ForgeError("\n".join(problems))
+    table = {name: sorted(knobs) for name, knobs in load_skills(folder).items()}
+    retired, prior = (sorted(c.state.retired), c.state.prior) if c else ([], {})
+    lines = [f"{name:<22} {', '.join(knobs) or 'notes only'}" + " (retired)" * (name in retired)
+             + ("  harvest {:g}:{:g}".format(*prior[name]) if name in prior else "") for name, knobs in table.items()]
+    say(asked, dict(skills=table, retired=retired, prior=prior),
+        "\n".join([*lines * (asked.action != "validate"), f"{len(table)} skills are valid"]))
+
+
+def change_skill(asked):
+    """Take a skill out of a campaign's search, or back into it; what its knobs gained so far stays."""
+    if not asked.of:
+        raise ForgeError(f"skills {asked.action}: want --of CAMPAIGN; a new campaign leaves a skill out by --without")
+    with deciding(asked.of) as c:
+        if asked.action == "retire":
+            searched_skill(c, asked.skill)
+            if len(c.state.retired) + 1 == len(c.space.skills):
+                raise ForgeError(f"skill {asked.skill} is the last one of the search")
+        elif asked.skill not in c.state.retired:
+            raise ForgeError(f"skill {asked.skill}: want one of the retired: "
+                             + (", ".join(sorted(c.state.retired)) or "there is none"))
+        c.record("skill", action=asked.action, skill=asked.skill)
+        print(f"{asked.skill} is {'out of' if asked.action == 'retire' else 'back in'} the search")
 
 
 def harvest(asked):
-    """Read a records tree into High, Medium and Low."""
+    """Read a records tree into High, Medium and Low; --into a campaign, whose search then begins with what they say."""
     from forge import harvest as h
+    if not Path(asked.folder).is_dir():
+        raise ForgeError(f"{asked.folder}: no such folder")
     found = h.harvest(Path(asked.folder))
-    say(asked, found, h.text(found))
+    text = h.text(found)
+    if asked.into:
+        with deciding(asked.into) as c:
+            found["prior"] = h.prior(found, {n: k.skill for n, k in c.space.knobs.items()})
+            if not found["prior"]:
+                raise ForgeError(f"{asked.folder}: no record there changed a knob of {asked.into}'s skills")
+            c.record("harvested", folder=Path(asked.folder).name, records=len(found["records"]), prior=found["prior"])
+        text += "".join(f"\n{s}: {a:g} for, {b:g} against" for s, (a, b) in sorted(found["prior"].items()))
+    say(asked, found, text)
 
 
 def export(asked):
@@ -521,6 +595,7 @@ def parser() -> argparse.ArgumentParser:
     made = verb(propose)
     made.add_argument("--n", type=int, default=3)
     made.add_argument("--skill", default="")
+    made.add_argument("--agent", action="store_true", help="one proposal of the campaign's agent")
     verb(submit).add_argument("file", help="JSON of forge.hypothesis/1, or - for standard input")
     made = verb(export)
     made.add_argument("--track", default="non_record_16mb", help="non_record_16mb or 10min_16mb")
@@ -531,7 +606,16 @@ def parser() -> argparse.ArgumentParser:
         made = verb(function, of_campaign=False)
         scripted(made)
     verbs.choices["knobs"].add_argument("--preset", default="baseline+cpu")
-    verb(harvest, of_campaign=False).add_argument("folder")
+    made = verbs.choices["skills"]
+    made.add_argument("action", nargs="?", default="list", choices=["list", "validate", "new", "retire", "restore"])
+    made.add_argument("skill", nargs="?", default="")
+    made.add_argument("--of", default="", metavar="CAMPAIGN", help="of a campaign, not those that ship")
+    made.add_argument("--about", default="", help="of a new one: what it does and when to use it")
+    made.add_argument("--knob", action="append", default=[], metavar="NAME=RANGE",
+                      help="of a new one: NAME=LOW:HIGH[:log][:steps] or NAME=CHOICE,CHOICE")
+    made = verb(harvest, of_campaign=False)
+    made.add_argument("folder")
+    made.add_argument("--into", default="", metavar="CAMPAIGN", help="seed the choice of skills with what was read")
     made = verb(serve)
     made.add_argument("--port", type=int, default=13000)
     made.add_argument("--hours", type=float, default=0.0)

@@ -2,6 +2,9 @@
 
 High: at least two seeds, within the budget, and better than the best earlier record of its track by two of its own
 standard deviations. Medium: better, but on one seed. Low: over the budget, or no better. Nothing is executed.
+
+A record speaks for the knobs that it sets differently from the record that it was compared with, and so for the skills
+that own them: `prior` turns that into counts for and against each skill, which a campaign's search begins with.
 """
 import json
 import math
@@ -13,6 +16,10 @@ from typing import Any
 from . import runner
 
 BUDGET = 16_000_000
+COUNTS = dict(High=(3, 1), Medium=(1, 1), Low=(1, 3))  # for and against a skill, from one record
+MOST = 4  # the counts of a skill are scaled down to this sum, so that a campaign's own tries outweigh them
+READ_KNOB = re.compile(r"""environ\.get\(\s*["']([A-Z][A-Z0-9_]+)["'],\s*["']?([^"'()\s,]+)""")
+SET_KNOB = re.compile(r"""(?<![\w$])([A-Z][A-Z0-9_]+)=["']?([^\s"'`\\;,|)]+)""")
 
 
 def score_of(entry: Any) -> float | None:
@@ -41,6 +48,27 @@ def seeds_of(table: dict) -> dict[str, float]:
     return found
 
 
+def settings_of(folder: Path) -> dict[str, str]:
+    """{knob: value} that a record ran with: its config.json where records/tools.py wrote one, else the defaults that
+    its train_gpt.py reads from the environment, changed by the command in its README. Empty if nothing can be read."""
+    text = lambda name: (folder / name).read_text("utf-8", "replace") if (folder / name).exists() else ""  # noqa: E731
+    try:
+        knobs = json.loads(text("config.json"))["knobs"]
+        found = {name.upper(): entry["value"] for name, entry in knobs.items()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        found = dict(READ_KNOB.findall(text("train_gpt.py")))
+        found |= {n: v for n, v in SET_KNOB.findall(text("README.md")) if n in found or not found}
+    return {name: plain(value) for name, value in found.items()}
+
+
+def plain(value: Any) -> str:
+    """One text for one value: 1, 1.0, True and "1" are the same, and so are 524_288 and 524288."""
+    try:
+        return f"{float(dict(true='1', false='0').get(str(value).lower(), value)):.6g}"
+    except ValueError:
+        return str(value)
+
+
 def read_folder(folder: Path) -> dict[str, Any]:
     """One record folder. Raises ValueError with the reason when it holds no score."""
     try:
@@ -64,7 +92,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     size = next((int(table[k]) for k in ("bytes_total", "artifact_bytes", "total_bytes", "bytes") if isinstance(
         table.get(k), (int, float))), None)
     return dict(folder=folder.name, track=folder.parent.name, name=str(table.get("name", folder.name)), bpb=bpb,
-                date=str(table.get("date", folder.name))[:10], seeds=seeds, bytes=size)
+                date=str(table.get("date", folder.name))[:10], seeds=seeds, bytes=size, settings=settings_of(folder))
 
 
 def bucket(record: dict, earlier: list[dict]) -> tuple[str, str]:
@@ -99,7 +127,22 @@ def harvest(root: Path) -> dict[str, Any]:
     for i, record in enumerate(records):
         earlier = [r for r in records[:i] if r["track"] == record["track"] and r["date"] < record["date"]]
         record["bucket"], record["reason"] = bucket(record, earlier)
+        other = min(earlier, key=lambda r: r["bpb"])["settings"] if earlier else {}
+        record["changed"] = sorted(n for n, v in record["settings"].items() if other and other.get(n, v) != v)
+    for record in records:
+        del record["settings"]
     return dict(records=records, unparsed=unparsed, with_seeds=sum(len(r["seeds"]) > 1 for r in records))
+
+
+def prior(found: dict, owners: dict[str, str]) -> dict[str, list[float]]:
+    """{skill: [for, against]} from a harvest, given {knob: its skill}. A skill of whose knobs no record changed one is
+    left out."""
+    counts: dict[str, list[float]] = {}
+    for record in found["records"]:
+        for skill in sorted({owners[n] for n in record["changed"] if n in owners}):
+            mine = counts.setdefault(skill, [0.0, 0.0])
+            mine[:] = [a + b for a, b in zip(mine, COUNTS[record["bucket"]])]
+    return {skill: [round(n * min(1.0, MOST / sum(mine)), 3) for n in mine] for skill, mine in counts.items()}
 
 
 def text(found: dict) -> str:

@@ -5,6 +5,7 @@ one rung and one class of hosts, sigma_d that of the difference of two runs.
 Error rates of `look` + `fresh_test` (20 degrees of freedom, differences in sigma_d): a change that does nothing is
 accepted in about 0.3 % of cases, one worth 2 in about 91 %; tests/test_forge_judge.py simulates both.
 """
+import itertools
 import math
 from typing import NamedTuple, Sequence
 
@@ -15,6 +16,8 @@ from scipy.special import stdtr, stdtrit
 LOOKS = {1: (-3.0, -0.25), 2: (-2.5, -0.5), 3: (-2.2, -0.8), 5: (-1.9, -1.9)}
 FRESH = 3  # runs per arm of the last test
 ALPHA = 0.05  # its one-sided level
+SUSPICION, PAIRABLE = 0.2, 6  # chance that a design without interactions suspects one; most changes among which a
+# design of twelve runs can tell the pairs apart
 
 
 class Noise(NamedTuple):
@@ -113,3 +116,51 @@ def effects(design: np.ndarray, scores: Sequence[float], noise: Noise) -> list[T
     """Each change's own effect: mean with it minus mean without it."""
     y = np.asarray(scores, float)
     return [compare(y[column > 0], y[column < 0], noise) for column in design.T]
+
+
+def suspect(design: np.ndarray, scores: Sequence[float], noise: Noise, known: Sequence[tuple[int, int]] = ()
+            ) -> tuple[int, int] | None:
+    """The pair of changes that a design suspects most of helping or harming each other, or None.
+
+    A pair is suspected when the part of its product column that neither the main effects nor the `known` pairs can
+    imitate follows the scores: |t| beyond the two-sided level SUSPICION, shared among all pairs (Bonferroni). That
+    part is 1 - (factors - 2) / 9 of a column. Beyond PAIRABLE changes nothing is suspected: there the parts of several
+    pairs are the same. After Hamada and Wu 1992 on the interactions that such designs hide.
+    """
+    if np.shape(design)[1] > PAIRABLE:
+        return None
+    design, y, found = np.asarray(design, float), np.asarray(scores, float), []
+    product = lambda p: design[:, p[0]] * design[:, p[1]]  # noqa: E731
+    model = np.column_stack([np.ones(len(y)), design, *map(product, known)])
+    for pair in itertools.combinations(range(design.shape[1]), 2):
+        own = product(pair) - model @ np.linalg.lstsq(model, product(pair), rcond=None)[0]
+        if pair not in known:
+            found.append((abs(float(own @ y)) / math.sqrt(own @ own) / noise.sigma, pair))
+    most = max(found, default=(0.0, None))
+    return most[1] if found and most[0] > -stdtrit(noise.df, SUSPICION / 2 / len(found)) else None
+
+
+def interaction(both: Sequence[float], first: Sequence[float], second: Sequence[float], none: Sequence[float],
+                noise: Noise) -> Test:
+    """What two changes do together beyond the sum of what each does alone: negative when they help each other. It is
+    claimed when the two-sided 95 % interval excludes zero."""
+    groups = [np.asarray(g, float) for g in (both, first, second, none)]
+    delta = float(sum(sign * g.mean() for sign, g in zip((1, -1, -1, 1), groups)))
+    error = noise.sigma * math.sqrt(sum(1 / len(g) for g in groups))
+    half, t = stdtrit(noise.df, 0.975) * error, delta / error
+    return Test(delta, delta - half, delta + half, t, noise.df, float(stdtr(noise.df, t)))
+
+
+def carries(test: Test) -> bool:
+    """Whether a change may stay after an ablation: the one-sided 80 % bound of its effect lies below zero."""
+    return test.delta + stdtrit(test.df, 0.8) * abs(test.delta / test.t if test.t else 0.0) < 0
+
+
+def best_corner(corners: dict[tuple[int, int], Sequence[float]], noise: Noise) -> tuple[int, int]:
+    """The settings (+1 or -1) of two changes with the lowest mean, less those changes that do not carry there."""
+    best = min(corners, key=lambda c: float(np.mean(corners[c])))
+    for i in (0, 1):
+        without = (-1, best[1]) if i == 0 else (best[0], -1)
+        if best[i] > 0 and not carries(compare(corners[best], corners[without], noise)):
+            best = without
+    return best

@@ -133,6 +133,13 @@ class Ledger:
                 raise ForgeError(f"cannot write {self.path.name}: {error.strerror}; nothing was recorded") from None
         return json.loads(canonical(entry))
 
+    def count(self) -> int:
+        """How many events are acknowledged, from the last line alone."""
+        if not self.path.exists():
+            return 0
+        with locked(self.path) as handle:
+            return self.tail(handle)[1]
+
     def tail(self, handle: int) -> tuple[int, int]:
         """Where the last acknowledged line ends, and its number (0 and 0 for an empty file)."""
         size, block = os.fstat(handle).st_size, 1 << 16

@@ -33,7 +33,7 @@ def crystallise(evidence: list[dict], sigma: float, now: int, target: bool = Fal
 
     proven: at least 3 comparisons on 2 parents, a random-effects upper bound below zero, a mean gain worth having, and
     four of five signs negative. refuted: the lower bound excludes a gain of sigma. stale: nothing new for 50
-    experiments. Else a heuristic.
+    experiments; `was` is what it had been. Else a heuristic.
     """
     deltas, errors = np.array([e["delta"] for e in evidence]), np.array([e["se"] for e in evidence])
     k, mean = len(deltas), float(deltas.mean())
@@ -48,9 +48,10 @@ def crystallise(evidence: list[dict], sigma: float, now: int, target: bool = Fal
     elif (k >= MIN_COMPARISONS and parents >= MIN_PARENTS and mean + half < 0 and mean < -worth
           and (deltas < 0).mean() >= MIN_SIGNS):
         status = "proven"
+    was = status
     if now - max(e["at"] for e in evidence) >= STALE_AFTER:
         status = "stale"
-    return dict(status=status, k=k, parents=parents, mean=mean, low=mean - half if k > 1 else None,
+    return dict(status=status, was=was, k=k, parents=parents, mean=mean, low=mean - half if k > 1 else None,
                 high=mean + half if k > 1 else None)
 
 

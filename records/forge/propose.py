@@ -18,6 +18,7 @@ from .state import State
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 DISCOUNT = 0.6  # weight of a credit per later try of the same skill: what a skill had to give, it gave
 SPREAD = 1.5  # of the posterior; below 1.5 an early winner starves the rest, above 2 the inert skill costs more
+TRUST = 1.5  # spreads between a skill of which every record speaks well and one of average
 SUBSET, MOST = 0.6, 4  # chance of a further knob of the skill to move along; most knobs of one proposal: eight drawn
 # at once from a tuned configuration are hardly ever better
 FLOOR = 0.05  # smallest share of proposals of every skill
@@ -49,26 +50,32 @@ def credits(state: State) -> list[tuple[str, float, float]]:
 
 
 def arms(state: State, skills: list[str]) -> list[Arm]:
-    """Every skill's posterior: normal, discounted per own try, with one pseudo-trial at the mean of all."""
+    """Every skill's posterior: normal, discounted per own try, with one pseudo-trial at the mean of all. Counts from
+    the records of others are older than every own try: they move the mean, less with each, and never narrow it."""
     history = credits(state)
     all_credits = [c for _, c, _ in history]
     average = float(np.mean(all_credits)) if history else 0.0
-    spread = float(np.std(all_credits)) if len(history) > 2 else 1.0
+    spread = max(float(np.std(all_credits)), 1e-9) if len(history) > 2 else 1.0
     inert = set(state.metas[-1]["inert"]) if state.metas else set()
     found = []
     for skill in skills:
         values = np.array([h[1] for h in history if h[0] == skill])
         weights = DISCOUNT ** np.arange(len(values))[::-1]
         mass = 1.0 + weights.sum()
+        good, bad = state.prior.get(skill, (0.0, 0.0))
+        told = (good + bad) * DISCOUNT ** len(values)
+        belief = average + TRUST * spread * (good - bad) / max(good + bad, 1e-9)
         minutes = [h[2] for h in history if h[0] == skill] or [h[2] for h in history] or [1.0]
         found.append(Arm(skill, len(values), int((values > 0).sum()),
-                         float((average + (weights * values).sum()) / mass),
-                         SPREAD * max(spread, 1e-9) / math.sqrt(mass), float(np.mean(minutes)), skill in inert))
+                         float((average + told * belief + (weights * values).sum()) / (mass + told)),
+                         SPREAD * spread / math.sqrt(mass), float(np.mean(minutes)), skill in inert))
     return found
 
 
 def choose_skill(state: State, skills: list[str], rng: np.random.Generator) -> str:
-    """Thompson: the best draw per minute. Every skill keeps FLOOR of all proposals; an inert one has no more."""
+    """Thompson: the best draw per minute. Every skill keeps FLOOR of all proposals; an inert one has no more, a retired
+    one none."""
+    skills = [s for s in skills if s not in state.retired]
     if rng.random() < FLOOR * len(skills):
         return skills[rng.integers(len(skills))]
     draws = {a.skill: rng.normal(a.mean, a.sd) / a.minutes for a in arms(state, skills) if not a.inert}
@@ -143,7 +150,7 @@ def propose(state: State, space: Space, skill: str = "") -> tuple[str, dict] | N
     again = sum(p["at"] == len(state.experiments) for p in state.refused) % 4
     for _ in range(REDRAWS):
         if again and last["oversize"]:
-            chosen, change = last["skill"], shrunk(last["change"], space, rng)
+            chosen, change = last["skill"], shrunk(last["change"], space, rng, state.retired)
         else:
             chosen = skill or choose_skill(state, space.skills, rng)
             change = sample(state, space, chosen, int(rng.integers(2**31)))
@@ -152,10 +159,11 @@ def propose(state: State, space: Space, skill: str = "") -> tuple[str, dict] | N
     return None
 
 
-def shrunk(change: dict, space: Space, rng: np.random.Generator) -> dict:
+def shrunk(change: dict, space: Space, rng: np.random.Generator, retired: set[str]) -> dict:
     """What was refused for its size, with one compression choice drawn anew: a larger model often pays only together
     with fewer bits, and neither move is worth anything alone."""
-    knobs = [k for k in space.knobs.values() if k.klass == "compression" and k.kind == "choice"]
+    knobs = [k for k in space.knobs.values() if k.klass == "compression" and k.kind == "choice"
+             and k.skill not in retired]
     if knobs:
         knob = knobs[rng.integers(len(knobs))]
         change = change | {knob.name: knob.choices[rng.integers(len(knob.choices))]}

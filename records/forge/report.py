@@ -72,7 +72,14 @@ def summary(c) -> dict[str, Any]:
                 rung=rung, scores=means, anchor=state.anchor, champion=state.champion, confirmed=gain_of(state),
                 in_all=gain_in_all(state), forecasts=ladder.calibration(state),
                 noise=list(state.noise(rung)), skills=meta.skill_table(state, c.space) if state.searches() else [],
-                inert=state.metas[-1]["inert"] if state.metas else [], claims=meta.claims(state))
+                inert=state.metas[-1]["inert"] if state.metas else [], retired=sorted(state.retired), prior=state.prior,
+                marks=marks(state), claims=meta.claims(state))
+
+
+def marks(state) -> dict[str, str]:
+    """{skill: inert or retired} for those that the search leaves alone."""
+    return dict.fromkeys(state.metas[-1]["inert"] if state.metas else (), "inert") | dict.fromkeys(
+        sorted(state.retired), "retired")
 
 
 def summary_text(d: dict) -> str:
@@ -90,17 +97,17 @@ def summary_text(d: dict) -> str:
         lines.append("against the base, on fresh seeds: {:+.4f} [{:+.4f}, {:+.4f}]".format(
             d["in_all"]["delta"], *d["in_all"]["ci95"]))
     lines += ["anchor: " + label(d["anchor"])] + ([f"stopped: {d['stopped']}"] if d["stopped"] else [])
-    return "\n".join(lines) + ("\n\n" + skill_text(d["skills"], d["inert"]) if d["skills"] else "")
+    return "\n".join(lines) + ("\n\n" + skill_text(d["skills"], d["marks"]) if d["skills"] else "")
 
 
-def skill_text(rows: list[dict], inert: list[str]) -> str:
+def skill_text(rows: list[dict], marks: dict[str, str]) -> str:
     """The skill table as text."""
     lines = [f"{'skill':<24} tries moves upheld failed  gain per try [95 %]            minutes per 0.001"]
     for r in rows:
         per = f"{r['minutes_per_milli']:.3g}" if r["minutes_per_milli"] is not None else "-"
         lines.append(f"{r['skill']:<24} {r['tries']:>5} {r['moves']:>5} {r['upheld']:>6} {r['failed']:>6}  "
                      f"{r['mean']:.5f} [{r['low']:+.5f}, {r['high']:+.5f}]  {per}"
-                     + ("  inert" if r["skill"] in inert else ""))
+                     + f"  {marks.get(r['skill'], '')}".rstrip())
     return "\n".join(lines)
 
 
@@ -367,11 +374,20 @@ def page(c) -> str:
         section("Skills", table(SKILL_HEAD, [list(r.values()) for r in d["skills"]]), plot_skills(c),
                 note="A skill is a group of knobs with notes on them. With few experiments this ranking is a tendency: "
                 "read the intervals. Inert: "
-                + (", ".join(d["inert"]) or "none so far") + ".")
+                + (", ".join(d["inert"]) or "none so far") + ". Retired: " + (", ".join(d["retired"]) or "none") + "."
+                + (" Records of others speak for and against " + ", ".join(
+                    f"{s} {a:g}:{b:g}" for s, (a, b) in sorted(d["prior"].items())) + "; their weight falls with every "
+                   "try of one's own." if d["prior"] else ""))
     section("Claims", table(["id", "standing", "claim", "k", "parents", "mean", "low", "high", "rung", "evidence"], [
         [r["id"], r["label"], r["claim"], r["k"], r["parents"], r["mean"], r["low"], r["high"], r["rung"],
          " ".join(r["experiments"])] for r in d["claims"]]) if d["claims"] else "<p>None yet.</p>",
         note="A claim is proven by three comparisons on two parents with an upper bound below zero.")
+    pairs = [x for x in state.experiments.values() if x.kind == "pair" and x.verdict]
+    if pairs:
+        section("Pairs", table(["id", "one change", "the other", "beyond their sum", "verdict"], [
+            [x.id, *(f["claim"] for f in x.factors), x.verdict.get("delta"), x.verdict["reason"]] for x in pairs]),
+            note="Two changes that an ablation suspected of helping or harming each other, in a 2x2 on fresh seeds. "
+            "They interact when the 95 % interval excludes zero.")
     if transfers:
         head = ["from", "to", "class", "n", "verdict", "tau", "low", "high", "regret"]
         section("Transfer between rungs", table(head, [

@@ -1,9 +1,30 @@
-"""Checks of skill folders: the Agent Skills format (agentskills.io/specification) and this forge's own files."""
+"""Skill folders: checks against the Agent Skills format (agentskills.io/specification) and this forge's own files, and
+new ones that pass them.
+"""
 import json
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 from . import ForgeError, space
+
+TEMPLATE = """---
+name: {name}
+description: {about}
+metadata:
+  forge-version: "1"
+  forge-status: heuristic
+  forge-knobs: assets/knobs.json
+---
+
+# {name}
+
+{text}
+
+Knobs and ranges are in `assets/knobs.json`. `assets/evidence.json` and `references/playbook.md` of a campaign's copy
+are written by the forge: numbers there were measured, the text above was not.
+"""
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 KEYS = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
@@ -59,3 +80,39 @@ def check_all(skills: Path, script: Path, env: dict | None = None) -> list[str]:
     except ForgeError as error:
         problems += str(error).splitlines()
     return problems
+
+
+def knob_of(item: str) -> tuple[str, dict]:
+    """NAME=LOW:HIGH[:log][:steps] or NAME=CHOICE,CHOICE as an entry of knobs.json. Raises ForgeError."""
+    name, _, rest = item.partition("=")
+    low, *more = rest.split(":")
+    try:
+        if not more:
+            if "," not in rest:
+                raise ValueError
+            return name, dict(choices=rest.split(","))
+        if set(more[1:]) - {"log", "steps"}:
+            raise ValueError
+        return name, dict(low=float(low), high=float(more[0])) | ({"log": True} if "log" in more else {}) | (
+            {"as": "fraction_of_steps"} if "steps" in more else {})
+    except ValueError:
+        raise ForgeError(f"--knob {item}: want NAME=LOW:HIGH, with :log or :steps (a part of all steps) behind it, or "
+                         "NAME=CHOICE,CHOICE") from None
+
+
+def create(skills: Path, name: str, about: str, knobs: dict[str, dict], script: Path, env: dict | None = None):
+    """A new skill folder with its SKILL.md and knobs.json. Raises ForgeError, leaving nothing behind, when the name is
+    taken, the format is broken, or a knob does not fit the script or belongs to another skill."""
+    if not NAME.fullmatch(name):
+        raise ForgeError(f"name {name!r}: want a-z, 0-9 and single hyphens")
+    if (skills / name).exists():
+        raise ForgeError(f"skill {name}: there is one already")
+    with tempfile.TemporaryDirectory() as folder:
+        drafts = Path(folder) / "skills"
+        shutil.copytree(skills, drafts)
+        (drafts / name / "assets").mkdir(parents=True)
+        (drafts / name / "SKILL.md").write_text(TEMPLATE.format(name=name, about=json.dumps(about), text=about))
+        (drafts / name / "assets" / "knobs.json").write_text(json.dumps(knobs, indent=2) + "\n")
+        if problems := check(drafts / name) or check_all(drafts, script, env):
+            raise ForgeError("\n".join(problems))
+        shutil.copytree(drafts / name, skills / name)

@@ -32,7 +32,8 @@ class Run:
 
 @dataclass
 class Experiment:
-    """One question: kind sentinel, search, confirm, ablation, compose or promote, and the verdict that answered it."""
+    """One question and the verdict that answered it. Its kind is sentinel, search, confirm, ablation, compose, pair,
+    promote, closing or retest; `study` is the experiment that a pair follows up."""
     id: str
     kind: str
     change: dict
@@ -43,6 +44,7 @@ class Experiment:
     seeds: list = field(default_factory=list)
     text: str = ""
     factors: list = field(default_factory=list)
+    study: str = ""
     verdict: dict | None = None
 
     @property
@@ -68,6 +70,8 @@ class State:
         self.evidence: dict[str, list[dict]] = defaultdict(list)  # claim -> comparisons
         self.agent_calls: list[dict] = []
         self.refused: list[dict] = []
+        self.retired: set[str] = set()  # skills that were taken out of the search
+        self.prior: dict[str, list[float]] = {}  # skill -> [for, against] from the records of others
         self.stopped = ""
         self.events = 0
 
@@ -117,6 +121,12 @@ class State:
         x.verdict = e["verdict"]
         if x.verdict["verdict"] == "measured":
             self.reference[x.rung] = x.verdict["measured"]
+        if x.study and "effects" in x.verdict:  # two changes interact: the study's effects without their shadow
+            whole = {x.study} | {p.id for p in self.experiments.values() if p.study == x.study}
+            study = self.experiments[x.study]
+            study.verdict = study.verdict | dict(effects=x.verdict["effects"])
+            for known in self.evidence.values():
+                known[:] = [e for e in known if e["exp"] not in whole]
         for claim in x.verdict.get("evidence", ()):
             self.evidence[claim["claim"]].append(claim | dict(exp=x.id, at=len(self.searches())))
         if "champion_after" in x.verdict:
@@ -135,6 +145,12 @@ class State:
 
     def on_agent(self, e):
         self.agent_calls.append(e["call"])
+
+    def on_skill(self, e):
+        (self.retired.add if e["action"] == "retire" else self.retired.discard)(e["skill"])
+
+    def on_harvested(self, e):
+        self.prior = e["prior"]
 
     def on_refused(self, e):
         self.refused.append(e["proposal"])
@@ -193,7 +209,8 @@ class State:
             config=self.config, anchor=self.anchor, champion=self.champion, chapter=self.chapter, metas=self.metas,
             runs={k: [r.exp, r.change, r.rung, r.seed, r.started, r.record, r.forecast] for k, r in self.runs.items()},
             experiments={k: [x.kind, x.change, x.skill, x.verdict] for k, x in self.experiments.items()},
-            evidence=dict(self.evidence), reference=self.reference, stopped=self.stopped))
+            evidence=dict(self.evidence), reference=self.reference, stopped=self.stopped,
+            **{k: v for k, v in dict(retired=sorted(self.retired), prior=self.prior).items() if v}))
 
 
 def replay(events: Iterable[dict]) -> State:
