@@ -137,21 +137,28 @@ def test_rows_of_a_design_that_are_one_configuration_get_a_seed_each(tmp_path):
 
 
 # ---- Simplification and old claims -----------------------------------------------------------------------------------
-def test_a_champion_can_lose_a_change_that_does_nothing(tmp_path):
-    """Confirmed with an idle move, ablated, and at the end confirmed without it, against what the champion had beaten;
-    a lost gain is not. Equality with the champion itself is never claimed."""
-    useful, idle = dict(MATRIX_LR=0.022), dict(INERT_A=0.9)
-    for seed in range(3):
-        for worth, kept in ((-5.0, useful), (0.0, useful | idle)):
-            c = planted(tmp_path, lambda a, b, c: worth * a, seed, loop=dict(confirm="end"))
-            forge_lab.finish(c)
-            name = c.open("confirm", useful | idle, "screen", parent={}, seeds=[1, 2, 3], factors=[])
-            c.close(c.state.experiments[name], "confirmed", "planted", factors=[], champion_after=useful | idle,
-                    anchor_after=useful)
-            state = settle(c)
-            last = [x for x in state.experiments.values() if x.kind == "confirm"][-1]
-            assert last.change == useful and last.parent == {} and state.champion == kept
-            assert (last.verdict["verdict"] == "confirmed") == (worth < 0) and state.anchor == state.champion
+@pytest.mark.parametrize("worth, spare, kept", [(-6, 0, True), (0, -6, False), (-6, -4, False)],
+                         ids=["idle", "it was the gain", "a part of the gain"])
+def test_a_champion_can_lose_a_change_that_does_nothing(tmp_path, worth, spare, kept):
+    """The slimmer one is tested against what the champion had beaten, and must not be clearly worse than the champion;
+    equality is never claimed. Two seeds may fail: 5 % of equal ones look clearly worse."""
+    slim, both, right = dict(MATRIX_LR=0.022), dict(MATRIX_LR=0.022, WARMDOWN_ITERS=0.6), 0
+    for seed in range(8):
+        c = planted(tmp_path, lambda a, b, c: worth * a + spare * c, seed, loop=dict(confirm="end", ablation=False))
+        forge_lab.finish(c)
+        name = c.open("confirm", both, "screen", parent={}, seeds=c.fresh_seeds(), factors=[])
+        while not c.state.experiments[name].verdict:
+            c.decide()
+            c.launch()
+            c.ingest()
+        assert c.state.champion == both
+        study = c.open("compose", both, "screen", parent={}, seeds=c.fresh_seeds(), factors=[])
+        c.close(c.state.experiments[study], "ablated", "planted", effects=[], anchor_after=slim)
+        last = [x for x in settle(c).experiments.values() if x.kind == "confirm"][-1]
+        assert last.change == slim and last.parent == {} and c.state.anchor == c.state.champion
+        assert (last.verdict["verdict"] == "confirmed") == (c.state.champion == slim)
+        right += c.state.champion == (slim if kept else both)
+    assert right >= 6, right
 
 
 @pytest.mark.parametrize("effect, word", [(-4.0, "upheld"), (4.0, "not upheld")])
@@ -328,7 +335,8 @@ def test_the_agent_shows_a_proposal_without_running_it(tmp_path, capsys, answers
     assert len(state.agent_calls) == len(calls) and not state.experiments and not state.runs
     if proposals:
         made = found["proposals"][0]
-        assert made["env"].keys() >= answers[-1]["env"].keys() and bool(made["refused"]) == ("NUM_LAYERS" in made["env"])
+        assert made["env"].keys() >= answers[-1]["env"].keys()
+        assert bool(made["refused"]) == ("NUM_LAYERS" in made["env"]), "by what the plan foretells"
     while len(state.agent_calls) < 2:
         (tmp_path / f"answer{len(state.agent_calls)}").write_text("nothing")
         assert "nothing" not in told(capsys, "propose", c.folder, "--agent")[1]

@@ -534,11 +534,21 @@ class Campaign:
         better, test = judge.fresh_test(new, old, noise)
         numbers = dict(pairs=pairs, seeds_used=x.seeds, scores_new=new, scores_old=old, **self.numbers(test))
         after = dict(champion_after=x.change, anchor_after=x.change)
+        if better and self.clearly_worse(x, noise):
+            return self.close(x, "refuted", "clearly worse than the champion with all its changes", **numbers, **back)
         if better:
             evidence = [self.comparison(x.factors[0], test, x)] if len(x.factors) == 1 else []
             return self.close(x, "confirmed", f"{test.delta:+.4f} on fresh seeds, p {test.p:.4f}", factors=x.factors,
                               evidence=evidence, **numbers, **after)
         self.close(x, "refuted", f"{test.delta:+.4f} on fresh seeds, p {test.p:.3f}", **numbers, **back)
+
+    def clearly_worse(self, x: Experiment, noise: judge.Noise) -> bool:
+        """Whether a simplification is worse than the champion at level ALPHA, over all runs of both that no search
+        chose them by."""
+        seeds = {r.seed for r in self.state.runs.values()} - set(self.config["seeds"]["search"])
+        new, old = (self.state.scores(change, x.rung, seeds) for change in (x.change, self.state.champion))
+        return x.change.items() < self.state.champion.items() and bool(new and old) and (
+            judge.compare(new, old, noise).p > 1 - judge.ALPHA)
 
     @staticmethod
     def numbers(test: judge.Test | None) -> dict:
