@@ -9,7 +9,7 @@ import fake_trainer
 import forge_lab
 import numpy as np
 import pytest
-from forge import ForgeError, campaign, forge, harvest, judge, meta, propose, skillcheck
+from forge import ForgeError, forge, harvest, judge, meta, propose, skillcheck, studies
 from forge.ledger import Ledger
 from forge.state import replay
 
@@ -51,7 +51,7 @@ def followed_up(rng, factors: int, together: float, df: int = 20) -> tuple[bool,
     if pair is None:
         return False, False
     corners = [[truth([i in pair and corner[pair.index(i)] > 0 for i in range(factors)]) + rng.normal()
-                for _ in range(judge.FRESH)] for corner in campaign.CORNERS]
+                for _ in range(judge.FRESH)] for corner in studies.CORNERS]
     test = judge.interaction(*corners, noise)
     claimed = not test.low <= 0 <= test.high
     return claimed and pair == (0, 1) and together != 0, claimed and (pair != (0, 1) or together == 0)

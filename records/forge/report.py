@@ -47,7 +47,7 @@ def label(change: dict) -> str:
 def gain_of(state) -> dict | None:
     """The champion's confirmed gain: the verdict of the last confirmation that changed it."""
     found = [x for x in state.experiments.values() if x.kind == "confirm" and x.verdict
-             and x.verdict["verdict"] in ("confirmed", "equal_simpler")]
+             and x.verdict["verdict"] in ("confirmed", "equal_simpler")]  # the second in ledgers of old only
     return dict(exp=found[-1].id, **found[-1].verdict) if found else None
 
 
