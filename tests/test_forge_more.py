@@ -9,7 +9,7 @@ import fake_trainer
 import forge_lab
 import numpy as np
 import pytest
-from forge import ForgeError, forge, harvest, judge, meta, propose, skillcheck, studies
+from forge import ForgeError, forge, harvest, judge, meta, propose, report, skillcheck, studies
 from forge.ledger import Ledger
 from forge.state import replay
 
@@ -113,6 +113,7 @@ def test_a_study_is_followed_by_a_2x2_and_the_anchor_takes_the_best_corner(tmp_p
             assert {e["exp"] for known in state.evidence.values() for e in known} == {pairs[-1].id}
         assert replay(c.ledger.read()).digest() == state.digest()
     assert right >= 5, right
+    assert pairs[-1].verdict["reason"] in report.page(c), "the last one's 2x2 is shown"
 
 
 def test_what_simply_adds_up_stays_and_is_rarely_asked_again(tmp_path):
@@ -298,7 +299,7 @@ def test_skills_come_and_go(tmp_path, capsys):
     assert len(c.state.searches()) == 6 and "inert" not in chosen and c.space.knobs["MIN_LR"].skill == "floor"
     assert not any(set(x.change) & {"INERT_A", "INERT_B", "INERT_C"} for x in c.state.searches())
     assert told(capsys, "propose", c.folder, "--skill", "inert")[0] == 2
-    from forge import agent, report
+    from forge import agent
     with pytest.raises(ForgeError, match="INERT_A: of a retired skill"):
         agent.check(dict(env=dict(INERT_A=0.7)), c)
     assert "Retired: inert" in report.page(c) and "inert" in report.marks(c.state)
