@@ -255,6 +255,16 @@ def test_own_results_overcome_a_misleading_prior():
     assert np.abs(np.subtract(share["wrong"], share["none"]))[[1, 3]].max() <= 0.05, share
 
 
+def test_a_large_model_whose_smaller_forms_were_all_tried_ends_no_campaign(tmp_path):
+    c = forge_lab.instant(tmp_path, **QUIET)
+    forge_lab.finish(c)
+    for bits in c.space.knobs["MATRIX_BITS"].choices:
+        c.record("refused", proposal=dict(change=c.space.normal(dict(NUM_LAYERS=16, MATRIX_BITS=bits)), oversize=True,
+                                          skill="architecture", reason="", at=len(c.state.experiments)))
+    skill, change = propose.propose(c.state, c.space)
+    assert change != {} and skill in c.space.skills
+
+
 # ---- Commands --------------------------------------------------------------------------------------------------------
 def told(capsys, *args) -> tuple[int, str, str]:
     """Exit code, output and errors of the command line."""

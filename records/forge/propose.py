@@ -148,8 +148,8 @@ def propose(state: State, space: Space, skill: str = "") -> tuple[str, dict] | N
     seen = {x.cid for x in state.experiments.values()} | {config_id(p["change"]) for p in state.refused}
     rng, last = generator(state), state.refused[-1] if state.refused else {}
     again = sum(p["at"] == len(state.experiments) for p in state.refused) % 4
-    for _ in range(REDRAWS):
-        if again and last["oversize"]:
+    for attempt in range(REDRAWS):
+        if again and last["oversize"] and attempt < REDRAWS // 2:  # all its smaller forms may have been tried
             chosen, change = last["skill"], shrunk(last["change"], space, rng, state.retired)
         else:
             chosen = skill or choose_skill(state, space.skills, rng)
