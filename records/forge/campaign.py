@@ -139,7 +139,7 @@ class Campaign(Studies):
         state = self.state
         for run in self.running() if self.config["loop"]["forecasts"] else ():
             x = state.experiments[run.exp]
-            if run.forecast or x.kind != "search" or (config_id(run.change), run.seed) != (x.cid, x.seeds[0]):
+            if run.forecast or x.kind != "search" or (run.cid, run.seed) != (x.cid, x.seeds[0]):
                 continue
             reading = self.runs.partway(run.key)
             seen = [(r.record["partway"], r.score) for r in state.runs.values() if r.rung == run.rung

@@ -124,7 +124,7 @@ def importance(state: State, space: Space) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            study = propose.study_of(state, space, optuna.samplers.RandomSampler(seed=0))
+            study = propose.study_of(space.knobs, state, optuna.samplers.RandomSampler(seed=0))
             found = optuna.importance.get_param_importances(
                 study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
         except (ValueError, RuntimeError):

@@ -92,24 +92,23 @@ def distribution(knob: Knob, narrowed: tuple[float, float] | None = None):
     return optuna.distributions.FloatDistribution(low, high, log=knob.log)
 
 
-def study_of(state: State, space: Space, sampler) -> optuna.Study:
-    """All configurations that the search has seen, failed ones as bad as the worst, running ones as they are."""
+def study_of(knobs: dict[str, Knob], state: State, sampler) -> optuna.Study:
+    """These knobs of all configurations that the search has seen, failed ones as bad as the worst, running ones as they
+    are."""
     study = optuna.create_study(sampler=sampler)
-    table = {name: distribution(k) for name, k in space.knobs.items()}
+    table = {name: distribution(k) for name, k in knobs.items()}
     finite = [r.score for r in state.runs.values() if r.score is not None]
     worst = max(finite, default=10.0) + (np.std(finite) if finite else 0.0)
-    trials = []
+    seen = []
     for x in state.experiments.values():
         if x.kind in ("search", "sentinel"):
             scores = state.scores(x.change, x.rung)
-            params = {n: k.clip(v) for (n, v), k in zip(space.values(x.change).items(), space.knobs.values())}
             cut = [r.forecast["middle"] for r in state.runs.values() if r.exp == x.id and r.forecast]
-            value = float(np.mean(scores or cut or worst))  # a running one counts as bad: no two look there
-            trials.append(optuna.trial.create_trial(params=params, distributions=table, value=value))
-    trials += [optuna.trial.create_trial(params={n: k.clip(v) for (n, v), k in zip(
-        space.values(p["change"]).items(), space.knobs.values())}, distributions=table, value=worst)
-        for p in state.refused if p.get("infeasible")]
-    study.add_trials(trials)
+            seen.append((x.change, scores or cut or worst))  # a running one counts as bad: no two look there
+    seen += [(p["change"], worst) for p in state.refused if p.get("infeasible")]
+    study.add_trials([optuna.trial.create_trial(params={n: k.clip(change.get(n, k.base)) for n, k in knobs.items()},
+                                                distributions=table, value=float(np.mean(value)))
+                      for change, value in seen])
     return study
 
 
@@ -117,16 +116,12 @@ def sample(state: State, space: Space, skill: str, seed: int) -> dict[str, Any]:
     """A change of the anchor in some of the skill's knobs, by TPE over everything seen."""
     rng, names = np.random.default_rng(seed), [n for n, k in space.knobs.items() if k.skill == skill]
     chosen = rng.choice(len(names), 1 + rng.binomial(min(len(names), MOST) - 1, SUBSET), replace=False)
-    mine = {names[i]: space.knobs[names[i]] for i in chosen}
-    anchor = space.values(state.anchor)
-    fixed = {n: space.knobs[n].clip(v) for n, v in anchor.items() if n not in mine}
+    mine = {n: space.knobs[n] for i, n in enumerate(names) if i in chosen}
     ranges = ranges_of(state, skill)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sampler = optuna.samplers.TPESampler(n_startup_trials=10, multivariate=True, seed=seed)
-        sampler = optuna.samplers.PartialFixedSampler(fixed, sampler) if fixed else sampler
-        study = study_of(state, space, sampler)
-        trial = study.ask({n: distribution(k, ranges.get(n)) for n, k in space.knobs.items()})
+        trial = study_of(mine, state, sampler).ask({n: distribution(k, ranges.get(n)) for n, k in mine.items()})
     change = {n: mine[n].clip(trial.params[n]) for n in mine}
     return space.normal(state.anchor | change)
 

@@ -55,7 +55,7 @@ def gain_in_all(state) -> dict | None:
     """The champion against the base on fresh seeds: the closing comparison, or the confirmation if that was against the
     base; None when there was neither."""
     found = [x for x in state.experiments.values() if x.kind in ("confirm", "closing") and not x.parent and x.verdict
-             and x.verdict.get("scores_new") and config_id(x.change) == config_id(state.champion)]
+             and x.verdict.get("scores_new") and x.cid == config_id(state.champion)]
     return dict(exp=found[-1].id, **found[-1].verdict) if found and state.champion else None
 
 
@@ -248,7 +248,7 @@ def plot_curves(c):
         state, rung = c.state, c.config["search"]["rung"]
         for name, change in (("base", {}), ("anchor", state.anchor), ("champion", state.champion)):
             run = next((r for r in state.runs.values() if r.score is not None and r.rung == rung
-                        and config_id(r.change) == config_id(change)), None)
+                        and r.cid == config_id(change)), None)
             path = c.folder / "runs" / (run.key if run else "none") / "metrics.json"
             if path.exists() and (losses := json.loads(path.read_text())["losses"]):
                 axis.plot(*zip(*losses), label=name, linewidth=1)

@@ -21,6 +21,9 @@ class Run:
     record: dict | None = None
     forecast: dict | None = None
 
+    def __post_init__(self):
+        self.cid = config_id(self.change)
+
     @property
     def finished(self) -> bool:
         return self.record is not None
@@ -47,9 +50,8 @@ class Experiment:
     study: str = ""
     verdict: dict | None = None
 
-    @property
-    def cid(self) -> str:
-        return config_id(self.change)
+    def __post_init__(self):
+        self.cid = config_id(self.change)
 
 
 class State:
@@ -95,7 +97,7 @@ class State:
 
     def on_wanted(self, e):
         run = Run(e["key"], e["exp"], e["change"], e["rung"], e["seed"], e["env"])
-        self.runs[run.key] = self.by_place[config_id(run.change), run.rung, run.seed] = run
+        self.runs[run.key] = self.by_place[run.cid, run.rung, run.seed] = run
 
     def on_started(self, e):
         self.runs[e["key"]].started = True
@@ -199,7 +201,8 @@ class State:
         """How long a run on this rung takes: the median so far, of this configuration if it ran there, or half the
         rung's limit before any is known. Runs that were cut short do not count."""
         runs = [r for r in self.runs.values() if r.finished and r.rung == rung and r.record["status"] != "pruned"]
-        mine = [r for r in runs if change is not None and config_id(r.change) == config_id(change)]
+        wanted = None if change is None else config_id(change)
+        mine = [r for r in runs if r.cid == wanted]
         times = sorted(r.record["wall_s"] for r in mine or runs)
         return times[len(times) // 2] if times else 0.5 * self.config["rungs"][rung]["kill_s"]
 
