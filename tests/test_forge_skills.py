@@ -79,10 +79,10 @@ def test_a_real_campaign_end_to_end(toy, tmp_path):
 
 
 # ---- Records of others -----------------------------------------------------------------------------------------------
-def record(root, name: str, table, track: str = "track", logs: dict | None = None):
+def record(root, name: str, table, track: str = "track", logs: dict | None = None, file: str = "submission.json"):
     folder = root / track / name
     folder.mkdir(parents=True)
-    (folder / "submission.json").write_text(table if isinstance(table, str) else json.dumps(table))
+    (folder / file).write_text(table if isinstance(table, str) else json.dumps(table))
     for seed, bpb in (logs or {}).items():
         (folder / f"train_seed{seed}.log").write_text(f"final_int8_zlib_roundtrip_exact val_loss:2.0 val_bpb:{bpb}\n")
 
@@ -98,11 +98,21 @@ def test_records_are_sorted_with_reasons(tmp_path):
     record(tmp_path, "6_logs", dict(mean_bpb=1.05, date="2026-03-06"), logs={42: 1.0501, 314: 1.0499})
     record(tmp_path, "7_broken", "{")
     record(tmp_path, "8_empty", dict(name="x"))
+    record(tmp_path, "9_only_a_log", "step:1", file="train.log")
+    record(tmp_path, "10_suffix", dict(val_bpb=1.04, date="2026-03-07", seeds=[1, 2, 3], n_seeds=3,
+                                       seed_scores=[1.0399, 1.04, 1.0401]), file="submission_ternary.json")
+    (tmp_path / "track" / "10_suffix" / "logs").mkdir()
+    (tmp_path / "track" / "10_suffix" / "logs" / "train_seed1.log").write_text("part of the record above it")
     found = harvest.harvest(tmp_path)
     assert {r["folder"]: r["bucket"] for r in found["records"]} == {
-        "1_first": "Medium", "2_high": "High", "3_medium": "Medium", "4_low": "Low", "5_large": "Low", "6_logs": "High"}
-    assert {u["folder"] for u in found["unparsed"]} == {"7_broken", "8_empty"} and found["with_seeds"] == 2
-    assert all(r["reason"] for r in found["records"]) and harvest.harvest(tmp_path) == found
+        "1_first": "Medium", "2_high": "High", "3_medium": "Medium", "4_low": "Low", "5_large": "Low", "6_logs": "High",
+        "10_suffix": "High"}
+    reasons = {u["folder"]: u["reason"] for u in found["unparsed"]}
+    assert set(reasons) == {"7_broken", "8_empty", "9_only_a_log"} and "no submission.json" in reasons["9_only_a_log"]
+    assert found["with_seeds"] == 3 and len(found["records"]) + len(reasons) == 10, "no folder is passed over"
+    because = {r["folder"]: r["reason"] for r in found["records"]}
+    assert "against 3_medium" in because["6_logs"], "what is over the budget is no bar for others"
+    assert all(because.values()) and harvest.harvest(tmp_path) == found
     assert "no score" in harvest.text(found) and "over the budget" in harvest.text(found)
 
 

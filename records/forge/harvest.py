@@ -1,7 +1,8 @@
 """What others measured: any records tree sorted into High, Medium and Low, with a reason for every folder.
 
 High: at least two seeds, within the budget, and better than the best earlier record of its track by two of its own
-standard deviations. Medium: better, but on one seed. Low: over the budget, or no better. Nothing is executed.
+standard deviations. Medium: better, but on one seed, or the first of its track. Low: over the budget, or no better.
+Nothing is executed.
 
 A record speaks for the knobs that it sets differently from the record that it was compared with, and so for the skills
 that own them: `prior` turns that into counts for and against each skill, which a campaign's search begins with.
@@ -33,9 +34,11 @@ def score_of(entry: Any) -> float | None:
 
 
 def seeds_of(table: dict) -> dict[str, float]:
-    """Per-seed scores wherever a submission.json keeps them: {"1337": ...} or [{"seed": 1337, ...}] at any depth."""
+    """Per-seed scores wherever a submission.json keeps them: {"1337": ...}, [{"seed": 1337, ...}], or one list of seeds
+    beside one of scores, at any depth."""
     found: dict[str, float] = {}
-    for value in table.values():
+    names = [str(s) for s in table["seeds"]] if isinstance(table.get("seeds"), list) else []
+    for key, value in table.items():
         entries = []
         if isinstance(value, dict):
             entries = [(m[1], v) for k, v in value.items() if (m := re.fullmatch(r"(?:seed[_ ]?)?(\d{1,6})", str(k)))]
@@ -43,6 +46,8 @@ def seeds_of(table: dict) -> dict[str, float]:
                 found = found or seeds_of(value)
         elif isinstance(value, list):
             entries = [(str(v["seed"]), v) for v in value if isinstance(v, dict) and "seed" in v]
+            if not entries and key != "seeds" and len(names) == len(value):
+                entries = list(zip(names, value))
         scores = {k: s for k, v in entries if (s := score_of(v)) is not None}
         found = scores if len(scores) > len(found) else found
     return found
@@ -71,14 +76,15 @@ def plain(value: Any) -> str:
 
 def read_folder(folder: Path) -> dict[str, Any]:
     """One record folder. Raises ValueError with the reason when it holds no score."""
+    path = next(iter(sorted(folder.glob("submission*.json"))), None)  # some carry a suffix
+    if path is None:
+        raise ValueError("no submission.json")
     try:
-        table = json.loads((folder / "submission.json").read_text())
-    except FileNotFoundError:
-        raise ValueError("no submission.json") from None
+        table = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"submission.json: {error}") from None
+        raise ValueError(f"{path.name}: {error}") from None
     if not isinstance(table, dict):
-        raise ValueError("submission.json holds no table")
+        raise ValueError(f"{path.name} holds no table")
     seeds, logs = seeds_of(table), {}
     for path in sorted(folder.glob("*.log")) + sorted(folder.glob("*.txt")):
         finals = runner.parse_log(path.read_text("utf-8", "replace"))["finals"]
@@ -106,7 +112,8 @@ def bucket(record: dict, earlier: list[dict]) -> tuple[str, str]:
     if delta >= 0:
         return "Low", f"{delta:+.4f} against {best['folder']}"
     if len(record["seeds"]) < 2:
-        return "Medium", f"{delta:+.4f} against {best['folder']}, on one seed"
+        return "Medium", f"{delta:+.4f} against {best['folder']}, " + (
+            "on one seed" if record["seeds"] else "without scores per seed")
     spread = statistics.stdev(record["seeds"].values())
     if -delta > 2 * spread:
         return "High", f"{delta:+.4f} against {best['folder']}, {len(record['seeds'])} seeds of sd {spread:.4f}"
@@ -115,8 +122,9 @@ def bucket(record: dict, earlier: list[dict]) -> tuple[str, str]:
 
 def harvest(root: Path) -> dict[str, Any]:
     """Every folder below `root` that looks like a record, in order of date: parsed, or listed with the reason."""
-    folders = sorted({p.parent for name in ("submission.json", "train_gpt.py") for p in root.rglob(name)
-                      if p.parent != root and ".git" not in p.parts})
+    places = {p.parent for name in ("submission*.json", "train*") for p in root.rglob(name)
+              if p.is_file() and p.parent != root and ".git" not in p.parts}
+    folders = sorted(f for f in places if not places & set(f.parents))  # a record's own folders are part of it
     records, unparsed = [], []
     for folder in folders:
         try:
@@ -125,7 +133,8 @@ def harvest(root: Path) -> dict[str, Any]:
             unparsed.append(dict(folder=folder.name, reason=str(error)))
     records.sort(key=lambda r: (r["track"], r["date"], r["folder"]))
     for i, record in enumerate(records):
-        earlier = [r for r in records[:i] if r["track"] == record["track"] and r["date"] < record["date"]]
+        earlier = [r for r in records[:i] if r["track"] == record["track"] and r["date"] < record["date"]
+                   and (r["bytes"] or 0) <= BUDGET]
         record["bucket"], record["reason"] = bucket(record, earlier)
         other = min(earlier, key=lambda r: r["bpb"])["settings"] if earlier else {}
         record["changed"] = sorted(n for n, v in record["settings"].items() if other and other.get(n, v) != v)

@@ -5,7 +5,7 @@ import warnings
 from typing import Any
 
 import numpy as np
-from scipy.special import betainc, stdtrit
+from scipy.special import betainc, fdtrc, stdtrit
 
 from . import judge, propose
 from .space import Space
@@ -14,7 +14,7 @@ from .state import State
 MIN_COMPARISONS, MIN_PARENTS, MIN_SIGNS = 3, 2, 0.8
 WORTH = 0.0003  # smallest mean gain of a proven claim on `target`, bits per byte
 STALE_AFTER = 50  # experiments without new evidence
-INERT_AFTER = 15  # tries without a move that survived an ablation
+INERT_AFTER = 5  # tries, all alike, that make a skill inert
 NARROW_AFTER = 20  # tries before ranges are narrowed
 ROLLBACK_USES, ROLLBACK_AT = 10, 0.9
 
@@ -109,11 +109,27 @@ def skill_table(state: State, space: Space) -> list[dict]:
     return rows
 
 
-def inert_skills(state: State, table: list[dict]) -> list[str]:
-    """Skills that were tried often and of which no move survived an ablation. Without one nothing can be said: a
-    change that does nothing wins single runs too."""
-    ablated = any((x.verdict or {}).get("verdict") == "ablated" for x in state.experiments.values())
-    return [r["skill"] for r in table if ablated and r["tries"] >= INERT_AFTER and not r["upheld"]]
+def proofs(state: State) -> set[str]:
+    """Skills that own a move whose 95 % interval lies below zero, in a confirmation of that move or in an ablation."""
+    found = set()
+    for x in state.experiments.values():
+        v = x.verdict or {}
+        tests = v.get("effects") or ([v] if v.get("verdict") == "confirmed" and len(x.factors) == 1 else [])
+        found |= {f["skill"] for f, test in zip(x.factors, tests) if test["ci95"][1] < 0}
+    return found
+
+
+def inert_skills(state: State, skills: list[str]) -> list[str]:
+    """Skills that make no difference: the scores of their tries, as differences to the anchor of their moment, scatter
+    no more than those of equal configurations would (F test against the rung's noise, 5 %), and none of their moves is
+    proven. Wins cannot tell: a change that does nothing wins single runs and survives one ablation in five."""
+    noise, proven, found = state.noise(state.config["search"]["rung"]), proofs(state), []
+    for skill in skills:
+        d = [x.verdict["delta"] for x in state.searches() if x.skill == skill and x.verdict["delta"] is not None]
+        if len(d) >= INERT_AFTER and skill not in proven and fdtrc(
+                len(d) - 1, noise.df, np.var(d, ddof=1) / noise.sigma_d**2) > 0.05:
+            found.append(skill)
+    return found
 
 
 def importance(state: State, space: Space) -> dict[str, float]:
@@ -195,6 +211,6 @@ def summarise(state: State, space: Space, index: int) -> dict[str, Any]:
     """Everything that one pass of the meta-layer finds."""
     table, standing = skill_table(state, space), claims(state)
     rungs = sorted({r.rung for r in state.runs.values() if r.score is not None})
-    return dict(index=index, at=len(state.searches()), skills=table, inert=inert_skills(state, table), claims=standing,
+    return dict(index=index, at=len(state.searches()), skills=table, inert=inert_skills(state, space.skills), claims=standing,
                 edits=edits(state, space, standing), importance=importance(state, space),
                 noise={r: list(state.noise(r)) for r in rungs}, spent_minutes=round(state.minutes(), 3))
