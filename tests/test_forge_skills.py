@@ -1,11 +1,13 @@
 """Skills that ship are valid and fit the real script; records of others are sorted; a real campaign runs end to end."""
 import json
 import subprocess
+import sys
 
 import forge_lab
 import pytest
-from conftest import ROOT, SCRIPT, clean_env
-from forge import ForgeError, export, harvest, runner, skillcheck, space
+from conftest import ROOT, SCRIPT, clean_env, official, run_script
+from forge import ForgeError, agent, export, harvest, runner, skillcheck, space
+from forge import forge as command
 from forge.campaign import load_skills
 from forge.ledger import Ledger
 from forge.state import replay
@@ -59,23 +61,47 @@ def test_the_space_and_the_forecast_come_from_the_real_script(tmp_path):
 
 
 def test_a_real_campaign_end_to_end(toy, tmp_path):
-    """Acceptance 19, scaled down to one experiment: the real script on real text, report, verify, replay."""
-    args = ["start", tmp_path / "c", "--preset", "baseline+tiny", "--experiments", 1, "--runs", 8]
-    for item in ("tokens=2048", "sentinel_runs=1", "prior_sigma=0.5"):
-        args += ["--rung", f"screen.{item}"]
-    for knob in (f"DATA_PATH={toy}", "THREADS=1", "NUMERICS=fp32", "ATTENTION=sdpa", "DEVICE=cpu"):
-        args += ["--knob", knob]
-    done = forge_lab.forge(*args, env=clean_env(), timeout=280)
+    """Acceptance 19: the real script on real text: twelve experiments, two meta steps, a confirmation on fresh seeds,
+    report, verify, replay, and a record that the repository's own tool passes and that repeats its score from its own
+    path. The base's embedding rate is crippled and the first experiment is a person's that repairs it, so that there
+    is something to confirm; 2 runs of the base, 12 experiments and 6 fresh seeds make the 20 runs of the budget."""
+    folder, knobs = tmp_path / "c", dict(DATA_PATH=toy, THREADS=1, NUMERICS="fp32", ATTENTION="sdpa", DEVICE="cpu")
+    args = ["init", folder, "--preset", "baseline+tiny", "--experiments", 12, "--runs", 20, "--workers", 2]
+    for option, items in (("--rung", ("screen.tokens=12288", "screen.sentinel_runs=2", "screen.prior_sigma=0.01")),
+                          ("--knob", [f"{n}={v}" for n, v in (knobs | dict(TIED_EMBED_LR=0.002)).items()]),
+                          ("--set", ("loop.confirm=end", "loop.ablation=false", "search.race_above=1.0"))):
+        args += [word for item in items for word in (option, item)]
+    assert command.main(list(map(str, args))) == 0
+    idea = dict(schema=agent.SCHEMA, kind="env", env=dict(TIED_EMBED_LR=0.03), hypothesis="the rate is far too low")
+    (tmp_path / "idea.json").write_text(json.dumps(idea))
+    assert command.main(["submit", str(folder), str(tmp_path / "idea.json")]) == 0
+    done = forge_lab.forge("run", folder, env=clean_env(), timeout=1200)
     assert done.returncode == 0 and "min left]" in done.stdout, done.stdout + done.stderr
-    state = replay(Ledger(tmp_path / "c" / "events.jsonl").read())
-    assert len(state.searches()) == 1 and len(state.plans) >= 1
+    state = replay(Ledger(folder / "events.jsonl").read())
+    confirmed = next(x for x in state.experiments.values() if x.kind == "confirm").verdict
+    assert len(state.searches()) == 12 and len(state.metas) == 2 and len(state.runs) == 20
+    assert state.searches()[0].source == "human" and confirmed["verdict"] == "confirmed", confirmed
+    assert confirmed["ci95"][1] < 0 and state.champion == state.anchor, "the anchor is better than the base"
     first = next(iter(state.runs.values()))
-    assert 1 < first.score < 8
-    record = json.loads((tmp_path / "c" / "runs" / first.key / "metrics.json").read_text())
-    assert record["metrics"]["artifact_bytes"] > SCRIPT.stat().st_size and record["data"]["val_bytes"] > 1000
-    assert (tmp_path / "c" / "report.html").read_text().count("<svg") >= 6
-    again = forge_lab.forge("replay", tmp_path / "c", first.key, "--json", env=clean_env())
+    record = json.loads((folder / "runs" / first.key / "metrics.json").read_text())
+    assert 1 < first.score < 8 and record["data"]["val_bytes"] > 1000
+    assert record["metrics"]["artifact_bytes"] > SCRIPT.stat().st_size
+    page = (folder / "report.html").read_text()
+    titles = ["Progress", "Skills", "Size", "Learning curves", "Noise", "Where the time went"]
+    assert page.count("<svg") >= len(titles) and all(f"<h2>{t}</h2>" in page for t in titles)
+    assert not [e for name in load_skills(folder / "skills") for e in skillcheck.check(folder / "skills" / name)]
+    assert command.main(["verify", str(folder)]) == 0
+    again = forge_lab.forge("replay", folder, first.key, "--json", env=clean_env())
     assert json.loads(again.stdout)["equal"], "fixed arithmetic and one thread: the same score to the last digit"
+    assert command.main(["export", str(folder), "--title", "A test", "--author", "a", "--out",
+                         str(tmp_path / "records")]) == 0
+    made = next((tmp_path / "records").glob("*/*/submission.json")).parent
+    checked = subprocess.run([sys.executable, str(ROOT / "records" / "tools.py"), "check", str(made)],
+                             capture_output=True, text=True)
+    assert checked.returncode == 0 and "PASS (0 fail" in checked.stdout, checked.stdout
+    run = state.run_of(state.champion, "screen", confirmed["seeds_used"][0])
+    own = run_script(script=made / "train_gpt.py", cwd=made, **run.env | dict(SEED=run.seed, RUNS_DIR=tmp_path / "own"))
+    assert f" val_bpb:{run.score:.8f} " in official(own.out), own.out[-500:] + own.err
 
 
 # ---- Records of others -----------------------------------------------------------------------------------------------
