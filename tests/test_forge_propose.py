@@ -1,16 +1,17 @@
 """The search: better than random, than hill-climbing and than one TPE over all knobs; skills that do nothing starve."""
-import warnings
+from collections import Counter
 
 import fake_trainer
 import forge_lab
 import numpy as np
 import optuna
 import pytest
-from forge import meta, propose
+from forge import propose
 from forge.space import Space, config_id
 
 SPACE = Space.build(forge_lab.DESCRIBED, fake_trainer.SKILLS, {})
-RUNS, SEEDS = 60, 8
+RUNS, SEEDS = 60, 24
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 
 def noisy(change: dict, rng) -> tuple[bool, float]:
@@ -82,35 +83,29 @@ def test_the_planted_problem_is_what_it_says():
     assert fake_trainer.model_bytes(best) < fake_trainer.BUDGET < fake_trainer.model_bytes(best | dict(matrix_bits=8))
 
 
-def test_search_beats_random_hill_climbing_and_plain_tpe(campaigns):
-    """Acceptance 1 and 2, with 8 of the 24 seeds."""
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    ours = [share for _, share, _ in campaigns]
-    rivals = dict(random=[with_optuna(optuna.samplers.RandomSampler(seed=s), s) for s in range(SEEDS)],
-                  tpe=[with_optuna(optuna.samplers.TPESampler(multivariate=True, seed=s), s) for s in range(SEEDS)],
-                  hill=[hill_climb(s) for s in range(SEEDS)])
-    means = {name: np.mean(found) for name, found in rivals.items()} | dict(forge=np.mean(ours))
-    span = fake_trainer.DEFAULT - fake_trainer.BEST
-    assert means["forge"] >= 0.55, means
-    assert (means["forge"] - means["random"]) * span >= 0.010, means
-    assert sum(a > b for a, b in zip(ours, rivals["random"])) == SEEDS, (ours, rivals["random"])
-    assert means["forge"] >= max(means["tpe"], means["hill"]) + 0.05, means
+def test_search_beats_random(campaigns):
+    """Acceptance 1, with three times its seeds."""
+    ours = np.array([share for _, share, _ in campaigns])
+    random = np.array([with_optuna(optuna.samplers.RandomSampler(seed=s), s) for s in range(SEEDS)])
+    assert ours.mean() >= 0.55 and (ours > random).all(), (ours, random)
+    assert (ours.mean() - random.mean()) * (fake_trainer.DEFAULT - fake_trainer.BEST) >= 0.010
+
+
+def test_search_beats_hill_climbing_and_plain_tpe(campaigns):
+    """Acceptance 2: by 0.05 of the attainable gain on the mean of 24 seeds."""
+    ours = np.mean([share for _, share, _ in campaigns])
+    tpe = np.mean([with_optuna(optuna.samplers.TPESampler(multivariate=True, seed=s), s) for s in range(SEEDS)])
+    hill = np.mean([hill_climb(s) for s in range(SEEDS)])
+    assert ours >= max(tpe, hill) + 0.05, (ours, tpe, hill)
 
 
 def test_a_skill_that_does_nothing_starves_and_is_flagged(campaigns):
-    """Acceptance 3: at most 16 % of runs 10 to 60, flagged after an ablation once it had its fifteen tries."""
+    """Acceptance 3: of runs 10 to 60 the skill without effect gets at most 16 %, and the campaign's own last word says
+    so in 80 % of the seeds; no useful skill is called inert in more than 10 %."""
     late = [x.skill for c, _, _ in campaigns for x in c.state.searches()[10:]]
     assert late.count("inert") / len(late) <= 0.16, late.count("inert") / len(late)
-    flagged = useful = judged = 0
-    for c, _, state in campaigns:
-        if any(x.verdict["verdict"] == "ablated" for x in state.experiments.values()):
-            judged += 1
-            rows = [r | dict(tries=20) for r in meta.skill_table(state, c.space)]  # as after its fifteen tries
-            inert = meta.inert_skills(state, rows)
-            flagged += "inert" in inert
-            best = max(rows, key=lambda r: r["upheld"])
-            useful += best["skill"] in inert
-    assert judged >= 6 and flagged / judged >= 0.8 and useful == 0, (flagged, judged)
+    called = Counter(skill for _, _, state in campaigns for skill in state.metas[-1]["inert"])
+    assert called.pop("inert") >= 0.8 * SEEDS and all(n <= 0.1 * SEEDS for n in called.values()), called
 
 
 def test_proposals_stay_inside_one_skill_and_never_repeat(campaigns):
@@ -129,6 +124,18 @@ def test_no_run_was_started_that_the_plan_foretold_to_be_too_large(campaigns):
             if state.experiments[run.exp].kind == "search":
                 assert run.record["artifact_bytes"] <= fake_trainer.BUDGET
         assert any(p["oversize"] for p in state.refused)
+
+
+def test_a_large_proposal_that_cannot_shrink_is_drawn_anew(tmp_path):
+    """Every smaller form of it was refused before: the search goes on with another."""
+    c = forge_lab.instant(tmp_path, budget=dict(experiments=5), loop=dict(confirm="end"))
+    state = forge_lab.finish(c)
+    forms = [SPACE.normal(dict(NUM_LAYERS=16, MODEL_DIM=640, MLP_MULT=5.0, MATRIX_BITS=bits)) for bits in (8, 7, 6, 5, 4)]
+    for change in forms:
+        c.record("refused", proposal=dict(skill="architecture", change=change, reason="too large", infeasible=True,
+                                          oversize=True, at=len(state.experiments)))
+    skill, change = propose.propose(state, c.space)
+    assert change not in forms
 
 
 def test_a_proposal_depends_on_the_ledger_alone(tmp_path):

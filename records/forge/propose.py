@@ -155,11 +155,16 @@ def propose(state: State, space: Space, skill: str = "") -> tuple[str, dict] | N
 
 
 def shrunk(change: dict, space: Space, rng: np.random.Generator, retired: set[str]) -> dict:
-    """What was refused for its size, with one compression choice drawn anew: a larger model often pays only together
-    with fewer bits, and neither move is worth anything alone."""
+    """What was refused for its size, with one compression choice moved: a number by one step down, anything else drawn
+    anew. A larger model often pays only together with fewer bits, neither move is worth anything alone, and the fewest
+    bits given up cost least."""
     knobs = [k for k in space.knobs.values() if k.klass == "compression" and k.kind == "choice"
              and k.skill not in retired]
     if knobs:
         knob = knobs[rng.integers(len(knobs))]
-        change = change | {knob.name: knob.choices[rng.integers(len(knob.choices))]}
+        choices = list(knob.choices)
+        if all(c.replace(".", "", 1).isdigit() for c in choices):
+            now = float(change.get(knob.name, knob.base))
+            choices = sorted((c for c in choices if float(c) < now), key=float)[-1:] or choices
+        change = change | {knob.name: choices[rng.integers(len(choices))]}
     return space.normal(change)
