@@ -3,7 +3,6 @@ import difflib
 import json
 import os
 import stat
-import time
 
 import forge_lab
 import pytest
@@ -76,20 +75,65 @@ def test_a_good_agent_is_heard_and_told_what_it_needs(tmp_path):
     ("echo '" + json.dumps(GOOD | dict(env=dict(SEED=9))) + "'", "unknown knob SEED")])
 def test_a_bad_agent_costs_three_calls_and_nothing_else(tmp_path, text, reason):
     """Acceptance 15: logged reasons, one repair, then numbers; the breaker opens after three failures."""
-    begin = time.monotonic()
     c = campaign(tmp_path, agent_script(tmp_path, text))
     state = forge_lab.finish(c)
     assert len(state.searches()) == 6 and all(x.source == "sampler" for x in state.searches())
     assert 3 <= len(state.agent_calls) <= 4 and all(reason in call["reason"] for call in state.agent_calls)
-    assert time.monotonic() - begin < 15
     if "JSON" in reason:
         assert state.agent_calls[1]["attempt"] == 2 and "no JSON object" in (tmp_path / "prompt.txt").read_text()
 
 
+class Seconds(forge_lab.InstantRuns):
+    """Runs of two seconds, on paper."""
+
+    def poll(self, key):
+        state, record = super().poll(key)
+        record["metrics"]["wall_s"] = 2.0
+        return state, record
+
+
+@pytest.mark.parametrize("text", ["sleep 60", "exit 1", "echo nonsense", "yes | head -c 50000000",
+                                  f"echo '{json.dumps(GOOD)}'"])
+def test_the_loop_hardly_waits_for_an_agent(tmp_path, monkeypatch, text):
+    """Acceptance 15: what the loop agrees to wait for an agent that is asked every time is below 20 % of what the runs
+    take, whatever it does; tests/bench.py forge measures it."""
+    agreed, answer = [], agent.Call.answer
+    monkeypatch.setattr(agent.Call, "answer", lambda self, patience: agreed.append(patience) or answer(self, patience))
+    c = forge_lab.instant(tmp_path, kind=Seconds, budget=dict(experiments=12), loop=dict(confirm="end", ablation=False),
+                          agent=dict(cmd=agent_script(tmp_path, text), share=1.0, timeout_s=300.0))
+    state = forge_lab.finish(c)
+    assert len(state.searches()) == 12 and agreed and sum(agreed) <= 0.2 * 60 * state.minutes()
+    if c.asked:
+        assert text == "sleep 60" and not state.agent_calls, "it was asked once and thinks on"
+        c.state.stopped = ""
+        c.loop(1e-9)
+        assert c.asked is None and "ended before it answered" in c.state.agent_calls[0]["reason"]
+
+
+def test_a_late_answer_is_heard(tmp_path):
+    """Acceptance 15: numbers while it thinks, then its hypothesis."""
+    ready = tmp_path / "ready"
+    command = agent_script(tmp_path, f"until [ -e {ready} ]; do sleep 0.01; done\necho '{json.dumps(GOOD)}'")
+    c = forge_lab.instant(tmp_path, kind=Seconds, budget=dict(experiments=6), loop=dict(confirm="end"),
+                          agent=dict(cmd=command, share=1.0))
+    while len(c.state.searches()) < 3:
+        c.locked_tick()
+    call = c.asked
+    ready.touch()
+    assert call.answer(60.0) and not c.state.agent_calls
+    state = forge_lab.finish(c)
+    sources = [x.source for x in state.searches()]
+    assert sources[:3] == ["sampler"] * 3 and sources.count("agent") == 1 and call.ended
+
+
 def test_agents_have_a_budget(tmp_path):
-    command = agent_script(tmp_path, "echo nonsense")
-    c = forge_lab.instant(tmp_path, budget=dict(experiments=4, agent_calls=1), agent=dict(cmd=command, share=1.0))
-    assert len(forge_lab.finish(c).agent_calls) == 1
+    """Acceptance 11: ten calls, each with another good answer, and then no more; dollars likewise."""
+    command = agent_script(tmp_path, f"echo x >> {tmp_path}/calls; n=$((10 + $(wc -l < {tmp_path}/calls)))\n"
+                           "echo '" + json.dumps(GOOD | dict(env=dict(MATRIX_LR="0.02N"))).replace("N", "'$n'") + "'")
+    c = forge_lab.instant(tmp_path, budget=dict(experiments=14, agent_calls=10), agent=dict(cmd=command, share=1.0))
+    state = forge_lab.finish(c)
+    assert len(state.agent_calls) == 10 == sum(x.source == "agent" for x in state.searches())
+    assert len((tmp_path / "calls").read_text().split()) == 10 and len(state.searches()) == 14
     c = forge_lab.instant(tmp_path, budget=dict(experiments=4, agent_dollars=0.05),
                           agent=dict(cmd=command, share=1.0, dollars_per_call=0.04))
     assert len(forge_lab.finish(c).agent_calls) == 1

@@ -130,7 +130,7 @@ def test_a_large_proposal_that_cannot_shrink_is_drawn_anew(tmp_path):
     """Every smaller form of it was refused before: the search goes on with another."""
     c = forge_lab.instant(tmp_path, budget=dict(experiments=5), loop=dict(confirm="end"))
     state = forge_lab.finish(c)
-    forms = [SPACE.normal(dict(NUM_LAYERS=16, MODEL_DIM=640, MLP_MULT=5.0, MATRIX_BITS=bits)) for bits in (8, 7, 6, 5, 4)]
+    forms = [SPACE.normal(dict(NUM_LAYERS=16, MODEL_DIM=640, MATRIX_BITS=bits)) for bits in (8, 7, 6, 5, 4)]
     for change in forms:
         c.record("refused", proposal=dict(skill="architecture", change=change, reason="too large", infeasible=True,
                                           oversize=True, at=len(state.experiments)))

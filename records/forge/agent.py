@@ -1,8 +1,10 @@
 """Hypotheses from people and from agents. An agent is any command: the prompt on its standard input, one JSON object on
 its standard output, no tools needed. Whatever it does wrong has a reason that is logged and sent back once; then the
-numeric proposer answers instead, so that the loop never waits for a language model.
+numeric proposer answers instead, and so it does while an agent thinks: the loop never waits for a language model.
 """
+import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from .space import CODE, config_id
 SCHEMA = "forge.hypothesis/1"
 PROMPT_BYTES, ANSWER_BYTES = 24_000, 1 << 20
 BREAKER, PAUSE = 3, 10  # failures in a row that silence the agent, and for how many experiments
+PATIENCE = 0.1  # part of a run's time that the loop waits for an answer
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
@@ -136,30 +139,52 @@ def quoted(text: str) -> str:
     return "```\n" + "\n".join(lines).replace("```", "'''") + "\n```"
 
 
-def ask(command: str, text: str, timeout: float) -> str:
-    """What a command answers to a prompt. It runs in its own process group, which is killed as a whole; more output
-    than ANSWER_BYTES ends it. Raises ForgeError with the reason."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as inp:
-        inp.write(text.encode())
-        inp.seek(0)
-        process = subprocess.Popen(["sh", "-c", command], stdin=inp, stdout=out, stderr=subprocess.DEVNULL,
-                                   start_new_session=True, env=dict(os.environ), cwd=tempfile.gettempdir())
-        end, reason = time.monotonic() + timeout, ""
-        while process.poll() is None and not reason:
-            time.sleep(0.02)
+class Call:
+    """A command that was given a prompt. It runs in its own process group, which is killed as a whole in the end; so is
+    one that takes longer than `timeout` seconds or says more than ANSWER_BYTES."""
+
+    def __init__(self, command: str, text: str, timeout: float, skill: str, attempt: int):
+        self.timeout, self.skill, self.attempt, self.reason, self.ended = timeout, skill, attempt, "", False
+        self.out, self.end = tempfile.TemporaryFile(), time.monotonic() + timeout
+        with tempfile.TemporaryFile() as inp:
+            inp.write(text.encode())
+            inp.seek(0)
+            self.process = subprocess.Popen(["sh", "-c", command], stdin=inp, stdout=self.out, cwd=tempfile.gettempdir(),
+                                            stderr=subprocess.DEVNULL, start_new_session=True, env=dict(os.environ))
+
+    def over(self) -> bool:
+        """Whether nothing more will come."""
+        if self.ended:
+            return True
+        if os.fstat(self.out.fileno()).st_size > ANSWER_BYTES:
+            self.reason = f"more than {ANSWER_BYTES >> 20} MiB of answer"
+        elif self.process.poll() is None:
+            if time.monotonic() <= self.end:
+                return False
+            self.reason = f"no answer in {self.timeout:g} s"
+        self.stop()
+        return True
+
+    def stop(self):
+        """End it and all that it started."""
+        if not self.ended:  # later the number may belong to another
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.ended = True
+
+    def answer(self, patience: float) -> str | None:
+        """What it answered; None when it still thinks after so many seconds. Raises ForgeError with the reason of a
+        failure."""
+        end = time.monotonic() + patience
+        while not self.over():
             if time.monotonic() > end:
-                reason = f"no answer in {timeout:g} s"
-            elif os.fstat(out.fileno()).st_size > ANSWER_BYTES:
-                reason = f"more than {ANSWER_BYTES >> 20} MiB of answer"
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
-        if reason or process.returncode:
-            raise ForgeError(reason or f"exit code {process.returncode}")
-        out.seek(0)
-        return out.read(ANSWER_BYTES).decode("utf-8", "replace")
+                return None
+            time.sleep(0.02)
+        if self.reason or self.process.returncode:
+            raise ForgeError(self.reason or f"exit code {self.process.returncode}")
+        self.out.seek(0)
+        return self.out.read().decode("utf-8", "replace")
 
 
 def silenced(state) -> bool:
@@ -193,32 +218,48 @@ def from_inbox(c) -> dict | None:
 
 
 def next_hypothesis(c) -> dict | None:
-    """A proposal of a person or, in the configured share of cases, of the agent; None when the sampler should."""
+    """A proposal of a person or, in the configured share of cases, of the agent; None when the sampler should. The loop
+    waits for a part of a run at most: an agent that thinks longer is heard when it is done."""
     if found := from_inbox(c):
         return found
     settings, rng = c.config["agent"], propose.generator(c.state, "agent", len(c.state.agent_calls))
-    if not settings["cmd"] or rng.random() >= settings["share"] or silenced(c.state):
+    if c.asked is None and (not settings["cmd"] or rng.random() >= settings["share"] or silenced(c.state)):
         return None
-    return consult(c, propose.choose_skill(c.state, c.space.skills, rng))
+    patience = math.inf if c.patient else 0.0 if c.asked else PATIENCE * c.state.expected_seconds(
+        c.config["search"]["rung"])
+    return consult(c, propose.choose_skill(c.state, c.space.skills, rng), patience)
 
 
-def consult(c, skill: str) -> dict | None:
-    """The agent's proposal for a skill after every gate, with one repair; None when it has none. Calls and reasons are
+def consult(c, skill: str, patience: float = math.inf) -> dict | None:
+    """The agent's proposal for a skill after every gate, with one repair; None when it has none, or none after
+    `patience` seconds: then it thinks on, and the next consultation is about that answer. Calls and reasons are
     recorded, and no call is made that a budget forbids."""
     settings, complaint = c.config["agent"], ""
-    for attempt in (1, 2):  # one repair
-        if not affordable(c):
-            return None
+    for _ in range(2):  # one repair
+        if c.asked is None:
+            if not affordable(c):
+                return None
+            c.asked = Call(settings["cmd"], prompt(c, skill, complaint), settings["timeout_s"], skill,
+                           1 + bool(complaint))
+        call, skill, complaint = c.asked, c.asked.skill, ""
         try:
-            answer = ask(settings["cmd"], prompt(c, skill, complaint), settings["timeout_s"])
+            answer = call.answer(patience)
+            if answer is None:
+                return None
             found = check(read_hypothesis(answer), c) | dict(source="agent")
-            complaint = ""
         except ForgeError as error:
             complaint = str(error)
-        c.record("agent", call=dict(ok=not complaint, reason=complaint, skill=skill, at=len(c.state.searches()),
-                                    attempt=attempt, dollars=settings["dollars_per_call"]))
+        finish(c, complaint)
         if not complaint:
             return found
-        if "no answer in" in complaint or "exit code" in complaint:
+        if call.attempt == 2 or "no answer in" in complaint or "exit code" in complaint:
             return None  # repairing what does not answer only doubles the wait
     return None
+
+
+def finish(c, complaint: str):
+    """End the call under way and record it: every call counts."""
+    call, c.asked = c.asked, None
+    call.stop()
+    c.record("agent", call=dict(ok=not complaint, reason=complaint, skill=call.skill, at=len(c.state.searches()),
+                                attempt=call.attempt, dollars=c.config["agent"]["dollars_per_call"]))

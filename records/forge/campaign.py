@@ -56,6 +56,8 @@ class Campaign(Studies):
         self.runs = runs or runner.LocalRunner(self.folder / "runs")
         self.plan = plan or self.run_plan
         self._space: Space | None = None
+        self.asked: Any = None  # the agent's call under way
+        self.patient = False  # whether proposals wait for its answer
 
     @property
     def config(self) -> dict[str, Any]:
@@ -419,6 +421,8 @@ class Campaign(Studies):
 
     def locked_tick(self) -> bool:
         before = self.state.events
+        if self.asked:
+            self.asked.over()
         self.sync_config()
         self.ingest()
         self.foretell()
@@ -440,14 +444,19 @@ class Campaign(Studies):
     def loop(self, seconds: float = 0.0, publish: Callable[[], Any] | None = None, pause: float = 0.5):
         """Ticks until the campaign stops or `seconds` are over (0 = no limit)."""
         end, quick = time.monotonic() + (seconds or 1e12), 0.02
-        while time.monotonic() < end:
-            moved = self.tick()
-            if moved and publish:
-                publish()
-            if self.state.stopped and not self.running():
-                return
-            quick = 0.02 if moved else min(quick * 1.5, pause)
-            time.sleep(quick)
+        try:
+            while time.monotonic() < end:
+                moved = self.tick()
+                if moved and publish:
+                    publish()
+                if self.state.stopped and not self.running():
+                    return
+                quick = 0.02 if moved else min(quick * 1.5, pause)
+                time.sleep(quick)
+        finally:
+            if self.asked:
+                from . import agent
+                agent.finish(self, "the loop ended before it answered")
 
 
 # ---- Beginning -------------------------------------------------------------------------------------------------------

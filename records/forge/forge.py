@@ -147,6 +147,7 @@ def start(asked):
 def tick(asked):
     """One idempotent step, for cron."""
     c = campaign(asked.name)
+    c.patient = True  # nobody would be there to hear a later answer
     moved = c.tick()
     publish(c)
     say(asked, dict(moved=moved, stopped=c.state.stopped), f"{'moved' if moved else 'waiting'}"

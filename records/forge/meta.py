@@ -205,6 +205,7 @@ def summarise(state: State, space: Space, index: int) -> dict[str, Any]:
     """Everything that one pass of the meta-layer finds."""
     table, standing = skill_table(state, space), claims(state)
     rungs = sorted({r.rung for r in state.runs.values() if r.score is not None})
-    return dict(index=index, at=len(state.searches()), skills=table, inert=inert_skills(state, space.skills), claims=standing,
-                edits=edits(state, space, standing), importance=importance(state, space),
+    return dict(index=index, at=len(state.searches()), skills=table, claims=standing,
+                inert=inert_skills(state, space.skills), edits=edits(state, space, standing),
+                importance=importance(state, space),
                 noise={r: list(state.noise(r)) for r in rungs}, spent_minutes=round(state.minutes(), 3))
