@@ -7,8 +7,9 @@ python tests/bench.py optimiser  a step of the baseline's optimiser: banks, batc
 python tests/bench.py evaluation ways of scoring 8,000 tokens: inputs that the model reads, and seconds
 python tests/bench.py data       MB/s of encoding against plain SentencePiece; tokens/s of every loader
 python tests/bench.py codecs     bytes of an artifact's levels (--artifact FILE) by every codec, against their entropy
+python tests/bench.py forge      experiments per minute with agents that misbehave, against a campaign without one
 python tests/bench.py polar      how near every orthogonalisation comes to the polar factor; a table, no timing
-Options: --seconds N (measured time per side or point), --json FILE
+Options: --seconds N (measured time per side or point; rounds for forge), --json FILE
 """
 import argparse
 import contextlib
@@ -292,16 +293,46 @@ def bench_data(seconds: float) -> dict[str, object]:
     return table
 
 
+def bench_forge(rounds: float) -> dict[str, object]:
+    """Experiments per minute of small campaigns with real processes, agents asked before every proposal."""
+    import forge_lab  # beside this file
+    agents = dict(none="", hangs="sleep 600", fails="exit 1", nonsense="echo no", floods="yes | head -c 50000000")
+    speed: dict[str, list[float]] = {name: [] for name in agents}
+    for _ in range(round(rounds)):
+        for name, command in agents.items():
+            with tempfile.TemporaryDirectory() as folder:
+                rung = dict(kill_s=60, sentinel_runs=1, prior_sigma=0.001, env={})
+                c = forge_lab.real(Path(folder), dict(pause=0.2), rungs=dict(screen=rung), budget=dict(experiments=8),
+                                   loop=dict(confirm="end", ablation=False, forecasts=False),
+                                   agent=dict(cmd=command, share=1.0))
+                while not c.state.reference:
+                    c.loop(0.1)
+                begin, done = time.perf_counter(), len(c.state.searches())
+                while len(c.state.searches()) < 8 and not c.state.stopped:
+                    c.tick()
+                    time.sleep(0.05)
+                speed[name].append((len(c.state.searches()) - done) * 60 / (time.perf_counter() - begin))
+                if c.asked:
+                    c.asked.stop()
+                c.loop(60.0)
+    ratios = {name: statistics.median(b / a for a, b in zip(speed["none"], values)) for name, values in speed.items()}
+    for name, values in speed.items():
+        print(f"agent {name:9s} {statistics.median(values):6.1f} experiments per minute, {ratios[name]:.2f} of those "
+              "without one (median of pairs)", flush=True)
+    return dict(per_minute=speed, ratios=ratios)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cpu", "attention", "optimiser", "evaluation", "data", "codecs", "polar"))
+    parser.add_argument("what", choices=("cpu", "attention", "optimiser", "evaluation", "data", "codecs", "polar",
+                                         "forge"))
     parser.add_argument("--seconds", type=float, help="measured time per side or point; default 20 or 1")
     parser.add_argument("--artifact", type=Path, help="whose levels `codecs` packs; default: Gaussian ones")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     asked = parser.parse_args()
     bench, default = {"cpu": (bench_cpu, 20.0), "attention": (bench_attention, 1.0),
                       "optimiser": (bench_optimiser, 10.0), "data": (bench_data, 20.0),
-                      "evaluation": (bench_evaluation, 0.0), "polar": (bench_polar, 0.0),
+                      "evaluation": (bench_evaluation, 0.0), "polar": (bench_polar, 0.0), "forge": (bench_forge, 5.0),
                       "codecs": (lambda _: bench_codecs(asked.artifact), 0.0)}[asked.what]
     with contextlib.suppress(KeyboardInterrupt):
         figures = bench(asked.seconds or default)

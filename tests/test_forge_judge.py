@@ -43,18 +43,24 @@ def test_real_gains_are_found_cheaply_and_reported_without_bias():
         assert table[gain] == pytest.approx(promised, abs=0.05), "the rates that the README states"
 
 
-def test_a_whole_campaign_of_changes_that_do_nothing_confirms_nothing(tmp_path):
-    """Acceptance 4 through the loop: 3 campaigns, 150 experiments whose scores are noise."""
-    for seed in range(3):
+def test_whole_campaigns_of_changes_that_do_nothing_confirm_nothing(tmp_path):
+    """Acceptance 4 through the loop: 400 experiments whose scores are noise. A rule that keeps what scores lower than
+    the run before it would keep half of them."""
+    confirmed, lower, done = 0, [], 0
+    for seed in range(8):
         c = forge_lab.instant(tmp_path, score=lambda order: 1.2, seed=seed, budget=dict(experiments=50))
         state = forge_lab.finish(c)
-        kinds = [x.verdict["verdict"] for x in state.experiments.values() if x.kind == "confirm"]
-        assert "confirmed" not in kinds and state.champion == {}
+        done += len(state.searches())
+        confirmed += sum(x.verdict["verdict"] in ("confirmed", "upheld") for x in state.experiments.values())
         assert sum(x.verdict["verdict"] == "tentative" for x in state.searches()) <= 20
+        first = [state.run_of(x.change, x.rung, x.seeds[0]).score for x in state.searches()]
+        lower += [b < a for a, b in zip(first, first[1:])]
+    assert done == 400 and confirmed / done <= 0.02 and np.mean(lower) > 0.4, (confirmed, np.mean(lower))
 
 
 def test_the_champion_of_a_campaign_is_reported_at_its_true_score(tmp_path):
-    """Fresh seeds undo the winner's curse; the search's own score of the anchor does not."""
+    """Acceptance 5 through the loop: fresh seeds undo the winner's curse; the search's own score of the anchor does
+    not."""
     errors = []
     for seed in range(5):
         c = forge_lab.instant(tmp_path, sigma=0.003, seed=seed, budget=dict(experiments=25), loop=dict(ablation=False))
@@ -152,14 +158,13 @@ def test_kendall_equals_scipy_with_ties():
 
 
 def test_transfer_speaks_only_when_it_knows():
-    """Acceptance 13: class A correlates 0.95, class B -0.3, 16 configurations. Both words come in 90 % of cases; 400
-    repeats may miss that by two standard errors."""
+    """Acceptance 13: class A correlates 0.95, class B -0.3, 16 configurations. Both words come in 90 % of cases."""
     rng, right = np.random.default_rng(7), {0.95: 0, -0.3: 0}
-    for _ in range(400):
+    for _ in range(1500):
         for rho, word in ((0.95, "transfers"), (-0.3, "does not transfer")):
             x, y = rng.multivariate_normal([0, 0], [[1, rho], [rho, 1]], 16).T
             right[rho] += ladder.transfer(x, y, draws=200)["word"] == word
-    assert right[0.95] >= 348 and right[-0.3] >= 348, right
+    assert min(right.values()) >= 0.9 * 1500, right
     assert ladder.transfer([1.0] * 7, [2.0] * 7) == dict(n=7, word="too few")
     assert ladder.transfer(list(range(9)), list(range(9)))["word"] == "unknown"
 

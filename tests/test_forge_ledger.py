@@ -162,6 +162,7 @@ def test_kill_9_of_anything_at_any_time_loses_and_repeats_nothing(tmp_path, seed
         assert len(logs) <= 1, "a completed run was repeated"
     verified = forge_lab.forge("verify", folder)
     assert verified.returncode == 0 and state.digest() in verified.stdout, verified.stderr
+    assert state.digest() in forge_lab.forge("rebuild", folder).stdout, "rebuilt from the events: the same state"
     assert not supervisors_of(folder)
 
 
@@ -202,6 +203,7 @@ def supervisors_of(folder) -> list[int]:
 
 
 def test_a_finished_log_without_a_result_is_taken_in_and_not_run_again(tmp_path):
+    """Acceptance 7: what was completed but not reported."""
     c = forge_lab.real(tmp_path, budget=dict(experiments=1))
     c.locked_tick()
     run = c.running()[0]

@@ -11,7 +11,7 @@ import fake_trainer
 import forge_lab
 import pytest
 from conftest import ROOT
-from forge import ForgeError, campaign, judge, meta, runner
+from forge import ForgeError, campaign, guard, judge, meta, report, runner, skillcheck
 from forge.ledger import Ledger
 from forge.state import replay
 
@@ -35,17 +35,20 @@ def outcomes(c) -> list[str]:
 
 
 def test_a_run_that_ignores_its_end_is_killed_with_all_that_it_started(tmp_path, monkeypatch):
-    """Acceptance 10: SIGTERM ignored, a grandchild, and a process that left the session."""
-    c = forge_lab.real(tmp_path, dict(by_seed={"1": "stubborn"}), rungs=dict(screen=dict(kill_s=1.0, env={})))
+    """Acceptance 10: SIGTERM ignored, a grandchild, and a process that left the session; the next run is unharmed."""
+    c = forge_lab.real(tmp_path, dict(by_seed={"1": "stubborn"}), rungs=dict(screen=dict(kill_s=4.0, env={})))
     monkeypatch.setattr(runner, "GRACE", 1.0)
     c.locked_tick()
     run = c.running()[0]
     c.runs.stop([run.key])
     begin = time.monotonic()
     record = runner.supervise(c.folder / "runs" / run.key)
-    assert record["status"] == "timeout" and "ran longer than 1 s" in record["reason"]
+    assert record["status"] == "timeout" and "ran longer than 4 s" in record["reason"]
     assert record["metrics"]["val_bpb"] is None and time.monotonic() - begin < 15
     assert not processes_of(c.folder / "runs" / run.key), "something survived"
+    c.locked_tick()
+    after = c.running()[0]
+    assert after.seed == 2 and runner.supervise(c.folder / "runs" / after.key)["status"] == "ok"
 
 
 @pytest.mark.parametrize("trick, status, reason", [
@@ -53,6 +56,7 @@ def test_a_run_that_ignores_its_end_is_killed_with_all_that_it_started(tmp_path,
     ("silent", "timeout", "stalled: no output for 1 s"), ("fake_line", "tampered", "2 official score lines"),
     ("short_text", "tampered", "do not follow")])
 def test_only_a_sound_run_has_a_score(tmp_path, trick, status, reason):
+    """Acceptance 16: a second final line and a shortened text make a run tampered."""
     c = forge_lab.real(tmp_path, dict(always=trick), rungs=dict(screen=dict(kill_s=20, stall_s=1, env={})))
     c.locked_tick()
     key = c.running()[0].key
@@ -96,6 +100,59 @@ def test_a_missing_package_or_a_locked_folder_is_one_clear_error(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
+def test_a_script_without_its_packages_and_a_machine_without_programs(tmp_path):
+    """Acceptance 17: no torch is one clear error; no git, no bwrap and no GPU cost nothing but patches."""
+    script = tmp_path / "train_gpt.py"
+    script.write_text("raise ModuleNotFoundError(\"No module named 'torch'\")\n")
+    args = ["--script", script, "--skills", forge_lab.write_skills(tmp_path / "skills"), "--experiments", 1,
+            "--rung", "screen.sentinel_runs=1"]
+    done = forge_lab.forge("start", tmp_path / "c", *args)
+    assert done.returncode == 2 and "cannot read its knobs" in done.stderr and "'torch'" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "c").exists()
+    script.write_bytes(forge_lab.FAKE.read_bytes())
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    bare = dict(os.environ, PATH=str(empty), CUDA_VISIBLE_DEVICES="")
+    done = forge_lab.forge("start", tmp_path / "c", *args, env=bare)
+    assert done.returncode == 0 and "stopped: experiments: 1 of 1 done" in done.stdout, done.stderr
+    done = forge_lab.forge("doctor", "--script", script, env=bare)
+    assert done.returncode == 0 and "0: knobs only; patches are refused" in done.stdout, done.stdout + done.stderr
+
+
+def test_patches_are_refused_without_a_sandbox(tmp_path, monkeypatch):
+    """Acceptance 17: neither bwrap nor unshare."""
+    monkeypatch.setattr(guard.shutil, "which", lambda name: None)
+    with pytest.raises(ForgeError, match="patches need a sandbox: install bwrap"):
+        guard.sandbox(tmp_path / "run")
+    assert guard.sandbox(tmp_path / "run", allow_none=True) == []
+
+
+@pytest.mark.skipif(not guard.works(["unshare", "-rm"]), reason="no mount namespace for an unprivileged user here")
+def test_a_full_disk_and_a_read_only_one(tmp_path):
+    """Acceptance 17: a small tmpfs that is full, and then a read-only one: one clear error, nothing acknowledged is
+    lost, and the campaign goes on once there is room."""
+    skills, script, place = forge_lab.write_skills(tmp_path / "skills"), tmp_path / "train_gpt.py", tmp_path / "disk"
+    script.write_bytes(forge_lab.FAKE.read_bytes())
+    place.mkdir()
+    tool = " ".join(forge_lab.FORGE)
+    steps = f"""mount -t tmpfs -o size=4m none {place}
+{tool} init {place}/c --script {script} --skills {skills} --experiments 1 --set budget.disk_gib=0 \\
+    --rung screen.sentinel_runs=1; echo code $?
+head -c 5000000 /dev/zero > {place}/fill
+{tool} run {place}/c; echo code $?
+rm {place}/fill
+mount -o remount,ro {place}
+{tool} run {place}/c; echo code $?
+mount -o remount,rw {place}
+{tool} run {place}/c; echo code $?
+{tool} verify {place}/c; echo code $?"""
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", steps], capture_output=True, text=True, timeout=200)
+    codes = re.findall(r"^code (\d+)", done.stdout, re.M)
+    assert codes == ["0", "2", "2", "0", "0"] and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert "1 of 1 done" in done.stdout and "every checksum holds" in done.stdout
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 2, done.stderr
+
+
 def test_a_failed_experiment_costs_itself_only(tmp_path):
     c = forge_lab.real(tmp_path, dict(by_seed={"2": "crash"}), rungs=dict(screen=dict(
         kill_s=20, sentinel_runs=1, prior_sigma=0.001, env={})), budget=dict(experiments=3), loop=dict(confirm="end"))
@@ -114,6 +171,9 @@ def test_budgets_hold(tmp_path):
     c = forge_lab.instant(tmp_path, budget=dict(experiments=100, minutes=30.0))
     state = forge_lab.finish(c)  # every run takes one minute
     assert 15 <= state.minutes() <= 31 and "minutes" in state.stopped and "in reserve" in state.stopped
+    c = forge_lab.instant(tmp_path, budget=dict(experiments=100, minutes=3.0), kind=forge_lab.QuickRuns)
+    state = forge_lab.finish(c)
+    assert 1.5 <= state.minutes() <= 3.0 + 2 / 60 and "minutes: " in state.stopped
     c = forge_lab.instant(tmp_path, budget=dict(experiments=100, deadline="2020-01-01T00:00:00Z"))
     assert forge_lab.finish(c).runs and not any(r.started for r in c.state.runs.values())
     assert "deadline" in c.state.stopped
@@ -221,7 +281,6 @@ def test_a_campaign_within_its_minutes_ends_with_its_confirmation(tmp_path, seed
         state = forge_lab.finish(c)
         assert state.minutes() <= 40.0 + 2 * 1.5, "never exceeded by more than what was running"
         assert not state.open(), "no experiment is left half done"
-        from forge import report
         tested = [x for x in state.experiments.values() if x.kind == "confirm"]
         assert tested and (report.gain_in_all(state) or all(x.verdict["verdict"] == "refuted" for x in tested))
 
@@ -332,6 +391,10 @@ def test_a_harmful_playbook_edit_is_rolled_back(tmp_path):
     tries(9, 0)
     assert meta.edits(c.state, c.space, []) == [], "nine tries are too few"
     tries(3, 0)
+    skills = forge_lab.write_skills(tmp_path / "skills")
+    report.write_skills(c)
+    assert "search MATRIX_LR in 0.1 to 0.2" in (skills / "optimizer" / "references" / "playbook.md").read_text()
+    assert skillcheck.check(skills / "optimizer") == [], "a skill with a playbook stays valid"
     edit = meta.edits(c.state, c.space, [])[0]
     assert edit["reason"] == "rollback" and edit["ranges"] == {} and "0 of 12" in edit["note"]
     c.record("meta", meta=dict(index=2, inert=[], edits=[edit]))
@@ -343,7 +406,6 @@ def test_the_meta_layer_runs_once_per_five_experiments_and_writes_the_same_files
     """Acceptance 20."""
     c = forge_lab.real(tmp_path, budget=dict(experiments=5), loop=dict(confirm="end"))
     c.loop(60, pause=0.05)
-    from forge import report
     report.publish(c)
     first = (c.folder / "meta" / "0001.json").read_text()
     state = replay(Ledger(c.folder / "events.jsonl").read())
@@ -353,16 +415,28 @@ def test_the_meta_layer_runs_once_per_five_experiments_and_writes_the_same_files
     (c.folder / "meta" / "0001.json").unlink()
     report.publish(again)
     assert (c.folder / "meta" / "0001.json").read_text() == first
+    lines = (c.folder / "events.jsonl").read_bytes().splitlines(True)
+    at = next(i for i, line in enumerate(lines) if b'"event":"meta"' in line)
+    (c.folder / "events.jsonl").write_bytes(b"".join(lines[:at]))  # killed before it was acknowledged
+    (c.folder / "meta" / "0001.json").unlink()
+    again = campaign.Campaign(c.folder)
+    again.tick()
+    report.publish(again)
+    assert (c.folder / "meta" / "0001.json").read_text() == first and len(again.state.metas) == 1
 
 
 def test_replay_repeats_a_run_exactly_and_refuses_changed_code(tmp_path):
-    """Acceptance 12."""
+    """Acceptance 12: five records."""
     c = forge_lab.real(tmp_path, budget=dict(experiments=2), loop=dict(confirm="end"))
     c.loop(60, pause=0.05)
-    for key in list(c.state.runs)[:3]:
+    assert len(c.state.runs) >= 5
+    for key in list(c.state.runs)[:5]:
         done = forge_lab.forge("replay", c.folder, key, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["equal"], done.stdout
+        again = json.loads(next((c.folder / "scratch").glob(f"replay-{key}-*/metrics.json")).read_text())
+        first = json.loads((c.folder / "runs" / key / "metrics.json").read_text())
+        assert all(again[part] == first[part] for part in ("key", "env", "code", "seed")) and again["losses"]
     script = c.script()
     script.chmod(0o644)
     script.write_text(script.read_text() + "\n# edited\n")

@@ -119,10 +119,10 @@ def test_proposals_stay_inside_one_skill_and_never_repeat(campaigns):
 
 
 def test_no_run_was_started_that_the_plan_foretold_to_be_too_large(campaigns):
+    """Acceptance 11: too large by more than the forecast's own error, which is 1 % until two have met their size."""
     for _, _, state in campaigns:
-        for run in state.runs.values():
-            if state.experiments[run.exp].kind == "search":
-                assert run.record["artifact_bytes"] <= fake_trainer.BUDGET
+        sizes = [r.record["artifact_bytes"] for r in state.runs.values() if state.experiments[r.exp].kind == "search"]
+        assert max(sizes[:2]) <= 1.01 * fake_trainer.BUDGET and max(sizes[2:]) <= fake_trainer.BUDGET
         assert any(p["oversize"] for p in state.refused)
 
 

@@ -149,8 +149,9 @@ class Call:
         with tempfile.TemporaryFile() as inp:
             inp.write(text.encode())
             inp.seek(0)
-            self.process = subprocess.Popen(["sh", "-c", command], stdin=inp, stdout=self.out, cwd=tempfile.gettempdir(),
-                                            stderr=subprocess.DEVNULL, start_new_session=True, env=dict(os.environ))
+            self.process = subprocess.Popen(
+                ["sh", "-c", command], stdin=inp, stdout=self.out, stderr=subprocess.DEVNULL, start_new_session=True,
+                env=dict(os.environ), cwd=tempfile.gettempdir())
 
     def over(self) -> bool:
         """Whether nothing more will come."""
