@@ -135,10 +135,10 @@ def test_a_full_disk_and_a_read_only_one(tmp_path):
     script.write_bytes(forge_lab.FAKE.read_bytes())
     place.mkdir()
     tool = " ".join(forge_lab.FORGE)
-    steps = f"""mount -t tmpfs -o size=4m none {place}
+    steps = f"""mount -t tmpfs -o size=64m none {place}
 {tool} init {place}/c --script {script} --skills {skills} --experiments 1 --set budget.disk_gib=0 \\
     --rung screen.sentinel_runs=1; echo code $?
-head -c 5000000 /dev/zero > {place}/fill
+head -c 90000000 /dev/zero > {place}/fill
 {tool} run {place}/c; echo code $?
 rm {place}/fill
 mount -o remount,ro {place}
