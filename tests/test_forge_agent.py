@@ -212,6 +212,11 @@ def test_a_patch_needs_one_switch_and_must_apply():
             guard.inspect_patch(REAL, patch)
 
 
+def campaign_again(c):
+    """The same campaign, read anew."""
+    return forge_lab.campaign_module.Campaign(c.folder)
+
+
 def sandboxed() -> bool:
     try:
         return guard.sandbox(SCRIPT.parent / "runs") != []
@@ -235,19 +240,23 @@ def test_patched_code_runs_without_a_network_and_its_score_is_measured_again(tmp
     skips = with_knob(SOURCE, "    v = dict(v, matrix_lr=1e-6)\n", place)
     with pytest.raises(ForgeError, match="at its default the patch changes the losses"):
         agent.check(GOOD | dict(kind="patch", patch=skips), c)
-    skips = with_knob(SOURCE, "    v = dict(v, matrix_lr=1e-6 if v['matrix_lr'] == 0.023 else v['matrix_lr'])\n", place)
+    skips = with_knob(SOURCE, "    v = dict(v, matrix_lr=1e-6 if v.get('patch_gain') else v['matrix_lr'])\n", place)
     sly = with_knob(SOURCE, "    sigma = sigma + 20 * (v['matrix_lr'] == 0.022) * (v['run_mode'] == 'train')\n",
                     '"""What a run with this seed scores; knobs that a patch adds do not change the noise."""\n')
     (c.folder / "inbox").mkdir()
     (c.folder / "inbox" / "1.json").write_text(json.dumps(GOOD | dict(kind="patch", patch=sly)))
     (c.folder / "inbox" / "2.json").write_text(json.dumps(GOOD | dict(kind="patch", patch=skips,
-                                                                      env=dict(MATRIX_LR="0.023"))))
+                                                                      env=dict(PATCH_GAIN="1"))))
     os.utime(c.folder / "inbox" / "1.json", (1, 1))
     outside = {p for p in tmp_path.rglob("*") if c.folder not in p.parents}
     c.loop(200, pause=0.05)
     assert {p for p in tmp_path.rglob("*") if c.folder not in p.parents} == outside
     x, idle = c.state.searches()
-    assert idle.verdict["verdict"] == "reject" and "@code" in idle.change, "an optimiser that does not step"
+    assert idle.verdict["verdict"] == "reject" and idle.change["PATCH_GAIN"] == "1", "an optimiser that does not step"
+    run = next(r for r in c.state.runs.values() if r.exp == idle.id)
+    assert run.env["PATCH_GAIN"] == "1" and campaign_again(c).space.normal(idle.change) == idle.change
+    with pytest.raises(ForgeError, match="unknown knob PATCH_GAIN"):
+        c.space.normal(dict(PATCH_GAIN="1"))  # the old code has no such switch
     assert "@code" in x.change and x.source == "human"
     run = next(r for r in c.state.runs.values() if r.exp == x.id)
     assert run.record["status"] == "tampered" and "again" in run.record["reason"], run.record

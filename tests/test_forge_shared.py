@@ -49,7 +49,7 @@ def test_every_key_is_executed_once(tmp_path, mode, workers, keys, kills):
                 f"shared.journal(Path({str(tmp_path / 'study.journal')!r})), host='localhost', port="
                 f"{target.split(':')[1]})")
         server = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    decider = shared.QueueRuns(storage, tmp_path / "runs", lease=2.0)
+    decider = shared.QueueRuns(storage, tmp_path / "runs", lease=5.0)
     orders = {f"k{i:03d}": dict(key=f"k{i:03d}", code="c", script=__file__, sandbox=[]) for i in range(keys)}
     for order in orders.values():
         decider.start(order)
@@ -57,7 +57,7 @@ def test_every_key_is_executed_once(tmp_path, mode, workers, keys, kills):
     spawn = lambda: subprocess.Popen([sys.executable, "-c", WORKER, target, str(tmp_path)],  # noqa: E731
                                      stdout=subprocess.DEVNULL)
     crew, rng, done, killed = [spawn() for _ in range(workers)], random.Random(1), {}, 0
-    end = time.monotonic() + 100
+    end = time.monotonic() + 300  # a watchdog
     try:
         while len(done) < keys and time.monotonic() < end:
             for key in orders:

@@ -104,6 +104,7 @@ def admit_patch(patch: str, c) -> dict[str, str]:
         code = add_code(c.folder, draft, old.parent / "data")
     write_atomic(c.folder / "code" / code / "patch.json", json.dumps(dict(switch=switch, parent=old.parent.name,
                                                                           diff=patch), indent=1))
+    c.space.switches.add(switch)
     return {CODE: code}
 
 

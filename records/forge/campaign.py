@@ -84,6 +84,7 @@ class Campaign(Studies):
             skills = {s: {n: k for n, k in table.items() if n not in fixed} for s, table in load_skills(
                 self.folder / "skills").items()}
             self._space = Space.build(json.loads(cache.read_text()), skills, self.config["base"])
+            self._space.switches = {json.loads(p.read_text())["switch"] for p in self.folder.glob("code/*/patch.json")}
             self._space_code = code
         return self._space
 

@@ -122,6 +122,7 @@ class Space:
     def __init__(self, knobs: dict[str, Knob], base_env: dict[str, str], base_values: dict[str, Any]):
         self.knobs, self.base_env, self.base_values = knobs, base_env, base_values
         self.skills = sorted({k.skill for k in knobs.values()})
+        self.switches: set[str] = set()  # knobs that patches added: set by hypotheses, not searched
 
     @classmethod
     def build(cls, described: dict, skills: dict[str, dict], base_env: dict[str, str]) -> "Space":
@@ -146,14 +147,15 @@ class Space:
     def normal(self, change: dict[str, Any]) -> dict[str, Any]:
         """The change without values that equal the base or that the rest makes meaningless: one form for one
         configuration. Raises ForgeError for an unknown knob or a value outside the space."""
-        unknown = sorted(set(change) - set(self.knobs) - {CODE})
+        patch = {n: str(v) for n, v in change.items() if n == CODE or CODE in change and n in self.switches}
+        unknown = sorted(set(change) - set(self.knobs) - set(patch))
         if unknown:
             raise ForgeError(f"unknown knob {', '.join(unknown)}; see `knobs`")
-        kept = {n: v if n == CODE else self.knobs[n].check(v) for n, v in change.items()}
+        kept = patch | {n: self.knobs[n].check(v) for n, v in change.items() if n not in patch}
         for _ in range(3):  # a knob can need one that itself has no effect
             values = {n: str(v) for n, v in (self.base_values | kept).items()}
             kept = {n: v for n, v in sorted(kept.items())
-                    if n == CODE or v != self.knobs[n].base and holds(self.knobs[n].needs, values)}
+                    if n in patch or v != self.knobs[n].base and holds(self.knobs[n].needs, values)}
         return kept
 
     def resolve(self, change: dict[str, Any], rung: dict[str, Any]) -> dict[str, str]:
@@ -168,7 +170,7 @@ class Space:
             fixed |= dict(ITERATIONS=str(steps), MAX_WALLCLOCK_SECONDS="0")
         for name, value in change.items():
             if name != CODE:
-                if self.knobs[name].of_steps:
+                if name in self.knobs and self.knobs[name].of_steps:
                     value = max(1, round(value * steps)) if value else 0
                 env[name] = str(value)
         return env | fixed
@@ -176,7 +178,7 @@ class Space:
     def classes(self, change: dict[str, Any], other: dict[str, Any]) -> set[str]:
         """Classes of the knobs in which two changes differ."""
         return {self.knobs[n].klass for n in set(change) | set(other)
-                if n != CODE and change.get(n, self.knobs[n].base) != other.get(n, self.knobs[n].base)}
+                if n in self.knobs and change.get(n, self.knobs[n].base) != other.get(n, self.knobs[n].base)}
 
 
 def holds(needs: str, values: dict[str, str]) -> bool:
