@@ -126,18 +126,6 @@ def test_no_run_was_started_that_the_plan_foretold_to_be_too_large(campaigns):
         assert any(p["oversize"] for p in state.refused)
 
 
-def test_a_large_proposal_that_cannot_shrink_is_drawn_anew(tmp_path):
-    """Every smaller form of it was refused before: the search goes on with another."""
-    c = forge_lab.instant(tmp_path, budget=dict(experiments=5), loop=dict(confirm="end"))
-    state = forge_lab.finish(c)
-    forms = [SPACE.normal(dict(NUM_LAYERS=16, MODEL_DIM=640, MATRIX_BITS=bits)) for bits in (8, 7, 6, 5, 4)]
-    for change in forms:
-        c.record("refused", proposal=dict(skill="architecture", change=change, reason="too large", infeasible=True,
-                                          oversize=True, at=len(state.experiments)))
-    skill, change = propose.propose(state, c.space)
-    assert change not in forms
-
-
 def test_a_proposal_depends_on_the_ledger_alone(tmp_path):
     a, b = (forge_lab.instant(tmp_path, seed=3, budget=dict(experiments=10)) for _ in range(2))
     for c in (a, b):
