@@ -529,8 +529,11 @@ PRESETS: dict[str, dict[str, Any]] = {
             ttt_chunk_tokens=512, ttt_lora_rank=4, ttt_lora_docs=4, ttt_phase_docs=9, prequant_epochs=2,
             bigram_buckets=512, engram_buckets=128, rope_dims=16, xsa_last_n=2,
             attention_window=32, embed_dim=32, value_embed_last_n=2, num_loops=2, mup_base_width=64, loop_at_step=3,
-            loop_ramp_steps=3, adam_l2=0.001))}
-DEFAULT_PRESET = {"cuda": "mlp3x_seq4096", "cpu": "turbo_engram+cpu"}
+            loop_ramp_steps=3, adam_l2=0.001)),
+    "champion": dict(  # overlay: what the forge confirmed on turbo_engram+cpu; records/campaigns/cpu40
+        init="mimetic", embed_init="svd", tied_embed_init_std=0.01306, smear_gate="C", muon_momentum=0.9614,
+        beta1=0.8649, adam_wd=0.04693, averaging="none", objective="mtp")}
+DEFAULT_PRESET = {"cuda": "mlp3x_seq4096", "cpu": "turbo_engram+cpu+champion"}
 
 # Cross-field rules: (broken when, message with values in braces). All broken ones are reported together.
 RULES: list[tuple[Callable[[dict], Any], str]] = [

@@ -2,11 +2,13 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 
 import train_gpt as tg
-from conftest import official, run_script
+from conftest import ROOT, official, run_script
 from helpers import OVERLAYS, SYSTEMS, config
 
 # What the two published systems ran with, value by value.
@@ -60,11 +62,19 @@ def test_overlays_shrink_a_system_without_changing_its_techniques(system, overla
 
 
 def test_every_preset_is_a_known_overlay_or_system_and_sets_only_knobs():
-    assert {*OVERLAYS, *SYSTEMS} == set(tg.PRESETS) and set(PUBLISHED) <= set(SYSTEMS)
+    assert {*OVERLAYS, *SYSTEMS, "champion"} == set(tg.PRESETS) and set(PUBLISHED) <= set(SYSTEMS)
     for name, values in tg.PRESETS.items():
         for knob, value in values.items():
             assert knob in tg.KNOBS, f"{name}: {knob}"
             assert callable(value) or type(value) is type(tg.KNOBS[knob][1].default), f"{name}: {knob}"
+
+
+def test_the_champion_is_the_one_of_its_campaign():
+    forge = [sys.executable, ROOT / "records" / "forge" / "forge.py"]
+    done = subprocess.run([*forge, "diff", "cpu40", "base", "champion", "--json"], capture_output=True, text=True,
+                          check=True)
+    assert tg.PRESETS["champion"] == {name.lower(): now for name, (_, now) in json.loads(done.stdout).items()}
+    assert tg.DEFAULT_PRESET["cpu"] == "turbo_engram+cpu+champion"
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -84,15 +84,21 @@ class Studies:
         large = loop["confirm"] != "end" and gain > 3 * judge.minimal_gain(rung, noise)
         if not (over or large or loop["confirm"] != "end" and since >= loop["confirm_every"]):
             return False
-        where = self.config["search"].get("confirm_rung") or rung
-        if self.exhausted(where, 2 * judge.FRESH):
+        where, last = self.config["search"].get("confirm_rung") or rung, self.last_runs(rival)
+        if self.exhausted(where, last):
             return False
-        short = bool(self.exhausted(where, 2 * judge.FRESH + 4))
+        short = bool(self.exhausted(where, last + 4))
         self.open("confirm", state.anchor, where, parent=rival, seeds=self.fresh_seeds(),
                   text="fresh seeds only: the reserve is all that is left" if short else
                   "the champion with fewer changes" if slimmer else over or "the gain is large",
                   factors=[] if slimmer else self.factors(), source="reserve" if short else "judge")
         return True
+
+    @staticmethod
+    def last_runs(rival: dict) -> int:
+        """Runs without which a confirmation ends in nothing to report: those on fresh seeds and, when the rival is not
+        the base, those of the closing comparison."""
+        return 2 * judge.FRESH * (1 + bool(rival))
 
     def rival(self) -> dict:
         """What the anchor must beat: the champion or, when it is the champion less some changes, what that one beat. A
@@ -110,7 +116,7 @@ class Studies:
             done, pairs = pairs, judge.next_look(pairs)
             new = [1 for c in (x.change, x.parent) for s in seeds[:pairs] if not state.run_of(c, x.rung, s)]
             if any(state.run_of(x.change, x.rung, s) for s in x.seeds) or (
-                    new and self.exhausted(x.rung, len(new) + 2 * judge.FRESH)):
+                    new and self.exhausted(x.rung, len(new) + self.last_runs(x.parent))):
                 return "fresh", done
             arms = [self.gather(x, [(c, x.rung, s) for s in seeds[:pairs]]) for c in (x.change, x.parent)]
             if None in arms:
