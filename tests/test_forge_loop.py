@@ -454,6 +454,8 @@ def test_a_second_decider_is_refused(tmp_path):
 
 @pytest.mark.parametrize("edit, message", [
     ("[loop]\nworkres = 2\n", "unknown [loop] workres"), ("[serach]\n", "unknown table [serach]"),
+    ("[budget]\nexperiments = -1\n", "want 0 or more"), ("[loop]\nworkers = 0\n", "want 1 or more"),
+    ("[budget]\nminutes = nan\n", "want 0 or more"), ("[loop]\nconfirm = \"now\"\n", "want one of large, end"),
     ("[budget]\nexperiments = \"many\"\n", "want a int"), ("[search]\nrung = \"big\"\n", "rung 'big' is not among"),
     ("[seeds]\nsearch = [1, 2, 3]\njudge = [3, 4, 5, 6, 7]\n", "must not overlap"), ("nonsense", "campaign.toml:")])
 def test_a_bad_campaign_file_gets_one_clear_error(tmp_path, edit, message):
@@ -552,7 +554,8 @@ def test_beginning_twice_and_beginning_badly(tmp_path):
     again = forge_lab.forge("init", tmp_path / "c", *args)
     assert again.returncode == 2 and "already holds a campaign" in again.stderr
     for more, message in ((["--knob", "NUM_LAYERS"], "want NAME=VALUE"), (["--rung", "big.kill_s=1"], "with a rung of"),
-                          (["--knob", "MODEL_DIM=100"], "not divisible by 64"), (["--on", "big"], "rung 'big'")):
+                          (["--knob", "MODEL_DIM=100"], "not divisible by 64"), (["--on", "big"], "rung 'big'"),
+                          (["--experiments", "-1"], "experiments = -1: want 0 or more")):
         done = forge_lab.forge("init", tmp_path / "d", *args, *more)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert not (tmp_path / "d").exists(), "nothing is left behind"

@@ -469,6 +469,8 @@ DEFAULTS: dict[str, dict[str, Any]] = dict(
     budget=dict(experiments=40, minutes=0.0, runs=0, deadline="", disk_gib=1.0, artifact_bytes=16_000_000,
                 agent_calls=0, agent_dollars=0.0),
     agent=dict(cmd="", share=0.3, timeout_s=300.0, dollars_per_call=0.0, allow_unsandboxed=False))
+CHOICES = dict(confirm=("large", "end"), anchor=("sigma", "greedy"))
+AT_LEAST_ONE = ("workers", "meta_every", "confirm_every")
 
 
 HEAD = """\
@@ -499,6 +501,10 @@ def read_config(path: Path) -> dict:
             kind = type(defaults.get(k, v))
             if not isinstance(v, (int, float) if kind in (int, float) else kind):
                 errors.append(f"{path.name}: [{table}] {k} = {v!r}: want a {kind.__name__}")
+            elif isinstance(v, (int, float)) and not v >= (least := int(k in AT_LEAST_ONE)):
+                errors.append(f"{path.name}: [{table}] {k} = {v!r}: want {least} or more")
+            elif v not in CHOICES.get(k, [v]):
+                errors.append(f"{path.name}: [{table}] {k} = {v!r}: want one of {', '.join(CHOICES[k])}")
         config[table] = defaults | mine
     for name in (config["search"]["rung"], config["search"]["confirm_rung"], config["search"]["promote_to"]):
         if name and name not in found.get("rungs", {}):

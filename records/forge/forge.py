@@ -141,6 +141,8 @@ def start(asked):
     """Create a campaign unless it exists, and run it."""
     if not (place(asked.name) / "events.jsonl").exists():
         init(asked)
+    else:
+        print(f"campaign {asked.name} exists and goes on; what is given here is not read, see its campaign.toml")
     run(asked)
 
 
