@@ -2,11 +2,13 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import forge_lab
 import optuna
@@ -139,6 +141,30 @@ def test_a_campaign_is_served_to_workers_on_other_machines(tmp_path):
         record = json.loads((c.folder / "runs" / key / "metrics.json").read_text())
         assert record["worker"].startswith(socket.gethostname()) and (tmp_path / "pod" / "runs" / key).exists()
     assert forge_lab.forge("verify", c.folder).returncode == 0
+
+
+def test_workers_are_started_as_jobs(tmp_path, monkeypatch):
+    """Through submitit's own executor of local processes, in Slurm's place."""
+    monkeypatch.chdir(tmp_path)
+    c = forge_lab.real(tmp_path, budget=dict(experiments=2), loop=dict(confirm="end", workers=2))
+    port = free_port()
+    head = subprocess.Popen([*forge_lab.FORGE, "serve", str(c.folder), "--port", str(port)], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+    assert "serving" in head.stdout.readline()
+    jobs = shared.start_on_slurm(f"localhost:{port}", "main", 2, cluster="local")
+    out, _ = head.communicate(timeout=120)
+    for job in jobs:
+        job.result()  # raises when the worker failed
+    state = replay(Ledger(c.folder / "events.jsonl").read())
+    assert head.returncode == 0 and len(state.searches()) == 2, out
+    assert {run.record["status"] for run in state.runs.values()} == {"ok"} and Path("runs/forge-worker-1").is_dir()
+
+
+@pytest.mark.skipif(bool(shutil.which("srun")), reason="there is a Slurm here")
+def test_without_a_slurm_there_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ForgeError, match="--slurm gpu: .*slurm"):
+        shared.start_on_slurm("x:1", "gpu", 1)
 
 
 def test_nobody_there_is_one_clear_error(tmp_path, monkeypatch):

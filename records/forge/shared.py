@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -223,6 +224,7 @@ def work(target: str, scratch: Path, idle: float, run: Callable = execute, every
     """Pull and run until the queue is closed or empty for `idle` seconds."""
     study, quiet = queue(connect(target)), time.monotonic()
     data = Path(__file__).resolve().parents[2] / "data"
+    scratch = scratch.resolve()  # runs have folders of their own to work in
     scratch.mkdir(parents=True, exist_ok=True)
     every = min(every, idle / 4)
     while time.monotonic() - quiet < idle:
@@ -256,13 +258,19 @@ def work(target: str, scratch: Path, idle: float, run: Callable = execute, every
         quiet = time.monotonic()
 
 
-def start_on_slurm(target: str, partition: str, count: int):
-    """Start workers through Slurm; leases make its preemption harmless."""
+def start_on_slurm(target: str, partition: str, count: int, cluster: str = "slurm"):
+    """Start workers through Slurm; leases make its preemption harmless. Another `cluster` of submitit is for tests."""
     try:
         import submitit
     except ImportError:
         raise ForgeError("--slurm needs submitit: pip install submitit") from None
-    executor = submitit.AutoExecutor(folder="runs/slurm")
-    executor.update_parameters(slurm_partition=partition, timeout_min=24 * 60, gpus_per_node=1, name="forge-worker")
-    jobs = [executor.submit(work, target, Path(f"runs/forge-worker-{i}"), 600.0) for i in range(count)]
+    try:
+        executor = submitit.AutoExecutor(folder="runs/slurm", cluster=cluster)
+        executor.update_parameters(slurm_partition=partition, timeout_min=24 * 60, gpus_per_node=1, name="forge-worker")
+        worker = submitit.helpers.CommandFunction([sys.executable, str(Path(__file__).with_name("forge.py")), "worker",
+                                                   "--connect", target, "--idle", "600"])
+        jobs = [executor.submit(worker, "--scratch", f"runs/forge-worker-{i}") for i in range(count)]
+    except (RuntimeError, submitit.core.utils.FailedJobError) as error:
+        raise ForgeError(f"--slurm {partition}: {str(error).strip().splitlines()[-1]}") from None
     print("started " + ", ".join(job.job_id for job in jobs))
+    return jobs
