@@ -314,7 +314,7 @@ def bench_forge(rounds: float) -> dict[str, object]:
                 speed[name].append((len(c.state.searches()) - done) * 60 / (time.perf_counter() - begin))
                 if c.asked:
                     c.asked.stop()
-                c.loop(60.0)
+                c.runs.stop([r.key for r in c.running()])
     ratios = {name: statistics.median(b / a for a, b in zip(speed["none"], values)) for name, values in speed.items()}
     for name, values in speed.items():
         print(f"agent {name:9s} {statistics.median(values):6.1f} experiments per minute, {ratios[name]:.2f} of those "

@@ -211,10 +211,11 @@ class Campaign(Studies):
                     running=running, experiments=len(self.state.searches()), agent_calls=len(self.state.agent_calls),
                     agent_dollars=sum(c.get("dollars", 0.0) for c in self.state.agent_calls))
 
-    def reserve(self) -> list[dict]:
-        """Configurations of the runs that stay in reserve: those that confirm the anchor and, when the champion was
-        tested against an earlier one, those that compare the last champion with the base."""
-        arms = [self.state.anchor, self.state.champion] + ([self.state.anchor, {}] if self.state.champion else [])
+    def reserve(self, rival: dict | None = None) -> list[dict]:
+        """Configurations of the runs without which a claim of the anchor ends in nothing to report: those on fresh
+        seeds against the rival (the champion unless said) and, when that is not the base, the closing comparison."""
+        rival = self.state.champion if rival is None else rival
+        arms = [self.state.anchor, rival] + ([self.state.anchor, {}] if rival else [])
         return arms * judge.FRESH
 
     def exhausted(self, rung: str, more_runs: int = 1, reserve: bool = False) -> str:

@@ -84,7 +84,7 @@ class Studies:
         large = loop["confirm"] != "end" and gain > 3 * judge.minimal_gain(rung, noise)
         if not (over or large or loop["confirm"] != "end" and since >= loop["confirm_every"]):
             return False
-        where, last = self.config["search"].get("confirm_rung") or rung, self.last_runs(rival)
+        where, last = self.config["search"].get("confirm_rung") or rung, len(self.reserve(rival))
         if self.exhausted(where, last):
             return False
         short = bool(self.exhausted(where, last + 4))
@@ -93,12 +93,6 @@ class Studies:
                   "the champion with fewer changes" if slimmer else over or "the gain is large",
                   factors=[] if slimmer else self.factors(), source="reserve" if short else "judge")
         return True
-
-    @staticmethod
-    def last_runs(rival: dict) -> int:
-        """Runs without which a confirmation ends in nothing to report: those on fresh seeds and, when the rival is not
-        the base, those of the closing comparison."""
-        return 2 * judge.FRESH * (1 + bool(rival))
 
     def rival(self) -> dict:
         """What the anchor must beat: the champion or, when it is the champion less some changes, what that one beat. A
@@ -116,7 +110,7 @@ class Studies:
             done, pairs = pairs, judge.next_look(pairs)
             new = [1 for c in (x.change, x.parent) for s in seeds[:pairs] if not state.run_of(c, x.rung, s)]
             if any(state.run_of(x.change, x.rung, s) for s in x.seeds) or (
-                    new and self.exhausted(x.rung, len(new) + self.last_runs(x.parent))):
+                    new and self.exhausted(x.rung, len(new) + len(self.reserve(x.parent)))):
                 return "fresh", done
             arms = [self.gather(x, [(c, x.rung, s) for s in seeds[:pairs]]) for c in (x.change, x.parent)]
             if None in arms:
@@ -352,7 +346,7 @@ class Studies:
             return False
         if up not in state.reference:
             if not any(x.kind == "sentinel" and x.rung == up for x in state.experiments.values()):
-                self.open("sentinel", {}, up, seeds=self.config["seeds"]["search"][:self.sentinels(up)])
+                self.open_sentinel(up)
                 return True
             return False
         ranked = sorted((s[0], x.id) for x in state.searches() if (s := state.scores(x.change, search)))
