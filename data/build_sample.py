@@ -34,7 +34,9 @@ import sentencepiece as spm
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: builds still never tear, two at once merely do the work twice
+except (
+    ImportError
+):  # not a POSIX system: builds still never tear, two at once merely do the work twice
     fcntl = None
 
 DATA = Path(__file__).resolve().parent
@@ -55,15 +57,32 @@ SPACE = "\u2581"  # how SentencePiece spells a space
 # Of the settings tried, these give the most bytes per token on the training documents (table in data/sample/README.md).
 # The length limit is far above the longest document: the default of 4,192 bytes would silently skip most of them.
 TRAINER = dict(
-    model_type="bpe", vocab_size=VOCAB_SIZE, pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK, byte_fallback=True,
-    character_coverage=0.999, split_by_unicode_script=False, split_digits=False, normalization_rule_name="identity",
-    add_dummy_prefix=False, remove_extra_whitespaces=False, max_sentence_length=1 << 24, num_threads=1, minloglevel=2)
+    model_type="bpe",
+    vocab_size=VOCAB_SIZE,
+    pad_id=PAD,
+    bos_id=BOS,
+    eos_id=EOS,
+    unk_id=UNK,
+    byte_fallback=True,
+    character_coverage=0.999,
+    split_by_unicode_script=False,
+    split_digits=False,
+    normalization_rule_name="identity",
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    max_sentence_length=1 << 24,
+    num_threads=1,
+    minloglevel=2,
+)
 
-FORMULA = ("8 * (size(compress(train + blank line + val)) - size(compress(train))) / utf8_bytes(val), "
-           "where train and val are the documents of the split joined by a blank line")
+FORMULA = (
+    "8 * (size(compress(train + blank line + val)) - size(compress(train))) / utf8_bytes(val), "
+    "where train and val are the documents of the split joined by a blank line"
+)
 
 
 # ---- Text ----
+
 
 def documents() -> list[str]:
     """Return every document of the embedded text, in file order, without the separators and without empty ones."""
@@ -77,9 +96,11 @@ def split(docs: list[str]) -> tuple[list[str], list[str]]:
     Raises RuntimeError when a document text would be on both sides.
     """
     train = [document for i, document in enumerate(docs) if i % VAL_EVERY != VAL_EVERY - 1]
-    val = docs[VAL_EVERY - 1::VAL_EVERY]
+    val = docs[VAL_EVERY - 1 :: VAL_EVERY]
     if shared := len(set(train) & set(val)):
-        raise RuntimeError(f"{shared} document text(s) are in both the training and the validation split")
+        raise RuntimeError(
+            f"{shared} document text(s) are in both the training and the validation split"
+        )
     return train, val
 
 
@@ -90,13 +111,16 @@ def utf8_bytes(docs: list[str]) -> int:
 
 # ---- Tokenizer ----
 
+
 def train_tokenizer() -> bytes:
     """Train the 1,024-piece BPE tokenizer on the training documents and return the serialised model.
 
     One thread and no sampling: the same SentencePiece version gives the same bytes.
     """
     model = io.BytesIO()
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(split(documents())[0]), model_writer=model, **TRAINER)
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(split(documents())[0]), model_writer=model, **TRAINER
+    )
     load_tokenizer(model.getvalue())
     return model.getvalue()
 
@@ -111,16 +135,22 @@ def load_tokenizer(model: bytes) -> spm.SentencePieceProcessor:
     ids = (tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id())
     pieces = [piece for piece, _ in piece_table(tokenizer)]
     if len(pieces) != VOCAB_SIZE or ids != (PAD, BOS, EOS, UNK):
-        raise RuntimeError(f"tokenizer has {len(pieces)} pieces and pad, bos, eos, unk = {ids}; "
-                           f"expected {VOCAB_SIZE} and {(PAD, BOS, EOS, UNK)}")
+        raise RuntimeError(
+            f"tokenizer has {len(pieces)} pieces and pad, bos, eos, unk = {ids}; "
+            f"expected {VOCAB_SIZE} and {(PAD, BOS, EOS, UNK)}"
+        )
     if SPACE not in pieces or any(SPACE in piece[1:] for piece in pieces):
-        raise RuntimeError("tokenizer lacks a lone space piece or has a piece with a space after its first character")
+        raise RuntimeError(
+            "tokenizer lacks a lone space piece or has a piece with a space after its first character"
+        )
     return tokenizer
 
 
 def piece_table(tokenizer: spm.SentencePieceProcessor) -> list[tuple[str, float]]:
     """Return (piece, score) by id: what makes two tokenizers encode alike."""
-    return [(tokenizer.id_to_piece(i), tokenizer.get_score(i)) for i in range(tokenizer.vocab_size())]
+    return [
+        (tokenizer.id_to_piece(i), tokenizer.get_score(i)) for i in range(tokenizer.vocab_size())
+    ]
 
 
 def encode(tokenizer: spm.SentencePieceProcessor, docs: list[str]) -> np.ndarray:
@@ -129,13 +159,20 @@ def encode(tokenizer: spm.SentencePieceProcessor, docs: list[str]) -> np.ndarray
     Raises RuntimeError when a document does not decode to itself.
     """
     ids = tokenizer.encode(docs)
-    lossy = [i for i, (back, document) in enumerate(zip(tokenizer.decode(ids), docs, strict=True)) if back != document]
+    lossy = [
+        i
+        for i, (back, document) in enumerate(zip(tokenizer.decode(ids), docs, strict=True))
+        if back != document
+    ]
     if lossy:
-        raise RuntimeError(f"{len(lossy)} document(s) do not survive the tokenizer, the first is number {lossy[0]}")
+        raise RuntimeError(
+            f"{len(lossy)} document(s) do not survive the tokenizer, the first is number {lossy[0]}"
+        )
     return np.concatenate([np.array([BOS, *document], dtype="<u2") for document in ids])
 
 
 # ---- Reference compressors ----
+
 
 def compressors() -> dict[str, Callable[[bytes], bytes]]:
     """Return the reference compressors at their strongest settings, each with a window that holds the whole text."""
@@ -143,9 +180,11 @@ def compressors() -> dict[str, Callable[[bytes], bytes]]:
     import zstandard
 
     zstd = zstandard.ZstdCompressionParameters.from_level(22, window_log=27)
-    return {"xz": lambda text: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),  # 64 MiB dictionary
-            "zstd": lambda text: zstandard.ZstdCompressor(compression_params=zstd).compress(text),
-            "brotli": lambda text: brotli.compress(text, quality=11, lgwin=24)}
+    return {
+        "xz": lambda text: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),  # 64 MiB dictionary
+        "zstd": lambda text: zstandard.ZstdCompressor(compression_params=zstd).compress(text),
+        "brotli": lambda text: brotli.compress(text, quality=11, lgwin=24),
+    }
 
 
 def reference_bpb() -> dict[str, float]:
@@ -155,8 +194,10 @@ def reference_bpb() -> dict[str, float]:
     """
     train, val = (SEPARATOR.join(docs).encode("utf-8") for docs in split(documents()))
     both = train + SEPARATOR.encode("utf-8") + val
-    return {name: round(8 * (len(compress(both)) - len(compress(train))) / len(val), 6)
-            for name, compress in compressors().items()}
+    return {
+        name: round(8 * (len(compress(both)) - len(compress(train))) / len(val), 6)
+        for name, compress in compressors().items()
+    }
 
 
 def write_reference() -> dict[str, float]:
@@ -165,16 +206,23 @@ def write_reference() -> dict[str, float]:
     content = {
         "bpb": figures,
         "formula": FORMULA,
-        "settings": {"xz": "preset 9 extreme, 64 MiB dictionary", "zstd": "level 22, window_log 27",
-                     "brotli": "quality 11, lgwin 24"},
-        "versions": {"python": platform.python_version(),
-                     **{name: importlib.metadata.version(name) for name in ("zstandard", "brotli")}},
-        "source_sha256": sha256_file(TEXT)}
+        "settings": {
+            "xz": "preset 9 extreme, 64 MiB dictionary",
+            "zstd": "level 22, window_log 27",
+            "brotli": "quality 11, lgwin 24",
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("zstandard", "brotli")},
+        },
+        "source_sha256": sha256_file(TEXT),
+    }
     REFERENCE.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return figures
 
 
 # ---- Output folder ----
+
 
 def build(out: Path = OUT) -> dict:
     """Make sure that `out` holds the finished dataset and return its manifest; do nothing when it already does.
@@ -209,10 +257,19 @@ def complete(out: Path = OUT) -> dict | None:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: entry["sha256"] for name, entry in manifest["files"].items()}
         expected[manifest["tokenizer"]] = manifest["tokenizer_sha256"]
-        intact = (inputs.items() <= manifest.items() and manifest["manifest_sha256"] == _digest(manifest)
-                  and expected.keys() == {*SHARDS.values(), TOKENIZER.name}
-                  and all(sha256_file(out / name) == sha256 for name, sha256 in expected.items()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, unreadable or not of our making
+        intact = (
+            inputs.items() <= manifest.items()
+            and manifest["manifest_sha256"] == _digest(manifest)
+            and expected.keys() == {*SHARDS.values(), TOKENIZER.name}
+            and all(sha256_file(out / name) == sha256 for name, sha256 in expected.items())
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # missing, unreadable or not of our making
         return None
     return manifest if intact else None
 
@@ -229,7 +286,9 @@ def _describe_inputs() -> dict:
     reference = json.loads(REFERENCE.read_text(encoding="utf-8"))
     source = sha256_file(TEXT)
     if reference.get("source_sha256") != source:
-        raise RuntimeError(f"{REFERENCE.name} was measured on another text than {TEXT.name}; run --measure-reference")
+        raise RuntimeError(
+            f"{REFERENCE.name} was measured on another text than {TEXT.name}; run --measure-reference"
+        )
     return {
         "name": "sample",
         "title": "Embedded sample: 8 MB of public-domain English",
@@ -240,7 +299,8 @@ def _describe_inputs() -> dict:
         "tokenizer": TOKENIZER.name,
         "tokenizer_sha256": sha256_file(TOKENIZER),
         "vocab_size": VOCAB_SIZE,
-        "reference_bpb": reference["bpb"]}
+        "reference_bpb": reference["bpb"],
+    }
 
 
 def _fill(folder: Path) -> dict:
@@ -252,8 +312,15 @@ def _fill(folder: Path) -> dict:
         tokens = encode(tokenizer, docs)
         content = shard(tokens)
         save(folder / SHARDS[name], content)
-        manifest["splits"][name] = {"documents": len(docs), "tokens": len(tokens), "bytes": utf8_bytes(docs)}
-        manifest["files"][SHARDS[name]] = {"tokens": len(tokens), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest["splits"][name] = {
+            "documents": len(docs),
+            "tokens": len(tokens),
+            "bytes": utf8_bytes(docs),
+        }
+        manifest["files"][SHARDS[name]] = {
+            "tokens": len(tokens),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
     manifest["manifest_sha256"] = _digest(manifest)
     save(folder / TOKENIZER.name, model)
     save(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode("utf-8"))
@@ -285,7 +352,9 @@ def _refuse_foreign_files(out: Path) -> None:
     except NotADirectoryError:
         raise ValueError(f"{out} is not a folder") from None
     if foreign := sorted({*names} - {*SHARDS.values(), TOKENIZER.name, MANIFEST}):
-        raise ValueError(f"{out} is not replaced: it holds files that are not ours ({', '.join(foreign[:3])})")
+        raise ValueError(
+            f"{out} is not replaced: it holds files that are not ours ({', '.join(foreign[:3])})"
+        )
 
 
 @contextlib.contextmanager
@@ -345,6 +414,7 @@ def _digest(manifest: dict) -> str:
 
 # ---- Command line ----
 
+
 def compare_tokenizer() -> bool:
     """Train the tokenizer again and print whether it equals the committed one; create the file when there is none."""
     model = train_tokenizer()
@@ -353,27 +423,49 @@ def compare_tokenizer() -> bool:
     committed = TOKENIZER.read_bytes()
     new, old = piece_table(load_tokenizer(model)), piece_table(load_tokenizer(committed))
     differ = sum(a != b for a, b in zip(new, old, strict=True))
-    verdict = f"{differ} of {VOCAB_SIZE} pieces differ" if differ else "all pieces and scores are identical"
-    print(f"{TOKENIZER.name}: {verdict}; the file is {'identical' if model == committed else 'different'}")
+    verdict = (
+        f"{differ} of {VOCAB_SIZE} pieces differ"
+        if differ
+        else "all pieces and scores are identical"
+    )
+    print(
+        f"{TOKENIZER.name}: {verdict}; the file is {'identical' if model == committed else 'different'}"
+    )
     return not differ
 
 
 def report(manifest: dict) -> str:
     """Return one line per split and the reference figures, for the terminal."""
-    lines = [f"{name:5s} {part['documents']:5,d} documents {part['tokens']:9,d} tokens {part['bytes']:9,d} bytes  "
-             f"{part['bytes'] / part['tokens']:.3f} bytes/token" for name, part in manifest["splits"].items()]
+    lines = [
+        f"{name:5s} {part['documents']:5,d} documents {part['tokens']:9,d} tokens {part['bytes']:9,d} bytes  "
+        f"{part['bytes'] / part['tokens']:.3f} bytes/token"
+        for name, part in manifest["splits"].items()
+    ]
     figures = ", ".join(f"{name} {bpb:.3f}" for name, bpb in manifest["reference_bpb"].items())
     return "\n".join([*lines, f"reference, bits per byte on val: {figures}", manifest["note"]])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status: 1 after an error or when the tokenizer does not reproduce."""
-    parser = argparse.ArgumentParser(description="Build the embedded public-domain sample as training shards.")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder to build (default: data/datasets/sample_sp1024)")
-    parser.add_argument("--train-tokenizer", action="store_true",
-                        help="instead of building, train the tokenizer again and compare it with the committed one")
-    parser.add_argument("--measure-reference", action="store_true",
-                        help="instead of building, measure data/sample/reference.json again")
+    parser = argparse.ArgumentParser(
+        description="Build the embedded public-domain sample as training shards."
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=OUT,
+        help="folder to build (default: data/datasets/sample_sp1024)",
+    )
+    parser.add_argument(
+        "--train-tokenizer",
+        action="store_true",
+        help="instead of building, train the tokenizer again and compare it with the committed one",
+    )
+    parser.add_argument(
+        "--measure-reference",
+        action="store_true",
+        help="instead of building, measure data/sample/reference.json again",
+    )
     options = parser.parse_args(argv)
     try:
         if options.train_tokenizer:

@@ -8,6 +8,7 @@ A literal operator in the text gets <ESCAPE> in front; all other characters stay
 text. Scores are still taken per byte of the original text: byte_counts() says how many each token stands for.
 Source: PR 1729 (its transform and code points; the counts are our own, see byte_counts).
 """
+
 from __future__ import annotations
 
 import functools
@@ -63,10 +64,14 @@ def operator_ids(tokenizer) -> list[int]:
     only some, or other pieces that contain one."""
     ids = [tokenizer.piece_to_id(operator) for operator in OPERATORS]
     known = [i for i in ids if i != tokenizer.unk_id()]
-    holders = [i for i in range(tokenizer.vocab_size()) if set(OPERATORS) & set(tokenizer.id_to_piece(i))]
+    holders = [
+        i for i in range(tokenizer.vocab_size()) if set(OPERATORS) & set(tokenizer.id_to_piece(i))
+    ]
     if sorted(known) != holders or len(known) not in (0, len(OPERATORS)):
-        raise ValueError("the tokenizer has some of the case operators, or pieces that contain one, but CaseOps needs "
-                         "each of the four as a piece of its own")
+        raise ValueError(
+            "the tokenizer has some of the case operators, or pieces that contain one, but CaseOps needs "
+            "each of the four as a piece of its own"
+        )
     return known
 
 

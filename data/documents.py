@@ -1,4 +1,5 @@
 """Documents and what they become: reading text files and shards, tokenizers, fingerprints, files written atomically."""
+
 from __future__ import annotations
 
 import contextlib
@@ -16,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import caseops
 import numpy as np
 import sentencepiece as spm
-from build_sample import SEPARATOR, SPACE, save, sha256_file, sync
+from build_sample import SEPARATOR, SPACE, save, sync
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -35,6 +36,7 @@ def script():
 
 
 # ---- Files ----
+
 
 def exit_code(command: Callable[[], int]) -> int:
     """Run a command; its exit code, or 2 after one line about a mistake in the input, 130 when interrupted."""
@@ -79,10 +81,13 @@ def read_json(path: Path) -> dict | None:
 
 def fingerprint(content: str | bytes) -> bytes:
     """16 bytes that identify a document."""
-    return hashlib.blake2b(content.encode() if isinstance(content, str) else content, digest_size=16).digest()
+    return hashlib.blake2b(
+        content.encode() if isinstance(content, str) else content, digest_size=16
+    ).digest()
 
 
 # ---- Documents of text files ----
+
 
 def open_plain(path: Path) -> BinaryIO:
     """The content of a file, decompressed when it ends in .xz or .gz."""
@@ -103,7 +108,9 @@ def lines_of_json(path: Path, field: str) -> Iterator[str]:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path.name}, line {number}: {error}") from None
             if not isinstance(text, str):
-                raise DataError(f"{path.name}, line {number}: {field!r} is no text but {type(text).__name__}")
+                raise DataError(
+                    f"{path.name}, line {number}: {field!r} is no text but {type(text).__name__}"
+                )
             yield text
 
 
@@ -133,11 +140,15 @@ def table_rows(path: Path, field: str) -> Iterator[str]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
-        raise DataError(f"{path.name}: reading parquet needs the package pyarrow, which is not installed") from None
+        raise DataError(
+            f"{path.name}: reading parquet needs the package pyarrow, which is not installed"
+        ) from None
     try:
         table = parquet.ParquetFile(path)
         if field not in table.schema_arrow.names:
-            raise DataError(f"{path.name}: no column {field!r}; it has {', '.join(table.schema_arrow.names)}")
+            raise DataError(
+                f"{path.name}: no column {field!r}; it has {', '.join(table.schema_arrow.names)}"
+            )
         for batch in table.iter_batches(columns=[field], batch_size=256):
             for row in batch.column(0).to_pylist():
                 if not isinstance(row, str):
@@ -153,27 +164,36 @@ def documents_of(paths: list[Path], field: str) -> Iterator[str]:
         kind = Path(path.name.removesuffix(".xz").removesuffix(".gz")).suffix
         number = 0
         try:
-            found = (lines_of_json(path, field) if kind in (".jsonl", ".json") else
-                     table_rows(path, field) if kind == ".parquet" else separated(path))
+            found = (
+                lines_of_json(path, field)
+                if kind in (".jsonl", ".json")
+                else table_rows(path, field)
+                if kind == ".parquet"
+                else separated(path)
+            )
             for number, text in enumerate(found, 1):
                 text.encode("utf-8")  # a lone surrogate is no text
                 yield text
         except UnicodeEncodeError:
-            raise DataError(f"{path.name}, document {number}: a lone surrogate is not valid text") from None
+            raise DataError(
+                f"{path.name}, document {number}: a lone surrogate is not valid text"
+            ) from None
         except (OSError, lzma.LZMAError, EOFError) as error:
             raise DataError(f"{path.name}: {getattr(error, 'strerror', None) or error}") from None
 
 
 # ---- Tokenizers ----
 
+
 class Tokenizer(NamedTuple):
     """A SentencePiece model and the exact bytes that each of its pieces spells."""
+
     path: Path
     processor: spm.SentencePieceProcessor
-    pieces: list[bytes]   # spelling of each id; empty for control and unknown ids
-    sizes: np.ndarray     # (V,) int32, their lengths
-    starts: np.ndarray    # (V,) int32, where each begins in all of them
-    joined: np.ndarray    # uint8, all of them
+    pieces: list[bytes]  # spelling of each id; empty for control and unknown ids
+    sizes: np.ndarray  # (V,) int32, their lengths
+    starts: np.ndarray  # (V,) int32, where each begins in all of them
+    joined: np.ndarray  # uint8, all of them
     operators: list[int]  # ids of the case operators, none in an ordinary tokenizer
     sha256: str
 
@@ -184,9 +204,13 @@ class Tokenizer(NamedTuple):
     def spell(self, ids: np.ndarray) -> bytes:
         """The text that tokens stand for, case operators still in it, as UTF-8 that may be cut anywhere."""
         sizes = self.sizes[ids]
-        narrow = np.int32 if len(ids) * int(self.sizes.max()) < 2**31 else np.int64  # twice as fast where it is enough
+        narrow = (
+            np.int32 if len(ids) * int(self.sizes.max()) < 2**31 else np.int64
+        )  # twice as fast where it is enough
         ends = np.cumsum(sizes, dtype=narrow)
-        where = np.repeat(self.starts[ids].astype(narrow) - (ends - sizes), sizes)  # of a piece, less that of its text
+        where = np.repeat(
+            self.starts[ids].astype(narrow) - (ends - sizes), sizes
+        )  # of a piece, less that of its text
         where += np.arange(len(where), dtype=narrow)
         return self.joined[where].tobytes()
 
@@ -197,7 +221,9 @@ class Tokenizer(NamedTuple):
 
     def changes_text(self) -> bool:
         """Whether text is normalised, or anything else lost, before it is cut into pieces."""
-        return self.spell(np.array(self.processor.encode(PROBE))).decode("utf-8", "replace") != PROBE
+        return (
+            self.spell(np.array(self.processor.encode(PROBE))).decode("utf-8", "replace") != PROBE
+        )
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -208,7 +234,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except Exception as error:
-        raise DataError(f"{path.name}: not a SentencePiece model ({type(error).__name__})") from None
+        raise DataError(
+            f"{path.name}: not a SentencePiece model ({type(error).__name__})"
+        ) from None
     if processor.bos_id() < 0 or processor.piece_to_id(SPACE) == processor.unk_id():
         raise DataError(f"{path.name}: the tokenizer needs a BOS and a lone space piece")
     if processor.vocab_size() > 2**16:
@@ -220,8 +248,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise DataError(f"{path.name}: {error}") from None
     sizes = np.array([len(piece) for piece in pieces], np.int32)
     joined = np.frombuffer(b"".join(pieces), np.uint8)
-    return Tokenizer(path, processor, pieces, sizes, np.cumsum(sizes) - sizes, joined, operators,
-                     hashlib.sha256(raw).hexdigest())
+    return Tokenizer(
+        path,
+        processor,
+        pieces,
+        sizes,
+        np.cumsum(sizes) - sizes,
+        joined,
+        operators,
+        hashlib.sha256(raw).hexdigest(),
+    )
 
 
 def spelling(processor: spm.SentencePieceProcessor, i: int) -> bytes:
@@ -229,10 +265,15 @@ def spelling(processor: spm.SentencePieceProcessor, i: int) -> bytes:
     if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
         return b""
     piece = processor.id_to_piece(i)
-    return bytes([int(piece[3:5], 16)]) if processor.is_byte(i) else piece.replace(SPACE, " ").encode("utf-8")
+    return (
+        bytes([int(piece[3:5], 16)])
+        if processor.is_byte(i)
+        else piece.replace(SPACE, " ").encode("utf-8")
+    )
 
 
 # ---- Documents of shards ----
+
 
 def stream_of(folder: Path, split: str, vocab: int):
     """The shards of a split as one sequence of tokens (see train_gpt.TokenStream). Raises DataError."""
@@ -249,12 +290,14 @@ def documents_of_shards(stream, bos: int) -> Iterator[np.ndarray]:
     parts: list[np.ndarray] = []
     for number, shard in enumerate(stream.shards):
         for low in range(0, len(shard), TEXT_CHUNK):
-            chunk = np.array(shard[low:low + TEXT_CHUNK])
+            chunk = np.array(shard[low : low + TEXT_CHUNK])
             if (top := int(chunk.max())) >= stream.vocab:
                 raise DataError(stream.out_of_range(number, top))
             starts = np.flatnonzero(chunk == bos)
             if number == low == 0 and (not len(starts) or starts[0]):
-                raise DataError(f"{stream.files[0].name}: the first document does not begin with BOS = {bos}")
+                raise DataError(
+                    f"{stream.files[0].name}: the first document does not begin with BOS = {bos}"
+                )
             pieces = np.split(chunk, starts)
             for i, piece in enumerate(pieces):
                 if i and parts:

@@ -13,6 +13,7 @@ the competition, or the files given with --val; a document that is in both split
 Every step may be killed at any moment and run again: it goes on from the last whole shard, and does nothing when all is
 done. The output folder is finished or absent. Exit codes: 0 done, 1 findings (verify), 2 unusable input.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -41,18 +42,20 @@ import verify
 from build_sample import SPACE, TRAINER, exclusive, save, sha256_file, shard, sync
 from documents import DataError, Tokenizer, load_tokenizer
 
-VAL_DOCUMENTS = 50_000       # of the competition's split
-SHARD_TOKENS = 100_000_000   # as in the competition's dataset
+VAL_DOCUMENTS = 50_000  # of the competition's split
+SHARD_TOKENS = 100_000_000  # as in the competition's dataset
 BATCH_BYTES, BATCH_DOCUMENTS = 400_000, 512  # one task of a worker
-FORMAT = 1                   # raise it whenever the same inputs would give another output
+FORMAT = 1  # raise it whenever the same inputs would give another output
 JOURNAL = "journal.json"
-HELD_OUT = 50                # every 50th document is kept from the tokenizer's training to measure it
+HELD_OUT = 50  # every 50th document is kept from the tokenizer's training to measure it
 
 
 # ---- Where documents come from ----
 
+
 class TextFiles(NamedTuple):
     """Documents of text files: the first `val_documents`, or those of `val_paths`, are validation."""
+
     paths: list[Path]
     val_paths: list[Path]
     val_documents: int
@@ -63,7 +66,10 @@ class TextFiles(NamedTuple):
         """(split, text) of every document, validation first."""
         val = itertools.chain(docs.documents_of(self.val_paths, self.field))
         train = docs.documents_of(self.paths, self.field)
-        yield from (("val", text) for text in itertools.chain(val, itertools.islice(train, self.val_documents)))
+        yield from (
+            ("val", text)
+            for text in itertools.chain(val, itertools.islice(train, self.val_documents))
+        )
         yield from (("train", text) for text in train)
 
     def inputs(self) -> dict:
@@ -72,13 +78,20 @@ class TextFiles(NamedTuple):
         for path in self.paths:
             told = docs.read_json(path.with_name(f"{path.stem}.source_manifest.json")) or {}
             if told.get("docs_sha256", files[path.name]) != files[path.name]:
-                raise DataError(f"{path.name}: its sha256 is {files[path.name]}, its source manifest says "
-                                f"{told['docs_sha256']}; download it again")
-        return dict(documents=files, val=[path.name for path in self.val_paths], val_documents=self.val_documents)
+                raise DataError(
+                    f"{path.name}: its sha256 is {files[path.name]}, its source manifest says "
+                    f"{told['docs_sha256']}; download it again"
+                )
+        return dict(
+            documents=files,
+            val=[path.name for path in self.val_paths],
+            val_documents=self.val_documents,
+        )
 
 
 class Shards(NamedTuple):
     """Documents of a dataset folder in the tokens of its tokenizer; its splits stay as they are."""
+
     folder: Path
     tokenizer: Tokenizer
 
@@ -86,26 +99,35 @@ class Shards(NamedTuple):
         """(split, tokens without BOS) of every document, validation first."""
         for split in ("val", "train"):
             stream = docs.stream_of(self.folder, split, len(self.tokenizer.pieces))
-            yield from ((split, ids) for ids in docs.documents_of_shards(stream, self.tokenizer.bos))
+            yield from (
+                (split, ids) for ids in docs.documents_of_shards(stream, self.tokenizer.bos)
+            )
 
     def inputs(self) -> dict:
         """What identifies the documents."""
-        files = [f for split in ("val", "train") for f in docs.stream_of(self.folder, split, 2**16).files]
-        return dict(shards={f.name: sha256_file(f) for f in files}, from_sha256=self.tokenizer.sha256)
+        files = [
+            f for split in ("val", "train") for f in docs.stream_of(self.folder, split, 2**16).files
+        ]
+        return dict(
+            shards={f.name: sha256_file(f) for f in files}, from_sha256=self.tokenizer.sha256
+        )
 
 
 class Survey(NamedTuple):
     """What a look at every document found before anything is written."""
+
     val: int
     train: int
-    size: int           # characters or tokens, for the progress bar
-    leaked: list[int]   # indexes of training documents that are validation documents too
+    size: int  # characters or tokens, for the progress bar
+    leaked: list[int]  # indexes of training documents that are validation documents too
 
 
 def survey(source: TextFiles | Shards) -> Survey:
     """Count the documents and compare the fingerprints of both splits."""
     seen, counts, size, leaked = set(), collections.Counter(), 0, []
-    for index, (split, item) in enumerate(tqdm.tqdm(source.items(), "survey", unit=" documents", disable=None)):
+    for index, (split, item) in enumerate(
+        tqdm.tqdm(source.items(), "survey", unit=" documents", disable=None)
+    ):
         mark = docs.fingerprint(item if isinstance(item, str) else item.tobytes())
         if split == "val":
             seen.add(mark)
@@ -119,22 +141,32 @@ def survey(source: TextFiles | Shards) -> Survey:
 def check_survey(found: Survey, drop: bool):
     """Raises DataError when a split is empty or the score would reward memory."""
     if not found.val or not found.train:
-        raise DataError(f"{found.val:,} validation and {found.train:,} training documents: both are needed; see "
-                        "--val-docs and --val")
+        raise DataError(
+            f"{found.val:,} validation and {found.train:,} training documents: both are needed; see "
+            "--val-docs and --val"
+        )
     if found.leaked and not drop:
-        raise DataError(f"{len(found.leaked):,} training document(s) are validation documents too (the first is number "
-                        f"{found.leaked[0] + 1:,}): the score would reward memory; --drop-leaked leaves them out")
+        raise DataError(
+            f"{len(found.leaked):,} training document(s) are validation documents too (the first is number "
+            f"{found.leaked[0] + 1:,}): the score would reward memory; --drop-leaked leaves them out"
+        )
 
 
 # ---- Encoding, in worker processes ----
 
+
 class Encoded(NamedTuple):
     """Documents of one task, one after the other."""
-    tokens: np.ndarray         # (N,) uint16, a BOS before each document
-    lengths: list[int]         # tokens of each document
-    sizes: list[int]           # bytes of original text that they stand for
-    changed: list[int]         # bytes of those documents that the tokenizer normalised, before it did; else -1
-    counts: np.ndarray | None  # (N,) uint16 bytes of each token, for a tokenizer with case operators
+
+    tokens: np.ndarray  # (N,) uint16, a BOS before each document
+    lengths: list[int]  # tokens of each document
+    sizes: list[int]  # bytes of original text that they stand for
+    changed: list[
+        int
+    ]  # bytes of those documents that the tokenizer normalised, before it did; else -1
+    counts: (
+        np.ndarray | None
+    )  # (N,) uint16 bytes of each token, for a tokenizer with case operators
 
 
 def original(item, source: Tokenizer | None) -> str:
@@ -147,13 +179,17 @@ def original(item, source: Tokenizer | None) -> str:
     except UnicodeDecodeError as error:
         spelt = source.spell(item)
         if error.reason != "unexpected end of data" or error.end < len(spelt):
-            raise DataError("a document of the shards does not spell text: they belong to another tokenizer than "
-                            f"{source.path.name}") from None
-        spelt = spelt[:error.start].decode("utf-8")
+            raise DataError(
+                "a document of the shards does not spell text: they belong to another tokenizer than "
+                f"{source.path.name}"
+            ) from None
+        spelt = spelt[: error.start].decode("utf-8")
         return caseops.decode(spelt) if source.operators else spelt
 
 
-def encode_documents(items: list, tokenizer: Tokenizer, source: Tokenizer | None, with_counts: bool) -> Encoded:
+def encode_documents(
+    items: list, tokenizer: Tokenizer, source: Tokenizer | None, with_counts: bool
+) -> Encoded:
     """Encode documents and prove that nothing is lost. Raises DataError for an unknown piece."""
     texts = [original(item, source) for item in items]
     spelt = [caseops.encode(text) for text in texts] if tokenizer.operators else texts
@@ -162,17 +198,23 @@ def encode_documents(items: list, tokenizer: Tokenizer, source: Tokenizer | None
     bos = np.array([tokenizer.bos], np.int32)
     tokens = np.concatenate([part for row in rows for part in (bos, row)])
     if (tokens == tokenizer.processor.unk_id()).any():
-        raise DataError(f"{tokenizer.path.name}: the tokenizer is lossy: it has no pieces for some characters; train "
-                        "it with byte fallback")
+        raise DataError(
+            f"{tokenizer.path.name}: the tokenizer is lossy: it has no pieces for some characters; train "
+            "it with byte fallback"
+        )
     back, sizes, changed = tokenizer.spell(tokens), [], []
-    ends = np.cumsum(np.add.reduceat(tokenizer.sizes[tokens], np.cumsum(lengths) - lengths)).tolist()
+    ends = np.cumsum(
+        np.add.reduceat(tokenizer.sizes[tokens], np.cumsum(lengths) - lengths)
+    ).tolist()
     for text, start, end in zip(texts, [0, *ends], ends):
         raw, decoded = text.encode("utf-8"), back[start:end]
         if tokenizer.operators:
             decoded = caseops.decode(decoded.decode("utf-8")).encode("utf-8")
         sizes.append(len(decoded))
         changed.append(-1 if decoded == raw else len(raw))
-    counts = caseops.byte_counts(tokens, tokenizer.sizes, tokenizer.operators) if with_counts else None
+    counts = (
+        caseops.byte_counts(tokens, tokenizer.sizes, tokenizer.operators) if with_counts else None
+    )
     if with_counts and int(counts.sum(dtype=np.int64)) != sum(sizes):
         raise RuntimeError("the bytes of the tokens are not those of the text")
     return Encoded(tokens.astype(np.uint16), lengths, sizes, changed, counts)
@@ -207,23 +249,36 @@ def batches(items: Iterable[tuple[str, object]]) -> Iterator[tuple[str, list]]:
             yield split, batch
 
 
-def encoded(items: Iterable, tokenizer: Tokenizer, source: Tokenizer | None, workers: int
-            ) -> Iterator[tuple[str, int, Encoded]]:
+def encoded(
+    items: Iterable, tokenizer: Tokenizer, source: Tokenizer | None, workers: int
+) -> Iterator[tuple[str, int, Encoded]]:
     """(split, size of the documents, their tokens) of each batch, in the order of the documents whatever the number of
     workers; with one, in this process."""
     sidecar = bool(tokenizer.operators)
     if workers == 1:
         for split, batch in batches(items):
-            yield (split, sum(map(len, batch)),
-                   encode_documents(batch, tokenizer, source, sidecar and split == "val"))
+            yield (
+                split,
+                sum(map(len, batch)),
+                encode_documents(batch, tokenizer, source, sidecar and split == "val"),
+            )
         return
-    fresh = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads may hold
-    with concurrent.futures.ProcessPoolExecutor(workers, fresh, start_worker,
-                                                (tokenizer.path, source and source.path)) as pool:
+    fresh = multiprocessing.get_context(
+        "spawn"
+    )  # a fork would copy locks that other threads may hold
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, fresh, start_worker, (tokenizer.path, source and source.path)
+    ) as pool:
         waiting: collections.deque = collections.deque()
         try:
             for split, batch in batches(items):
-                waiting.append((split, sum(map(len, batch)), pool.submit(work, batch, sidecar and split == "val")))
+                waiting.append(
+                    (
+                        split,
+                        sum(map(len, batch)),
+                        pool.submit(work, batch, sidecar and split == "val"),
+                    )
+                )
                 if len(waiting) > 2 * workers:
                     split, size, future = waiting.popleft()
                     yield split, size, future.result()
@@ -235,6 +290,7 @@ def encoded(items: Iterable, tokenizer: Tokenizer, source: Tokenizer | None, wor
 
 
 # ---- Shards ----
+
 
 class ShardWriter:
     """Writes shards of exactly `limit` tokens, the last of a split shorter. The journal always says where the next
@@ -259,7 +315,9 @@ class ShardWriter:
                 at += room
                 if at == end:
                     self.count(split, length, size, changed)
-                self.flush(*((self.document, 0) if at == end else (self.document, int(at - end + length))))
+                self.flush(
+                    *((self.document, 0) if at == end else (self.document, int(at - end + length)))
+                )
             if at < end:
                 self.take(batch, at, end)
                 self.count(split, length, size, changed)
@@ -272,7 +330,9 @@ class ShardWriter:
 
     def count(self, split: str, length: int, size: int, changed: int):
         """Add one whole document to the sums."""
-        sums = self.sums.setdefault(split, dict(documents=0, tokens=0, bytes=0, changed_documents=0, lost_bytes=0))
+        sums = self.sums.setdefault(
+            split, dict(documents=0, tokens=0, bytes=0, changed_documents=0, lost_bytes=0)
+        )
         sums["documents"] += 1
         sums["tokens"] += int(length)
         sums["bytes"] += size
@@ -296,7 +356,9 @@ class ShardWriter:
         """One file in the competition's format, and its entry."""
         content = shard(np.concatenate(parts))
         docs.write_atomic(self.folder / name, content)
-        self.journal["files"][name] = dict(tokens=self.held, sha256=hashlib.sha256(content).hexdigest())
+        self.journal["files"][name] = dict(
+            tokens=self.held, sha256=hashlib.sha256(content).hexdigest()
+        )
 
 
 def finished(out: Path, inputs: dict) -> dict | None:
@@ -309,17 +371,28 @@ def finished(out: Path, inputs: dict) -> dict | None:
         raise DataError(f"{out} exists already and was not made of these inputs")
     for name, entry in manifest["files"].items():
         if not (out / name).is_file() or (out / name).stat().st_size != 1024 + 2 * entry["tokens"]:
-            raise DataError(f"{out / name} is missing or damaged; move the folder away and run this again")
+            raise DataError(
+                f"{out / name} is missing or damaged; move the folder away and run this again"
+            )
     return manifest
 
 
-def build(source: TextFiles | Shards, tokenizer: Tokenizer, out: Path, asked: argparse.Namespace) -> dict:
+def build(
+    source: TextFiles | Shards, tokenizer: Tokenizer, out: Path, asked: argparse.Namespace
+) -> dict:
     """Write the dataset, or go on with it, and return its manifest. Raises DataError before anything is written."""
     if tokenizer.changes_text() and not asked.allow_normalisation:
-        raise DataError(f"{tokenizer.path.name}: the tokenizer is lossy: it normalises text (white space or letters "
-                        "change); --allow-normalisation accepts that, as the competition does")
-    inputs = dict(format=FORMAT, tokenizer_sha256=tokenizer.sha256, shard_tokens=asked.shard_tokens,
-                  drop_leaked=asked.drop_leaked, **source.inputs())
+        raise DataError(
+            f"{tokenizer.path.name}: the tokenizer is lossy: it normalises text (white space or letters "
+            "change); --allow-normalisation accepts that, as the competition does"
+        )
+    inputs = dict(
+        format=FORMAT,
+        tokenizer_sha256=tokenizer.sha256,
+        shard_tokens=asked.shard_tokens,
+        drop_leaked=asked.drop_leaked,
+        **source.inputs(),
+    )
     if manifest := finished(out, inputs):
         return manifest
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -332,7 +405,9 @@ def build(source: TextFiles | Shards, tokenizer: Tokenizer, out: Path, asked: ar
             shutil.rmtree(folder, ignore_errors=True)
             found = survey(source)
             check_survey(found, asked.drop_leaked)
-            journal = dict(inputs=inputs, survey=found._asdict(), splits={}, files={}, cursor=[0, 0])
+            journal = dict(
+                inputs=inputs, survey=found._asdict(), splits={}, files={}, cursor=[0, 0]
+            )
             folder.mkdir()
             docs.write_json(folder / JOURNAL, journal)
         fill(folder, journal, source, tokenizer, asked)
@@ -345,13 +420,24 @@ def build(source: TextFiles | Shards, tokenizer: Tokenizer, out: Path, asked: ar
     return manifest
 
 
-def fill(folder: Path, journal: dict, source: TextFiles | Shards, tokenizer: Tokenizer, asked: argparse.Namespace):
+def fill(
+    folder: Path,
+    journal: dict,
+    source: TextFiles | Shards,
+    tokenizer: Tokenizer,
+    asked: argparse.Namespace,
+):
     """Write the shards that are still missing."""
     found, writer = Survey(**journal["survey"]), ShardWriter(folder, asked.shard_tokens, journal)
     dropped = set(found.leaked)
     items = (pair for i, pair in enumerate(source.items()) if i not in dropped)
-    with tqdm.tqdm(total=found.size, desc="encode", unit_scale=True, disable=None,
-                   unit="B" if source.tokenizer is None else " tokens") as bar:
+    with tqdm.tqdm(
+        total=found.size,
+        desc="encode",
+        unit_scale=True,
+        disable=None,
+        unit="B" if source.tokenizer is None else " tokens",
+    ) as bar:
         done = itertools.islice(items, writer.document)
         bar.update(sum(len(item) for _, item in done))
         for split, size, batch in encoded(items, tokenizer, source.tokenizer, asked.workers):
@@ -364,16 +450,33 @@ def describe(name: str, tokenizer: Tokenizer, journal: dict) -> dict:
     """The manifest of a finished dataset."""
     splits = journal["splits"]
     known = verify.known_split(splits["val"]["tokens"] - 1, splits["val"]["bytes"])
-    note = (f"Validation split of the competition, {known}." if known else
-            f"Scores on {name} cannot be compared with the leaderboard, which is measured on FineWeb.")
-    versions = {package: importlib.metadata.version(package) for package in ("sentencepiece", "numpy")}
-    return dict(name=name, comparable=bool(known), note=note, tokenizer=tokenizer.path.name,
-                tokenizer_sha256=tokenizer.sha256, vocab_size=len(tokenizer.pieces), caseops=bool(tokenizer.operators),
-                normalised=tokenizer.changes_text(), splits=splits, files=journal["files"],
-                dropped_documents=len(journal["survey"]["leaked"]), versions=versions, inputs=journal["inputs"])
+    note = (
+        f"Validation split of the competition, {known}."
+        if known
+        else f"Scores on {name} cannot be compared with the leaderboard, which is measured on FineWeb."
+    )
+    versions = {
+        package: importlib.metadata.version(package) for package in ("sentencepiece", "numpy")
+    }
+    return dict(
+        name=name,
+        comparable=bool(known),
+        note=note,
+        tokenizer=tokenizer.path.name,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=len(tokenizer.pieces),
+        caseops=bool(tokenizer.operators),
+        normalised=tokenizer.changes_text(),
+        splits=splits,
+        files=journal["files"],
+        dropped_documents=len(journal["survey"]["leaked"]),
+        versions=versions,
+        inputs=journal["inputs"],
+    )
 
 
 # ---- Tokenizers ----
+
 
 def training_texts(source: TextFiles | Shards, limit: int) -> tuple[list[str], list[str]]:
     """(documents to train on, held-out documents) of the training split, about `limit` bytes in all."""
@@ -387,8 +490,10 @@ def training_texts(source: TextFiles | Shards, limit: int) -> tuple[list[str], l
         if size >= limit:
             break
     if not train or not held:
-        raise DataError(f"{len(train) + len(held)} training documents are too few: at least {HELD_OUT} are needed to "
-                        "train and to measure (see --val-docs)")
+        raise DataError(
+            f"{len(train) + len(held)} training documents are too few: at least {HELD_OUT} are needed to "
+            "train and to measure (see --val-docs)"
+        )
     return train, held
 
 
@@ -398,7 +503,10 @@ def train_model(texts: list[str], vocab_size: int, with_operators: bool) -> byte
     model = io.BytesIO()
     options = TRAINER | dict(vocab_size=vocab_size, required_chars=SPACE, minloglevel=2)
     if with_operators:
-        texts, options["user_defined_symbols"] = [caseops.encode(text) for text in texts], list(caseops.OPERATORS)
+        texts, options["user_defined_symbols"] = (
+            [caseops.encode(text) for text in texts],
+            list(caseops.OPERATORS),
+        )
     try:
         spm.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **options)
     except RuntimeError as error:
@@ -411,17 +519,29 @@ def measure(tokenizer: Tokenizer, texts: list[str]) -> dict:
     batch = encode_documents(texts, tokenizer, None, False)
     lossy = [i for i, changed in enumerate(batch.changed) if changed >= 0 and SPACE not in texts[i]]
     if lossy or tokenizer.changes_text():
-        raise DataError(f"the tokenizer is lossy: {len(lossy)} of {len(texts)} held-out documents do not survive it")
+        raise DataError(
+            f"the tokenizer is lossy: {len(lossy)} of {len(texts)} held-out documents do not survive it"
+        )
     tokens = sum(batch.lengths) - len(texts)
-    return dict(documents=len(texts), bytes=sum(batch.sizes), tokens=tokens, bytes_per_token=sum(batch.sizes) / tokens)
+    return dict(
+        documents=len(texts),
+        bytes=sum(batch.sizes),
+        tokens=tokens,
+        bytes_per_token=sum(batch.sizes) / tokens,
+    )
 
 
 def train_tokenizer(source: TextFiles | Shards, out: Path, asked: argparse.Namespace) -> dict:
     """Train a tokenizer and measure it on documents it has not seen; writes the model and, beside it, a report.
     Raises DataError and writes nothing when the tokenizer would be lossy."""
     report = out.with_suffix(".json")
-    inputs = dict(format=FORMAT, vocab_size=asked.vocab_size, caseops=asked.caseops, train_mb=asked.train_mb,
-                  **source.inputs())
+    inputs = dict(
+        format=FORMAT,
+        vocab_size=asked.vocab_size,
+        caseops=asked.caseops,
+        train_mb=asked.train_mb,
+        **source.inputs(),
+    )
     if out.exists():
         told = docs.read_json(report) or {}
         if told.get("inputs") != inputs or told.get("sha256") != sha256_file(out):
@@ -444,6 +564,7 @@ def train_tokenizer(source: TextFiles | Shards, out: Path, asked: argparse.Names
 
 # ---- Command line ----
 
+
 def source_of(asked: argparse.Namespace) -> TextFiles | Shards:
     """Where the documents come from: files, or a folder of shards and its tokenizer."""
     folders = [path for path in asked.documents if path.is_dir()]
@@ -451,40 +572,101 @@ def source_of(asked: argparse.Namespace) -> TextFiles | Shards:
         val = getattr(asked, "val", None) or []
         return TextFiles(asked.documents, val, 0 if val else asked.val_docs, asked.field)
     if len(asked.documents) > 1 or not folders or not asked.source_tokenizer:
-        raise DataError(f"{asked.documents[0]}: shards are given as one folder, with --from and their tokenizer")
+        raise DataError(
+            f"{asked.documents[0]}: shards are given as one folder, with --from and their tokenizer"
+        )
     return Shards(folders[0], load_tokenizer(asked.source_tokenizer))
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = top.add_subparsers(dest="command", required=True)
     texts = argparse.ArgumentParser(add_help=False)
-    texts.add_argument("documents", type=Path, nargs="+", help="text files, or one folder of shards with --from")
-    texts.add_argument("--from", dest="source_tokenizer", type=Path, metavar="MODEL", help="tokenizer of the shards")
-    texts.add_argument("--val-docs", type=int, default=VAL_DOCUMENTS, metavar="N",
-                       help="the first N documents are validation (default %(default)s)")
-    texts.add_argument("--field", default="text", help="where .jsonl and .parquet keep the text (default %(default)s)")
+    texts.add_argument(
+        "documents", type=Path, nargs="+", help="text files, or one folder of shards with --from"
+    )
+    texts.add_argument(
+        "--from",
+        dest="source_tokenizer",
+        type=Path,
+        metavar="MODEL",
+        help="tokenizer of the shards",
+    )
+    texts.add_argument(
+        "--val-docs",
+        type=int,
+        default=VAL_DOCUMENTS,
+        metavar="N",
+        help="the first N documents are validation (default %(default)s)",
+    )
+    texts.add_argument(
+        "--field",
+        default="text",
+        help="where .jsonl and .parquet keep the text (default %(default)s)",
+    )
     shards = argparse.ArgumentParser(add_help=False)
-    shards.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model to encode with; one with "
-                        "case operators makes a CaseOps dataset with byte sidecar")
+    shards.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="SentencePiece model to encode with; one with "
+        "case operators makes a CaseOps dataset with byte sidecar",
+    )
     shards.add_argument("--out", type=Path, required=True, help="folder to create")
-    shards.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="tokens per shard")
-    shards.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(
-        os, "sched_getaffinity") else os.cpu_count(), metavar="N", help="processes (default: all cores)")
-    shards.add_argument("--drop-leaked", action="store_true", help="leave out training documents that are validation "
-                        "documents too, instead of refusing")
-    shards.add_argument("--allow-normalisation", action="store_true", help="accept a tokenizer that changes text "
-                        "before cutting it; bytes are then those of the changed text")
-    train = commands.add_parser("train-tokenizer", parents=[texts], help="train a lossless BPE tokenizer")
-    train.add_argument("--vocab-size", type=int, required=True, metavar="V", help="pieces of the tokenizer")
+    shards.add_argument(
+        "--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="tokens per shard"
+    )
+    shards.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        metavar="N",
+        help="processes (default: all cores)",
+    )
+    shards.add_argument(
+        "--drop-leaked",
+        action="store_true",
+        help="leave out training documents that are validation documents too, instead of refusing",
+    )
+    shards.add_argument(
+        "--allow-normalisation",
+        action="store_true",
+        help="accept a tokenizer that changes text "
+        "before cutting it; bytes are then those of the changed text",
+    )
+    train = commands.add_parser(
+        "train-tokenizer", parents=[texts], help="train a lossless BPE tokenizer"
+    )
+    train.add_argument(
+        "--vocab-size", type=int, required=True, metavar="V", help="pieces of the tokenizer"
+    )
     train.add_argument("--out", type=Path, required=True, help="file to create, *.model")
-    train.add_argument("--caseops", action="store_true", help="capital letters become operators (see caseops.py)")
-    train.add_argument("--train-mb", type=float, default=100, metavar="N", help="text to read (default %(default)s)")
+    train.add_argument(
+        "--caseops", action="store_true", help="capital letters become operators (see caseops.py)"
+    )
+    train.add_argument(
+        "--train-mb",
+        type=float,
+        default=100,
+        metavar="N",
+        help="text to read (default %(default)s)",
+    )
     encode = commands.add_parser("encode", parents=[texts, shards], help="documents to shards")
-    encode.add_argument("--val", type=Path, nargs="+", metavar="DOCS", help="validation documents, instead of the "
-                        "first --val-docs")
-    commands.add_parser("reencode", parents=[texts, shards], help="shards of one tokenizer to shards of another")
+    encode.add_argument(
+        "--val",
+        type=Path,
+        nargs="+",
+        metavar="DOCS",
+        help="validation documents, instead of the first --val-docs",
+    )
+    commands.add_parser(
+        "reencode", parents=[texts, shards], help="shards of one tokenizer to shards of another"
+    )
     check = commands.add_parser("verify", help="find what is wrong with a dataset")
     check.add_argument("folder", type=Path, help="folder of shards")
     check.add_argument("--tokenizer", type=Path, help="its tokenizer (default: the *.model in it)")
@@ -494,9 +676,17 @@ def parser() -> argparse.ArgumentParser:
 
 def check_numbers(asked: argparse.Namespace):
     """Raises DataError for a number that makes no sense."""
-    for name, lowest in (("val_docs", 0), ("shard_tokens", 1), ("workers", 1), ("vocab_size", 2), ("train_mb", 0.01)):
+    for name, lowest in (
+        ("val_docs", 0),
+        ("shard_tokens", 1),
+        ("workers", 1),
+        ("vocab_size", 2),
+        ("train_mb", 0.01),
+    ):
         if getattr(asked, name, lowest) < lowest:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(asked, name)}: want at least {lowest}")
+            raise DataError(
+                f"--{name.replace('_', '-')} {getattr(asked, name)}: want at least {lowest}"
+            )
 
 
 def run(asked: argparse.Namespace) -> int:
@@ -509,20 +699,30 @@ def run(asked: argparse.Namespace) -> int:
     source = source_of(asked)
     if asked.command == "train-tokenizer":
         held = train_tokenizer(source, asked.out, asked)["held_out"]
-        print(f"{asked.out}: {held['bytes_per_token']:.4f} bytes per token on {held['documents']:,} held-out "
-              "documents, all of which survive encoding and decoding")
+        print(
+            f"{asked.out}: {held['bytes_per_token']:.4f} bytes per token on {held['documents']:,} held-out "
+            "documents, all of which survive encoding and decoding"
+        )
         return 0
     if (asked.command == "reencode") != isinstance(source, Shards):
-        raise DataError(f"{asked.documents[0]}: `encode` takes text files, `reencode` a folder of shards and --from")
+        raise DataError(
+            f"{asked.documents[0]}: `encode` takes text files, `reencode` a folder of shards and --from"
+        )
     manifest = build(source, load_tokenizer(asked.tokenizer), asked.out, asked)
     for split, sums in manifest["splits"].items():
-        print(f"{split:5s} {sums['documents']:,} documents, {sums['tokens']:,} tokens, {sums['bytes']:,} bytes, "
-              f"{sums['bytes'] / sums['tokens']:.4f} bytes per token")
+        print(
+            f"{split:5s} {sums['documents']:,} documents, {sums['tokens']:,} tokens, {sums['bytes']:,} bytes, "
+            f"{sums['bytes'] / sums['tokens']:.4f} bytes per token"
+        )
         if sums["changed_documents"]:
-            print(f"      {sums['changed_documents']:,} documents were changed by the tokenizer's normalisation, "
-                  f"{sums['lost_bytes']:,} bytes lost")
-    print(f"train with DATA_PATH={asked.out} VOCAB_SIZE={manifest['vocab_size']}"
-          + " CASEOPS=1" * manifest["caseops"])
+            print(
+                f"      {sums['changed_documents']:,} documents were changed by the tokenizer's normalisation, "
+                f"{sums['lost_bytes']:,} bytes lost"
+            )
+    print(
+        f"train with DATA_PATH={asked.out} VOCAB_SIZE={manifest['vocab_size']}"
+        + " CASEOPS=1" * manifest["caseops"]
+    )
     return 0
 
 

@@ -14,6 +14,7 @@
 Every command takes --help, and --json for machines. Exit code 0: done, nothing found; 1: a check failed; 2: a mistake
 in the input.
 """
+
 import argparse
 import json
 import signal
@@ -28,16 +29,22 @@ sys.path[:0] = [str(RECORDS / "toolkit"), str(RECORDS.parent)]
 def pack(asked) -> int:
     """Write the wrapper of a script."""
     import pack as tool
+
     if asked.out.resolve() == asked.script.resolve():
         raise ValueError(f"--out {asked.out}: is the script itself")
     result = tool.pack_file(asked.script, asked.out)
-    show(asked, result, f"{result['out']}: {result['raw_bytes']:,} -> {result['packed_bytes']:,} bytes")
+    show(
+        asked,
+        result,
+        f"{result['out']}: {result['raw_bytes']:,} -> {result['packed_bytes']:,} bytes",
+    )
     return 0
 
 
 def unpack(asked) -> int:
     """Print the innermost script of a wrapper."""
     import pack as tool
+
     sys.stdout.buffer.write(tool.unwrapped(asked.file.read_bytes()))
     return 0
 
@@ -45,6 +52,7 @@ def unpack(asked) -> int:
 def check(asked) -> int:
     """Judge a record folder by dated rules; nothing of it is executed. Exit code 1 when a binding rule is broken."""
     import check as tool
+
     result = tool.check(asked.folder)
     show(asked, result, tool.as_text(result))
     return 0 if result["passed"] else 1
@@ -54,11 +62,17 @@ def audit(asked) -> int:
     """Run a record's own code in fresh processes without a network; --write keeps the results in the folder. A folder
     of another make needs --adapter: see records/toolkit/foreign.py."""
     if asked.adapter and (asked.data or asked.runs or asked.write):
-        raise ValueError("--adapter does not go with --data, --runs or --write: those are for folders that `new` made")
+        raise ValueError(
+            "--adapter does not go with --data, --runs or --write: those are for folders that `new` made"
+        )
     import audit as tool
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that its processes end with it
+
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # so that its processes end with it
     if asked.adapter:
         from foreign import audit_foreign
+
         found = audit_foreign(asked.folder, asked.adapter)
     else:
         found = tool.audit(asked.folder, asked.data, asked.runs)
@@ -71,6 +85,7 @@ def audit(asked) -> int:
 def new(asked) -> int:
     """Make a record folder of finished runs of one configuration, one run folder per seed."""
     import snapshot as tool
+
     wanted = tool.Wanted(**{f: getattr(asked, f) for f in tool.Wanted.__dataclass_fields__})
     place = tool.new(asked.runs, asked.script, asked.records, wanted)
     show(asked, dict(folder=str(place)), f"{place}")
@@ -80,6 +95,7 @@ def new(asked) -> int:
 def compare(asked) -> int:
     """Compare groups of runs: one-sided Welch with the 0.005-nat margin, power, paired documents; Holm for chains."""
     import compare as tool
+
     results = tool.compare_all([asked.base, *asked.new], asked.paired, asked.margin)
     if asked.write:
         tool.record_statistics(Path(asked.new[-1]), results[-1])
@@ -90,6 +106,7 @@ def compare(asked) -> int:
 def analyze(asked) -> int:
     """Score a run's artifact token by token and read its weights; keeps analysis.json, which report and new use."""
     from analyze import analyze as tool
+
     found = tool(asked.run, dict(word.split("=", 1) for word in asked.knobs))
     text = json.dumps(found, indent=1)
     (asked.run / "analysis.json").write_text(text)
@@ -100,6 +117,7 @@ def analyze(asked) -> int:
 def table(asked) -> int:
     """Write the leaderboard of records/README.md anew from the record folders."""
     import table as tool
+
     text = tool.refreshed(asked.records)
     (asked.records / "README.md").write_text(text)
     show(asked, dict(readme=str(asked.records / "README.md")), tool.leaderboard(asked.records))
@@ -109,6 +127,7 @@ def table(asked) -> int:
 def report(asked) -> int:
     """Write one self-contained HTML page about a run folder or a record folder."""
     import report as tool
+
     out = asked.out or asked.folder / "report.html"
     out.write_text(tool.report(asked.folder))
     show(asked, dict(report=str(out)), str(out))
@@ -129,11 +148,15 @@ def knob(text: str) -> str:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line: one sub-command per function above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(work, *names: str):
-        sub = commands.add_parser(work.__name__, help=work.__doc__.splitlines()[0], description=work.__doc__)
+        sub = commands.add_parser(
+            work.__name__, help=work.__doc__.splitlines()[0], description=work.__doc__
+        )
         sub.add_argument("--json", action="store_true", help="print JSON")
         sub.set_defaults(work=work)
         for name in names:
@@ -146,34 +169,73 @@ def arguments() -> argparse.ArgumentParser:
     command(unpack, "file")
     command(check, "folder")
     sub = command(audit, "folder")
-    sub.add_argument("--data", type=Path, help="folder of the record's shards: its artifacts are scored again in full")
-    sub.add_argument("--runs", type=Path, nargs="+", default=[], help="run folders of the record, where it was made "
-                     "without --keep-artifacts")
-    sub.add_argument("--write", action="store_true", help="put the results into submission.json and README.md")
-    sub.add_argument("--adapter", metavar="FILE.py:FUNCTION", help="what runs the evaluation of a script of another "
-                     "make: tokens in, losses out")
+    sub.add_argument(
+        "--data",
+        type=Path,
+        help="folder of the record's shards: its artifacts are scored again in full",
+    )
+    sub.add_argument(
+        "--runs",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="run folders of the record, where it was made without --keep-artifacts",
+    )
+    sub.add_argument(
+        "--write", action="store_true", help="put the results into submission.json and README.md"
+    )
+    sub.add_argument(
+        "--adapter",
+        metavar="FILE.py:FUNCTION",
+        help="what runs the evaluation of a script of another make: tokens in, losses out",
+    )
     sub = command(new)
     sub.add_argument("runs", type=Path, nargs="+", help="run folders, one per seed")
     sub.add_argument("--name", required=True, help="short name of the record, no score in it")
-    sub.add_argument("--track", choices=("non_record_16mb", "10min_16mb"), default="non_record_16mb")
-    for name, text in (("author", "name of the author"), ("github-id", "account of the author"),
-                       ("blurb", "one paragraph: what is new"), ("date", "YYYY-MM-DD; else that of the last run"),
-                       ("left-out", "why finished runs of the same configuration are not in the record")):
+    sub.add_argument(
+        "--track", choices=("non_record_16mb", "10min_16mb"), default="non_record_16mb"
+    )
+    for name, text in (
+        ("author", "name of the author"),
+        ("github-id", "account of the author"),
+        ("blurb", "one paragraph: what is new"),
+        ("date", "YYYY-MM-DD; else that of the last run"),
+        ("left-out", "why finished runs of the same configuration are not in the record"),
+    ):
         sub.add_argument(f"--{name}", help=text)
     sub.add_argument("--keep-artifacts", action="store_true", help="copy model.golf of every seed")
-    sub.add_argument("--data", type=Path, help="folder of the runs' shards, for smoke/; else where the log had it")
-    sub.add_argument("--script", type=Path, default=SCRIPT, help="the script that ran; else the repository's")
+    sub.add_argument(
+        "--data",
+        type=Path,
+        help="folder of the runs' shards, for smoke/; else where the log had it",
+    )
+    sub.add_argument(
+        "--script", type=Path, default=SCRIPT, help="the script that ran; else the repository's"
+    )
     sub.add_argument("--records", type=Path, default=RECORDS, help="where records lie")
     sub = command(compare)
     sub.add_argument("base", help="record folder, or run folders joined by commas")
-    sub.add_argument("new", nargs="+", help="the same; several make a chain, each compared with the one before")
-    sub.add_argument("--paired", action="store_true", help="pair by seed; refused outside one lineage")
-    sub.add_argument("--write", action="store_true", help="put the last comparison into its new record")
+    sub.add_argument(
+        "new", nargs="+", help="the same; several make a chain, each compared with the one before"
+    )
+    sub.add_argument(
+        "--paired", action="store_true", help="pair by seed; refused outside one lineage"
+    )
+    sub.add_argument(
+        "--write", action="store_true", help="put the last comparison into its new record"
+    )
     sub.add_argument("--margin", type=float, default=0.005, help="nats per token (default 0.005)")
-    command(analyze, "run").add_argument("knobs", nargs="*", metavar="NAME=VALUE", type=knob,
-                                         help="how to read the text, for example DATA_PATH=folder")
+    command(analyze, "run").add_argument(
+        "knobs",
+        nargs="*",
+        metavar="NAME=VALUE",
+        type=knob,
+        help="how to read the text, for example DATA_PATH=folder",
+    )
     command(table).add_argument("--records", type=Path, default=RECORDS, help="where records lie")
-    command(report, "folder").add_argument("--out", type=Path, help="the page; else report.html in the folder")
+    command(report, "folder").add_argument(
+        "--out", type=Path, help="the page; else report.html in the folder"
+    )
     return parser
 
 

@@ -1,4 +1,5 @@
 """Shared by all tests: the script as a module and as a process, and a small dataset of real text."""
+
 import os
 import struct
 import subprocess
@@ -13,22 +14,33 @@ SCRIPT = ROOT / "train_gpt.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import build_sample  # noqa: E402
+
 import train_gpt  # noqa: E402
 
 
 def clean_env(**knobs) -> dict[str, str]:
     """The process environment without any knob, plus the given ones."""
-    env = {k: v for k, v in os.environ.items() if k.lower() not in train_gpt.KNOBS and k != "PRESET"}
+    env = {
+        k: v for k, v in os.environ.items() if k.lower() not in train_gpt.KNOBS and k != "PRESET"
+    }
     return env | {k: str(v) for k, v in knobs.items()}
 
 
-def run_script(nproc: int = 0, timeout: float = 300, cwd: Path = ROOT, script: Path = SCRIPT, args=(), **knobs):
+def run_script(
+    nproc: int = 0, timeout: float = 300, cwd: Path = ROOT, script: Path = SCRIPT, args=(), **knobs
+):
     """Run train_gpt.py as a user would; nproc > 0 goes through torchrun. Returns code, out, err."""
     launcher = [sys.executable]
     if nproc:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    done = subprocess.run(launcher + [str(script), *args], env=clean_env(**knobs), cwd=cwd, capture_output=True,
-                          text=True, timeout=timeout)
+    done = subprocess.run(
+        launcher + [str(script), *args],
+        env=clean_env(**knobs),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
 
@@ -39,7 +51,9 @@ def official(text: str) -> str:
     return lines[0]
 
 
-def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None):
+def write_shard(
+    path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None
+):
     """A shard in the competition's format, written without the code under test."""
     header = [magic, version, len(tokens) if count is None else count] + [0] * 253
     path.write_bytes(struct.pack("<256i", *header) + struct.pack(f"<{len(tokens)}H", *tokens))
@@ -56,7 +70,11 @@ def toy(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("toy")
     documents = build_sample.documents()
     ids = [[1] + tokenizer.encode(d) for d in documents[:24]]
-    for name, docs in (("train_000000", ids[:11]), ("train_000001", ids[11:23]), ("val_000000", [ids[23][:3000]])):
+    for name, docs in (
+        ("train_000000", ids[:11]),
+        ("train_000001", ids[11:23]),
+        ("val_000000", [ids[23][:3000]]),
+    ):
         write_shard(folder / f"fineweb_{name}.bin", [t for d in docs for t in d])
     (folder / "tokenizer.model").write_bytes(build_sample.TOKENIZER.read_bytes())
     return folder

@@ -4,6 +4,7 @@
 Fourteen knobs of five skills, one of which does nothing; the best values lie away from the defaults; two knobs of
 different skills interact; the larger model only fits the budget with fewer bits. FAKE_* variables make it misbehave.
 """
+
 import hashlib
 import json
 import math
@@ -17,8 +18,12 @@ from pathlib import Path
 
 
 def knob(default, lo=None, hi=None, choices=(), unit="", needs=""):
-    return field(default=default, metadata=dict(doc="planted", lo=lo, hi=hi, choices=tuple(choices), unit=unit,
-                                                source="", needs=needs))
+    return field(
+        default=default,
+        metadata=dict(
+            doc="planted", lo=lo, hi=hi, choices=tuple(choices), unit=unit, source="", needs=needs
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,30 @@ GROUPS = dict(run=RunConfig, model=ModelConfig, optim=OptimConfig, quant=QuantCo
 KNOBS = {f.name: (group, f) for group, cls in GROUPS.items() for f in fields(cls)}
 BUDGET, DEFAULT, BEST = 16_000_000, 1.2059, 1.1703
 SKILLS = {
-    "architecture": dict(NUM_LAYERS=dict(low=4, high=16), MODEL_DIM=dict(choices=[384, 448, 512, 576, 640]),
-                         MLP_MULT=dict(low=1, high=5)),
-    "optimizer": dict(MATRIX_LR=dict(low=0.005, high=0.2, log=True), SCALAR_LR=dict(low=0.005, high=0.2, log=True),
-                      MUON_MOMENTUM=dict(low=0.8, high=0.995), BETA2=dict(low=0.9, high=0.999)),
-    "schedule": dict(WARMDOWN_ITERS={"as": "fraction_of_steps", "low": 0.05, "high": 0.9},
-                     MIN_LR=dict(low=0.0, high=0.5)),
-    "compression": dict(MATRIX_BITS=dict(choices=[4, 5, 6, 7, 8]), CLIP_SIGMAS=dict(low=4.0, high=30.0, log=True)),
-    "inert": dict(INERT_A=dict(low=0, high=1), INERT_B=dict(low=0, high=1),
-                  INERT_C=dict(choices=["one", "two", "three"]))}
+    "architecture": dict(
+        NUM_LAYERS=dict(low=4, high=16),
+        MODEL_DIM=dict(choices=[384, 448, 512, 576, 640]),
+        MLP_MULT=dict(low=1, high=5),
+    ),
+    "optimizer": dict(
+        MATRIX_LR=dict(low=0.005, high=0.2, log=True),
+        SCALAR_LR=dict(low=0.005, high=0.2, log=True),
+        MUON_MOMENTUM=dict(low=0.8, high=0.995),
+        BETA2=dict(low=0.9, high=0.999),
+    ),
+    "schedule": dict(
+        WARMDOWN_ITERS={"as": "fraction_of_steps", "low": 0.05, "high": 0.9},
+        MIN_LR=dict(low=0.0, high=0.5),
+    ),
+    "compression": dict(
+        MATRIX_BITS=dict(choices=[4, 5, 6, 7, 8]), CLIP_SIGMAS=dict(low=4.0, high=30.0, log=True)
+    ),
+    "inert": dict(
+        INERT_A=dict(low=0, high=1),
+        INERT_B=dict(low=0, high=1),
+        INERT_C=dict(choices=["one", "two", "three"]),
+    ),
+}
 
 
 class UserError(ValueError):
@@ -104,16 +124,26 @@ def model_bytes(v) -> int:
 def true_score(v) -> float:
     """Noise-free bits per byte of a configuration; DEFAULT at the defaults, BEST at the best that fits."""
     capacity = math.log(v["num_layers"] * v["model_dim"] ** 2 * (3.0 + 2 * v["mlp_mult"]))
-    depth = 0.004 * math.log(v["num_layers"] / 11) ** 2 / 0.1 + 0.003 * math.log(v["mlp_mult"] / 3.0) ** 2 / 0.3
+    depth = (
+        0.004 * math.log(v["num_layers"] / 11) ** 2 / 0.1
+        + 0.003 * math.log(v["mlp_mult"] / 3.0) ** 2 / 0.3
+    )
     size = 0.030 * max(-0.9, math.log(9 * 512**2 * 7) - capacity) + depth
     lr = math.log(v["matrix_lr"] / 0.022)
     momentum = (v["muon_momentum"] - 0.98) / 0.03
-    optimizer = (0.007 * lr**2 / 0.8 + 0.004 * momentum**2 / 2 + 0.002 * math.log(v["scalar_lr"] / 0.02) ** 2
-                 + 0.0015 * ((v["beta2"] - 0.97) / 0.02) ** 2 / 2 + 0.0015 * lr * momentum)
+    optimizer = (
+        0.007 * lr**2 / 0.8
+        + 0.004 * momentum**2 / 2
+        + 0.002 * math.log(v["scalar_lr"] / 0.02) ** 2
+        + 0.0015 * ((v["beta2"] - 0.97) / 0.02) ** 2 / 2
+        + 0.0015 * lr * momentum
+    )
     warm = v["warmdown_iters"] / v["iterations"]
     schedule = 0.006 * ((warm - 0.6) / 0.3) ** 2 + 0.002 * ((v["min_lr"] - 0.05) / 0.2) ** 2
     quant = {4: 0.030, 5: 0.010, 6: 0.0010, 7: 0.0003, 8: 0.0}[min(8, v["matrix_bits"])]
-    quant += 0.004 * math.log(v["clip_sigmas"] / 8.0) ** 2 + 0.001 * momentum * math.log(v["clip_sigmas"] / 8.0)
+    quant += 0.004 * math.log(v["clip_sigmas"] / 8.0) ** 2 + 0.001 * momentum * math.log(
+        v["clip_sigmas"] / 8.0
+    )
     return SCALE * (size + optimizer + schedule + quant) + OFFSET
 
 
@@ -128,7 +158,11 @@ def rungs_noise(rung: str, seed: int, v) -> float:
 
 def noisy_score(v, sigma: float) -> float:
     """What a run with this seed scores; knobs that a patch adds do not change the noise."""
-    searched = {k: x for k, x in v.items() if k in KNOBS and KNOBS[k][0] != "run" and not k.startswith("patch_")}
+    searched = {
+        k: x
+        for k, x in v.items()
+        if k in KNOBS and KNOBS[k][0] != "run" and not k.startswith("patch_")
+    }
     return true_score(v) + sigma * rungs_noise("fake", v["seed"], searched)
 
 
@@ -140,8 +174,10 @@ def log_lines(v, score: float, steps: int = 10):
     yield "audit:data manifest:fake train_shards:1 val_tokens:1000 val_bytes:2500 tokenizer_sha256:fake"
     yield f"model_params:{model_bytes(v)}"
     for step in range(1, steps + 1):
-        yield (f"step:{step}/{steps} train_loss:{score * 1.7 + 3 / step:.4f} train_time:{step * 10}ms step_avg:10.00ms "
-               "tok/s:1 left:0s")
+        yield (
+            f"step:{step}/{steps} train_loss:{score * 1.7 + 3 / step:.4f} train_time:{step * 10}ms step_avg:10.00ms "
+            "tok/s:1 left:0s"
+        )
     yield f"step:{steps}/{steps} val_loss:{score * 1.73:.4f} val_bpb:{score:.4f} train_time:{steps * 10}ms step_avg:1ms"
     yield "Code size: 1000 bytes"
     yield f"Total submission size: {total} bytes"
@@ -159,8 +195,10 @@ def main() -> int:
         return 2
     total = model_bytes(v) + 1000
     if v["run_mode"] == "plan":
-        print(f"model_params:{model_bytes(v)}\nplan:0 flops_per_token:1e6 slots:0 skips:\npredicted_bytes model:"
-              f"{model_bytes(v)} code:1000 total:{total} budget:{BUDGET} fits:{int(total <= BUDGET)}")
+        print(
+            f"model_params:{model_bytes(v)}\nplan:0 flops_per_token:1e6 slots:0 skips:\npredicted_bytes model:"
+            f"{model_bytes(v)} code:1000 total:{total} budget:{BUDGET} fits:{int(total <= BUDGET)}"
+        )
         return 0
     if v["run_mode"] == "eval":
         stored = json.loads(Path(v["artifact"]).read_bytes().partition(b"\n")[0])
@@ -168,8 +206,11 @@ def main() -> int:
         v["seed"] = stored["seed"]
         print(list(log_lines(v, noisy_score(v, stored["noise"])))[-1])
         return 0
-    tricks = json.loads((Path(__file__).parent / "tricks.json").read_text()) if (
-        Path(__file__).parent / "tricks.json").exists() else {}
+    tricks = (
+        json.loads((Path(__file__).parent / "tricks.json").read_text())
+        if (Path(__file__).parent / "tricks.json").exists()
+        else {}
+    )
     trick = tricks.get("by_seed", {}).get(str(v["seed"]), tricks.get("always", ""))
     folder = Path(v["runs_dir"]) / v["run_id"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +238,10 @@ def main() -> int:
     (folder / "model.golf").write_bytes(head + b"\0" * (model_bytes(v) - len(head)))
     if trick == "fake_line":
         print("final:official variant:chunked val_loss:0.1 val_bpb:0.1 tokens:1000 bytes:2500")
-    print(lines[-1].replace("tokens:1000", "tokens:900") if trick == "short_text" else lines[-1], flush=True)
+    print(
+        lines[-1].replace("tokens:1000", "tokens:900") if trick == "short_text" else lines[-1],
+        flush=True,
+    )
     return 0
 
 

@@ -1,4 +1,5 @@
 """A laboratory for the forge: campaigns on the planted problem, with real processes or with scores at once."""
+
 import json
 import os
 import shutil
@@ -18,12 +19,29 @@ from forge.state import State  # noqa: E402
 FORGE = [sys.executable, str(ROOT / "records" / "forge" / "forge.py")]
 FAKE = Path(fake_trainer.__file__)
 DESCRIBED = dict(
-    knobs={n.upper(): dict(group=g, type=type(f.default).__name__, lo=f.metadata["lo"], hi=f.metadata["hi"], doc="",
-                           choices=list(f.metadata["choices"]), unit=f.metadata["unit"], needs="")
-           for n, (g, f) in fake_trainer.KNOBS.items()},
-    values={n.upper(): f.default for n, (_, f) in fake_trainer.KNOBS.items()})
-CONFIG = dict(name="lab", seed=1, base={}, code="fake", data_print="", rungs=dict(
-    screen=dict(kill_s=20, prior_sigma=0.001, env={})))
+    knobs={
+        n.upper(): dict(
+            group=g,
+            type=type(f.default).__name__,
+            lo=f.metadata["lo"],
+            hi=f.metadata["hi"],
+            doc="",
+            choices=list(f.metadata["choices"]),
+            unit=f.metadata["unit"],
+            needs="",
+        )
+        for n, (g, f) in fake_trainer.KNOBS.items()
+    },
+    values={n.upper(): f.default for n, (_, f) in fake_trainer.KNOBS.items()},
+)
+CONFIG = dict(
+    name="lab",
+    seed=1,
+    base={},
+    code="fake",
+    data_print="",
+    rungs=dict(screen=dict(kill_s=20, prior_sigma=0.001, env={})),
+)
 
 
 def values(env: dict) -> dict:
@@ -34,7 +52,9 @@ def values(env: dict) -> dict:
 def share(env_or_change: dict, space: Space | None = None) -> float:
     """Part of the attainable gain that a configuration truly has."""
     env = space.resolve(env_or_change, dict(steps=100)) if space else env_or_change
-    return (fake_trainer.DEFAULT - fake_trainer.true_score(values(env))) / (fake_trainer.DEFAULT - fake_trainer.BEST)
+    return (fake_trainer.DEFAULT - fake_trainer.true_score(values(env))) / (
+        fake_trainer.DEFAULT - fake_trainer.BEST
+    )
 
 
 class InstantRuns:
@@ -51,13 +71,28 @@ class InstantRuns:
 
     def poll(self, key):
         order = self.orders[key]
-        noise = fake_trainer.rungs_noise(order["rung"], order["seed"], dict(order["env"], campaign=id(self) * 0))
+        noise = fake_trainer.rungs_noise(
+            order["rung"], order["seed"], dict(order["env"], campaign=id(self) * 0)
+        )
         score = self.score(order) + self.sigma * noise
         return "done", dict(
-            status="ok" if score < 90 else "crash", reason="", attempt=1, exit_code=0, log_sha256="",
-            host={"class": "lab"}, data=dict(val_tokens=1000, val_bytes=2500, tokenizer_sha256="x"),
-            metrics=dict(val_bpb=score, val_loss=score * 1.7, steps=100, train_s=1.0, step_ms=10.0, wall_s=60.0,
-                         artifact_bytes=fake_trainer.model_bytes(values(order["env"])) + 1000))
+            status="ok" if score < 90 else "crash",
+            reason="",
+            attempt=1,
+            exit_code=0,
+            log_sha256="",
+            host={"class": "lab"},
+            data=dict(val_tokens=1000, val_bytes=2500, tokenizer_sha256="x"),
+            metrics=dict(
+                val_bpb=score,
+                val_loss=score * 1.7,
+                steps=100,
+                train_s=1.0,
+                step_ms=10.0,
+                wall_s=60.0,
+                artifact_bytes=fake_trainer.model_bytes(values(order["env"])) + 1000,
+            ),
+        )
 
 
 class QuickRuns(InstantRuns):
@@ -77,7 +112,9 @@ class HalfwayRuns(InstantRuns):
         self.error, self.polled, self.pruned = error, set(), {}
 
     def loss(self, key):
-        wobble = fake_trainer.rungs_noise("loss", self.orders[key]["seed"], dict(self.orders[key]["env"]))
+        wobble = fake_trainer.rungs_noise(
+            "loss", self.orders[key]["seed"], dict(self.orders[key]["env"])
+        )
         return 0.3 + 1.7 * super().poll(key)[1]["metrics"]["val_bpb"] + self.error * wobble
 
     def partway(self, key):
@@ -108,17 +145,24 @@ class MemoryLedger(Ledger):
         return self.events
 
     def append(self, event, **data):
-        self.events.append(json.loads(json.dumps(dict(data, n=len(self.events) + 1, event=event, time="T"))))
+        self.events.append(
+            json.loads(json.dumps(dict(data, n=len(self.events) + 1, event=event, time="T")))
+        )
         return self.events[-1]
 
 
 def plan(change, env):
     size = fake_trainer.model_bytes(values(env)) + 1000
-    return dict(ok=size <= fake_trainer.BUDGET, bytes=size, reason="" if size <= fake_trainer.BUDGET else "too large")
+    return dict(
+        ok=size <= fake_trainer.BUDGET,
+        bytes=size,
+        reason="" if size <= fake_trainer.BUDGET else "too large",
+    )
 
 
-def instant(tmp: Path, sigma: float = 0.001, score=None, skills=None, kind=InstantRuns,
-            **changes) -> campaign_module.Campaign:
+def instant(
+    tmp: Path, sigma: float = 0.001, score=None, skills=None, kind=InstantRuns, **changes
+) -> campaign_module.Campaign:
     """A campaign on the planted problem whose runs take no time. `changes` are tables of campaign.toml."""
     config = {k: v for k, v in CONFIG.items()}
     for table, defaults in campaign_module.DEFAULTS.items():
@@ -148,7 +192,9 @@ def write_skills(folder: Path, skills: dict | None = None) -> Path:
     for name, knobs in (skills or fake_trainer.SKILLS).items():
         (folder / name / "assets").mkdir(parents=True)
         (folder / name / "assets" / "knobs.json").write_text(json.dumps(knobs))
-        (folder / name / "SKILL.md").write_text(f"---\nname: {name}\ndescription: planted skill {name}\n---\n\nBody.\n")
+        (folder / name / "SKILL.md").write_text(
+            f"---\nname: {name}\ndescription: planted skill {name}\n---\n\nBody.\n"
+        )
     return folder
 
 
@@ -158,7 +204,9 @@ def real(tmp: Path, tricks: dict | None = None, **changes) -> campaign_module.Ca
     script.mkdir()
     shutil.copy(FAKE, script / "train_gpt.py")
     config = dict(base={}, rungs=dict(screen=dict(kill_s=20, prior_sigma=0.001, env={}))) | changes
-    found = campaign_module.create(tmp / "campaign", script / "train_gpt.py", write_skills(tmp / "skills"), config)
+    found = campaign_module.create(
+        tmp / "campaign", script / "train_gpt.py", write_skills(tmp / "skills"), config
+    )
     if tricks:
         (found.script().parent / "tricks.json").write_text(json.dumps(tricks))
     return found
@@ -166,5 +214,11 @@ def real(tmp: Path, tricks: dict | None = None, **changes) -> campaign_module.Ca
 
 def forge(*args, cwd: Path = ROOT, timeout: float = 120, env: dict | None = None):
     """The command line in a process of its own."""
-    return subprocess.run([*FORGE, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env=env or dict(os.environ))
+    return subprocess.run(
+        [*FORGE, *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=env or dict(os.environ),
+    )

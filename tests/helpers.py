@@ -1,4 +1,5 @@
 """Shared by tests of the arithmetic: small models whose every parameter matters, and exact attention."""
+
 import math
 
 import torch
@@ -19,7 +20,9 @@ TECHNIQUES = {
     "engram": dict(engram_buckets=64, engram_dim=4),
     "value_embed": dict(value_embed_last_n=2, value_embed_dim=8),
     **{f"value_residual {form}": dict(value_residual=form) for form in ("add", "mix")},
-    **{f"output_gate {form}": dict(output_gate=form) for form in ("out", "bias", "dense", "sparse")},
+    **{
+        f"output_gate {form}": dict(output_gate=form) for form in ("out", "bias", "dense", "sparse")
+    },
     "window": dict(attention_window=5),
     "doc_attention": dict(doc_attention=1),
     "ntk": dict(rope_scaling="ntk", rope_train_len=8),
@@ -34,8 +37,14 @@ TECHNIQUES = {
     "swiglu": dict(mlp="swiglu"),
     "mup": dict(mup_base_width=32),
     "loops": dict(num_loops=2, loop_start=1, loop_end=1),
-    "gated_loops": dict(num_loops=2, loop_start=1, loop_end=1, loop_gates=1, loop_ramp_steps=3,
-                        skip_pairs="around_loop"),
+    "gated_loops": dict(
+        num_loops=2,
+        loop_start=1,
+        loop_end=1,
+        loop_gates=1,
+        loop_ramp_steps=3,
+        skip_pairs="around_loop",
+    ),
     "untied_loops": dict(num_loops=1, loop_start=0, loop_end=1, loop_untied_mlp=1),
     **{f"skips {form}": dict(skips=form) for form in ("sigmoid", "gated")},
     "one_skip": dict(max_skips=1, num_layers=5),
@@ -47,13 +56,17 @@ TECHNIQUES = {
 }
 
 
-ALONE = tg.Runtime(tg.load({"PRESET": "baseline+tiny", "DEVICE": "cpu", "THREADS": "1"}), {})  # one rank
+ALONE = tg.Runtime(
+    tg.load({"PRESET": "baseline+tiny", "DEVICE": "cpu", "THREADS": "1"}), {}
+)  # one rank
 
 
 def config(preset: str = "baseline+tiny", **knobs) -> tg.Config:
     """The configuration of a preset with knobs on top, as the environment would give it, consent to all included."""
-    return tg.load({"PRESET": preset, "DEVICE": "cpu", "ALLOW_NONCOMPLIANT": "1"}
-                   | {name.upper(): str(value) for name, value in knobs.items()})
+    return tg.load(
+        {"PRESET": preset, "DEVICE": "cpu", "ALLOW_NONCOMPLIANT": "1"}
+        | {name.upper(): str(value) for name, value in knobs.items()}
+    )
 
 
 def random_model(cfg: tg.Config, numerics: tg.Numerics = tg.Numerics(), seed: int = 0) -> tg.GPT:
@@ -63,11 +76,16 @@ def random_model(cfg: tg.Config, numerics: tg.Numerics = tg.Numerics(), seed: in
     with torch.no_grad():
         for p in model.parameters():
             noise = torch.randn(p.shape)
-            p.copy_(noise * p.size(-1)**-0.5 if p.opt == "matrix" else p + 0.3 * noise)
+            p.copy_(noise * p.size(-1) ** -0.5 if p.opt == "matrix" else p + 0.3 * noise)
     return model
 
 
-def flattened(model: torch.nn.Module, cfg: tg.Config, rt: tg.Runtime = ALONE, dtype: torch.dtype = torch.float32):
+def flattened(
+    model: torch.nn.Module,
+    cfg: tg.Config,
+    rt: tg.Runtime = ALONE,
+    dtype: torch.dtype = torch.float32,
+):
     """(flat memory of a model, its optimiser)."""
     flat = tg.FlatParameters(model, rt)
     return flat, tg.Optimiser(flat, cfg.optim, rt, dtype, cfg.model.tie_embeddings)
@@ -75,7 +93,9 @@ def flattened(model: torch.nn.Module, cfg: tg.Config, rt: tg.Runtime = ALONE, dt
 
 def random_batch(cfg: tg.Config, rows: int, length: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Random (ids, targets), each (rows, length)."""
-    tokens = torch.randint(cfg.data.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        cfg.data.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(seed)
+    )
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
@@ -94,7 +114,11 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     group = q.size(2) // k.size(2)
     out = []
     for head in range(q.size(2)):
-        qh, kh, vh = q[:, :, head].double(), k[:, :, head // group].double(), v[:, :, head // group].double()
+        qh, kh, vh = (
+            q[:, :, head].double(),
+            k[:, :, head // group].double(),
+            v[:, :, head // group].double(),
+        )
         scores = qh @ kh.mT / math.sqrt(q.size(3))
         visible = torch.ones_like(scores, dtype=torch.bool).tril()
         out.append(torch.where(visible, scores, -math.inf).softmax(-1) @ vh)

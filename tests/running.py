@@ -1,12 +1,13 @@
 """Runs as processes: small and repeatable knobs, start one, wait until it says something, read what it left."""
+
 import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from conftest import ROOT, SCRIPT, clean_env, run_script
 
@@ -14,10 +15,16 @@ from conftest import ROOT, SCRIPT, clean_env, run_script
 FAST = dict(PRESET="baseline+tiny", NUMERICS="fp32", ATTENTION="sdpa", DEVICE="cpu", THREADS=1)
 
 
-def train(data: Path, runs: Path, run_id: str, nproc: int = 0, script: Path = SCRIPT, args=(), **knobs):
+def train(
+    data: Path, runs: Path, run_id: str, nproc: int = 0, script: Path = SCRIPT, args=(), **knobs
+):
     """One run to its end; returns code, out, err and its folder."""
-    done = run_script(nproc=nproc, script=script, args=args,
-                      **FAST | dict(DATA_PATH=data, RUNS_DIR=runs, RUN_ID=run_id) | knobs)
+    done = run_script(
+        nproc=nproc,
+        script=script,
+        args=args,
+        **FAST | dict(DATA_PATH=data, RUNS_DIR=runs, RUN_ID=run_id) | knobs,
+    )
     done.folder = runs / run_id
     return done
 
@@ -25,13 +32,23 @@ def train(data: Path, runs: Path, run_id: str, nproc: int = 0, script: Path = SC
 def launch(data: Path, runs: Path, run_id: str, **knobs) -> subprocess.Popen:
     """Start a run and return at once."""
     env = clean_env(**FAST | dict(DATA_PATH=data, RUNS_DIR=runs, RUN_ID=run_id) | knobs)
-    return subprocess.Popen([sys.executable, str(SCRIPT)], env=env, cwd=ROOT, text=True, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT)],
+        env=env,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def made_once(factory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that the first of several test workers fills and all others use."""
-    top = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    top = (
+        factory.getbasetemp().parent
+        if "PYTEST_XDIST_WORKER" in os.environ
+        else factory.getbasetemp()
+    )
     folder, done = top / name, top / f"{name}.done"
     with open(top / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -42,7 +59,9 @@ def made_once(factory, name: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def wait_until(process: subprocess.Popen, condition: Callable[[], bool], seconds: float = 120) -> bool:
+def wait_until(
+    process: subprocess.Popen, condition: Callable[[], bool], seconds: float = 120
+) -> bool:
     """Poll until the condition holds (True) or the process has ended (False)."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -1,12 +1,14 @@
 """Where a value comes from, what is refused, what is warned about, and what help and plan say about it."""
+
 import math
 import re
 
 import pytest
 import torch
-import train_gpt
 from conftest import ROOT, SCRIPT, run_script
 from running import refused
+
+import train_gpt
 from train_gpt import KNOBS, PRESETS, UserError, load
 
 # any text, checked where it is used
@@ -35,7 +37,10 @@ def test_later_sources_win_and_every_value_knows_its_source():
     assert origin_and_value(resolve(), "train_seq_len") == ("default", 1024)
     assert origin_and_value(resolve("mlp3x_seq4096"), "train_seq_len") == ("mlp3x_seq4096", 4096)
     assert origin_and_value(resolve("mlp3x_seq4096+cpu"), "train_seq_len") == ("cpu", 512)
-    assert origin_and_value(resolve("cpu+mlp3x_seq4096", NUM_HEADS=4), "train_seq_len") == ("mlp3x_seq4096", 4096)
+    assert origin_and_value(resolve("cpu+mlp3x_seq4096", NUM_HEADS=4), "train_seq_len") == (
+        "mlp3x_seq4096",
+        4096,
+    )
     cfg = resolve("mlp3x_seq4096+cpu", TRAIN_SEQ_LEN=256)
     assert origin_and_value(cfg, "train_seq_len") == ("environment", 256)
     assert origin_and_value(cfg, "matrix_bits") == ("mlp3x_seq4096", 6)
@@ -60,14 +65,21 @@ def test_a_preset_may_derive_a_value_from_those_before_it(monkeypatch):
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("cpu", "tiny")])
 def test_every_preset_passes_its_own_checks(preset, overlay):
     cfg = resolve(preset + overlay, ALLOW_NONCOMPLIANT=1)
-    again = resolve(**{name.upper(): value if KIND[name] is not bool else int(value)
-                       for name, value in cfg.values().items() if name != "device"})
+    again = resolve(
+        **{
+            name.upper(): value if KIND[name] is not bool else int(value)
+            for name, value in cfg.values().items()
+            if name != "device"
+        }
+    )
     assert again.values() == cfg.values() and not cfg.notes
 
 
 # ---- what is refused
 def test_every_knob_has_a_sentence_and_a_check():
-    unchecked = {n for n, m in META.items() if not m["choices"] and m["lo"] is None and KIND[n] is not bool}
+    unchecked = {
+        n for n, m in META.items() if not m["choices"] and m["lo"] is None and KIND[n] is not bool
+    }
     assert unchecked == TEXT_KNOBS
     assert not [n for n, m in META.items() if len(m["doc"].split()) < 2]
 
@@ -83,7 +95,12 @@ def bad_values(name: str) -> list[str]:
     lo, hi = meta["lo"], meta["hi"]
     if kind is int:
         return unparsable + [str(lo - 1), str(hi + 1), "1.5", "1e3", str(-(10**30)), str(10**30)]
-    return unparsable + [repr(math.nextafter(lo, -math.inf)), repr(math.nextafter(hi, math.inf)), "1e400", "-1e30"]
+    return unparsable + [
+        repr(math.nextafter(lo, -math.inf)),
+        repr(math.nextafter(hi, math.inf)),
+        "1e400",
+        "-1e30",
+    ]
 
 
 def says_what_is_allowed(name: str, line: str) -> bool:
@@ -103,7 +120,10 @@ def test_every_knob_refuses_what_it_cannot_use(name):
     for text in bad_values(name):
         lines = errors(**{name.upper(): text})
         assert len(lines) == 1, (text, lines)
-        assert lines[0].startswith(f"{name.upper()}=") and text in lines[0].split(": want")[0], (text, lines)
+        assert lines[0].startswith(f"{name.upper()}=") and text in lines[0].split(": want")[0], (
+            text,
+            lines,
+        )
         assert says_what_is_allowed(name, lines[0]), (text, lines)
 
 
@@ -118,23 +138,42 @@ def test_every_knob_accepts_the_ends_of_its_range(name):
 
 def test_all_bad_knobs_are_reported_at_once():
     lines = errors("nonsense", NUM_HEADS="0", MATRIX_LR="fast", CODEC="rar", SMEAR_GATE="E")
-    assert sorted(line.split("=")[0] for line in lines) == ["CODEC", "MATRIX_LR", "NUM_HEADS", "PRESET", "SMEAR_GATE"]
+    assert sorted(line.split("=")[0] for line in lines) == [
+        "CODEC",
+        "MATRIX_LR",
+        "NUM_HEADS",
+        "PRESET",
+        "SMEAR_GATE",
+    ]
     assert all(name in next(line for line in lines if "PRESET" in line) for name in PRESETS)
 
 
-@pytest.mark.parametrize("env, named", [
-    (dict(MODEL_DIM=512, NUM_HEADS=6, NUM_KV_HEADS=3), ["MODEL_DIM=512", "NUM_HEADS=6"]),
-    (dict(NUM_HEADS=8, NUM_KV_HEADS=3), ["NUM_HEADS=8", "NUM_KV_HEADS=3"]),
-    (dict(MODEL_DIM=24, NUM_HEADS=8, NUM_KV_HEADS=4), ["MODEL_DIM=24", "NUM_HEADS=8", "even"]),
-    (dict(ROPE_DIMS=7), ["ROPE_DIMS=7", "even"]),
-    (dict(ROPE_DIMS=66), ["ROPE_DIMS=66", "MODEL_DIM=512", "NUM_HEADS=8"]),
-    (dict(TRAIN_SEQ_LEN=1000), ["TRAIN_BATCH_TOKENS=524288", "TRAIN_SEQ_LEN=1000"]),
-    (dict(EVAL="sliding", EVAL_SEQ_LEN=64, EVAL_STRIDE=65), ["EVAL_STRIDE=65", "EVAL_SEQ_LEN=64"]),
-    (dict(BIGRAM_BUCKETS=1), ["BIGRAM_BUCKETS=1"]),
-    (dict(RUN_MODE="eval"), ["RUN_MODE=eval", "ARTIFACT"]),
-    (dict(RESERVE_SECONDS=60, MAX_WALLCLOCK_SECONDS=60), ["RESERVE_SECONDS=60", "MAX_WALLCLOCK_SECONDS=60"]),
-    (dict(DATA_PATH=""), ["DATA_PATH=''"]), (dict(RUNS_DIR=""), ["RUNS_DIR=''"]),
-    (dict(RUN_ID="a/b"), ["RUN_ID", "a/b"]), (dict(RUN_ID=".."), ["RUN_ID"]), (dict(RUN_ID=""), ["RUN_ID"])])
+@pytest.mark.parametrize(
+    "env, named",
+    [
+        (dict(MODEL_DIM=512, NUM_HEADS=6, NUM_KV_HEADS=3), ["MODEL_DIM=512", "NUM_HEADS=6"]),
+        (dict(NUM_HEADS=8, NUM_KV_HEADS=3), ["NUM_HEADS=8", "NUM_KV_HEADS=3"]),
+        (dict(MODEL_DIM=24, NUM_HEADS=8, NUM_KV_HEADS=4), ["MODEL_DIM=24", "NUM_HEADS=8", "even"]),
+        (dict(ROPE_DIMS=7), ["ROPE_DIMS=7", "even"]),
+        (dict(ROPE_DIMS=66), ["ROPE_DIMS=66", "MODEL_DIM=512", "NUM_HEADS=8"]),
+        (dict(TRAIN_SEQ_LEN=1000), ["TRAIN_BATCH_TOKENS=524288", "TRAIN_SEQ_LEN=1000"]),
+        (
+            dict(EVAL="sliding", EVAL_SEQ_LEN=64, EVAL_STRIDE=65),
+            ["EVAL_STRIDE=65", "EVAL_SEQ_LEN=64"],
+        ),
+        (dict(BIGRAM_BUCKETS=1), ["BIGRAM_BUCKETS=1"]),
+        (dict(RUN_MODE="eval"), ["RUN_MODE=eval", "ARTIFACT"]),
+        (
+            dict(RESERVE_SECONDS=60, MAX_WALLCLOCK_SECONDS=60),
+            ["RESERVE_SECONDS=60", "MAX_WALLCLOCK_SECONDS=60"],
+        ),
+        (dict(DATA_PATH=""), ["DATA_PATH=''"]),
+        (dict(RUNS_DIR=""), ["RUNS_DIR=''"]),
+        (dict(RUN_ID="a/b"), ["RUN_ID", "a/b"]),
+        (dict(RUN_ID=".."), ["RUN_ID"]),
+        (dict(RUN_ID=""), ["RUN_ID"]),
+    ],
+)
 def test_knobs_that_contradict_each_other_are_refused(env, named):
     lines = errors(**env)
     assert len(lines) == 1 and all(text in lines[0] for text in named), lines
@@ -151,19 +190,44 @@ def test_every_habitual_name_points_at_a_knob():
 
 
 def test_all_contradictions_are_reported_at_once():
-    assert len(errors(NUM_HEADS=6, NUM_KV_HEADS=4, TRAIN_SEQ_LEN=1000, BIGRAM_BUCKETS=1, RUN_ID="..")) == 5
+    assert (
+        len(errors(NUM_HEADS=6, NUM_KV_HEADS=4, TRAIN_SEQ_LEN=1000, BIGRAM_BUCKETS=1, RUN_ID=".."))
+        == 5
+    )
 
 
 # ---- what is warned about
 MISSPELT = {
-    "NUM_LAYER": "NUM_LAYERS", "NUMLAYERS": "NUM_LAYERS", "N_LAYERS": "NUM_LAYERS", "MATIRX_LR": "MATRIX_LR",
-    "MATRIXLR": "MATRIX_LR", "matrix_lr": "MATRIX_LR", "TRAIN_SEQLEN": "TRAIN_SEQ_LEN", "SEEDS": "SEED",
-    "TRAIN_SEQ_LENGTH": "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKEN": "TRAIN_BATCH_TOKENS", "ITERATION": "ITERATIONS",
-    "MAX_WALLCLOCK_SECS": "MAX_WALLCLOCK_SECONDS", "WALLCLOCK_SECONDS": "MAX_WALLCLOCK_SECONDS",
-    "MODELDIM": "MODEL_DIM", "NUM_HEAD": "NUM_HEADS", "VOCABSIZE": "VOCAB_SIZE", "DATAPATH": "DATA_PATH",
-    "TOKENISER_PATH": "TOKENIZER_PATH", "RUNID": "RUN_ID", "WARMUP_STEP": "WARMUP_STEPS", "SCALER_LR": "SCALAR_LR",
-    "LR": "MATRIX_LR", "BATCH_SIZE": "TRAIN_BATCH_TOKENS", "WEIGHT_DECAY": "MUON_WD", "STEPS": "ITERATIONS",
-    "TIED_EMBEDDING_LR": "TIED_EMBED_LR", "EVALSTRIDE": "EVAL_STRIDE", "COMPLIE": "COMPILE", "PRESETS": "PRESET"}
+    "NUM_LAYER": "NUM_LAYERS",
+    "NUMLAYERS": "NUM_LAYERS",
+    "N_LAYERS": "NUM_LAYERS",
+    "MATIRX_LR": "MATRIX_LR",
+    "MATRIXLR": "MATRIX_LR",
+    "matrix_lr": "MATRIX_LR",
+    "TRAIN_SEQLEN": "TRAIN_SEQ_LEN",
+    "SEEDS": "SEED",
+    "TRAIN_SEQ_LENGTH": "TRAIN_SEQ_LEN",
+    "TRAIN_BATCH_TOKEN": "TRAIN_BATCH_TOKENS",
+    "ITERATION": "ITERATIONS",
+    "MAX_WALLCLOCK_SECS": "MAX_WALLCLOCK_SECONDS",
+    "WALLCLOCK_SECONDS": "MAX_WALLCLOCK_SECONDS",
+    "MODELDIM": "MODEL_DIM",
+    "NUM_HEAD": "NUM_HEADS",
+    "VOCABSIZE": "VOCAB_SIZE",
+    "DATAPATH": "DATA_PATH",
+    "TOKENISER_PATH": "TOKENIZER_PATH",
+    "RUNID": "RUN_ID",
+    "WARMUP_STEP": "WARMUP_STEPS",
+    "SCALER_LR": "SCALAR_LR",
+    "LR": "MATRIX_LR",
+    "BATCH_SIZE": "TRAIN_BATCH_TOKENS",
+    "WEIGHT_DECAY": "MUON_WD",
+    "STEPS": "ITERATIONS",
+    "TIED_EMBEDDING_LR": "TIED_EMBED_LR",
+    "EVALSTRIDE": "EVAL_STRIDE",
+    "COMPLIE": "COMPILE",
+    "PRESETS": "PRESET",
+}
 USUAL = """HOME PATH LANG LC_ALL LANGUAGE HOSTNAME USER LOGNAME SHELL SHLVL PWD OLDPWD TERM EDITOR PAGER MAIL TMPDIR
 DISPLAY SSH_CLIENT SSH_TTY XDG_RUNTIME_DIR VIRTUAL_ENV VIRTUAL_ENV_PROMPT PYTHONPATH PYTHONUNBUFFERED PYTHONHASHSEED
 PS1 _ CI DEBIAN_FRONTEND TZ LS_COLORS LESSOPEN http_proxy NO_PROXY MALLOC_ARENA_MAX LD_LIBRARY_PATH LD_PRELOAD
@@ -183,54 +247,96 @@ SLURM_TASKS_PER_NODE SLURM_MEM_PER_NODE SLURM_SUBMIT_DIR SLURM_EXPORT_ENV SLURM_
 @pytest.mark.parametrize("name", MISSPELT)
 def test_a_misspelt_knob_is_warned_about_with_a_suggestion(name):
     notes = resolve(**{name: "1"}).notes
-    assert len(notes) == 1 and notes[0].startswith(f"{name} ") and notes[0].endswith(f" {MISSPELT[name]}?"), notes
+    assert (
+        len(notes) == 1
+        and notes[0].startswith(f"{name} ")
+        and notes[0].endswith(f" {MISSPELT[name]}?")
+    ), notes
 
 
 def test_a_usual_environment_raises_no_warning():
     assert resolve(**dict.fromkeys(USUAL, "1")).notes == ()
 
 
-INEFFECTIVE = [("LEAKY_SLOPE", 0.3, {}, dict(MLP="leaky_relu2")), ("BIGRAM_DIM", 8, {}, dict(BIGRAM_BUCKETS=64)),
-               ("ENGRAM_DIM", 8, {}, dict(ENGRAM_BUCKETS=64)), ("LEAKY_SLOPES", "0", dict(NUM_LAYERS=1),
-                dict(MLP="leaky_relu2", NUM_LAYERS=1)),
-               ("ROPE_TRAIN_LEN", 64, {}, dict(ROPE_SCALING="yarn")), ("MAX_SKIPS", 1, dict(SKIPS="none"), {}),
-               ("OUTPUT_GATE_SCALE", 0.5, {}, dict(OUTPUT_GATE="sparse")),
-               ("PARALLEL_START", 5, {}, dict(PARALLEL="A")),
-               ("VALUE_EMBED_DIM", 8, {}, dict(VALUE_EMBED_LAST_N=1)),
-               ("SKIP_PAIRS", "around_loop", dict(SKIPS="none", NUM_LOOPS=1), dict(NUM_LOOPS=1)),
-               *((name, value, {}, dict(NUM_LOOPS=2)) for name, value in (
-                   ("LOOP_START", 2), ("LOOP_END", 6), ("ENABLE_LOOPING_AT", 0.5), ("LOOP_AT_STEP", 9),
-                   ("LOOP_REST_AT", 0.5), ("LOOP_GATES", 1), ("LOOP_UNTIED_MLP", 1))),
-               ("LOOP_RAMP_STEPS", 9, dict(NUM_LOOPS=1), dict(NUM_LOOPS=1, LOOP_GATES=1)),
-               ("EMBED_LR", 0.1, {}, dict(TIE_EMBEDDINGS=0)), ("FOCAL_GAMMA", 1, {}, dict(OBJECTIVE="focal")),
-               ("Z_WEIGHT", 0.1, {}, dict(OBJECTIVE="z")), ("MTP_HEADS", 2, {}, dict(OBJECTIVE="mtp")),
-               ("MTP_WEIGHT", 0.1, {}, dict(OBJECTIVE="mtp")), ("EMA_DECAY", 0.9, {}, dict(AVERAGING="ema")),
-               ("EVAL_STRIDE", 32, {}, dict(EVAL="sliding")), ("EVAL_SEQ_LEN", 512, {}, dict(EVAL="sliding")),
-               ("QAT_START_FRAC", 0.5, {}, dict(QAT="ste")), ("QAT", "ste", dict(MATRIX_BITS=16), dict(MATRIX_BITS=6)),
-               ("WARMDOWN_FRAC", 0.5, {}, dict(LR_SCHEDULE="warmdown_frac")),
-               ("WARMDOWN_ITERS", 9, dict(LR_SCHEDULE="warmdown_frac"), {}),
-               ("BATCH_RAMP_FRAC", 0.5, {}, dict(BATCH_RAMP_START=0.5)),
-               ("SEQ_RAMP_FRAC", 0.5, {}, dict(SEQ_RAMP_START=1024)),
-               ("MUON_TABLE", "library", {}, dict(MUON="turbo_muon")), ("MOUSSE", "forward", {}, dict(MUON="mousse")),
-               ("MUON_WD", 0.1, dict(MUON_DECAY="fixed_norm"), {}), ("WD_TAPER_AT", 0.5, {}, dict(MUON_WD=0.1)),
-               ("WD_TAPER_TO", 0.1, {}, dict(MUON_WD=0.1, WD_TAPER_AT=0.5)),
-               ("CLIP_QUANTILE", 0.9, dict(CLIP="sigma"), {}), ("QAT_ENTROPY", 0.1, {}, dict(QAT="ste")),
-               ("LQER_TOP", 1, {}, dict(LQER_RANK=2)), ("PRUNE_LEVELS", 1, {}, dict(FIT_BUDGET="prune")),
-               ("SWA_TEMPERATURE", 0.1, {}, dict(AVERAGING="iw_swa")),
-               ("RESERVE_SECONDS", 5, dict(MAX_WALLCLOCK_SECONDS=0), {}),
-               ("EVAL_ROPE_SCALING", "yarn", {}, dict(EVAL="long", EVAL_SEQ_LEN=2048)),
-               *((f"TTT_{name}", value, dict(TTT="lora", EVAL="doc"), dict(TTT="sgd")) for name, value in (
-                   ("LR", 0.1), ("MOMENTUM", 0), ("EPOCHS", 2), ("CHUNK_TOKENS", 4096))),
-               *((f"TTT_{name}", value, dict(TTT="sgd"), dict(TTT="phased", EVAL="doc")) for name, value in (
-                   ("LORA_RANK", 8), ("LORA_ALPHA", 8), ("LORA_LR", 0.1), ("LORA_WD", 0), ("LORA_BETA2", 0.9),
-                   ("LORA_CHUNK", 32), ("LORA_DOCS", 8), ("WARM_A", 1))),
-               *((f"TTT_{name}", 2, {}, dict(TTT="phased", EVAL="doc")) for name in ("PHASES", "PHASE_DOCS")),
-               *((f"PREQUANT_{name}", value, {}, dict(TTT="prequant", ALLOW_NONCOMPLIANT=1)) for name, value in (
-                   ("TEXT", "train"), ("LR", 0.1), ("EPOCHS", 2), ("ROWS", 8))),
-               ("ARTIFACT", "x.golf", {}, dict(RUN_MODE="eval"))]
+INEFFECTIVE = [
+    ("LEAKY_SLOPE", 0.3, {}, dict(MLP="leaky_relu2")),
+    ("BIGRAM_DIM", 8, {}, dict(BIGRAM_BUCKETS=64)),
+    ("ENGRAM_DIM", 8, {}, dict(ENGRAM_BUCKETS=64)),
+    ("LEAKY_SLOPES", "0", dict(NUM_LAYERS=1), dict(MLP="leaky_relu2", NUM_LAYERS=1)),
+    ("ROPE_TRAIN_LEN", 64, {}, dict(ROPE_SCALING="yarn")),
+    ("MAX_SKIPS", 1, dict(SKIPS="none"), {}),
+    ("OUTPUT_GATE_SCALE", 0.5, {}, dict(OUTPUT_GATE="sparse")),
+    ("PARALLEL_START", 5, {}, dict(PARALLEL="A")),
+    ("VALUE_EMBED_DIM", 8, {}, dict(VALUE_EMBED_LAST_N=1)),
+    ("SKIP_PAIRS", "around_loop", dict(SKIPS="none", NUM_LOOPS=1), dict(NUM_LOOPS=1)),
+    *(
+        (name, value, {}, dict(NUM_LOOPS=2))
+        for name, value in (
+            ("LOOP_START", 2),
+            ("LOOP_END", 6),
+            ("ENABLE_LOOPING_AT", 0.5),
+            ("LOOP_AT_STEP", 9),
+            ("LOOP_REST_AT", 0.5),
+            ("LOOP_GATES", 1),
+            ("LOOP_UNTIED_MLP", 1),
+        )
+    ),
+    ("LOOP_RAMP_STEPS", 9, dict(NUM_LOOPS=1), dict(NUM_LOOPS=1, LOOP_GATES=1)),
+    ("EMBED_LR", 0.1, {}, dict(TIE_EMBEDDINGS=0)),
+    ("FOCAL_GAMMA", 1, {}, dict(OBJECTIVE="focal")),
+    ("Z_WEIGHT", 0.1, {}, dict(OBJECTIVE="z")),
+    ("MTP_HEADS", 2, {}, dict(OBJECTIVE="mtp")),
+    ("MTP_WEIGHT", 0.1, {}, dict(OBJECTIVE="mtp")),
+    ("EMA_DECAY", 0.9, {}, dict(AVERAGING="ema")),
+    ("EVAL_STRIDE", 32, {}, dict(EVAL="sliding")),
+    ("EVAL_SEQ_LEN", 512, {}, dict(EVAL="sliding")),
+    ("QAT_START_FRAC", 0.5, {}, dict(QAT="ste")),
+    ("QAT", "ste", dict(MATRIX_BITS=16), dict(MATRIX_BITS=6)),
+    ("WARMDOWN_FRAC", 0.5, {}, dict(LR_SCHEDULE="warmdown_frac")),
+    ("WARMDOWN_ITERS", 9, dict(LR_SCHEDULE="warmdown_frac"), {}),
+    ("BATCH_RAMP_FRAC", 0.5, {}, dict(BATCH_RAMP_START=0.5)),
+    ("SEQ_RAMP_FRAC", 0.5, {}, dict(SEQ_RAMP_START=1024)),
+    ("MUON_TABLE", "library", {}, dict(MUON="turbo_muon")),
+    ("MOUSSE", "forward", {}, dict(MUON="mousse")),
+    ("MUON_WD", 0.1, dict(MUON_DECAY="fixed_norm"), {}),
+    ("WD_TAPER_AT", 0.5, {}, dict(MUON_WD=0.1)),
+    ("WD_TAPER_TO", 0.1, {}, dict(MUON_WD=0.1, WD_TAPER_AT=0.5)),
+    ("CLIP_QUANTILE", 0.9, dict(CLIP="sigma"), {}),
+    ("QAT_ENTROPY", 0.1, {}, dict(QAT="ste")),
+    ("LQER_TOP", 1, {}, dict(LQER_RANK=2)),
+    ("PRUNE_LEVELS", 1, {}, dict(FIT_BUDGET="prune")),
+    ("SWA_TEMPERATURE", 0.1, {}, dict(AVERAGING="iw_swa")),
+    ("RESERVE_SECONDS", 5, dict(MAX_WALLCLOCK_SECONDS=0), {}),
+    ("EVAL_ROPE_SCALING", "yarn", {}, dict(EVAL="long", EVAL_SEQ_LEN=2048)),
+    *(
+        (f"TTT_{name}", value, dict(TTT="lora", EVAL="doc"), dict(TTT="sgd"))
+        for name, value in (("LR", 0.1), ("MOMENTUM", 0), ("EPOCHS", 2), ("CHUNK_TOKENS", 4096))
+    ),
+    *(
+        (f"TTT_{name}", value, dict(TTT="sgd"), dict(TTT="phased", EVAL="doc"))
+        for name, value in (
+            ("LORA_RANK", 8),
+            ("LORA_ALPHA", 8),
+            ("LORA_LR", 0.1),
+            ("LORA_WD", 0),
+            ("LORA_BETA2", 0.9),
+            ("LORA_CHUNK", 32),
+            ("LORA_DOCS", 8),
+            ("WARM_A", 1),
+        )
+    ),
+    *((f"TTT_{name}", 2, {}, dict(TTT="phased", EVAL="doc")) for name in ("PHASES", "PHASE_DOCS")),
+    *(
+        (f"PREQUANT_{name}", value, {}, dict(TTT="prequant", ALLOW_NONCOMPLIANT=1))
+        for name, value in (("TEXT", "train"), ("LR", 0.1), ("EPOCHS", 2), ("ROWS", 8))
+    ),
+    ("ARTIFACT", "x.golf", {}, dict(RUN_MODE="eval")),
+]
 
 
-@pytest.mark.parametrize("name, value, without, needed", INEFFECTIVE, ids=[row[0] for row in INEFFECTIVE])
+@pytest.mark.parametrize(
+    "name, value, without, needed", INEFFECTIVE, ids=[row[0] for row in INEFFECTIVE]
+)
 def test_a_knob_without_effect_is_warned_about(name, value, without, needed):
     notes = resolve(**{name: value}, **without).notes
     assert len(notes) == 1 and notes[0].startswith(f"{name} has no effect unless "), notes
@@ -238,7 +344,9 @@ def test_a_knob_without_effect_is_warned_about(name, value, without, needed):
 
 
 def test_every_dependency_of_a_knob_is_covered_above():
-    assert {row[0].lower() for row in INEFFECTIVE} == {name for name, m in META.items() if m["needs"]}
+    assert {row[0].lower() for row in INEFFECTIVE} == {
+        name for name, m in META.items() if m["needs"]
+    }
 
 
 def test_strict_env_turns_every_warning_into_an_error():
@@ -269,16 +377,27 @@ def test_markdown_help_is_a_table_and_the_readme_holds_it():
 
 
 # ---- plan
-HAND = {"baseline": dict(params=17_059_912, mlp=1024, seq=1024), "mlp3x_seq4096": dict(params=21_778_504, mlp=1536,
-                                                                                       seq=4096)}
+HAND = {
+    "baseline": dict(params=17_059_912, mlp=1024, seq=1024),
+    "mlp3x_seq4096": dict(params=21_778_504, mlp=1536, seq=4096),
+}
 
 
 @pytest.mark.parametrize("preset", HAND)
 def test_plan_predicts_a_run_without_data(preset, tmp_path):
-    given = dict(PRESET=preset, MATRIX_LR=0.03, TRAIN_LOG_EVERY=7, EVAL_BATCH_TOKENS=4096, THREADS=1, LOADER="shuffled")
+    given = dict(
+        PRESET=preset,
+        MATRIX_LR=0.03,
+        TRAIN_LOG_EVERY=7,
+        EVAL_BATCH_TOKENS=4096,
+        THREADS=1,
+        LOADER="shuffled",
+    )
     done = run_script(cwd=tmp_path, RUN_MODE="plan", DATA_PATH="nowhere", **given)
     assert done.code == 0 and done.err == ""
-    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")] == ["runs/schedule.svg"]
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")] == [
+        "runs/schedule.svg"
+    ]
     hand = HAND[preset]
     assert f"model_params:{hand['params']}\n" in done.out
     matrices = 9 * (2 * 512 * 512 + 2 * 256 * 512 + 2 * 512 * hand["mlp"]) + 1024 * 512
@@ -286,14 +405,23 @@ def test_plan_predicts_a_run_without_data(preset, tmp_path):
     line = r"^plan:0 flops_per_token:(\S+) slots:0 1 2 3 / 4 5 6 7 8 skips:3>4 2>5 1>6 0>7$"
     flops = float(re.search(line, done.out, re.MULTILINE)[1])
     assert flops == pytest.approx(3 * (2 * matrices + attention), rel=1e-3)
-    size = re.search(r"^predicted_bytes model:(\d+) code:(\d+) total:(\d+) budget:16000000 fits:(\d)", done.out, re.M)
+    size = re.search(
+        r"^predicted_bytes model:(\d+) code:(\d+) total:(\d+) budget:16000000 fits:(\d)",
+        done.out,
+        re.M,
+    )
     model, code, total, fits = map(int, size.groups())
     assert code == SCRIPT.stat().st_size and total == model + code and fits == (total <= 16_000_000)
     shown = re.findall(r"^config:([A-Z0-9_]+)=(.*) \((\w+)\)$", done.out, re.MULTILINE)
     assert sorted(name for name, _, _ in shown) == sorted(name.upper() for name in KNOBS)
     origins = {name: origin for name, _, origin in shown}
-    assert {n for n, o in origins.items() if o == "environment"} == set(given) - {"PRESET"} | {"RUN_MODE", "DATA_PATH"}
-    assert {n.lower() for n, o in origins.items() if o == preset} == set(PRESETS[preset]) - {"matrix_lr"}
+    assert {n for n, o in origins.items() if o == "environment"} == set(given) - {"PRESET"} | {
+        "RUN_MODE",
+        "DATA_PATH",
+    }
+    assert {n.lower() for n, o in origins.items() if o == preset} == set(PRESETS[preset]) - {
+        "matrix_lr"
+    }
 
 
 @pytest.mark.parametrize("preset", HAND)
@@ -303,21 +431,27 @@ def test_predicted_bytes_are_those_of_gaussian_weights(preset):
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         p.data.normal_(0, 0.02, generator=generator)
-    packed = train_gpt.pack_artifact(train_gpt.quantise(model, cfg.quant), {}, train_gpt.PACKINGS[cfg.quant.codec])
+    packed = train_gpt.pack_artifact(
+        train_gpt.quantise(model, cfg.quant), {}, train_gpt.PACKINGS[cfg.quant.codec]
+    )
     assert train_gpt.predict_model_bytes(model, cfg.quant) == pytest.approx(len(packed), rel=0.01)
 
 
 # ---- the process
-BAD_RUNS = {"unknown preset": (dict(PRESET="mlp4x"), "mlp4x"),
-            "head count": (dict(NUM_HEADS=6, NUM_KV_HEADS=2), "NUM_HEADS=6"),
-            "odd head width": (dict(MODEL_DIM=24, NUM_HEADS=8, NUM_KV_HEADS=4), "even"),
-            "run id": (dict(RUN_ID="a/b"), "RUN_ID"),
-            "misspelt and strict": (dict(MATIRX_LR=1, STRICT_ENV=1), "MATRIX_LR")}
+BAD_RUNS = {
+    "unknown preset": (dict(PRESET="mlp4x"), "mlp4x"),
+    "head count": (dict(NUM_HEADS=6, NUM_KV_HEADS=2), "NUM_HEADS=6"),
+    "odd head width": (dict(MODEL_DIM=24, NUM_HEADS=8, NUM_KV_HEADS=4), "even"),
+    "run id": (dict(RUN_ID="a/b"), "RUN_ID"),
+    "misspelt and strict": (dict(MATIRX_LR=1, STRICT_ENV=1), "MATRIX_LR"),
+}
 
 
 @pytest.mark.parametrize("env, named", BAD_RUNS.values(), ids=BAD_RUNS)
 def test_bad_input_is_one_error_line_before_any_work(env, named, tmp_path):
-    done = run_script(timeout=60, cwd=tmp_path, **dict(dict(PRESET="baseline", DEVICE="cpu"), **env))
+    done = run_script(
+        timeout=60, cwd=tmp_path, **dict(dict(PRESET="baseline", DEVICE="cpu"), **env)
+    )
     refused(done, named)
     assert done.out == "" and not list(tmp_path.iterdir())
 
@@ -339,9 +473,20 @@ def test_cuda_asked_for_and_absent_is_refused(tmp_path):
 def test_missing_optional_packages_are_named_only_when_needed(tmp_path):
     """Without zstandard, brotli and tqdm: CODEC=zstd is refused with what is left, everything else works."""
     hidden = tmp_path / "without.py"
-    hidden.write_text("import runpy, sys\nfor name in ('zstandard', 'brotli', 'tqdm'):\n    sys.modules[name] = None\n"
-                      "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
-    done = run_script(script=hidden, args=[SCRIPT], cwd=tmp_path, timeout=60, PRESET="baseline", CODEC="zstd")
+    hidden.write_text(
+        "import runpy, sys\nfor name in ('zstandard', 'brotli', 'tqdm'):\n    sys.modules[name] = None\n"
+        "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = run_script(
+        script=hidden, args=[SCRIPT], cwd=tmp_path, timeout=60, PRESET="baseline", CODEC="zstd"
+    )
     refused(done, "CODEC=zstd", "available: zlib, lzma, rans, base3, best\n")
-    done = run_script(script=hidden, args=[SCRIPT], cwd=tmp_path, timeout=60, PRESET="baseline+tiny", RUN_MODE="plan")
+    done = run_script(
+        script=hidden,
+        args=[SCRIPT],
+        cwd=tmp_path,
+        timeout=60,
+        PRESET="baseline+tiny",
+        RUN_MODE="plan",
+    )
     assert done.code == 0 and "predicted_bytes" in done.out

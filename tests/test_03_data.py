@@ -1,4 +1,5 @@
 """Shards, byte accounting and loaders, each against struct, SentencePiece itself or plain arithmetic."""
+
 import io
 import json
 import lzma
@@ -10,12 +11,13 @@ import build_sample
 import numpy as np
 import pytest
 import sentencepiece
-import train_gpt
 from conftest import ROOT, run_script, write_shard
 from helpers import config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from running import refused
+
+import train_gpt
 
 CORPUS = ROOT.parent / "shared" / "corpus"  # real web text, present only beside some checkouts
 SETTINGS = settings(deadline=None, max_examples=150, derandomize=True)
@@ -30,6 +32,7 @@ def write_shards(folder, shards) -> train_gpt.TokenStream:
 
 # ---- Shards ----
 
+
 def test_a_shard_is_read_bit_for_bit(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 2**16, 5000).tolist() + [0, 65535]
     write_shard(tmp_path / "shard.bin", tokens)
@@ -39,7 +42,12 @@ def test_a_shard_is_read_bit_for_bit(tmp_path):
 
 
 @SETTINGS
-@given(shards=st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=9), min_size=1, max_size=6), data=st.data())
+@given(
+    shards=st.lists(
+        st.lists(st.integers(0, 65535), min_size=1, max_size=9), min_size=1, max_size=6
+    ),
+    data=st.data(),
+)
 def test_reading_across_shard_borders_equals_plain_concatenation(tmp_path_factory, shards, data):
     stream = write_shards(tmp_path_factory.mktemp("shards"), shards)
     plain = [token for shard in shards for token in shard]
@@ -47,7 +55,7 @@ def test_reading_across_shard_borders_equals_plain_concatenation(tmp_path_factor
     start = data.draw(st.integers(0, len(plain) - 1))
     count = data.draw(st.integers(1, len(plain) - start))
     read = stream.read(start, count)
-    assert read.dtype == np.uint16 and read.tolist() == plain[start:start + count]
+    assert read.dtype == np.uint16 and read.tolist() == plain[start : start + count]
 
 
 def test_shards_follow_each_other_in_the_order_of_their_names(tmp_path):
@@ -57,8 +65,12 @@ def test_shards_follow_each_other_in_the_order_of_their_names(tmp_path):
     assert stream.read(0, 4).tolist() == [0, 1, 2, 10]
 
 
-INTERESTING = st.sampled_from([20240520, 1, 0, -1, 2, 3, 2**31 - 1, -2**31, 20240521]) | st.integers(-2**31, 2**31 - 1)
-HEADERS = st.tuples(st.just(20240520), st.just(1), st.integers(-2, 6)) | st.tuples(*[INTERESTING] * 3)
+INTERESTING = st.sampled_from(
+    [20240520, 1, 0, -1, 2, 3, 2**31 - 1, -(2**31), 20240521]
+) | st.integers(-(2**31), 2**31 - 1)
+HEADERS = st.tuples(st.just(20240520), st.just(1), st.integers(-2, 6)) | st.tuples(
+    *[INTERESTING] * 3
+)
 
 
 @SETTINGS
@@ -80,16 +92,28 @@ def test_any_shard_gives_its_tokens_or_a_user_error(tmp_path_factory, start, bod
 
 # ---- Bad input through the real entry point ----
 
+
 def corrupt(folder, name, case):
     """Damage one file of a dataset folder in the named way."""
     path = folder / name
     good = path.read_bytes()
-    count, = struct.unpack_from("<i", good, 8)
-    header = {"wrong magic": (20240521, 1, count), "wrong version": (20240520, 2, count),
-              "zero count": (20240520, 1, 0), "negative count": (20240520, 1, -count)}
-    content = {"empty file": b"", "half a header": good[:500], "truncated": good[:-100], "odd-sized": good[:-1],
-               "too long": good + b"\0\0"}
-    path.write_bytes(struct.pack("<3i", *header[case]) + good[12:] if case in header else content[case])
+    (count,) = struct.unpack_from("<i", good, 8)
+    header = {
+        "wrong magic": (20240521, 1, count),
+        "wrong version": (20240520, 2, count),
+        "zero count": (20240520, 1, 0),
+        "negative count": (20240520, 1, -count),
+    }
+    content = {
+        "empty file": b"",
+        "half a header": good[:500],
+        "truncated": good[:-100],
+        "odd-sized": good[:-1],
+        "too long": good + b"\0\0",
+    }
+    path.write_bytes(
+        struct.pack("<3i", *header[case]) + good[12:] if case in header else content[case]
+    )
 
 
 @pytest.fixture
@@ -104,17 +128,30 @@ def dataset(toy, tmp_path):
 
 def assert_refused(dataset, named, **knobs):
     """A run ends at once with exit code 2 and one line that names the culprit, before a model is built."""
-    knobs = dict(PRESET="baseline+tiny", DATA_PATH=dataset, RUNS_DIR=dataset.parent / "runs") | knobs
+    knobs = (
+        dict(PRESET="baseline+tiny", DATA_PATH=dataset, RUNS_DIR=dataset.parent / "runs") | knobs
+    )
     run = run_script(timeout=60, **knobs)
     refused(run, named)
     assert "model_params" not in run.out
 
 
-DAMAGE = ["empty file", "half a header", "truncated", "odd-sized", "too long", "wrong magic", "wrong version",
-          "zero count", "negative count"]
+DAMAGE = [
+    "empty file",
+    "half a header",
+    "truncated",
+    "odd-sized",
+    "too long",
+    "wrong magic",
+    "wrong version",
+    "zero count",
+    "negative count",
+]
 
 
-@pytest.mark.parametrize("split, case", [("train", case) for case in DAMAGE] + [("val", "truncated")])
+@pytest.mark.parametrize(
+    "split, case", [("train", case) for case in DAMAGE] + [("val", "truncated")]
+)
 def test_a_damaged_shard_is_refused_by_name(dataset, split, case):
     name = max(dataset.glob(f"fineweb_{split}_*.bin")).name
     corrupt(dataset, name, case)
@@ -153,7 +190,9 @@ def test_a_folder_named_like_a_shard_is_refused(dataset):
 
 def test_two_tokenizers_in_one_folder_are_refused_by_name(dataset):
     (dataset / "a_second.model").write_bytes((dataset / "tokenizer.model").read_bytes())
-    assert_refused(dataset, "2 tokenizers (a_second.model, tokenizer.model); say which with TOKENIZER_PATH")
+    assert_refused(
+        dataset, "2 tokenizers (a_second.model, tokenizer.model); say which with TOKENIZER_PATH"
+    )
 
 
 def test_text_of_exactly_one_row_and_window_is_accepted(dataset):
@@ -180,26 +219,36 @@ def test_a_damaged_manifest_is_refused_by_name(dataset, manifest):
 
 # ---- Tokenizers ----
 
+
 def train_tokenizer(text: str, **options) -> bytes:
     """A small SentencePiece model of one document, with the options of the sample's tokenizer."""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([text]), model_writer=model,
-                                             **build_sample.TRAINER | options)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text]), model_writer=model, **build_sample.TRAINER | options
+    )
     return model.getvalue()
 
 
 @pytest.mark.parametrize("case", ["missing", "random bytes", "another size", "no lone space"])
 def test_an_unusable_tokenizer_is_refused_by_name(dataset, case):
     text = build_sample.documents()[0][:20_000]
-    makers = {"missing": lambda: None, "random bytes": lambda: np.random.default_rng(0).bytes(5000),
-              "another size": lambda: train_tokenizer(text, vocab_size=400),
-              "no lone space": lambda: train_tokenizer(text.replace(" ", ""), vocab_size=400)}
+    makers = {
+        "missing": lambda: None,
+        "random bytes": lambda: np.random.default_rng(0).bytes(5000),
+        "another size": lambda: train_tokenizer(text, vocab_size=400),
+        "no lone space": lambda: train_tokenizer(text.replace(" ", ""), vocab_size=400),
+    }
     path = dataset / "other.model"
     if content := makers[case]():
         path.write_bytes(content)
     if case == "no lone space":
         assert "\u2581" not in [piece_of(path, i) for i in range(400)]
-    assert_refused(dataset, "other.model", TOKENIZER_PATH=path, VOCAB_SIZE=400 if case == "no lone space" else 1024)
+    assert_refused(
+        dataset,
+        "other.model",
+        TOKENIZER_PATH=path,
+        VOCAB_SIZE=400 if case == "no lone space" else 1024,
+    )
 
 
 def piece_of(path, i: int) -> str:
@@ -207,13 +256,21 @@ def piece_of(path, i: int) -> str:
     return sentencepiece.SentencePieceProcessor(model_file=str(path)).id_to_piece(i)
 
 
-@pytest.mark.parametrize("options", [
-    dict(split_by_whitespace=False), dict(allow_whitespace_only_pieces=True), dict(user_defined_symbols=["a\u2581b"])],
-    ids=["words joined", "runs of spaces", "user-defined"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(split_by_whitespace=False),
+        dict(allow_whitespace_only_pieces=True),
+        dict(user_defined_symbols=["a\u2581b"]),
+    ],
+    ids=["words joined", "runs of spaces", "user-defined"],
+)
 def test_a_tokenizer_with_a_space_inside_a_piece_is_refused_or_counted_right(tmp_path, options):
     """The mark's spelling takes three bytes, the space it stands for one: counting the spelling flatters the score."""
     text = "of the  end of the\n    a b a b " * 200
-    (tmp_path / "odd.model").write_bytes(train_tokenizer(text, vocab_size=300, hard_vocab_limit=False, **options))
+    (tmp_path / "odd.model").write_bytes(
+        train_tokenizer(text, vocab_size=300, hard_vocab_limit=False, **options)
+    )
     size = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "odd.model")).vocab_size()
     assert any("\u2581" in piece_of(tmp_path / "odd.model", i)[1:] for i in range(size))
     try:
@@ -224,6 +281,7 @@ def test_a_tokenizer_with_a_space_inside_a_piece_is_refused_or_counted_right(tmp
 
 
 # ---- Bytes ----
+
 
 def counted(tokenizer, ids) -> int:
     """Bytes that the code under test counts for a document that starts after BOS."""
@@ -248,7 +306,9 @@ def test_every_document_of_the_sample_is_counted_as_its_utf8_length(tokenizer):
 def test_real_web_documents_are_counted_as_their_utf8_length(vocab):
     model = CORPUS / "tokenizers" / f"fineweb_{vocab}_bpe.model"
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    documents = lzma.decompress((CORPUS / "fineweb_val_a.txt.xz").read_bytes()).decode().split("\n\n")[:150]
+    documents = (
+        lzma.decompress((CORPUS / "fineweb_val_a.txt.xz").read_bytes()).decode().split("\n\n")[:150]
+    )
     table = train_gpt.byte_table(tokenizer, vocab)
     for ids in tokenizer.encode(documents):
         assert table.target_bytes(np.array([1, *ids])).sum() == len(tokenizer.decode(ids).encode())
@@ -264,20 +324,39 @@ def test_any_text_is_counted_as_its_decoded_utf8_length(tokenizer, text):
 
 def test_the_count_follows_the_decoded_text_token_by_token(tokenizer):
     """Two errors that cancel in a document do not cancel here."""
-    ids = tokenizer.encode(build_sample.documents()[5][:1500] + " \u20ac 5 \U0001f600, na\u00efve \x00 end")
+    ids = tokenizer.encode(
+        build_sample.documents()[5][:1500] + " \u20ac 5 \U0001f600, na\u00efve \x00 end"
+    )
     assert sum(map(tokenizer.is_byte, ids)) > 7, "the text needs characters that are spelt in bytes"
     table = train_gpt.byte_table(tokenizer, 1024)
     running = np.cumsum(table.target_bytes(np.array([1, *ids])))
-    whole = [k for k in range(1, len(ids)) if not tokenizer.is_byte(ids[k])]  # never cut inside a character
-    assert [running[k - 1] for k in whole] == [len(tokenizer.decode(ids[:k]).encode()) for k in whole]
+    whole = [
+        k for k in range(1, len(ids)) if not tokenizer.is_byte(ids[k])
+    ]  # never cut inside a character
+    assert [running[k - 1] for k in whole] == [
+        len(tokenizer.decode(ids[:k]).encode()) for k in whole
+    ]
 
 
-@pytest.mark.parametrize("pieces, expected", [
-    (["<s>", "a", "\u2581the", "\u2581", "\u2581the"], [1, 4, 1, 4]),      # a space counts once, not twice
-    (["a", "<0xE2>", "<0x82>", "<0xAC>"], [1, 1, 1]),                      # a byte is a byte, not the 3 of U+FFFD
-    (["a", "<s>", "\u2581the", "<s>", "\u2581", "\u2581the"], [0, 3, 0, 0, 4]),  # no space is printed after BOS
-    (["a", "<unk>", "\u2581the", "<pad>", "\u2581the"], [0, 3, 0, 3]),     # nor after other pieces without text
-], ids=["leading space", "byte fallback", "after BOS", "after controls"])
+@pytest.mark.parametrize(
+    "pieces, expected",
+    [
+        (
+            ["<s>", "a", "\u2581the", "\u2581", "\u2581the"],
+            [1, 4, 1, 4],
+        ),  # a space counts once, not twice
+        (["a", "<0xE2>", "<0x82>", "<0xAC>"], [1, 1, 1]),  # a byte is a byte, not the 3 of U+FFFD
+        (
+            ["a", "<s>", "\u2581the", "<s>", "\u2581", "\u2581the"],
+            [0, 3, 0, 0, 4],
+        ),  # no space is printed after BOS
+        (
+            ["a", "<unk>", "\u2581the", "<pad>", "\u2581the"],
+            [0, 3, 0, 3],
+        ),  # nor after other pieces without text
+    ],
+    ids=["leading space", "byte fallback", "after BOS", "after controls"],
+)
 def test_known_miscounts_are_trapped(tokenizer, pieces, expected):
     ids = [tokenizer.piece_to_id(piece) for piece in pieces]
     assert [tokenizer.id_to_piece(i) for i in ids] == pieces
@@ -302,7 +381,9 @@ SEQ, TOKENS = 16, 1000  # 62 rows and a tail of 7 tokens
 def positions(tmp_path_factory):
     """A stream in which every token is its own position, in three shards."""
     tokens = list(range(TOKENS))
-    return write_shards(tmp_path_factory.mktemp("positions"), [tokens[:333], tokens[333:340], tokens[340:]])
+    return write_shards(
+        tmp_path_factory.mktemp("positions"), [tokens[:333], tokens[333:340], tokens[340:]]
+    )
 
 
 def loader(stream, kind: str, rows: int = 5, seed: int = 1):
@@ -313,7 +394,10 @@ def loader(stream, kind: str, rows: int = 5, seed: int = 1):
 def deal(source, steps: int, world: int = 1) -> list[list[list[int]]]:
     """Rows of each step, in rank order; `source` makes one loader per rank."""
     ranks = [source() for _ in range(world)]
-    return [[row.tolist() for rank, each in enumerate(ranks) for row in each.next(rank, world)] for _ in range(steps)]
+    return [
+        [row.tolist() for rank, each in enumerate(ranks) for row in each.next(rank, world)]
+        for _ in range(steps)
+    ]
 
 
 def rows_of(stream, kind: str, count: int, **options) -> list[list[int]]:
@@ -338,10 +422,12 @@ def test_the_sequential_loader_reads_the_stream_in_order_and_wraps(positions):
 @pytest.mark.parametrize("kind", ["coprime", "shuffled"])
 def test_every_row_is_visited_once_per_epoch_in_a_new_order(positions, kind):
     rows = rows_of(positions, kind, 3 * 62)
-    epochs = [[row[0] for row in rows[62 * e:62 * (e + 1)]] for e in range(3)]
+    epochs = [[row[0] for row in rows[62 * e : 62 * (e + 1)]] for e in range(3)]
     for starts in epochs:
         inside = sorted(starts)
-        assert inside == list(range(inside[0], inside[0] + 62 * SEQ, SEQ)), "each row once, none overlapping"
+        assert inside == list(range(inside[0], inside[0] + 62 * SEQ, SEQ)), (
+            "each row once, none overlapping"
+        )
         assert inside[0] < TOKENS - 62 * SEQ
     assert all(a != b for a, b in pairwise(epochs)) and epochs[0] != sorted(epochs[0])
 
@@ -349,7 +435,7 @@ def test_every_row_is_visited_once_per_epoch_in_a_new_order(positions, kind):
 @pytest.mark.parametrize("kind", ["coprime", "shuffled"])
 def test_the_phase_of_the_rows_differs_between_epochs(positions, kind):
     rows = rows_of(positions, kind, 20 * 62)
-    phases = {min(row[0] for row in rows[62 * e:62 * (e + 1)]) for e in range(20)}
+    phases = {min(row[0] for row in rows[62 * e : 62 * (e + 1)]) for e in range(20)}
     assert len(phases) > 3, "the tail must not always be the part that is left out"
 
 
@@ -375,8 +461,12 @@ def test_rows_of_one_step_are_far_apart_in_the_text_at_a_coprime_stride(position
 def documents(tmp_path_factory):
     rng = np.random.default_rng(3)
     lengths = rng.integers(1, 17, 160).tolist() + [200, 3, 1]
-    tokens = [t for d, n in enumerate(lengths) for t in [1, *range(300 * d + 300, 300 * d + 300 + n)]]
-    return write_shards(tmp_path_factory.mktemp("documents"), [tokens[:900], tokens[900:901], tokens[901:]])
+    tokens = [
+        t for d, n in enumerate(lengths) for t in [1, *range(300 * d + 300, 300 * d + 300 + n)]
+    ]
+    return write_shards(
+        tmp_path_factory.mktemp("documents"), [tokens[:900], tokens[900:901], tokens[901:]]
+    )
 
 
 @pytest.fixture
@@ -389,22 +479,30 @@ def test_packed_rows_predict_every_token_once_from_what_is_before_it(documents, 
     total = (len(documents) - 1) // SEQ
     text = documents.read(0, len(documents)).tolist()
     for epoch in range(2):
-        rows = rows_of(documents, "packed", total * (epoch + 1))[total * epoch:]
+        rows = rows_of(documents, "packed", total * (epoch + 1))[total * epoch :]
         pairs = [pair for row in rows for pair in pairwise(row)]
         assert all(b in (a + 1, 1) if a != 1 else b > 1 and b % 300 == 0 for a, b in pairs)
         targets, phase = sorted(b for _, b in pairs), len(documents) - total * SEQ
-        assert targets in [sorted(text[start + 1:start + 1 + total * SEQ]) for start in range(phase)]
+        assert targets in [
+            sorted(text[start + 1 : start + 1 + total * SEQ]) for start in range(phase)
+        ]
 
 
 def test_packing_cuts_few_documents(documents, small_windows):
     """A row that does not begin with a BOS continues a document of another row."""
-    cuts = {kind: sum(row[0] != 1 for row in rows_of(documents, kind, (len(documents) - 1) // SEQ))
-            for kind in ("sequential", "packed")}
+    cuts = {
+        kind: sum(row[0] != 1 for row in rows_of(documents, kind, (len(documents) - 1) // SEQ))
+        for kind in ("sequential", "packed")
+    }
     assert cuts["packed"] < 0.5 * cuts["sequential"], cuts
 
 
 @settings(deadline=None, max_examples=200, derandomize=True)
-@given(lengths=st.lists(st.integers(1, 40), max_size=60), filled=st.integers(0, 40), row=st.integers(1, 16))
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=60),
+    filled=st.integers(0, 40),
+    row=st.integers(1, 16),
+)
 def test_best_fit_takes_the_longest_that_fits(lengths, filled, row):
     order, at, left = train_gpt.best_fit(lengths, filled, row), filled, sorted(lengths)
     assert sorted(order) == list(range(len(lengths)))
@@ -415,7 +513,9 @@ def test_best_fit_takes_the_longest_that_fits(lengths, filled, row):
         at += lengths[chosen]
 
 
-@pytest.mark.parametrize("tokens", [17, 18, 100], ids=["one row", "one row and phase", "no document begins"])
+@pytest.mark.parametrize(
+    "tokens", [17, 18, 100], ids=["one row", "one row and phase", "no document begins"]
+)
 def test_packing_bears_text_without_documents(tmp_path, tokens):
     stream = write_shards(tmp_path, [[7] * tokens])
     assert rows_of(stream, "packed", 5) == [[7] * 17] * 5
@@ -450,22 +550,36 @@ def test_a_restored_loader_continues_with_exactly_the_same_batches(positions, ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_of_another_size_than_expected_loses_and_repeats_no_row(positions, kind, small_windows):
+def test_a_step_of_another_size_than_expected_loses_and_repeats_no_row(
+    positions, kind, small_windows
+):
     ramp = loader(positions, kind, rows=10)
-    found = [row.tolist() for share in (1, .3, .3, 1, .5, .1, 1, 1) * 4 for row in ramp.next(0, 1, share)]
+    found = [
+        row.tolist()
+        for share in (1, 0.3, 0.3, 1, 0.5, 0.1, 1, 1) * 4
+        for row in ramp.next(0, 1, share)
+    ]
     assert found == rows_of(positions, kind, len(found)) and len(found) > 2 * 62
 
 
 def test_rows_of_the_next_step_are_read_while_this_one_computes(positions, monkeypatch):
     read, reads = train_gpt.TokenStream.read, []
-    monkeypatch.setattr(train_gpt.TokenStream, "read", lambda self, start, count: (
-        reads.append((start // SEQ, threading.current_thread())), read(self, start, count))[1])
+    monkeypatch.setattr(
+        train_gpt.TokenStream,
+        "read",
+        lambda self, start, count: (
+            reads.append((start // SEQ, threading.current_thread())),
+            read(self, start, count),
+        )[1],
+    )
     source = loader(positions, "sequential", rows=5)
     source.next(0, 1)
     for step in range(1, 4):
         source.ahead[1].result(timeout=60)  # nobody asked for it yet
         assert [row for row, _ in reads] == list(range(5 * (step + 1)))
-        assert source.next(0, 1)[:, 0].tolist() == [SEQ * row for row in range(5 * step, 5 * step + 5)]
+        assert source.next(0, 1)[:, 0].tolist() == [
+            SEQ * row for row in range(5 * step, 5 * step + 5)
+        ]
     assert threading.current_thread() not in {thread for _, thread in reads}
 
 
@@ -497,7 +611,9 @@ def test_training_targets_are_the_inputs_shifted_by_one(trainer):
 
 
 @pytest.mark.parametrize("place", [335, 1000])
-def test_a_token_outside_the_vocabulary_that_the_first_look_missed_stops_training_by_shard(tmp_path, place):
+def test_a_token_outside_the_vocabulary_that_the_first_look_missed_stops_training_by_shard(
+    tmp_path, place
+):
     """Only its reader sees it: another rank may be fine."""
     for i, shard in enumerate(([7] * 333, [7] * 900)):
         tokens = [1024 if i * 333 + j == place else token for j, token in enumerate(shard)]
@@ -505,5 +621,7 @@ def test_a_token_outside_the_vocabulary_that_the_first_look_missed_stops_trainin
     stream = train_gpt.TokenStream(tmp_path, "train", 1024)
     stream.check_ids(1)
     assert stream.read(0, 335).max() == 7
-    with pytest.raises(train_gpt.OneRankFailed, match="fineweb_train_000001.bin: token id 1024 .*VOCAB_SIZE=1024"):
+    with pytest.raises(
+        train_gpt.OneRankFailed, match="fineweb_train_000001.bin: token id 1024 .*VOCAB_SIZE=1024"
+    ):
         stream.read(330, 800)

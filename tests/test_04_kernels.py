@@ -1,21 +1,24 @@
 """Attention, loss and the automatic choice of arithmetic, against float64."""
+
 import math
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import config, distance, exact_attention
 from torch import Tensor
 
 import train_gpt as tg
-from helpers import config, distance, exact_attention
 
 KERNELS = pytest.mark.parametrize("kernel", tg.ATTENTION.values(), ids=tg.ATTENTION.keys())
 # length -> shape of the problem: one token, less than a block, one block, a ragged second one, more than eight
 LENGTHS = {1: (2, 16), 7: (2, 16), 128: (2, 16), 200: (2, 16), 1100: (1, 8)}  # (rows, head width)
 
 
-def random_qkv(length: int, heads: int, groups: int, dtype=torch.float32, sharpness: float = 2.0) -> list[Tensor]:
+def random_qkv(
+    length: int, heads: int, groups: int, dtype=torch.float32, sharpness: float = 2.0
+) -> list[Tensor]:
     torch.manual_seed(length * 100 + heads * 10 + groups)
     rows, width = LENGTHS[length]
     q, k, v = (torch.randn(rows, length, n, width) for n in (heads, groups, groups))
@@ -25,7 +28,9 @@ def random_qkv(length: int, heads: int, groups: int, dtype=torch.float32, sharpn
 @KERNELS
 @pytest.mark.parametrize("ratio", (1, 2, 4))
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 3e-6), (torch.bfloat16, 2e-2)), ids=("fp32", "bf16"))
+@pytest.mark.parametrize(
+    "dtype, tolerance", ((torch.float32, 3e-6), (torch.bfloat16, 2e-2)), ids=("fp32", "bf16")
+)
 def test_attention_and_its_gradients_equal_float64(kernel, ratio, length, dtype, tolerance):
     inputs = [t.requires_grad_() for t in random_qkv(length, 4, 4 // ratio, dtype)]
     exact = [t.detach().double().requires_grad_() for t in inputs]
@@ -52,7 +57,9 @@ def test_attention_sees_no_later_key_or_value(kernel, length):
         later_v[:, t:] -= 5
         before, after = kernel(q, k, v), kernel(q, later_k, later_v)
         assert torch.equal(before[:, :t], after[:, :t])
-        assert (before[:, t] - after[:, t]).norm(dim=-1).min() > 1e-3, "a position sees its own key and value"
+        assert (before[:, t] - after[:, t]).norm(dim=-1).min() > 1e-3, (
+            "a position sees its own key and value"
+        )
 
 
 def exact_loss(z: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -82,7 +89,9 @@ def test_loss_gradient_equals_finite_differences():
         for j in range(7):
             nudge = torch.zeros(4, 7, dtype=torch.float64)
             nudge[i, j] = 1e-5
-            rise = exact_loss(z.double() + nudge, targets, cap) - exact_loss(z.double() - nudge, targets, cap)
+            rise = exact_loss(z.double() + nudge, targets, cap) - exact_loss(
+                z.double() - nudge, targets, cap
+            )
             slope[i, j] = rise.sum() / 2e-5
     torch.testing.assert_close(leaf.grad.double(), slope, rtol=1e-4, atol=1e-6)
 
@@ -100,7 +109,9 @@ def test_ignored_target_gives_no_loss_and_no_gradient():
 def test_loss_of_absurd_logits_is_bounded_by_the_cap():
     z = torch.tensor([[1e8, -1e8, -1e8]])
     sure, wrong = (float(tg.softcapped_cross_entropy(z, torch.tensor([t]), 30.0)) for t in (0, 1))
-    assert sure == pytest.approx(math.log1p(2 * math.exp(-60)), abs=1e-6) and wrong == pytest.approx(60, rel=1e-6)
+    assert sure == pytest.approx(
+        math.log1p(2 * math.exp(-60)), abs=1e-6
+    ) and wrong == pytest.approx(60, rel=1e-6)
 
 
 def test_chosen_arithmetic_is_accurate_quick_to_find_and_leaves_no_trace():
@@ -108,7 +119,9 @@ def test_chosen_arithmetic_is_accurate_quick_to_find_and_leaves_no_trace():
     torch.set_float32_matmul_precision("high")
     mode = tg.fastest_cpu_mode(lines.append)
     assert time.perf_counter() - begin < 20 and torch.get_float32_matmul_precision() == "high"
-    assert mode in ("fp32", "medium", "bf16") and len(lines) == 1 and lines[0].endswith(f"-> {mode}")
+    assert (
+        mode in ("fp32", "medium", "bf16") and len(lines) == 1 and lines[0].endswith(f"-> {mode}")
+    )
     torch.manual_seed(3)
     a, b = torch.randn(300, 500), torch.randn(200, 500)
     torch.set_float32_matmul_precision("medium" if mode == "medium" else "highest")
@@ -118,7 +131,9 @@ def test_chosen_arithmetic_is_accurate_quick_to_find_and_leaves_no_trace():
     assert distance(out, a.double() @ b.double().T) < (1e-2 if mode == "bf16" else 1e-5)
 
 
-@pytest.mark.parametrize("order", (("bf16", "medium", "fp32"), ("medium", "bf16", "fp32"), ("fp32", "bf16", "medium")))
+@pytest.mark.parametrize(
+    "order", (("bf16", "medium", "fp32"), ("medium", "bf16", "fp32"), ("fp32", "bf16", "medium"))
+)
 @pytest.mark.parametrize("wrong", (None, "bf16", "medium"))
 def test_chosen_arithmetic_is_the_fastest_among_the_accurate(monkeypatch, order, wrong):
     def current(x: Tensor) -> str:
@@ -126,7 +141,9 @@ def test_chosen_arithmetic_is_the_fastest_among_the_accurate(monkeypatch, order,
         return "bf16" if x.dtype == torch.bfloat16 else "medium" if medium else "fp32"
 
     def linear(x: Tensor, w: Tensor) -> Tensor:
-        product = x.double() @ w.double().mT  # on some machines "medium" itself would be too inaccurate
+        product = (
+            x.double() @ w.double().mT
+        )  # on some machines "medium" itself would be too inaccurate
         return product.to(x.dtype) * (1.05 if current(x) == wrong else 1.0)
 
     monkeypatch.setattr(tg.F, "linear", linear)
@@ -136,7 +153,10 @@ def test_chosen_arithmetic_is_the_fastest_among_the_accurate(monkeypatch, order,
 
 def test_fastest_attention_is_one_of_the_kernels(monkeypatch):
     lines, small = [], tg.ModelConfig(model_dim=64, num_heads=4, num_kv_heads=2)
-    assert tg.fastest_cpu_attention(small, 64, torch.float32, lines.append) in tg.ATTENTION and len(lines) == 1
+    assert (
+        tg.fastest_cpu_attention(small, 64, torch.float32, lines.append) in tg.ATTENTION
+        and len(lines) == 1
+    )
     for slow, fast in (("sdpa", "blocked"), ("blocked", "sdpa")):
         times = {name: float(name == slow) for name in tg.ATTENTION}
         clock = iter(times[name] for name in tg.ATTENTION)

@@ -1,18 +1,30 @@
 """The model against a float64 reference written from its specification, and the properties of each technique."""
+
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import (
+    ALONE,
+    SYSTEMS,
+    TECHNIQUES,
+    config,
+    flattened,
+    random_batch,
+    random_model,
+    token_losses,
+    total_loss,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
-from helpers import (ALONE, SYSTEMS, TECHNIQUES, config, flattened, random_batch, random_model, token_losses,
-                     total_loss)
 
-EVERY = dict(TECHNIQUES["all"], num_layers=4, xsa_last_n=2)  # a model that has each kind of parameter
+EVERY = dict(
+    TECHNIQUES["all"], num_layers=4, xsa_last_n=2
+)  # a model that has each kind of parameter
 
 
 # ---- The reference: numpy, float64, one head and one position at a time where that is clearer ----
@@ -26,13 +38,15 @@ def sigmoid(x):
 
 def named(w, prefix, suffix):
     """The one array whose name begins and ends so."""
-    found = [value for name, value in w.items() if name.startswith(prefix) and name.endswith(suffix)]
+    found = [
+        value for name, value in w.items() if name.startswith(prefix) and name.endswith(suffix)
+    ]
     assert len(found) == 1, (prefix, suffix)
     return found[0]
 
 
 def previous(x, steps=1):
-    return np.concatenate([np.zeros_like(x[:steps]), x])[:len(x)]
+    return np.concatenate([np.zeros_like(x[:steps]), x])[: len(x)]
 
 
 def frequencies(length, c):
@@ -50,21 +64,30 @@ def rotated(x, c):
     """(T,D): dims i and i + R/2 as one complex number, turned by position * frequency."""
     half = c.rotary_dims // 2
     turn = np.exp(-1j * np.arange(len(x))[:, None] * frequencies(len(x), c))
-    z = (x[:, :half] + 1j * x[:, half:2 * half]) * turn
-    return np.concatenate([z.real, z.imag, x[:, 2 * half:]], -1)
+    z = (x[:, :half] + 1j * x[:, half : 2 * half]) * turn
+    return np.concatenate([z.real, z.imag, x[:, 2 * half :]], -1)
 
 
 def readable(ids, c):
     """(T,T): position i may read position j; by counting."""
     document = np.cumsum(ids == 1) if c.doc_attention else np.zeros(len(ids))
-    return np.array([[j <= i and (not c.attention_window or i - j < c.attention_window) and document[i] == document[j]
-                      for j in range(len(ids))] for i in range(len(ids))])
+    return np.array(
+        [
+            [
+                j <= i
+                and (not c.attention_window or i - j < c.attention_window)
+                and document[i] == document[j]
+                for j in range(len(ids))
+            ]
+            for i in range(len(ids))
+        ]
+    )
 
 
 def gate(n, w, layer, c):
     """(T,H): what each head's output is multiplied by."""
     weight = named(w, f"blocks.{layer}.attn.out_sites", "gate.weight")
-    z = n[:, :weight.shape[1]] @ weight.T
+    z = n[:, : weight.shape[1]] @ weight.T
     assert weight.shape == (c.num_heads, {"out": 12, "sparse": 12}.get(c.output_gate, c.model_dim))
     if c.output_gate == "bias":
         z = z + named(w, f"blocks.{layer}.attn.out_sites", ".bias")
@@ -80,18 +103,27 @@ def attended(n, w, layer, c, ids, first):
         v = v + named(w, name, "amount") * w["value_sites.0.scale"] * second
     if c.value_residual != "none" and layer:
         weights = named(w, name, ".weights")
-        v = v + sigmoid(weights) * first[0] if c.value_residual == "add" else weights[0] * first[0] + weights[1] * v
+        v = (
+            v + sigmoid(weights) * first[0]
+            if c.value_residual == "add"
+            else weights[0] * first[0] + weights[1] * v
+        )
     if layer == 0:
         first.append(v)
     for h in range(c.num_heads):
         group = h // (c.num_heads // c.num_kv_heads)
-        mine = rotated(rms(q[:, h * width:(h + 1) * width]), c) * named(w, name, ".gain")[h]
-        keys, values = (x[:, group * width:(group + 1) * width] for x in (k, v))
+        mine = rotated(rms(q[:, h * width : (h + 1) * width]), c) * named(w, name, ".gain")[h]
+        keys, values = (x[:, group * width : (group + 1) * width] for x in (k, v))
         scores = mine @ rotated(rms(keys), c).T / np.sqrt(width)
         weights = np.exp(scores - scores.max(-1, keepdims=True)) * readable(ids, c)
         y = weights / weights.sum(-1, keepdims=True) @ values
         if layer >= c.num_layers - c.xsa_last_n:
-            y = y - (y * values).sum(-1, keepdims=True) / (values * values).sum(-1, keepdims=True) * values
+            y = (
+                y
+                - (y * values).sum(-1, keepdims=True)
+                / (values * values).sum(-1, keepdims=True)
+                * values
+            )
         if c.output_gate != "none":
             y = y * gate(n, w, layer, c)[:, [h]]
         heads.append(y)
@@ -103,8 +135,12 @@ def engram_rows(ids, buckets):
     rows = []
     for t, c in enumerate(map(int, ids)):
         p, q = (int(ids[t - back]) if t >= back else 0 for back in (1, 2))
-        hashes = [1009 * p + c, (2719 * p + 314159) ^ (3137 * c), (36313 * q) ^ (27191 * p) ^ (4903 * c),
-                  (7919 * q) ^ (4391 * p) ^ (6151 * c)]
+        hashes = [
+            1009 * p + c,
+            (2719 * p + 314159) ^ (3137 * c),
+            (36313 * q) ^ (27191 * p) ^ (4903 * c),
+            (7919 * q) ^ (4391 * p) ^ (6151 * c),
+        ]
         rows.append([h % buckets + i * buckets for i, h in enumerate(hashes)])
     return np.array(rows)
 
@@ -116,7 +152,9 @@ def embedded(ids, w, c):
     if c.bigram_buckets:
         last = c.bigram_buckets - 1
         rows = [last] + [bucket(a, b, last) for a, b in zip(ids, ids[1:])]
-        x = x + w["embed_sites.0.scale"] * (w["embed_sites.0.table"][rows] @ w["embed_sites.0.proj.weight"].T)
+        x = x + w["embed_sites.0.scale"] * (
+            w["embed_sites.0.table"][rows] @ w["embed_sites.0.proj.weight"].T
+        )
     if c.engram_buckets:
         found = w["embed_sites.0.table"][engram_rows(ids, c.engram_buckets)].reshape(len(ids), -1)
         x = x + sigmoid(w["embed_sites.0.gate"]) * (found @ w["embed_sites.0.proj.weight"].T)
@@ -124,8 +162,15 @@ def embedded(ids, w, c):
         own = sigmoid(named(w, "embed_sites", ".gate"))
         x = own * x + (1 - own) * previous(x)
     if c.smear_gate in ("C", "D"):
-        share = named(w, "embed_sites", ".strength") * sigmoid(x[:, :12] @ named(w, "embed_sites", "gate.weight").T)
-        x = x + share * previous(x) * (ids != 1 if c.smear_gate == "D" else np.ones(len(ids)))[:, None]
+        share = named(w, "embed_sites", ".strength") * sigmoid(
+            x[:, :12] @ named(w, "embed_sites", "gate.weight").T
+        )
+        x = (
+            x
+            + share
+            * previous(x)
+            * (ids != 1 if c.smear_gate == "D" else np.ones(len(ids)))[:, None]
+        )
     x = rms(x)
     if c.smear_gate == "B":
         own = sigmoid(-named(w, "embed_sites", ".gate"))
@@ -177,8 +222,10 @@ def applied(lanes, w, i, c, ids, x0, first, repeat):
         branch = mlp(mixed(b))
         return [keep[1] * a + write[1, 0] * branch, keep[1] * b + write[1, 1] * branch]
     attention, feed = attn(u), mlp(b)
-    return [keep[0] * a + write[0, 0] * attention + write[1, 0] * feed,
-            keep[1] * b + write[0, 1] * attention + write[1, 1] * feed]
+    return [
+        keep[0] * a + write[0, 0] * attention + write[1, 0] * feed,
+        keep[1] * b + write[0, 1] * attention + write[1, 1] * feed,
+    ]
 
 
 def reference_losses(model, ids, targets):
@@ -192,14 +239,21 @@ def reference_losses(model, ids, targets):
     walk += [(b, 0) for b in range(c.num_layers) if segment and b > c.loop_end]
     for i, (b, n) in enumerate(walk):
         around = c.skip_pairs == "around_loop"
-        pushes, pops = (b < c.loop_start, b > c.loop_end) if around else (i < len(walk) // 2, i >= len(walk) // 2)
+        pushes, pops = (
+            (b < c.loop_start, b > c.loop_end)
+            if around
+            else (i < len(walk) // 2, i >= len(walk) // 2)
+        )
         if pops and stack and c.skips != "none" and joined < (c.max_skips or 99):
             s, weight = stack.pop(), w["skip_weights"][joined]
             if c.skips == "gated":
                 g = sigmoid(w["skip_gates"][joined])
                 join = [g * lane + (1 - g) * weight * s for lane in lanes]
             else:
-                join = [lane + (sigmoid(weight) if c.skips == "sigmoid" else weight) * s for lane in lanes]
+                join = [
+                    lane + (sigmoid(weight) if c.skips == "sigmoid" else weight) * s
+                    for lane in lanes
+                ]
             two = c.parallel in ("B", "C", "D") and b >= c.parallel_start
             if two and len(lanes) == 1:  # the stream has split before the skip joins
                 lanes, join = lanes * 2, join * 2
@@ -207,7 +261,10 @@ def reference_losses(model, ids, targets):
             joined += 1
         before, lanes = lanes, applied(lanes, w, b, c, ids, x0, first, n > 0)
         if n and c.loop_gates:
-            lanes = [old + w["loop_gates"][n - 1, b - c.loop_start] * (new - old) for old, new in zip(before, lanes)]
+            lanes = [
+                old + w["loop_gates"][n - 1, b - c.loop_start] * (new - old)
+                for old, new in zip(before, lanes)
+            ]
         if pushes:
             stack.append(lanes[0])
     x = lanes[0]
@@ -217,33 +274,68 @@ def reference_losses(model, ids, targets):
     h = rms(x) * (c.mup_base_width / c.model_dim if c.mup_base_width else 1)
     if c.embed_dim:
         h = h @ w["head_sites.0.weight"].T
-    logits = c.logit_softcap * np.tanh(h @ w["embed" if c.tie_embeddings else "output"].T / c.logit_softcap)
+    logits = c.logit_softcap * np.tanh(
+        h @ w["embed" if c.tie_embeddings else "output"].T / c.logit_softcap
+    )
     return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(ids)), targets]
 
 
 def bucket(previous: int, current: int, modulus: int) -> int:
     """The published hash: products and XOR as 32-bit two's complement, then a floor modulus."""
+
     def wrapped(n):
         return (n + 2**31) % 2**32 - 2**31
+
     return (wrapped(36313 * int(current)) ^ wrapped(27191 * int(previous))) % modulus
 
 
-SHAPES = {
-    "two layers": dict(num_layers=2, num_heads=2, num_kv_heads=1),
-    "one layer": dict(num_layers=1, num_heads=4, num_kv_heads=4),
-    "odd depth": dict(num_layers=5, num_heads=4, num_kv_heads=2),
-    "even depth, one key head": dict(num_layers=4, num_heads=4, num_kv_heads=1, mlp_mult=3.0),
-    "other constants": dict(rope_base=500.0, logit_softcap=7.0, mlp_mult=1.5, num_layers=3),
-} | {name: dict(dict(num_layers=3), **knobs) for name, knobs in TECHNIQUES.items() if name != "plain"} | {
-    **{f"two blocks of form {form}": dict(parallel=form, parallel_start=1, num_layers=3) for form in "ABCD"},
-    "gated loop of two blocks": dict(num_loops=2, loop_start=1, loop_end=2, loop_gates=1, skip_pairs="around_loop",
-                                     num_layers=4),
-    "slopes": dict(mlp="leaky_relu2", leaky_slopes="-0.1,0.2,.9", num_layers=3),
-    "lanes after a loop": dict(parallel="D", parallel_start=3, num_loops=2, loop_start=1, loop_end=2, num_layers=5,
-                               skips="gated"),
-    "form A in a loop": dict(parallel="A", parallel_start=0, num_loops=1, loop_start=0, loop_end=1, num_layers=3,
-                             value_residual="add"),
-}
+SHAPES = (
+    {
+        "two layers": dict(num_layers=2, num_heads=2, num_kv_heads=1),
+        "one layer": dict(num_layers=1, num_heads=4, num_kv_heads=4),
+        "odd depth": dict(num_layers=5, num_heads=4, num_kv_heads=2),
+        "even depth, one key head": dict(num_layers=4, num_heads=4, num_kv_heads=1, mlp_mult=3.0),
+        "other constants": dict(rope_base=500.0, logit_softcap=7.0, mlp_mult=1.5, num_layers=3),
+    }
+    | {
+        name: dict(dict(num_layers=3), **knobs)
+        for name, knobs in TECHNIQUES.items()
+        if name != "plain"
+    }
+    | {
+        **{
+            f"two blocks of form {form}": dict(parallel=form, parallel_start=1, num_layers=3)
+            for form in "ABCD"
+        },
+        "gated loop of two blocks": dict(
+            num_loops=2,
+            loop_start=1,
+            loop_end=2,
+            loop_gates=1,
+            skip_pairs="around_loop",
+            num_layers=4,
+        ),
+        "slopes": dict(mlp="leaky_relu2", leaky_slopes="-0.1,0.2,.9", num_layers=3),
+        "lanes after a loop": dict(
+            parallel="D",
+            parallel_start=3,
+            num_loops=2,
+            loop_start=1,
+            loop_end=2,
+            num_layers=5,
+            skips="gated",
+        ),
+        "form A in a loop": dict(
+            parallel="A",
+            parallel_start=0,
+            num_loops=1,
+            loop_start=0,
+            loop_end=1,
+            num_layers=3,
+            value_residual="add",
+        ),
+    }
+)
 
 
 @pytest.mark.parametrize("attention", tg.ATTENTION)
@@ -275,11 +367,14 @@ def test_bf16_model_stays_near_the_specification():
 
 
 # ---- Parameters ----
-@pytest.mark.parametrize("preset, knobs, total", (
-    ("baseline", {}, 17_059_912),
-    ("mlp3x_seq4096", {}, 21_778_504),
-    ("baseline", dict(num_layers=7, num_kv_heads=8), 15_220_280),
-))
+@pytest.mark.parametrize(
+    "preset, knobs, total",
+    (
+        ("baseline", {}, 17_059_912),
+        ("mlp3x_seq4096", {}, 21_778_504),
+        ("baseline", dict(num_layers=7, num_kv_heads=8), 15_220_280),
+    ),
+)
 def test_parameter_totals_are_the_published_ones(preset, knobs, total):
     cfg = config(preset, **knobs)
     with torch.device("meta"):
@@ -300,7 +395,10 @@ def test_every_parameter_carries_the_tags_of_its_role():
         ("table", "embed"): c.bigram_buckets * c.bigram_dim,
         ("matrix", "matrix"): layers * (2 * d * d + 2 * c.kv_dim * d) + c.bigram_dim * d,
         ("matrix", "mlp"): layers * 2 * c.mlp_dim * d,
-        ("scalar", "keep"): layers * (4 * d + c.num_heads) + (layers // 2) * d + d + 1,  # skips, smear gate, scale
+        ("scalar", "keep"): layers * (4 * d + c.num_heads)
+        + (layers // 2) * d
+        + d
+        + 1,  # skips, smear gate, scale
     }
     flattened(model, cfg)  # raises when a tag has no optimiser group
 
@@ -319,7 +417,9 @@ def test_gradients_reach_every_parameter(technique):
         assert (rows != 0).any() if p.opt in ("embed", "table") else (rows != 0).any(1).all(), name
 
 
-@pytest.mark.parametrize("technique", [t for t in TECHNIQUES if t not in ("phase", "parallel C", "parallel D")])
+@pytest.mark.parametrize(
+    "technique", [t for t in TECHNIQUES if t not in ("phase", "parallel C", "parallel D")]
+)
 def test_every_block_is_the_identity_at_the_start(technique):
     cfg = config(**TECHNIQUES[technique])
     torch.manual_seed(0)
@@ -334,7 +434,12 @@ def test_every_block_is_the_identity_at_the_start(technique):
 # ---- Schedule ----
 def test_unet_schedule_pairs_first_half_with_second_last_in_first_out():
     assert [s.skips for s in tg.schedule(tg.ModelConfig(num_layers=9))] == [(), (), (), ()] + [
-        ((0, 3),), ((1, 2),), ((2, 1),), ((3, 0),), ()]
+        ((0, 3),),
+        ((1, 2),),
+        ((2, 1),),
+        ((3, 0),),
+        (),
+    ]
     for layers in range(1, 12):
         plan, stack = tg.schedule(tg.ModelConfig(num_layers=layers)), []
         assert [slot.block for slot in plan] == list(range(layers))
@@ -345,13 +450,18 @@ def test_unet_schedule_pairs_first_half_with_second_last_in_first_out():
             else:
                 assert slot.skips == (((i - layers // 2, stack.pop()),) if stack else ())
         assert not stack
-        assert not any(slot.skips for slot in tg.schedule(tg.ModelConfig(num_layers=layers, skips="none")))
+        assert not any(
+            slot.skips for slot in tg.schedule(tg.ModelConfig(num_layers=layers, skips="none"))
+        )
 
 
 # ---- Causality ----
 CAUSAL = [(preset, "plain", kernel) for preset in SYSTEMS for kernel in tg.ATTENTION] + [
-    (preset, technique, kernel) for technique in TECHNIQUES if technique != "plain"
-    for preset, kernel in (("baseline", "sdpa"), ("baseline", "blocked"), (SYSTEMS[-1], "blocked"))]
+    (preset, technique, kernel)
+    for technique in TECHNIQUES
+    if technique != "plain"
+    for preset, kernel in (("baseline", "sdpa"), ("baseline", "blocked"), (SYSTEMS[-1], "blocked"))
+]
 
 
 @pytest.mark.parametrize("preset, technique, attention", CAUSAL)
@@ -370,7 +480,9 @@ def test_a_token_never_changes_an_earlier_loss(preset, technique, attention):
     assert difference[:-1].diagonal(1).min() > 1e-4, "a loss ignores the token before"
 
 
-@pytest.mark.parametrize("preset, technique", [(s, "plain") for s in SYSTEMS] + [("baseline", t) for t in TECHNIQUES])
+@pytest.mark.parametrize(
+    "preset, technique", [(s, "plain") for s in SYSTEMS] + [("baseline", t) for t in TECHNIQUES]
+)
 def test_a_writer_finds_the_logits_of_whole_rows(preset, technique):
     cfg = config(f"{preset}+tiny", **TECHNIQUES[technique], vocab_size=61)
     model = random_model(cfg)
@@ -410,13 +522,19 @@ def test_xsa_last_n_counts_from_the_top():
 @pytest.mark.parametrize("dims", (0, 2, 8, 16))
 def test_rotary_turns_only_its_dims_keeps_lengths_and_sees_only_distances(dims):
     torch.manual_seed(0)
-    rotary, T, R = tg.Rotary(tg.ModelConfig(model_dim=32, num_heads=2, rope_dims=dims), 0), 50, dims or 16
+    rotary, T, R = (
+        tg.Rotary(tg.ModelConfig(model_dim=32, num_heads=2, rope_dims=dims), 0),
+        50,
+        dims or 16,
+    )
     x, v = torch.randn(2, T, 2, 16), torch.randn(2, T, 1, 16)
     q, k, same = rotary(x, x.flip(2), v, None)
     assert same is v and torch.equal(q[..., R:], x[..., R:]) and torch.equal(q[:, 0], x[:, 0])
     assert (q[:, 1:, :, :R] != x[:, 1:, :, :R]).any(1).all(), "every rotating dim moves"
-    pairs = torch.stack([q[..., :R // 2], q[..., R // 2:R]]).norm(dim=0)
-    torch.testing.assert_close(pairs, torch.stack([x[..., :R // 2], x[..., R // 2:R]]).norm(dim=0))
+    pairs = torch.stack([q[..., : R // 2], q[..., R // 2 : R]]).norm(dim=0)
+    torch.testing.assert_close(
+        pairs, torch.stack([x[..., : R // 2], x[..., R // 2 : R]]).norm(dim=0)
+    )
     constant = [torch.randn(1, 1, 1, 16).expand(1, T, 1, 16) for _ in range(2)]
     q, k, _ = rotary(*constant, v, None)
     scores = (q[0, :, 0] @ k[0, :, 0].T).detach()
@@ -437,7 +555,9 @@ def test_smear_gate_blends_with_the_token_before():
     out = site(x, None).double()
     torch.testing.assert_close(out[:, 0], (1 - g) * x[:, 0])
     for t in range(1, 5):
-        torch.testing.assert_close(out[:, t], (1 - g) * x[:, t] + g * x[:, t - 1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            out[:, t], (1 - g) * x[:, t] + g * x[:, t - 1], rtol=1e-5, atol=1e-6
+        )
 
 
 def visible_hash(buckets: int) -> tg.BigramHash:
@@ -453,10 +573,14 @@ def visible_hash(buckets: int) -> tg.BigramHash:
 @pytest.mark.parametrize("buckets", (2, 3, 512, 10_240, 2**20))
 def test_bigram_rows_are_the_published_hash(buckets):
     edges = torch.tensor([[0, 0, 1, 65_534, 65_534, 65_533, 0, 65_534, 29_571, 59_139, 59_140, 1]])
-    ids = torch.cat([edges, torch.randint(65_535, (40, 12), generator=torch.Generator().manual_seed(0))])
+    ids = torch.cat(
+        [edges, torch.randint(65_535, (40, 12), generator=torch.Generator().manual_seed(0))]
+    )
     rows = visible_hash(buckets)(torch.zeros(*ids.shape, 16), ids)[..., 0].long().tolist()
     for tokens, found in zip(ids.tolist(), rows):
-        assert found == [buckets - 1] + [bucket(a, b, buckets - 1) for a, b in zip(tokens, tokens[1:])]
+        assert found == [buckets - 1] + [
+            bucket(a, b, buckets - 1) for a, b in zip(tokens, tokens[1:])
+        ]
         assert buckets - 1 not in found[1:], "the last bucket is reserved"
 
 
@@ -469,7 +593,11 @@ def test_bigram_is_the_identity_at_the_start():
 def test_qk_gain_scales_queries_and_bounds_attention_logits():
     torch.manual_seed(0)
     cfg = tg.ModelConfig(model_dim=64, num_heads=4, num_kv_heads=2, qk_gain_init=4.0)
-    q, k, v = torch.randn(2, 40, 4, 16) * 50, torch.randn(2, 40, 2, 16) * 0.01, torch.randn(2, 40, 2, 16)
+    q, k, v = (
+        torch.randn(2, 40, 4, 16) * 50,
+        torch.randn(2, 40, 2, 16) * 0.01,
+        torch.randn(2, 40, 2, 16),
+    )
     gain = tg.QKGain(cfg, 0)
     assert gain.gain.tolist() == [4.0] * 4
     with torch.no_grad():
@@ -544,7 +672,9 @@ def test_compiled_forward_is_one_graph_per_plan_with_the_eager_loss(preset, monk
                 site.on.fill_(float(step >= 2))
             ids, targets = random_batch(cfg, 2, 16, seed=step // 2 * 2)
             value = loss(ids, targets, plan)[0]
-            assert float(value.detach()) == pytest.approx(float(model(ids, targets, plan)[0].detach()), rel=1e-5)
+            assert float(value.detach()) == pytest.approx(
+                float(model(ids, targets, plan)[0].detach()), rel=1e-5
+            )
             flat.gradients.zero_()
             value.backward()
             flat.weights.sub_(flat.gradients[:-1], alpha=1e-4)
@@ -562,7 +692,11 @@ def test_flops_of_the_baseline_by_hand():
     weights = 9 * (524_288 + 262_144 + 1_048_576) + 524_288
     # forward: QK^T and AV, 2 FLOPs * 512 * (1024 / 2 keys on average) each; backward twice that
     attention = 9 * 3 * 2 * (2 * 512 * 512)
-    assert tg.flops_per_token(model, tg.schedule(cfg.model), 1024) == 6 * weights + attention == 130_547_712
+    assert (
+        tg.flops_per_token(model, tg.schedule(cfg.model), 1024)
+        == 6 * weights + attention
+        == 130_547_712
+    )
 
 
 def test_flops_equal_what_torch_counts(monkeypatch):
@@ -572,7 +706,10 @@ def test_flops_equal_what_torch_counts(monkeypatch):
 
     monkeypatch.setitem(tg.ATTENTION, "dense", dense)
     cfg = config(**EVERY)
-    model, (ids, targets) = random_model(cfg, tg.Numerics("fp32", "dense")), random_batch(cfg, 2, 32)
+    model, (ids, targets) = (
+        random_model(cfg, tg.Numerics("fp32", "dense")),
+        random_batch(cfg, 2, 32),
+    )
     plan = tg.schedule(cfg.model)
     with FlopCounterMode(display=False) as counter:
         model(ids, targets, plan)[0].backward()

@@ -1,4 +1,5 @@
 """Architecture techniques one by one: equivalences, starts, schedules, objectives; and every preset as a whole."""
+
 import json
 import math
 from functools import partial
@@ -8,11 +9,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import (
+    ALONE,
+    SYSTEMS,
+    config,
+    distance,
+    flattened,
+    random_batch,
+    random_model,
+    token_losses,
+)
+from running import train
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as tg
-from helpers import ALONE, SYSTEMS, config, distance, flattened, random_batch, random_model, token_losses
-from running import train
 
 RUN = SimpleNamespace(lines=[], log=lambda line: RUN.lines.append(line))
 
@@ -25,8 +35,12 @@ def meta_model(cfg: tg.Config) -> tg.GPT:
 # ---- Presets ----
 TOTALS = {  # from the published logs; depth_recurrent has none: table 2,097,152 + 8 blocks of 2,359,296 + 8 * 1,032
     # scales and gains + 2 * 512 skips + 8 * 3 loop gates, there being no blend with the embedding
-    "depth_recurrent": (20_980_824, 4096), "turbo_engram": (30_666_843, 1024), "prequant_ttt": (36_311_132, 8192),
-    "score_first_ttt": (35_944_536, 8192), "phased_ttt": (35_945_671, 8192)}
+    "depth_recurrent": (20_980_824, 4096),
+    "turbo_engram": (30_666_843, 1024),
+    "prequant_ttt": (36_311_132, 8192),
+    "score_first_ttt": (35_944_536, 8192),
+    "phased_ttt": (35_945_671, 8192),
+}
 
 
 @pytest.mark.parametrize("preset", TOTALS)
@@ -37,17 +51,27 @@ def test_parameter_totals_of_the_systems(preset):
 
 
 def test_skill_forge_without_its_techniques_is_the_published_run():
-    plain = dict(num_kv_heads=8, mlp_mult=2, xsa_last_n=0, rope_dims=0, smear_gate="none", init="default",
-                 mup_base_width=0)
+    plain = dict(
+        num_kv_heads=8,
+        mlp_mult=2,
+        xsa_last_n=0,
+        rope_dims=0,
+        smear_gate="none",
+        init="default",
+        mup_base_width=0,
+    )
     model = meta_model(config("skill_forge", **plain))
     assert sum(p.numel() for p in model.parameters()) == 15_220_280
 
 
 # ---- Schedule ----
 VIRTUAL = {  # segment, loops -> the published lists, encoder / decoder
-    ((4, 5), 2): "0 1 2 3 4 5 4 / 5 4 5 6 7 8 9 10", ((3, 5), 2): "0 1 2 3 4 5 3 4 / 5 3 4 5 6 7 8 9 10",
-    ((4, 5), 1): "0 1 2 3 4 5 / 4 5 6 7 8 9 10", ((3, 5), 1): "0 1 2 3 4 5 3 / 4 5 6 7 8 9 10",
-    ((3, 5), 0): "0 1 2 3 4 / 5 6 7 8 9 10"}
+    ((4, 5), 2): "0 1 2 3 4 5 4 / 5 4 5 6 7 8 9 10",
+    ((3, 5), 2): "0 1 2 3 4 5 3 4 / 5 3 4 5 6 7 8 9 10",
+    ((4, 5), 1): "0 1 2 3 4 5 / 4 5 6 7 8 9 10",
+    ((3, 5), 1): "0 1 2 3 4 5 3 / 4 5 6 7 8 9 10",
+    ((3, 5), 0): "0 1 2 3 4 / 5 6 7 8 9 10",
+}
 
 
 @pytest.mark.parametrize("case", VIRTUAL)
@@ -71,7 +95,13 @@ def test_skips_of_the_leaderboards_last_system():
     pairs = [f"{names[s]}>{names[t]}" for t, slot in enumerate(plan) for _, s in slot.skips]
     assert pairs == "4b>5b 3b>3c 5a>4c 4a>5c 3a>6 2>7 1>8 0>9".split()
     flat = tg.plans(config("phased_ttt").model)[0]
-    assert [(s, t) for t, slot in enumerate(flat) for _, s in slot.skips] == [(4, 5), (3, 6), (2, 7), (1, 8), (0, 9)]
+    assert [(s, t) for t, slot in enumerate(flat) for _, s in slot.skips] == [
+        (4, 5),
+        (3, 6),
+        (2, 7),
+        (1, 8),
+        (0, 9),
+    ]
 
 
 def test_skips_around_the_loop_and_a_limit_of_skips():
@@ -88,7 +118,9 @@ def test_skips_around_the_loop_and_a_limit_of_skips():
 def test_plan_of_a_step_follows_time_or_step():
     def indices(frac_knobs, points):
         cfg = config(num_loops=2, num_layers=9, **frac_knobs).model
-        return [tg.plan_index(tg.Progress(step, frac, 0, 0), cfg) for step, frac in points], len(tg.plans(cfg))
+        return [tg.plan_index(tg.Progress(step, frac, 0, 0), cfg) for step, frac in points], len(
+            tg.plans(cfg)
+        )
 
     points = [(0, 0.0), (10, 0.34), (11, 0.36), (20, 0.7), (30, 1.0)]
     assert indices({}, points) == ([0, 0, 1, 1, 1], 2)
@@ -100,10 +132,15 @@ def test_plan_of_a_step_follows_time_or_step():
 
 def test_loop_ramp_rises_over_its_steps():
     cfg = config(num_loops=1, num_layers=9, loop_gates=1, loop_ramp_steps=4, loop_at_step=100).model
-    assert [tg.loop_strength(tg.Progress(s, 0.5, 0, 0), cfg) for s in (99, 100, 101, 103, 104, 500)] == [
-        0, 0.25, 0.5, 1, 1, 1]
-    cfg = config(num_loops=1, num_layers=9, loop_gates=1, loop_ramp_steps=4, enable_looping_at=0.5).model
-    by_time = [tg.loop_strength(tg.Progress(s, s / 200, 0, 0), cfg) for s in (99, 100, 101, 103, 200)]
+    assert [
+        tg.loop_strength(tg.Progress(s, 0.5, 0, 0), cfg) for s in (99, 100, 101, 103, 104, 500)
+    ] == [0, 0.25, 0.5, 1, 1, 1]
+    cfg = config(
+        num_loops=1, num_layers=9, loop_gates=1, loop_ramp_steps=4, enable_looping_at=0.5
+    ).model
+    by_time = [
+        tg.loop_strength(tg.Progress(s, s / 200, 0, 0), cfg) for s in (99, 100, 101, 103, 200)
+    ]
     assert by_time == pytest.approx([0, 0.25, 0.5, 1, 1])
     assert tg.loop_strength(tg.Progress(0, 0, 0, 0), tg.ModelConfig()) == 1
 
@@ -117,11 +154,14 @@ def same_weights(model: tg.GPT, source: tg.GPT):
     theirs = dict(source.named_parameters())
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(theirs[name][:len(p)])
+            p.copy_(theirs[name][: len(p)])
 
 
 def test_recurrence_of_no_extra_pass_is_no_recurrence():
-    looped, plain = random_model(config(**LOOPED, loop_gates=1)), random_model(config(num_layers=4), seed=9)
+    looped, plain = (
+        random_model(config(**LOOPED, loop_gates=1)),
+        random_model(config(num_layers=4), seed=9),
+    )
     same_weights(plain, looped)
     ids, targets = random_batch(config(), 2, 20)
     want = token_losses(plain, ids, targets)
@@ -131,8 +171,13 @@ def test_recurrence_of_no_extra_pass_is_no_recurrence():
     with torch.no_grad():
         looped.loop_strength.zero_()
     silent = looped.losses(looped.hidden(ids, none), targets)
-    torch.testing.assert_close(silent, plain.losses(plain.hidden(ids, tuple(s._replace(skips=()) for s in
-                               tg.schedule(plain.cfg))), targets), msg="a pass of strength 0 changes nothing")
+    torch.testing.assert_close(
+        silent,
+        plain.losses(
+            plain.hidden(ids, tuple(s._replace(skips=()) for s in tg.schedule(plain.cfg))), targets
+        ),
+        msg="a pass of strength 0 changes nothing",
+    )
 
 
 def test_untied_repeats_begin_as_copies_and_then_differ():
@@ -163,7 +208,9 @@ def test_lanes_of_form_d_with_identity_routing_are_two_independent_streams():
         mixed = block.residual_sites[0](attention, x)
         attention = attention + block.attn_scale * block.attn(tg.norm(mixed), context)
         mlp = mlp + block.mlp_scale * block.mlp(tg.norm(mlp))
-    torch.testing.assert_close(model.hidden(ids, tg.schedule(cfg.model)), tg.norm((attention + mlp) / 2))
+    torch.testing.assert_close(
+        model.hidden(ids, tg.schedule(cfg.model)), tg.norm((attention + mlp) / 2)
+    )
 
 
 @pytest.mark.parametrize("kernel", tg.ATTENTION)
@@ -178,7 +225,9 @@ def test_packed_documents_equal_each_document_alone(kernel, length):
     packed = token_losses(model, ids, targets)
     for lo, hi in zip(starts, starts[1:] + [length]):
         alone = token_losses(model, ids[:, lo:hi], targets[:, lo:hi])
-        torch.testing.assert_close(packed[:, lo:hi], alone, rtol=1e-4, atol=2e-4)  # rotation by other absolute angles
+        torch.testing.assert_close(
+            packed[:, lo:hi], alone, rtol=1e-4, atol=2e-4
+        )  # rotation by other absolute angles
 
 
 @pytest.mark.parametrize("window, documents", ((0, True), (5, False), (150, False), (33, True)))
@@ -192,8 +241,11 @@ def test_both_kernels_read_what_they_may_and_nothing_else(window, documents):
     for b in range(2):
         document = (ids[b] == 1).cumsum(0).tolist()
         for t in range(T):
-            keys = [j for j in range(t + 1) if (not window or t - j < window)
-                    and (not documents or document[j] == document[t])]
+            keys = [
+                j
+                for j in range(t + 1)
+                if (not window or t - j < window) and (not documents or document[j] == document[t])
+            ]
             assert visible[b % len(visible), t].nonzero().flatten().tolist() == keys
             for h in range(4):
                 scores = k[b, keys, h // 2].double() @ q[b, t, h].double() / math.sqrt(8)
@@ -219,6 +271,7 @@ def test_smear_gate_d_lets_nothing_into_a_document():
 @pytest.mark.parametrize("buckets", (1, 7, 8192))
 def test_engram_rows_are_the_published_hashes(buckets):
     from test_05_model import engram_rows
+
     site = tg.EngramLite(tg.ModelConfig(model_dim=16, engram_buckets=buckets, engram_dim=2), 0)
     ids = torch.tensor([[0, 65_534, 65_534, 1, 0, 3], [5, 4, 3, 2, 1, 0]])
     for row, found in zip(ids, site.rows(ids)):
@@ -230,20 +283,35 @@ def test_engram_rows_are_the_published_hashes(buckets):
 def test_yarn_and_ntk_leave_short_rows_and_the_fastest_frequency_alone():
     for kind in ("ntk", "yarn"):
         scale, r = tg.ROPE_SCALINGS[kind], torch.arange(0, 16, 2) / 16
-        frequency = 10_000.0 ** -r
+        frequency = 10_000.0**-r
         assert torch.equal(scale(frequency, r, 1.0), frequency)
         longer = scale(frequency, r, 4.0)
         assert longer[0] == frequency[0] and (longer[1:] <= frequency[1:]).all()
-    assert 10_000 * 2 ** (16 / 14) == pytest.approx(22_081, abs=1), "the base of two published systems"
+    assert 10_000 * 2 ** (16 / 14) == pytest.approx(22_081, abs=1), (
+        "the base of two published systems"
+    )
 
 
 # ---- Starts ----
 def test_orthogonal_start_and_its_zero_outputs():
-    model = tg.GPT(config(model_dim=128, num_layers=2, init="orthogonal", value_embed_last_n=1, value_embed_dim=64,
-                          engram_buckets=8, engram_dim=32).model, 100, tg.Numerics())
+    model = tg.GPT(
+        config(
+            model_dim=128,
+            num_layers=2,
+            init="orthogonal",
+            value_embed_last_n=1,
+            value_embed_dim=64,
+            engram_buckets=8,
+            engram_dim=32,
+        ).model,
+        100,
+        tg.Numerics(),
+    )
     for name, p in model.named_parameters():
         if p.opt == "matrix":
-            zero = name.endswith(("attn.proj.weight", "down.weight")) or name.startswith("embed_sites")
+            zero = name.endswith(("attn.proj.weight", "down.weight")) or name.startswith(
+                "embed_sites"
+            )
             small = p.double() @ p.double().T if len(p) <= p.size(1) else p.double().T @ p.double()
             want = torch.zeros_like(small) if zero else torch.eye(len(small), dtype=torch.float64)
             assert distance(small + 1, want + 1) < 1e-5, name
@@ -251,14 +319,18 @@ def test_orthogonal_start_and_its_zero_outputs():
 
 @pytest.mark.parametrize("rows", (False, True))
 def test_mimetic_start_undoes_values_head_by_head(rows):
-    cfg = config(model_dim=128, num_heads=4, num_kv_heads=2, init="mimetic_rows" if rows else "mimetic").model
+    cfg = config(
+        model_dim=128, num_heads=4, num_kv_heads=2, init="mimetic_rows" if rows else "mimetic"
+    ).model
     attn = tg.GPT(cfg, 50, tg.Numerics()).blocks[0].attn
     for h in range(4):
-        values, out = attn.v.weight[32 * (h // 2):32 * (h // 2 + 1)], attn.proj.weight
+        values, out = attn.v.weight[32 * (h // 2) : 32 * (h // 2 + 1)], attn.proj.weight
         if rows:
-            torch.testing.assert_close(out[32 * h:32 * (h + 1)], -0.05 * values)
+            torch.testing.assert_close(out[32 * h : 32 * (h + 1)], -0.05 * values)
         else:
-            torch.testing.assert_close(values @ out[:, 32 * h:32 * (h + 1)], -0.05 * torch.eye(32), atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                values @ out[:, 32 * h : 32 * (h + 1)], -0.05 * torch.eye(32), atol=1e-6, rtol=0
+            )
 
 
 def test_phase_start_and_uniform_start():
@@ -284,14 +356,16 @@ def test_svd_start_belongs_to_the_tokens_in_use(toy):
     cfg = config(embed_init="svd", vocab_size=40, model_dim=32)
     generator = np.random.default_rng(0)
     kinds = np.arange(40) % 2  # even ids follow odd ones and the other way round
-    tokens = np.array([generator.choice(np.flatnonzero(kinds == t % 2)) for t in range(20_000)], np.uint16)
+    tokens = np.array(
+        [generator.choice(np.flatnonzero(kinds == t % 2)) for t in range(20_000)], np.uint16
+    )
 
     class Stream:
         def __len__(self):
             return len(tokens)
 
         def read(self, start, count):
-            return tokens[start:start + count]
+            return tokens[start : start + count]
 
     data = tg.Data(Stream(), tokens, tokens, "", {}, np.arange(40, dtype=np.int16))
     tables = []
@@ -320,11 +394,25 @@ def test_svd_start_belongs_to_the_tokens_in_use(toy):
 
 def coordinate(width: int, base: int) -> float:
     """RMS of the logits after a few steps on the same tokens."""
-    cfg = config(model_dim=width, num_heads=width // 32, num_kv_heads=width // 64, vocab_size=64, num_layers=2,
-                 mup_base_width=base, init="orthogonal", tied_embed_lr=0.01, matrix_lr=0.02, scalar_lr=0.01)
+    cfg = config(
+        model_dim=width,
+        num_heads=width // 32,
+        num_kv_heads=width // 64,
+        vocab_size=64,
+        num_layers=2,
+        mup_base_width=base,
+        init="orthogonal",
+        tied_embed_lr=0.01,
+        matrix_lr=0.02,
+        scalar_lr=0.01,
+    )
     torch.manual_seed(0)
     model = tg.GPT(cfg.model, 64, tg.Numerics())
-    (flat, optimiser), (ids, targets), plan = flattened(model, cfg), random_batch(cfg, 8, 32), tg.schedule(cfg.model)
+    (flat, optimiser), (ids, targets), plan = (
+        flattened(model, cfg),
+        random_batch(cfg, 8, 32),
+        tg.schedule(cfg.model),
+    )
     for _ in range(5):
         flat.gradients.zero_()
         (model(ids, targets, plan)[0] / ids.numel()).backward()
@@ -356,17 +444,21 @@ def test_shifted_softcap_has_the_loss_and_gradient_of_float64(dtype, cap):
     slope = torch.randn(3, 5)
     (loss * slope).sum().backward()
     (want * slope.double()).sum().backward()
-    assert z.grad.dtype == dtype and distance(z.grad, exact.grad) < (1e-5 if dtype == torch.float32 else 1e-2)
+    assert z.grad.dtype == dtype and distance(z.grad, exact.grad) < (
+        1e-5 if dtype == torch.float32 else 1e-2
+    )
     sure = tg.SOFTCAPS["shifted"](torch.tensor([[1e8, -1e8]]), torch.tensor([1]), 30.0)
     assert float(sure) == pytest.approx(60, rel=1e-6)
 
 
 def exact_objective(kind, z, further, targets, byte_weights, cap):
     """Sum over targets in float64, written from the definitions."""
+
     def nats(z, targets):
         logits = cap * torch.tanh(z / cap)
         own = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
         return torch.where(targets < 0, 0.0, torch.logsumexp(logits, -1) - own)
+
     seen, ce = targets >= 0, nats(z, targets)
     if kind == "byte":
         w = byte_weights[targets.clamp(min=0)] * seen
@@ -387,8 +479,14 @@ def exact_objective(kind, z, further, targets, byte_weights, cap):
 @pytest.mark.parametrize("softcap", tg.SOFTCAPS)
 @pytest.mark.parametrize("kind", tg.OBJECTIVES)
 def test_objectives_equal_float64_and_the_log_stays_plain(kind, softcap):
-    cfg = config(objective=kind, softcap=softcap, vocab_size=61, **{
-        "focal": dict(focal_gamma=3), "z": dict(z_weight=0.01), "mtp": dict(mtp_heads=3)}.get(kind, {}))
+    cfg = config(
+        objective=kind,
+        softcap=softcap,
+        vocab_size=61,
+        **{"focal": dict(focal_gamma=3), "z": dict(z_weight=0.01), "mtp": dict(mtp_heads=3)}.get(
+            kind, {}
+        ),
+    )
     torch.manual_seed(0)
     model = tg.GPT(cfg.model, 61, tg.Numerics(), cfg.optim)
     with torch.no_grad():
@@ -400,13 +498,20 @@ def test_objectives_equal_float64_and_the_log_stays_plain(kind, softcap):
     plan = tg.schedule(cfg.model)
     objective, nats = model(ids, targets, plan)
     h = model.hidden(ids, plan).detach()
-    z, further = model.logits(h).detach().double(), [(h @ head.T).detach().double() for head in model.mtp_heads]
+    z, further = (
+        model.logits(h).detach().double(),
+        [(h @ head.T).detach().double() for head in model.mtp_heads],
+    )
     want = exact_objective(kind, z, further, targets, model.byte_weights.double(), 30.0)
     assert float(objective.detach()) == pytest.approx(float(want), rel=1e-5)
-    assert float(nats) == pytest.approx(float(exact_objective("ce", z, further, targets, None, 30.0)), rel=1e-5)
+    assert float(nats) == pytest.approx(
+        float(exact_objective("ce", z, further, targets, None, 30.0)), rel=1e-5
+    )
     assert kind == "ce" or abs(float(objective.detach()) - float(nats)) > 1e-3 * float(nats)
     objective.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters()
+    )
 
 
 def test_heads_of_further_tokens_are_trained_but_neither_counted_nor_exported(toy, tmp_path):
@@ -446,7 +551,9 @@ def test_a_run_scores_with_the_plan_that_it_ended_with(steps, plan, toy, tmp_pat
     header, _ = tg.unpack_artifact((done.folder / "model.golf").read_bytes())
     assert header["plan"] == plan
     rows = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["plan"] for row in rows if row["event"] == "train"] == [int(step >= 3) for step in range(steps)]
+    assert [row["plan"] for row in rows if row["event"] == "train"] == [
+        int(step >= 3) for step in range(steps)
+    ]
     cfg = tg.load({"PRESET": "prequant_ttt+tiny", "DEVICE": "cpu", "TTT": "none"})
     assert tg.stored_plan(cfg, header) == tg.plans(cfg.model)[plan]
     for bad in (2, -1, "0", None, 0.5):
@@ -456,8 +563,17 @@ def test_a_run_scores_with_the_plan_that_it_ended_with(steps, plan, toy, tmp_pat
 
 def test_repeats_stay_tied_until_the_loop_begins(toy, tmp_path):
     for steps, tied in ((3, True), (6, False)):
-        done = train(toy, tmp_path, f"untied{steps}", PRESET="baseline+tiny", NUM_LOOPS=1, LOOP_UNTIED_MLP=1,
-                     LOOP_AT_STEP=3, ITERATIONS=steps, MATRIX_BITS=16)
+        done = train(
+            toy,
+            tmp_path,
+            f"untied{steps}",
+            PRESET="baseline+tiny",
+            NUM_LOOPS=1,
+            LOOP_UNTIED_MLP=1,
+            LOOP_AT_STEP=3,
+            ITERATIONS=steps,
+            MATRIX_BITS=16,
+        )
         assert done.code == 0, done.err
         _, tensors = tg.unpack_artifact((done.folder / "model.golf").read_bytes())
         pair = [tensors[f"blocks.1.{name}.up.weight"].values for name in ("mlp", "repeat_mlp.0")]
@@ -475,8 +591,9 @@ def test_after_some_steps_a_token_still_changes_no_earlier_loss(preset, toy):
     tg.see_data(model, data)
     trainer, last = tg.Trainer(cfg, rt, data, model, tg.Numerics()), len(tg.plans(cfg.model)) - 1
     for step in range(4):
-        trainer.step(trainer.loader.next(0, 1), 
-                     tg.full_speed(cfg) | dict(momentum=0.9, plan=min(step, last)))
+        trainer.step(
+            trainer.loader.next(0, 1), tg.full_speed(cfg) | dict(momentum=0.9, plan=min(step, last))
+        )
     ids, targets = random_batch(cfg, 2, 24)
     for plan in tg.plans(cfg.model):
         before = model.losses(model.hidden(ids, plan), targets).detach()

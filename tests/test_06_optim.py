@@ -1,4 +1,5 @@
 """Every stage and variant against float64, AdamW and AdEMAMix too; banks on several ranks, ramps, averaging."""
+
 import copy
 import io
 import math
@@ -11,12 +12,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, clean_env
+from helpers import (
+    ALONE,
+    TECHNIQUES,
+    config,
+    distance,
+    flattened,
+    random_batch,
+    random_model,
+    token_losses,
+)
+from running import FAST, metrics, refused, train
 from torch import Tensor, nn
 
 import train_gpt as tg
-from conftest import ROOT, clean_env
-from helpers import ALONE, TECHNIQUES, config, distance, flattened, random_batch, random_model, token_losses
-from running import FAST, metrics, refused, train
 
 SHAPES = [(24, 24)] + [(48, 16)] * 3 + [(16, 48)] * 2  # square, tall, wide; the last two stacked
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -25,15 +35,17 @@ POLAR_EXPRESS = (  # arXiv 2505.16932, five steps
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
 SEVEN = (  # as published for seven steps from 0.001 without a margin, PR 1089
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, .5448431082926601),
-    (3.9486908534822946, -2.908902115962949, .5518191394370137),
-    (3.3184196573706015, -2.488488024314874, .51004894012372),
-    (2.300652019954817, -1.6689039845747493, .4188073119525673),
-    (1.891301407787398, -1.2679958271945868, .37680408948524835),
-    (1.875, -1.25, .375))
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.875, -1.25, 0.375),
+)
 HYPER = tg.Hyper(config().optim)
 
 
@@ -47,7 +59,9 @@ def tagged(shapes=SHAPES, seed: int = 0) -> nn.Module:
     """A module of matrices that Muon owns and one vector that it does not."""
     torch.manual_seed(seed)
     module = nn.Module()
-    module.matrices = nn.ParameterList(tg.param(shape, tg.normal(1.0), "matrix", "matrix") for shape in shapes)
+    module.matrices = nn.ParameterList(
+        tg.param(shape, tg.normal(1.0), "matrix", "matrix") for shape in shapes
+    )
     module.vector = tg.param((5,), tg.normal(1.0), "scalar", "keep")
     return module
 
@@ -72,13 +86,15 @@ def matrix(kind: str) -> Tensor:
         u = u * 10 ** (4 * torch.rand(2, 256, 1, generator=generator) - 2)
     if kind == "power law":
         left, _, right = torch.linalg.svd(u)
-        u = left * torch.arange(1, 257)**-1.0 @ right
+        u = left * torch.arange(1, 257) ** -1.0 @ right
     return u
 
 
 # ---- Stages ----
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
-@pytest.mark.parametrize("name, closeness", (("muon", 0.97), ("muon_polar", 0.99), ("turbo_muon", 0.96)))
+@pytest.mark.parametrize(
+    "name, closeness", (("muon", 0.97), ("muon_polar", 0.99), ("turbo_muon", 0.96))
+)
 @pytest.mark.parametrize("kind", ("square", "tall", "wide", "row-imbalanced", "power law"))
 def test_orthogonalisation_is_close_to_the_polar_factor(kind, name, closeness, dtype):
     u, stage = matrix(kind), tg.MUON[name][1]
@@ -113,7 +129,9 @@ def test_orthogonalisation_is_its_polynomial_of_the_singular_values(name, shape)
     else:
         margin = 1.02 if name == "polar_express" else 1
         x = u.double() / (u.double().norm(dim=(-2, -1), keepdim=True) * margin)
-        want = through_singular_values(x, POLAR_EXPRESS if name == "polar_express" else (QUINTIC,) * 5)
+        want = through_singular_values(
+            x, POLAR_EXPRESS if name == "polar_express" else (QUINTIC,) * 5
+        )
         got = getattr(tg, name)(u, {}, HYPER)
     torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=2e-4)
 
@@ -130,8 +148,13 @@ def test_a_minimax_quintic_cannot_be_improved(low, high):
     powers = np.stack([x, x**3, x**5], 1)
     best = np.abs(powers @ tg.minimax_quintic(low, high) - 1)
     at_most = best.max()
-    assert np.sum((best[1:-1] > best[:-2]) & (best[1:-1] >= best[2:]) & (best[1:-1] > 0.999 * at_most)) == 2
-    assert best[0] == pytest.approx(at_most, rel=1e-4) == best[-1], "four equal extremes: Chebyshev's criterion"
+    assert (
+        np.sum((best[1:-1] > best[:-2]) & (best[1:-1] >= best[2:]) & (best[1:-1] > 0.999 * at_most))
+        == 2
+    )
+    assert best[0] == pytest.approx(at_most, rel=1e-4) == best[-1], (
+        "four equal extremes: Chebyshev's criterion"
+    )
     generator = np.random.default_rng(0)
     for _ in range(200):
         other = np.array(tg.minimax_quintic(low, high)) * (1 + 1e-3 * generator.standard_normal(3))
@@ -163,19 +186,38 @@ def test_any_number_of_polar_steps_is_stable_in_bf16(kind, steps):
     for stage in (tg.polar_express, tg.turbo):
         x = stage(matrix(kind), {}, hp)
         assert torch.linalg.matrix_norm(x.double(), 2).max() <= 1.25
-        cosine = nn.functional.cosine_similarity(x.double().flatten(1), polar(matrix(kind)).flatten(1)).mean()
+        cosine = nn.functional.cosine_similarity(
+            x.double().flatten(1), polar(matrix(kind)).flatten(1)
+        ).mean()
         assert cosine >= {3: 0.84}.get(steps, 0.96)
 
 
 def test_more_steps_are_nearer_to_the_polar_factor():
     u = matrix("square")
-    cosines = [float(nn.functional.cosine_similarity(tg.polar_express(u, {}, tg.Hyper(
-        config(muon_steps=steps).optim)).double().flatten(1), polar(u).flatten(1)).mean()) for steps in (2, 3, 4, 5, 6)]
+    cosines = [
+        float(
+            nn.functional.cosine_similarity(
+                tg.polar_express(u, {}, tg.Hyper(config(muon_steps=steps).optim))
+                .double()
+                .flatten(1),
+                polar(u).flatten(1),
+            ).mean()
+        )
+        for steps in (2, 3, 4, 5, 6)
+    ]
     assert cosines == sorted(cosines) and cosines[2] > 0.98 and cosines[-1] > 0.998
 
 
-STAGES = (tg.newton_schulz, tg.polar_express, tg.turbo, tg.row_norm, tg.aspect_scale, tg.aspect_scale_plus,
-          tg.triangular, tg.post_norm)
+STAGES = (
+    tg.newton_schulz,
+    tg.polar_express,
+    tg.turbo,
+    tg.row_norm,
+    tg.aspect_scale,
+    tg.aspect_scale_plus,
+    tg.triangular,
+    tg.post_norm,
+)
 
 
 def test_stacked_matrices_are_treated_one_by_one():
@@ -200,9 +242,9 @@ def test_simple_stages_equal_their_formulas():
     rows = tg.row_norm(u * 100, {}, HYPER)
     torch.testing.assert_close(rows.norm(dim=-1), torch.ones(2, 6))
     torch.testing.assert_close(rows * u.norm(dim=-1, keepdim=True), u)
-    torch.testing.assert_close(tg.aspect_scale(u, {}, HYPER), u * 1.5**0.5)       # 6 rows, 4 columns
-    assert torch.equal(tg.aspect_scale(u.mT, {}, HYPER), u.mT)                    # wide: as it is
-    torch.testing.assert_close(tg.aspect_scale_plus(u.mT, {}, HYPER), u.mT * (4 / 6)**0.5)
+    torch.testing.assert_close(tg.aspect_scale(u, {}, HYPER), u * 1.5**0.5)  # 6 rows, 4 columns
+    assert torch.equal(tg.aspect_scale(u.mT, {}, HYPER), u.mT)  # wide: as it is
+    torch.testing.assert_close(tg.aspect_scale_plus(u.mT, {}, HYPER), u.mT * (4 / 6) ** 0.5)
 
 
 @pytest.mark.parametrize("mode, last", (("row", -1), ("col", -2), ("col_row", -1), ("row_col", -2)))
@@ -248,7 +290,8 @@ class Reference:
         self.memory["b"] = mu * self.memory.get("b", 0.0) + g
         m, n = g.shape
         return self.spectral(g, g + mu * self.memory["b"]) * math.sqrt(
-            m / n if self.kind == "muon_plus" else max(1, m / n))
+            m / n if self.kind == "muon_plus" else max(1, m / n)
+        )
 
     def spectral(self, g, u):
         rows = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
@@ -259,10 +302,14 @@ class Reference:
         if kind == "muon_polar":
             return self.quintics(u, POLAR_EXPRESS, 1.02)
         if kind in ("muoneq_r", "muoneq_r_polar", "neomuon", "rmnp"):
-            return {"muoneq_r": lambda x: self.quintics(x, five), "rmnp": lambda x: x,
-                    "muoneq_r_polar": lambda x: self.quintics(x, POLAR_EXPRESS, 1.02),
-                    "neomuon": lambda x: self.quintics(x / np.sqrt((x * x).mean(1, keepdims=True)), five[:3])}[kind](
-                        rows(u))
+            return {
+                "muoneq_r": lambda x: self.quintics(x, five),
+                "rmnp": lambda x: x,
+                "muoneq_r_polar": lambda x: self.quintics(x, POLAR_EXPRESS, 1.02),
+                "neomuon": lambda x: self.quintics(
+                    x / np.sqrt((x * x).mean(1, keepdims=True)), five[:3]
+                ),
+            }[kind](rows(u))
         if kind == "muon_plus":
             return columns(rows(self.quintics(u, five)))
         if kind == "normuon":
@@ -304,10 +351,14 @@ def test_ten_steps_equal_float64(kind, wd):
     for step in range(10):
         lr, momentum, taper = 1 - 0.05 * step, 0.85 + 0.01 * step, 1 - 0.02 * step
         for i, p in enumerate(module.matrices):
-            g = generator.standard_normal(p.shape) * 10.0 ** generator.uniform(-1, 1, (p.shape[0], 1))
+            g = generator.standard_normal(p.shape) * 10.0 ** generator.uniform(
+                -1, 1, (p.shape[0], 1)
+            )
             p.grad.copy_(torch.from_numpy(g))
             g = p.grad.double().numpy()
-            want[i] = want[i] * (1 - 0.05 * lr * wd * taper) - 0.05 * lr * references[i].direction(g, momentum)
+            want[i] = want[i] * (1 - 0.05 * lr * wd * taper) - 0.05 * lr * references[i].direction(
+                g, momentum
+            )
         optimiser.step(ramps(lr, momentum, wd=taper, alpha=1.5, beta3=0.99))
     assert torch.equal(module.vector, tagged().vector), "nothing else moves"
     for p, w, before in zip(module.matrices, want, start):
@@ -333,7 +384,9 @@ def test_mousse_equals_float64_and_solves_its_problem(mode):
         y = np.stack([Reference("muon").quintics(m, (QUINTIC,) * 5) for m in white])
         back = powers if mode == "inverse" else [np.linalg.inv(p) for p in powers]
         want = back[0] @ y @ back[1]
-        want *= np.linalg.norm(y, axis=(1, 2), keepdims=True) / np.linalg.norm(want, axis=(1, 2), keepdims=True)
+        want *= np.linalg.norm(y, axis=(1, 2), keepdims=True) / np.linalg.norm(
+            want, axis=(1, 2), keepdims=True
+        )
         assert distance(x, torch.from_numpy(want)) < 1e-3
 
 
@@ -347,32 +400,51 @@ def test_the_default_of_mousse_is_steepest_descent_bounded_in_whitened_coordinat
     """Among all X with |L^(1/8) X R^(1/8)| <= 1 in the spectral norm, L^(-1/8) polar(L^(-1/8) U R^(-1/8)) R^(-1/8)
     has the largest inner product with U; the other sign has not."""
     torch.manual_seed(5)
-    a, b = (torch.from_numpy(power((lambda z: z @ z.T)(np.random.default_rng(i).standard_normal((8, 12)) * 9**i)))
-            for i in range(2))
+    a, b = (
+        torch.from_numpy(
+            power((lambda z: z @ z.T)(np.random.default_rng(i).standard_normal((8, 12)) * 9**i))
+        )
+        for i in range(2)
+    )
     u = torch.randn(8, 8, dtype=torch.float64)
     y = polar(a @ u @ b)
 
     def gain(x: Tensor) -> float:
         bounded = torch.linalg.inv(a) @ x @ torch.linalg.inv(b)
         return float((u * x).sum() / torch.linalg.matrix_norm(bounded, 2))
+
     best = gain(a @ y @ b)
-    assert gain(torch.linalg.inv(a) @ y @ torch.linalg.inv(b)) < 0.98 * best and gain(polar(u)) < best
-    assert all(gain(a @ polar(torch.randn(8, 8, dtype=torch.float64)) @ b) < best for _ in range(100))
+    assert (
+        gain(torch.linalg.inv(a) @ y @ torch.linalg.inv(b)) < 0.98 * best and gain(polar(u)) < best
+    )
+    assert all(
+        gain(a @ polar(torch.randn(8, 8, dtype=torch.float64)) @ b) < best for _ in range(100)
+    )
 
 
 def test_newton_muon_whitens_by_what_each_matrix_reads():
-    cfg = config(muon="newton_muon", num_loops=1, loop_start=1, loop_end=1, mlp="swiglu", embed_dim=24)
+    cfg = config(
+        muon="newton_muon", num_loops=1, loop_start=1, loop_end=1, mlp="swiglu", embed_dim=24
+    )
     model, (ids, targets) = random_model(cfg), random_batch(cfg, 4, 32)
     flat, optimiser = flattened(model, cfg)
     plan, inputs = tg.schedule(cfg.model), {}
-    hooks = [m.register_forward_hook(lambda m, i, o: inputs.setdefault(m.weight, []).append(i[0].flatten(0, -2)))
-             for m in model.modules() if isinstance(m, tg.Linear)]
+    hooks = [
+        m.register_forward_hook(
+            lambda m, i, o: inputs.setdefault(m.weight, []).append(i[0].flatten(0, -2))
+        )
+        for m in model.modules()
+        if isinstance(m, tg.Linear)
+    ]
     model.logits(model.hidden(ids, plan))
     for hook in hooks:
         hook.remove()
     moments = tg.second_moments(model, ids, plan)
     head = moments.pop(model.output)
-    assert set(moments) == {p for p in model.parameters() if p.opt == "matrix"} and head.shape == (24, 24)
+    assert set(moments) == {p for p in model.parameters() if p.opt == "matrix"} and head.shape == (
+        24,
+        24,
+    )
     for p, k in moments.items():
         z = torch.cat(inputs.get(p, [torch.zeros(1, p.size(1))])).double().detach()
         assert distance(k, z.T @ z / ids.numel()) < 1e-5 if p in inputs else not k.any()
@@ -382,8 +454,12 @@ def test_newton_muon_whitens_by_what_each_matrix_reads():
     for bank in flat.banks:
         for p, inverse in zip(bank.params, bank.state["inverse"]):
             k = moments[p].double() / moments[p].trace() * p.size(1)
-            torch.testing.assert_close(inverse.double() @ (k + 0.2 * torch.eye(len(k))), torch.eye(len(k)).double(),
-                                       rtol=0, atol=1e-3)
+            torch.testing.assert_close(
+                inverse.double() @ (k + 0.2 * torch.eye(len(k))),
+                torch.eye(len(k)).double(),
+                rtol=0,
+                atol=1e-3,
+            )
     before = [bank.state["inverse"].clone() for bank in flat.banks]
     for step in range(1, 11):  # refreshed every tenth step
         optimiser.hyper.step = step
@@ -415,14 +491,18 @@ def test_cautious_updates_never_undo_the_gradient_and_keep_their_size():
     for seed in range(3):
         before = [p.detach().clone() for p in (*module.matrices, *plain.matrices)]
         for memory in (flat, plain_flat):
-            memory.gradients.copy_(torch.randn(flat.gradients.shape, generator=torch.Generator().manual_seed(seed)))
+            memory.gradients.copy_(
+                torch.randn(flat.gradients.shape, generator=torch.Generator().manual_seed(seed))
+            )
         gradients = [p.grad.clone() for p in module.matrices]
         optimiser.step(ramps())
         plain_optimiser.step(ramps())
         moves = [b - p.detach() for b, p in zip(before, (*module.matrices, *plain.matrices))]
-        for g, careful, free in zip(gradients, moves, moves[len(gradients):]):
+        for g, careful, free in zip(gradients, moves, moves[len(gradients) :]):
             agrees = free * g > 0
-            torch.testing.assert_close(careful, free * agrees / agrees.float().mean(), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                careful, free * agrees / agrees.float().mean(), rtol=1e-3, atol=1e-5
+            )
             assert (careful * g >= -1e-6).all() and 0.5 < agrees.float().mean() < 1
 
 
@@ -430,17 +510,24 @@ def test_what_bounds_the_matrices():
     def moved(**knobs):
         module, flat, optimiser = tagged_optimiser(**dict(matrix_lr=0.1, muon_wd=0.5) | knobs)
         before = [p.detach().clone() for p in module.matrices]
-        flat.gradients.copy_(torch.randn(flat.gradients.shape, generator=torch.Generator().manual_seed(0)))
+        flat.gradients.copy_(
+            torch.randn(flat.gradients.shape, generator=torch.Generator().manual_seed(0))
+        )
         optimiser.step(ramps(lr=0.7))
         return before, [p.detach() for p in module.matrices]
+
     start, free = moved(muon_wd=0)
     for (before, after), f in zip(zip(*moved(muon_decay="decoupled")), free):
         torch.testing.assert_close(after, f - 0.07 * 0.5 * before)
     for (before, after), f in zip(zip(*moved(muon_decay="cautious")), free):
         u = (before - f) / 0.07
-        torch.testing.assert_close(after, f - 0.07 * 0.5 * before * (u * before > 0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            after, f - 0.07 * 0.5 * before * (u * before > 0), rtol=1e-4, atol=1e-5
+        )
     for (before, after), f in zip(zip(*moved(muon_decay="fixed_norm")), free):
-        torch.testing.assert_close(after, f * before.norm() / f.norm() if f.norm() > before.norm() else f)
+        torch.testing.assert_close(
+            after, f * before.norm() / f.norm() if f.norm() > before.norm() else f
+        )
 
 
 def test_fixed_norm_lets_what_starts_at_zero_grow_up_to_an_ordinary_start():
@@ -449,8 +536,18 @@ def test_fixed_norm_lets_what_starts_at_zero_grow_up_to_an_ordinary_start():
         module.matrices[1].zero_()
     flat, optimiser = flattened(module, config(muon_decay="fixed_norm", matrix_lr=0.3, scalar_lr=0))
     start = [float(p.norm()) for p in module.matrices]
-    limits = [s or float(torch.empty(300, *p.shape).uniform_(-p.size(1)**-0.5, p.size(1)**-0.5).square().sum()
-                         / 300)**0.5 for s, p in zip(start, module.matrices)]
+    limits = [
+        s
+        or float(
+            torch.empty(300, *p.shape)
+            .uniform_(-(p.size(1) ** -0.5), p.size(1) ** -0.5)
+            .square()
+            .sum()
+            / 300
+        )
+        ** 0.5
+        for s, p in zip(start, module.matrices)
+    ]
     for _ in range(12):
         flat.gradients.normal_()
         optimiser.step(ramps())
@@ -495,36 +592,62 @@ def on_ranks(tmp_path, world: int, **knobs) -> dict:
     """Weights, optimiser state and rank 0's shares after four steps on a number of gloo ranks."""
     script, out = tmp_path / "ranks.py", tmp_path / f"{world}.pt"
     script.write_text(RANKS.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
-                           str(script), str(out), *(f"{k}={v}" for k, v in knobs.items())], capture_output=True,
-                          text=True, env=clean_env(OMP_NUM_THREADS=1), timeout=120)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={world}",
+            str(script),
+            str(out),
+            *(f"{k}={v}" for k, v in knobs.items()),
+        ],
+        capture_output=True,
+        text=True,
+        env=clean_env(OMP_NUM_THREADS=1),
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
 
 
-@pytest.mark.parametrize("knobs", (
-    dict(muon="muon", grad_clip_norm=0.5), dict(muon="normuon", muon_cautious=1, muon_decay="cautious"),
-    dict(muon="turbo_muon", numerics="bf16"), dict(muon="mousse", muon_refresh=2), dict(muon="ademamix")),
-    ids=lambda knobs: knobs["muon"])
+@pytest.mark.parametrize(
+    "knobs",
+    (
+        dict(muon="muon", grad_clip_norm=0.5),
+        dict(muon="normuon", muon_cautious=1, muon_decay="cautious"),
+        dict(muon="turbo_muon", numerics="bf16"),
+        dict(muon="mousse", muon_refresh=2),
+        dict(muon="ademamix"),
+    ),
+    ids=lambda knobs: knobs["muon"],
+)
 def test_any_number_of_ranks_gives_the_same_weights_and_state(knobs, tmp_path):
     """Bit for bit: gradients are such that their sums are exact, so that only the optimiser could differ. Eigenvectors
     are the exception: LAPACK takes another path for another size of the stack."""
     worlds = (1, 2, 3) if knobs["muon"] == "muon" else (1, 3)
     found = [on_ranks(tmp_path, world, **knobs) for world in worlds]
     if knobs["muon"] == "muon":
-        assert [sum(f["shares"]) for f in found] == [6, 4, 3], "each rank remembers its own share only"
+        assert [sum(f["shares"]) for f in found] == [6, 4, 3], (
+            "each rank remembers its own share only"
+        )
     for other in found[1:]:
         exact = dict(rtol=0, atol=0) if knobs["muon"] != "mousse" else dict(rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(other["weights"], found[0]["weights"], **exact)
         torch.testing.assert_close(other["state"], found[0]["state"], **exact)
-    assert (found[0]["weights"] - torch.cat([p.detach().flatten() for p in tg.FlatParameters(
-        tagged(), ALONE).params])).abs().mean() > 1e-3
+    assert (
+        found[0]["weights"]
+        - torch.cat([p.detach().flatten() for p in tg.FlatParameters(tagged(), ALONE).params])
+    ).abs().mean() > 1e-3
 
 
 def test_the_optimiser_continues_bit_identically_from_its_state():
     def steps(flat, optimiser, seeds):
         for seed in seeds:
-            flat.gradients.copy_(torch.randn(flat.gradients.shape, generator=torch.Generator().manual_seed(seed)))
+            flat.gradients.copy_(
+                torch.randn(flat.gradients.shape, generator=torch.Generator().manual_seed(seed))
+            )
             optimiser.step(ramps(0.7, alpha=0.5, beta3=0.9))
 
     for kind in ("muon", "normuon", "mousse", "ademamix"):
@@ -553,27 +676,37 @@ def test_flat_memory_is_what_the_modules_see():
     before = token_losses(model, ids, targets)
     flat = tg.FlatParameters(model, ALONE)
     assert torch.equal(token_losses(model, ids, targets), before), "flattening changes no value"
-    assert flat.weights.numel() == flat.gradients.numel() - 1 == sum(p.numel() for p in model.parameters())
+    assert (
+        flat.weights.numel()
+        == flat.gradients.numel() - 1
+        == sum(p.numel() for p in model.parameters())
+    )
     assert {id(p) for p in flat.params} == {id(p) for p in model.parameters()}
     for p in model.parameters():
         for part, whole in ((p, flat.weights), (p.grad, flat.gradients)):
             assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
     flat.weights.copy_(torch.arange(flat.weights.numel()))
     starts = sorted((int(p.flatten()[0]), p.numel()) for p in model.parameters())
-    assert starts[0][0] == 0 and all(a + n == b for (a, n), (b, _) in zip(starts, starts[1:])), "no gap, no overlap"
+    assert starts[0][0] == 0 and all(a + n == b for (a, n), (b, _) in zip(starts, starts[1:])), (
+        "no gap, no overlap"
+    )
 
 
 @pytest.mark.parametrize("world", (1, 2, 8))
 def test_banks_hold_every_matrix_once_the_largest_first(world):
     model = random_model(config(num_layers=3, **TECHNIQUES["bigram"]))
-    banks = [tg.FlatParameters(model, rt).banks for rt in
-             (type("Rank", (), dict(rank=r, world=world)) for r in range(world))]
+    banks = [
+        tg.FlatParameters(model, rt).banks
+        for rt in (type("Rank", (), dict(rank=r, world=world)) for r in range(world))
+    ]
     sizes = [bank.weights.numel() for bank in banks[0]]
     assert sizes == sorted(sizes, reverse=True)
     assert len({bank.weights.shape[1:] for bank in banks[0]}) == len(banks[0]), "one bank per shape"
     for ranks in zip(*banks):
         dealt = [p for bank in ranks for p in bank.params[bank.mine]]
-        assert [id(p) for p in dealt] == [id(p) for p in ranks[0].params], "each rank owns its own share"
+        assert [id(p) for p in dealt] == [id(p) for p in ranks[0].params], (
+            "each rank owns its own share"
+        )
         assert all(bank.owned <= bank.share == -(-len(bank.params) // world) for bank in ranks)
     flat = tg.FlatParameters(model, ALONE)
     flat.gradients.normal_()
@@ -589,13 +722,19 @@ def test_gradients_accumulate_in_the_flat_vector():
     cfg = config(**TECHNIQUES["all"])
     model, (ids, targets) = random_model(cfg), random_batch(cfg, 2, 16)
     plan = tg.schedule(cfg.model)
-    want = dict(zip((name for name, _ in model.named_parameters()),
-                    torch.autograd.grad(model(ids, targets, plan)[0], list(model.parameters()))))
+    want = dict(
+        zip(
+            (name for name, _ in model.named_parameters()),
+            torch.autograd.grad(model(ids, targets, plan)[0], list(model.parameters())),
+        )
+    )
     flat = tg.FlatParameters(model, ALONE)
     for times in (1, 2):
         model(ids, targets, plan)[0].backward()
         for name, p in model.named_parameters():
-            assert p.grad.untyped_storage().data_ptr() == flat.gradients.untyped_storage().data_ptr()
+            assert (
+                p.grad.untyped_storage().data_ptr() == flat.gradients.untyped_storage().data_ptr()
+            )
             torch.testing.assert_close(p.grad, times * want[name], rtol=1e-4, atol=1e-5)
     assert flat.rest[-1] == 0, "the last number is not a gradient"
 
@@ -618,7 +757,9 @@ def test_a_step_of_every_variant_moves_all_weights_and_lowers_the_loss(kind):
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     for p, old in before.items():
-        assert (p != old).float().mean() > (0 if p.opt == "embed" else 0.9), "only unseen tokens may rest"
+        assert (p != old).float().mean() > (0 if p.opt == "embed" else 0.9), (
+            "only unseen tokens may rest"
+        )
 
 
 @pytest.mark.parametrize("bound", (0.3, 1e6, 0.0))
@@ -640,9 +781,22 @@ def test_clipping_equals_torch_and_spares_the_loss(bound):
 
 
 # ---- AdamW groups ----
-GROUP_KNOBS = dict(tied_embed_lr=0.011, table_lr=0.022, scalar_lr=0.033, head_lr=0.044, embed_wd=0.5, table_wd=0.0,
-                   adam_wd=0.25, beta1=0.8, beta2=0.9, embed_beta1=0.7, table_beta2=0.99, head_beta1=0.6,
-                   adam_eps=1e-7, matrix_lr=0)
+GROUP_KNOBS = dict(
+    tied_embed_lr=0.011,
+    table_lr=0.022,
+    scalar_lr=0.033,
+    head_lr=0.044,
+    embed_wd=0.5,
+    table_wd=0.0,
+    adam_wd=0.25,
+    beta1=0.8,
+    beta2=0.9,
+    embed_beta1=0.7,
+    table_beta2=0.99,
+    head_beta1=0.6,
+    adam_eps=1e-7,
+    matrix_lr=0,
+)
 
 
 @pytest.mark.parametrize("tied", (0, 1))
@@ -650,12 +804,17 @@ def test_ten_steps_of_adamw_equal_torch_group_by_group(tied):
     cfg = config(**TECHNIQUES["all"], **GROUP_KNOBS, tie_embeddings=tied, embed_lr=0.055)
     model = random_model(cfg)
     flat, optimiser = flattened(model, cfg)
-    own = dict(embed=dict(lr=0.011 if tied else 0.055, betas=(0.7, 0.9), weight_decay=0.5),
-               table=dict(lr=0.022, betas=(0.8, 0.99), weight_decay=0.0),
-               head=dict(lr=0.044, betas=(0.6, 0.9), weight_decay=0.25),
-               scalar=dict(lr=0.033, betas=(0.8, 0.9), weight_decay=0.25))
+    own = dict(
+        embed=dict(lr=0.011 if tied else 0.055, betas=(0.7, 0.9), weight_decay=0.5),
+        table=dict(lr=0.022, betas=(0.8, 0.99), weight_decay=0.0),
+        head=dict(lr=0.044, betas=(0.6, 0.9), weight_decay=0.25),
+        scalar=dict(lr=0.033, betas=(0.8, 0.9), weight_decay=0.25),
+    )
     theirs = {p: nn.Parameter(p.detach().clone()) for p in model.parameters() if p.opt != "matrix"}
-    groups = [dict(params=[q for p, q in theirs.items() if p.opt == tag], **values) for tag, values in own.items()]
+    groups = [
+        dict(params=[q for p, q in theirs.items() if p.opt == tag], **values)
+        for tag, values in own.items()
+    ]
     reference = torch.optim.AdamW([g for g in groups if g["params"]], eps=1e-7)
     before = [p.detach().clone() for p in model.parameters()]
     for step in range(10):
@@ -672,7 +831,9 @@ def test_ten_steps_of_adamw_equal_torch_group_by_group(tied):
             assert torch.equal(p, old), "a rate of zero"
         else:
             torch.testing.assert_close(p, theirs[p], rtol=1e-4, atol=1e-6)
-    assert {p.opt for p in theirs} == {"embed", "table", "scalar"} | ({"head"} if not tied else set())
+    assert {p.opt for p in theirs} == {"embed", "table", "scalar"} | (
+        {"head"} if not tied else set()
+    )
 
 
 def test_l2_equals_torch_adam():
@@ -691,11 +852,17 @@ def test_l2_equals_torch_adam():
 
 @pytest.mark.parametrize("choice", ("none", "embed", "scalar", "all"))
 def test_ademamix_equals_float64_where_it_is_chosen(choice):
-    cfg = config(**TECHNIQUES["all"], ademamix=choice, matrix_lr=0, **{f"{g}_lr": 0.01 for g in (
-        "tied_embed", "table", "scalar")})
+    cfg = config(
+        **TECHNIQUES["all"],
+        ademamix=choice,
+        matrix_lr=0,
+        **{f"{g}_lr": 0.01 for g in ("tied_embed", "table", "scalar")},
+    )
     model = random_model(cfg)
     flat, optimiser = flattened(model, cfg)
-    slow = dict(none=(), embed=("embed", "table"), scalar=("scalar",), all=("embed", "table", "scalar"))[choice]
+    slow = dict(
+        none=(), embed=("embed", "table"), scalar=("scalar",), all=("embed", "table", "scalar")
+    )[choice]
     want = {p: p.detach().double() for p in model.parameters() if p.opt != "matrix"}
     memory = {p: [torch.zeros(p.shape, dtype=torch.float64) for _ in range(3)] for p in want}
     for t in range(1, 11):
@@ -722,20 +889,28 @@ def test_a_parameter_without_an_optimiser_is_refused():
 
 
 # ---- Ramps ----
-def at(step: int = 0, frac: float = 0.0, remaining: float = 0.0, step_cost: float = 0.0) -> tg.Progress:
+def at(
+    step: int = 0, frac: float = 0.0, remaining: float = 0.0, step_cost: float = 0.0
+) -> tg.Progress:
     return tg.Progress(step, frac, remaining, step_cost)
 
 
 def test_momentum_rises_linearly():
-    cfg = config(muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500)
+    cfg = config(
+        muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500
+    )
     values = [tg.RAMPS["momentum"](at(step), cfg) for step in (0, 250, 500, 501, 10**6)]
     assert values == pytest.approx([0.85, 0.90, 0.95, 0.95, 0.95])
     assert tg.RAMPS["momentum"](at(0), config(muon_momentum_warmup_steps=0)) == 0.95
 
 
 def test_momentum_falls_back_over_the_last_steps():
-    cfg = config(muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=10,
-                 muon_momentum_cooldown_steps=20)
+    cfg = config(
+        muon_momentum=0.95,
+        muon_momentum_warmup_start=0.85,
+        muon_momentum_warmup_steps=10,
+        muon_momentum_cooldown_steps=20,
+    )
     points = {(5, 95): 0.90, (50, 50): 0.95, (80, 20): 0.95, (90, 10): 0.90, (100, 0): 0.85}
     for (step, left), value in points.items():
         for cost in (1.0, 0.25):  # counted in steps, whatever a step costs
@@ -745,7 +920,9 @@ def test_momentum_falls_back_over_the_last_steps():
 
 def test_weight_decay_tapers_linearly():
     cfg = config(muon_wd=0.1, wd_taper_at=0.7, wd_taper_to=0.5)
-    assert [tg.RAMPS["wd"](at(frac=f), cfg) for f in (0, 0.7, 0.85, 1)] == pytest.approx([1, 1, 0.75, 0.5])
+    assert [tg.RAMPS["wd"](at(frac=f), cfg) for f in (0, 0.7, 0.85, 1)] == pytest.approx(
+        [1, 1, 0.75, 0.5]
+    )
     assert {tg.RAMPS["wd"](at(frac=f), config(muon_wd=0.1)) for f in (0, 0.5, 1)} == {1.0}
 
 
@@ -754,7 +931,9 @@ def test_the_slow_momentum_is_warmed_up_by_its_half_life():
     values = [tg.RAMPS["beta3"](at(frac=f), cfg) for f in (0, 0.25, 0.5, 1)]
     lives = [math.log(0.5, beta) - 1 for beta in values]
     assert values[0] == pytest.approx(0.9) and values[-1] == pytest.approx(0.999)
-    assert np.diff(lives) == pytest.approx([(lives[-1] - lives[0]) * part for part in (0.25, 0.25, 0.5)])
+    assert np.diff(lives) == pytest.approx(
+        [(lives[-1] - lives[0]) * part for part in (0.25, 0.25, 0.5)]
+    )
     assert [tg.RAMPS["alpha"](at(frac=f), cfg) for f in (0, 0.5, 1)] == [0, 2, 4]
     assert tg.RAMPS["beta3"](at(frac=0), config(beta1=0)) == 0
 
@@ -766,9 +945,22 @@ def test_cosine_is_half_a_wave_over_the_last_part():
 
 
 def test_batches_and_rows_grow_over_their_part_of_the_run():
-    cfg = config(train_seq_len=64, seq_ramp_start=16, seq_ramp_frac=0.4, batch_ramp_start=0.25, batch_ramp_frac=0.5)
+    cfg = config(
+        train_seq_len=64,
+        seq_ramp_start=16,
+        seq_ramp_frac=0.4,
+        batch_ramp_start=0.25,
+        batch_ramp_frac=0.5,
+    )
     assert tg.row_lengths(cfg) == [16, 32, 64] and tg.row_lengths(config(train_seq_len=64)) == [64]
-    assert [tg.RAMPS["row"](at(frac=f), cfg) for f in (0, 0.19, 0.2, 0.39, 0.4, 1)] == [16, 16, 32, 32, 64, 64]
+    assert [tg.RAMPS["row"](at(frac=f), cfg) for f in (0, 0.19, 0.2, 0.39, 0.4, 1)] == [
+        16,
+        16,
+        32,
+        32,
+        64,
+        64,
+    ]
     assert [tg.RAMPS["batch"](at(frac=f), cfg) for f in (0, 0.25, 0.5, 1)] == [0.25, 0.625, 1, 1]
     assert tg.RAMPS["row"](at(), config()) == 64 and tg.RAMPS["batch"](at(), config()) == 1
 
@@ -778,7 +970,9 @@ def test_warmdown_frac_is_constant_then_linear():
     points = {0: 1, 0.2: 1, 0.4: 1, 0.7: 0.5, 0.85: 0.25, 1: 0}
     assert [tg.RAMPS["lr"](at(frac=f), cfg) for f in points] == pytest.approx(list(points.values()))
     floored = config(lr_schedule="warmdown_frac", warmdown_frac=0.6, min_lr=0.1)
-    assert [tg.RAMPS["lr"](at(frac=f), floored) for f in (0, 0.7, 0.97, 1)] == pytest.approx([1, 0.5, 0.1, 0.1])
+    assert [tg.RAMPS["lr"](at(frac=f), floored) for f in (0, 0.7, 0.97, 1)] == pytest.approx(
+        [1, 0.5, 0.1, 0.1]
+    )
     assert tg.RAMPS["lr"](at(frac=1), config(lr_schedule="warmdown_frac", warmdown_frac=0)) == 1
 
 
@@ -789,9 +983,14 @@ def stand(cfg: tg.Config, step: int, elapsed: float, memory: SimpleNamespace) ->
 
 
 def test_warmdown_iters_without_a_clock_counts_steps():
-    cfg = config(lr_schedule="warmdown_iters", warmdown_iters=20, iterations=100, max_wallclock_seconds=0)
+    cfg = config(
+        lr_schedule="warmdown_iters", warmdown_iters=20, iterations=100, max_wallclock_seconds=0
+    )
     memory = SimpleNamespace(recent=[])
-    values = [tg.RAMPS["lr"](stand(cfg, step, 5.0 * step, memory), cfg) for step in (0, 79, 80, 90, 95, 100)]
+    values = [
+        tg.RAMPS["lr"](stand(cfg, step, 5.0 * step, memory), cfg)
+        for step in (0, 79, 80, 90, 95, 100)
+    ]
     assert values == pytest.approx([1, 1, 1, 0.5, 0.25, 0])
 
 
@@ -801,16 +1000,22 @@ def drive(cfg: tg.Config, seconds) -> list[tuple[float, float]]:
     while elapsed < cfg.optim.max_wallclock_seconds and step < cfg.optim.iterations:
         seen.append((elapsed, tg.RAMPS["lr"](stand(cfg, step, elapsed, memory), cfg)))
         elapsed += seconds(step)
-        memory.recent = (memory.recent + [seconds(step)] * (step >= 3))[-50:]  # as the training loop remembers them
+        memory.recent = (memory.recent + [seconds(step)] * (step >= 3))[
+            -50:
+        ]  # as the training loop remembers them
         step += 1
     return seen
 
 
 @pytest.mark.parametrize("slow", (0, 1, 2))
 def test_a_slow_first_step_does_not_start_the_decay(slow):
-    cfg = config(lr_schedule="warmdown_iters", warmdown_iters=100, iterations=10**6, max_wallclock_seconds=60)
+    cfg = config(
+        lr_schedule="warmdown_iters", warmdown_iters=100, iterations=10**6, max_wallclock_seconds=60
+    )
     seen = drive(cfg, lambda step: 30.0 if step == slow else 0.1)
-    assert all(mult == 1 for elapsed, mult in seen if elapsed < 49.9), "100 steps of 0.1 s: the last 10 s decay"
+    assert all(mult == 1 for elapsed, mult in seen if elapsed < 49.9), (
+        "100 steps of 0.1 s: the last 10 s decay"
+    )
     decay = [(elapsed, mult) for elapsed, mult in seen if elapsed >= 50.1]
     for elapsed, mult in decay:
         assert mult == pytest.approx((60 - elapsed) / 10, rel=1e-6)
@@ -823,35 +1028,62 @@ def test_warmdown_iters_obeys_whichever_limit_comes_first():
     by_steps = drive(config(iterations=300, max_wallclock_seconds=60, **knobs), lambda step: 0.1)
     for seen, steps in ((by_clock, 600), (by_steps, 300)):
         mults = [mult for _, mult in seen]
-        assert len(mults) in (steps, steps + 1) and mults[0] == 1 and mults[-1] == pytest.approx(0.05, abs=0.02)
+        assert (
+            len(mults) in (steps, steps + 1)
+            and mults[0] == 1
+            and mults[-1] == pytest.approx(0.05, abs=0.02)
+        )
         assert mults == sorted(mults, reverse=True)
         assert sum(mult < 1 for mult in mults) == pytest.approx(100, abs=3)
 
 
 def test_progress_follows_the_faster_of_clock_and_steps():
     cfg = config(iterations=100, max_wallclock_seconds=60, reserve_seconds=10)
-    for step, elapsed, frac in ((0, 0, 0), (10, 25, 0.5), (50, 5, 0.5), (80, 49, 0.98), (3, 70, 1.0)):
+    for step, elapsed, frac in (
+        (0, 0, 0),
+        (10, 25, 0.5),
+        (50, 5, 0.5),
+        (80, 49, 0.98),
+        (3, 70, 1.0),
+    ):
         assert stand(cfg, step, elapsed, SimpleNamespace(recent=[])).frac == pytest.approx(frac)
 
 
 def test_qat_switches_on_at_its_part_of_the_run():
-    values = [tg.RAMPS["qat"](at(frac=f), config(qat="ste", qat_start_frac=0.5)) for f in (0, 0.49, 0.5, 1)]
+    values = [
+        tg.RAMPS["qat"](at(frac=f), config(qat="ste", qat_start_frac=0.5))
+        for f in (0, 0.49, 0.5, 1)
+    ]
     assert values[:2] == [0, 0] and 0 < values[2] < 1e-3 and values[3] == 1
-    assert tg.RAMPS["qat"](at(frac=0.75), config(qat="ste", qat_start_frac=0.5)) == pytest.approx(0.5)
+    assert tg.RAMPS["qat"](at(frac=0.75), config(qat="ste", qat_start_frac=0.5)) == pytest.approx(
+        0.5
+    )
     assert tg.RAMPS["qat"](at(frac=0), config(qat="ste", qat_start_frac=0)) > 0
+
 
 def test_ramped_runs_train_on_the_same_text_in_shorter_rows_and_smaller_batches(toy, tmp_path):
     """The text dealt is the same and every token of it is trained on once; micro-batches and ranks change nothing."""
-    knobs = dict(ITERATIONS=8, SEQ_RAMP_START=16, SEQ_RAMP_FRAC=0.5, BATCH_RAMP_START=0.25, BATCH_RAMP_FRAC=0.5,
-                 TRAIN_LOG_EVERY=1)
-    runs = [train(toy, tmp_path, "a", **knobs), train(toy, tmp_path, "b", MICRO_BATCH_TOKENS=64, **knobs),
-            train(toy, tmp_path, "c", nproc=2, **knobs)]
+    knobs = dict(
+        ITERATIONS=8,
+        SEQ_RAMP_START=16,
+        SEQ_RAMP_FRAC=0.5,
+        BATCH_RAMP_START=0.25,
+        BATCH_RAMP_FRAC=0.5,
+        TRAIN_LOG_EVERY=1,
+    )
+    runs = [
+        train(toy, tmp_path, "a", **knobs),
+        train(toy, tmp_path, "b", MICRO_BATCH_TOKENS=64, **knobs),
+        train(toy, tmp_path, "c", nproc=2, **knobs),
+    ]
     for run in runs:
         assert run.code == 0, run.err
         events = metrics(run.folder, "train")
         assert [e["row"] for e in events] == [16, 16, 32, 32, 64, 64, 64, 64]
         assert [round(8 * e["batch"]) for e in events] == [2, 4, 5, 6, 8, 8, 8, 8]
-        losses = [[e["loss"] for e in metrics(folder, "train")] for folder in (run.folder, runs[0].folder)]
+        losses = [
+            [e["loss"] for e in metrics(folder, "train")] for folder in (run.folder, runs[0].folder)
+        ]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     refused(train(toy, tmp_path, "d", SEQ_RAMP_START=24), "SEQ_RAMP_START=24", "TRAIN_SEQ_LEN=64")
 
@@ -859,39 +1091,74 @@ def test_ramped_runs_train_on_the_same_text_in_shorter_rows_and_smaller_batches(
 def test_every_mid_run_switch_really_switches_compiled_code(toy, tmp_path):
     """Fake quantisation to two bits, longer rows and the loop each begin at a known step: until then the loss is that
     of a run without it, at that step it is not, and compiled code says the same as eager code."""
-    base = dict(ITERATIONS=6, WARMUP_STEPS=1, TRAIN_LOG_EVERY=1, MATRIX_LR=0.05, MATRIX_BITS=2, INIT="uniform")
-    switches = {"QAT": dict(QAT="ste", QAT_START_FRAC=0.5), "ROWS": dict(SEQ_RAMP_START=32, SEQ_RAMP_FRAC=0.5),
-                "LOOP": dict(NUM_LOOPS=1, LOOP_START=1, LOOP_END=1, LOOP_AT_STEP=3)}
-    without = {"QAT": dict(QAT="none"), "ROWS": dict(SEQ_RAMP_START=32, SEQ_RAMP_FRAC=1.0),
-               "LOOP": dict(NUM_LOOPS=1, LOOP_START=1, LOOP_END=1, LOOP_AT_STEP=10**6)}
+    base = dict(
+        ITERATIONS=6,
+        WARMUP_STEPS=1,
+        TRAIN_LOG_EVERY=1,
+        MATRIX_LR=0.05,
+        MATRIX_BITS=2,
+        INIT="uniform",
+    )
+    switches = {
+        "QAT": dict(QAT="ste", QAT_START_FRAC=0.5),
+        "ROWS": dict(SEQ_RAMP_START=32, SEQ_RAMP_FRAC=0.5),
+        "LOOP": dict(NUM_LOOPS=1, LOOP_START=1, LOOP_END=1, LOOP_AT_STEP=3),
+    }
+    without = {
+        "QAT": dict(QAT="none"),
+        "ROWS": dict(SEQ_RAMP_START=32, SEQ_RAMP_FRAC=1.0),
+        "LOOP": dict(NUM_LOOPS=1, LOOP_START=1, LOOP_END=1, LOOP_AT_STEP=10**6),
+    }
     for name, knobs in switches.items():
-        compiled = knobs | dict(COMPILE="on" if name == "ROWS" else "off")  # the others are compiled in other tests
+        compiled = knobs | dict(
+            COMPILE="on" if name == "ROWS" else "off"
+        )  # the others are compiled in other tests
         eager, again, never = (
-            [e["loss"] for e in metrics(run.folder, "train")] for run in (
-                train(toy, tmp_path, f"{name}{i}", **base | what) for i, what in enumerate((
-                    knobs, compiled, without[name]))))
+            [e["loss"] for e in metrics(run.folder, "train")]
+            for run in (
+                train(toy, tmp_path, f"{name}{i}", **base | what)
+                for i, what in enumerate((knobs, compiled, without[name]))
+            )
+        )
         assert again == pytest.approx(eager, rel=1e-4), name
-        assert eager[:3] == pytest.approx(never[:3], rel=1e-6) and abs(eager[3] - never[3]) > 1e-3, name
+        assert (
+            eager[:3] == pytest.approx(never[:3], rel=1e-6) and abs(eager[3] - never[3]) > 1e-3
+        ), name
 
 
 def test_the_plan_draws_the_ramps(tmp_path):
-    done = train(tmp_path, tmp_path, "plan", PRESET="phased_ttt+tiny", RUN_MODE="plan", QAT="ste",
-                 QAT_START_FRAC=0.5, ITERATIONS=100)
+    done = train(
+        tmp_path,
+        tmp_path,
+        "plan",
+        PRESET="phased_ttt+tiny",
+        RUN_MODE="plan",
+        QAT="ste",
+        QAT_START_FRAC=0.5,
+        ITERATIONS=100,
+    )
     assert done.code == 0, done.err
     svg = xml.etree.ElementTree.parse(tmp_path / "schedule.svg").getroot()
     space = "{http://www.w3.org/2000/svg}"
     labels = [t.text for t in svg.iter(space + "text")]
     cfg = config("phased_ttt+tiny", qat="ste", qat_start_frac=0.5, iterations=100)
-    moving = [name for name, ramp in tg.RAMPS.items()
-              if len({ramp(at(i, i / 100, 100 - i, 1.0), cfg) for i in range(101)}) > 1]
-    assert {"lr", "momentum", "qat", "plan"} <= set(moving) and [name for name in tg.RAMPS if name in labels] == moving
+    moving = [
+        name
+        for name, ramp in tg.RAMPS.items()
+        if len({ramp(at(i, i / 100, 100 - i, 1.0), cfg) for i in range(101)}) > 1
+    ]
+    assert {"lr", "momentum", "qat", "plan"} <= set(moving) and [
+        name for name in tg.RAMPS if name in labels
+    ] == moving
     lines = dict(zip(moving, svg.iter(space + "polyline")))
     points = [tuple(map(float, p.split(","))) for p in lines["lr"].get("points").split()]
     heights = [max(y for _, y in points) - y for _, y in points]
     drawn = [h / max(heights) for h in heights]
     values = [tg.RAMPS["lr"](at(frac=f), cfg) for f in np.linspace(0, 1, len(points))]
     low = min(values)
-    assert drawn == pytest.approx([(v - low) / (1 - low) for v in values], abs=0.02), "the curve is the ramp"
+    assert drawn == pytest.approx([(v - low) / (1 - low) for v in values], abs=0.02), (
+        "the curve is the ramp"
+    )
     (tmp_path / "file").write_text("")
     refused(train(tmp_path, tmp_path / "file", "x", RUN_MODE="plan"), "RUNS_DIR")
 
@@ -917,7 +1184,9 @@ def test_ema_equals_its_closed_form():
     weights, average = averager("ema", ema_decay=0.9)
     history, decay = [weights.double().clone()], 0.9
     history += follow(weights, average, 7)
-    parts = [decay**7 * history[0]] + [(1 - decay) * decay**(7 - i) * history[i] for i in range(1, 8)]
+    parts = [decay**7 * history[0]] + [
+        (1 - decay) * decay ** (7 - i) * history[i] for i in range(1, 8)
+    ]
     assert torch.equal(weights.double(), history[-1]), "averaging leaves the live weights alone"
     average.apply(None)
     torch.testing.assert_close(weights.double(), torch.stack(parts).sum(0), rtol=1e-5, atol=1e-6)
@@ -941,7 +1210,9 @@ def distance_to(goal: Tensor, weights: Tensor):
 
 
 def test_weighted_swa_weighs_the_last_snapshots_by_their_loss():
-    weights, average = averager("iw_swa", swa_start=1, swa_every=2, swa_snapshots=3, swa_temperature=0.5)
+    weights, average = averager(
+        "iw_swa", swa_start=1, swa_every=2, swa_snapshots=3, swa_temperature=0.5
+    )
     history = follow(weights, average, 10)
     loss, kept = distance_to(torch.zeros(50), weights), [history[i] for i in (5, 7, 9)]
     losses = np.array([float((h.float()).double().square().mean()) for h in kept])
@@ -1019,10 +1290,25 @@ def spying_loss(self):
 train_gpt.Trainer.held_out_loss = spying_loss
 """
     script = tmp_path / "spied.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt\n{spy}\n"
-                      "sys.exit(train_gpt.main(sys.argv[1:], train_gpt.environment()))\n")
-    done = train(toy, tmp_path, kind, script=script, AVERAGING=kind, ITERATIONS=12, SWA_START=0.9, SWA_EVERY=2,
-                 EMA_DECAY=0.8, MATRIX_BITS=16, EMBED_BITS=16, SWA_TEMPERATURE=0.5, WARMUP_STEPS=0)
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt\n{spy}\n"
+        "sys.exit(train_gpt.main(sys.argv[1:], train_gpt.environment()))\n"
+    )
+    done = train(
+        toy,
+        tmp_path,
+        kind,
+        script=script,
+        AVERAGING=kind,
+        ITERATIONS=12,
+        SWA_START=0.9,
+        SWA_EVERY=2,
+        EMA_DECAY=0.8,
+        MATRIX_BITS=16,
+        EMBED_BITS=16,
+        SWA_TEMPERATURE=0.5,
+        WARMUP_STEPS=0,
+    )
     assert done.code == 0, done.err
     history = [torch.load(done.folder / f"{i}.pt", weights_only=True) for i in range(12)]
     walk = torch.stack([h["weights"].double() for h in history])
@@ -1030,7 +1316,9 @@ train_gpt.Trainer.held_out_loss = spying_loss
     taken = [i for i in range(12) if lr[i] < 0.9 and (i + 1) % 2 == 0][-8:]
     assert len(taken) >= 3
     _, tensors = tg.unpack_artifact((done.folder / "model.golf").read_bytes())
-    exported = torch.cat([tensors[name].dequant().flatten() for name in history[0]["names"]]).double()
+    exported = torch.cat(
+        [tensors[name].dequant().flatten() for name in history[0]["names"]]
+    ).double()
     if kind == "ema":
         torch.manual_seed(1337)
         start = dict(tg.GPT(config().model, 1024, tg.Numerics()).named_parameters())
@@ -1053,7 +1341,9 @@ train_gpt.Trainer.held_out_loss = spying_loss
             assert "scored 512 " in done.out and "phase:average" in log
         want = sum(share * walk[i] for share, i in zip(shares, taken))
         assert distance(exported, want) < 2e-3
-        assert kind == "soup" or distance(exported, walk[-1]) > 3 * distance(exported, want), "not the last weights"
+        assert kind == "soup" or distance(exported, walk[-1]) > 3 * distance(exported, want), (
+            "not the last weights"
+        )
 
 
 def test_held_out_text_is_never_trained_on(toy):
@@ -1076,18 +1366,41 @@ def test_held_out_text_is_never_trained_on(toy):
 
 def test_unknown_variants_are_refused_by_name(toy, tmp_path):
     refused(train(toy, tmp_path, "x", MUON="shampoo"), "MUON=shampoo", "turbo_muon")
-    refused(train(toy, tmp_path, "y", AVERAGING="mean", LR_SCHEDULE="step"), "AVERAGING=mean", "LR_SCHEDULE=step",
-            lines=2)
-    refused(train(toy, tmp_path, "v", AVERAGING="soup", HELD_OUT_TOKENS=64), "HELD_OUT_TOKENS=64", "TRAIN_SEQ_LEN=64")
-    refused(train(toy, tmp_path, "w", AVERAGING="iw_swa", HELD_OUT_TOKENS=10**7), "HELD_OUT_TOKENS=10000000")
-    done = train(toy, tmp_path, "z", RUN_MODE="plan", MUON_TABLE="library", ADEMAMIX_ALPHA=3, **{
-        k: v for k, v in FAST.items() if k not in ("PRESET",)})
+    refused(
+        train(toy, tmp_path, "y", AVERAGING="mean", LR_SCHEDULE="step"),
+        "AVERAGING=mean",
+        "LR_SCHEDULE=step",
+        lines=2,
+    )
+    refused(
+        train(toy, tmp_path, "v", AVERAGING="soup", HELD_OUT_TOKENS=64),
+        "HELD_OUT_TOKENS=64",
+        "TRAIN_SEQ_LEN=64",
+    )
+    refused(
+        train(toy, tmp_path, "w", AVERAGING="iw_swa", HELD_OUT_TOKENS=10**7),
+        "HELD_OUT_TOKENS=10000000",
+    )
+    done = train(
+        toy,
+        tmp_path,
+        "z",
+        RUN_MODE="plan",
+        MUON_TABLE="library",
+        ADEMAMIX_ALPHA=3,
+        **{k: v for k, v in FAST.items() if k not in ("PRESET",)},
+    )
     assert "MUON_TABLE has no effect unless MUON == turbo_muon" in done.out
 
 
 def test_every_registry_entry_is_a_choice_of_its_knob():
-    for knob, registry in (("muon", tg.MUON), ("muon_decay", tg.DECAYS), ("averaging", tg.AVERAGERS),
-                           ("lr_schedule", tg.LR_SCHEDULES), ("muon_post_norm", tg.POST_NORMS),
-                           ("muon_table", tg.TURBO)):
+    for knob, registry in (
+        ("muon", tg.MUON),
+        ("muon_decay", tg.DECAYS),
+        ("averaging", tg.AVERAGERS),
+        ("lr_schedule", tg.LR_SCHEDULES),
+        ("muon_post_norm", tg.POST_NORMS),
+        ("muon_table", tg.TURBO),
+    ):
         assert tg.KNOBS[knob][1].metadata["choices"] == tuple(registry), knob
     assert list(tg.full_speed(config())) == list(tg.RAMPS)

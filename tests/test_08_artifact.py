@@ -1,4 +1,5 @@
 """The artifact: bit-exact, readable by an independent reader, safe to read from strangers, and counted right."""
+
 import contextlib
 import copy
 import hashlib
@@ -20,11 +21,12 @@ import brotli
 import numpy as np
 import pytest
 import torch
-import train_gpt
 import zstandard
 from conftest import ROOT, SCRIPT, clean_env, official, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import train_gpt
 from train_gpt import CODECS, PACKINGS, QTensor, UserError, pack_artifact, unpack_artifact
 
 PREFIX = struct.Struct("<4sHBxII")
@@ -45,14 +47,18 @@ def scalar_rans(data: bytes) -> bytes:
     lanes = min(4096, max(1, count // 8192))
     longest = -(-count // lanes)
     full, blocks = count - lanes * (longest - 1), -(-longest // block)
-    side = zlib.decompress(data[15:15 + length])
+    side = zlib.decompress(data[15 : 15 + length])
     width = (len(side) - blocks * lanes) // (2 * classes)
     tables = [struct.unpack_from(f"<{width}H", side, 2 * width * k) for k in range(classes)]
     symbols = [[s for s in range(width) for _ in range(table[s])] for table in tables]
     starts = [[sum(table[:s]) for s in range(width)] for table in tables]
-    kinds = side[2 * width * classes:]
+    kinds = side[2 * width * classes :]
     states = list(struct.unpack_from(f"<{lanes}I", data, 15 + length))
-    words = iter(struct.unpack(f"<{(len(data) - 15 - length - 4 * lanes) // 2}H", data[15 + length + 4 * lanes:]))
+    words = iter(
+        struct.unpack(
+            f"<{(len(data) - 15 - length - 4 * lanes) // 2}H", data[15 + length + 4 * lanes :]
+        )
+    )
     out = [bytearray() for _ in range(lanes)]
     for t in range(longest):
         for j in range(lanes if t < longest - 1 else full):
@@ -72,12 +78,18 @@ def ternary_digits(data: bytes) -> bytes:
     if data[:1] == b"\xff":
         return data[1:]
     digits = [byte // 3**i % 3 - 1 for byte in data[1:] for i in range(5)]
-    return b"".join(struct.pack("b", d) for d in digits[:len(digits) - data[0]])
+    return b"".join(struct.pack("b", d) for d in digits[: len(digits) - data[0]])
 
 
-UNPACK = {1: zlib.decompress, 2: lambda b: lzma.decompress(b, **LZMA2), 4: brotli.decompress,
-          3: lambda b: zstandard.ZstdDecompressor().decompress(b), 5: lambda b: unshuffle(brotli.decompress(b)),
-          6: scalar_rans, 7: lambda b: ternary_digits(lzma.decompress(b, **LZMA2))}
+UNPACK = {
+    1: zlib.decompress,
+    2: lambda b: lzma.decompress(b, **LZMA2),
+    4: brotli.decompress,
+    3: lambda b: zstandard.ZstdDecompressor().decompress(b),
+    5: lambda b: unshuffle(brotli.decompress(b)),
+    6: scalar_rans,
+    7: lambda b: ternary_digits(lzma.decompress(b, **LZMA2)),
+}
 
 
 def examples(count: int):
@@ -87,15 +99,16 @@ def examples(count: int):
 
 # ---- An independent reader and writer of the format ----
 
+
 def parse(blob: bytes) -> tuple[dict, dict[str, bytes], bytes]:
     """Header, unpacked streams and the packed body of an artifact."""
     magic, version, codec, packed, size = PREFIX.unpack_from(blob)
     assert (magic, version) == (b"GOLF", 3) and hashlib.sha256(blob[:-32]).digest() == blob[-32:]
-    text = UNPACK[codec](blob[PREFIX.size:PREFIX.size + packed])
+    text = UNPACK[codec](blob[PREFIX.size : PREFIX.size + packed])
     assert len(text) == size
-    header, body, streams, offset = json.loads(text), blob[PREFIX.size + packed:-32], {}, 0
+    header, body, streams, offset = json.loads(text), blob[PREFIX.size + packed : -32], {}, 0
     for key, number, raw, length, _ in header["streams"]:
-        streams[key] = UNPACK[number](body[offset:offset + length])
+        streams[key] = UNPACK[number](body[offset : offset + length])
         offset += length
         assert len(streams[key]) == raw
     assert offset == len(body)
@@ -112,7 +125,11 @@ def forge(header, body: bytes, **claims) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     small = zlib.compress(text)
     said = dict(version=3, codec=1, packed=len(small), size=len(text)) | claims
-    return seal(PREFIX.pack(b"GOLF", said["version"], said["codec"], said["packed"], said["size"]) + small + body)
+    return seal(
+        PREFIX.pack(b"GOLF", said["version"], said["codec"], said["packed"], said["size"])
+        + small
+        + body
+    )
 
 
 def weights(blob: bytes) -> dict[str, np.ndarray]:
@@ -132,7 +149,9 @@ def weights(blob: bytes) -> dict[str, np.ndarray]:
     return found
 
 
-def cut(stream: bytes, used: dict[str, int], key: str, shape: list[int], order: str = "rows") -> np.ndarray:
+def cut(
+    stream: bytes, used: dict[str, int], key: str, shape: list[int], order: str = "rows"
+) -> np.ndarray:
     """The next array of a stream; `used` counts the bytes taken so far."""
     dtype = {"i1": "<i1", "f2": "<f2", "f4": "<f4", "scale": "<f2", "columns": "<f2"}[key]
     array = np.frombuffer(stream, dtype, math.prod(shape), used[key])
@@ -143,6 +162,7 @@ def cut(stream: bytes, used: dict[str, int], key: str, shape: list[int], order: 
 
 # ---- Round trip ----
 
+
 @st.composite
 def qtensors(draw) -> QTensor:
     """A stored tensor of any kind with arbitrary bits, NaN payloads included."""
@@ -151,22 +171,33 @@ def qtensors(draw) -> QTensor:
     if kind != "levels":
         shape = draw(st.sampled_from([shape, shape[:1], (*shape, 2)]))
     size = math.prod(shape) * {"levels": 1, "f2": 2, "f4": 4}[kind]
-    raw = np.frombuffer(draw(st.binary(min_size=size, max_size=size)), {"levels": "i1", "f2": "f2", "f4": "f4"}[kind])
+    raw = np.frombuffer(
+        draw(st.binary(min_size=size, max_size=size)),
+        {"levels": "i1", "f2": "f2", "f4": "f4"}[kind],
+    )
     values = torch.from_numpy(raw.reshape(shape).copy())
     if values.dim() == 2 and draw(st.booleans()):
         values = values.t().contiguous().t()  # the same numbers in another memory order
     if kind != "levels":
         return QTensor(values)
     m, n = shape
-    factors = [QTensor(torch.full((2, size), 3, dtype=torch.int8), halves(draw, 2)) for size in shape]
-    return QTensor(values, halves(draw, draw(st.sampled_from([m, m * n, 1]))),
-                   halves(draw, n) if draw(st.booleans()) else None, draw(st.booleans()),
-                   tuple(factors) if draw(st.booleans()) else None)
+    factors = [
+        QTensor(torch.full((2, size), 3, dtype=torch.int8), halves(draw, 2)) for size in shape
+    ]
+    return QTensor(
+        values,
+        halves(draw, draw(st.sampled_from([m, m * n, 1]))),
+        halves(draw, n) if draw(st.booleans()) else None,
+        draw(st.booleans()),
+        tuple(factors) if draw(st.booleans()) else None,
+    )
 
 
 def halves(draw, count: int) -> torch.Tensor:
     """(count,) fp16 of any bits."""
-    return torch.from_numpy(np.frombuffer(draw(st.binary(min_size=2 * count, max_size=2 * count)), np.float16).copy())
+    return torch.from_numpy(
+        np.frombuffer(draw(st.binary(min_size=2 * count, max_size=2 * count)), np.float16).copy()
+    )
 
 
 def bits(part):
@@ -179,12 +210,17 @@ def bits(part):
 @pytest.mark.parametrize("codec", PACKINGS)
 def test_the_container_returns_every_bit(codec):
     @examples(15)
-    @given(tensors=st.dictionaries(st.text(max_size=5), qtensors(), min_size=1, max_size=5),
-           extra=st.dictionaries(st.sampled_from(["config", "numerics"]), st.integers() | st.text(), max_size=2))
+    @given(
+        tensors=st.dictionaries(st.text(max_size=5), qtensors(), min_size=1, max_size=5),
+        extra=st.dictionaries(
+            st.sampled_from(["config", "numerics"]), st.integers() | st.text(), max_size=2
+        ),
+    )
     def check(tensors, extra):
         header, back = unpack_artifact(pack_artifact(tensors, extra, PACKINGS[codec]))
         assert {k: header[k] for k in extra} == extra and list(back) == list(tensors)
         assert bits(tuple(tensors.values())) == bits(tuple(back.values()))
+
     check()
 
 
@@ -192,15 +228,21 @@ def test_the_container_returns_every_bit(codec):
 def test_each_codec_returns_large_incompressible_and_repetitive_data(codec):
     for data in (np.random.default_rng(0).bytes(1_500_000), b"abc" * 500_000, b"\0"):
         packed = CODECS[codec].pack(data)
-        assert CODECS[codec].unpack(packed, len(data)) == data == UNPACK[CODECS[codec].number](packed)
+        assert (
+            CODECS[codec].unpack(packed, len(data)) == data == UNPACK[CODECS[codec].number](packed)
+        )
 
 
 # ---- Entropy coding ----
 
+
 def levels(count: int, spread: float = 0.0, seed: int = 0) -> np.ndarray:
     """int8 levels of Gaussian rows of 1,000 at a step of 0.41 sigma; `spread` is that of the rows' log scale."""
     rng = np.random.default_rng(seed)
-    z = rng.standard_normal(count) * np.repeat(np.exp(spread * rng.standard_normal(-(-count // 1000))), 1000)[:count]
+    z = (
+        rng.standard_normal(count)
+        * np.repeat(np.exp(spread * rng.standard_normal(-(-count // 1000))), 1000)[:count]
+    )
     return np.clip(np.round(z / 0.41), -31, 31).astype(np.int8)
 
 
@@ -220,7 +262,10 @@ def test_levels_are_coded_at_the_entropy_and_below_every_byte_compressor():
 
 def test_rows_of_different_spread_are_coded_apart():
     q = levels(2_000_000, 0.5)
-    packed, apart = CODECS["rans"].pack(q.tobytes()), sum(entropy_bytes(row) for row in q.reshape(-1, 1000))
+    packed, apart = (
+        CODECS["rans"].pack(q.tobytes()),
+        sum(entropy_bytes(row) for row in q.reshape(-1, 1000)),
+    )
     assert CODECS["rans"].unpack(packed, len(q)) == q.tobytes()
     assert apart < len(packed) < 0.97 * entropy_bytes(q), "below what one table could reach"
 
@@ -238,8 +283,11 @@ def test_the_order_is_chosen_by_what_differs():
 
 @pytest.mark.parametrize("count", (1, 2, 255, 8191, 8192, 16_384, 20_001, 100_003))
 def test_the_scalar_reader_reads_what_the_vector_coder_writes(count):
-    for q in (levels(count, 0.5), np.full(count, -7, np.int8),
-              np.random.default_rng(1).integers(-128, 128, count).astype(np.int8)):
+    for q in (
+        levels(count, 0.5),
+        np.full(count, -7, np.int8),
+        np.random.default_rng(1).integers(-128, 128, count).astype(np.int8),
+    ):
         packed = CODECS["rans"].pack(q.tobytes())
         assert scalar_rans(packed) == q.tobytes() == CODECS["rans"].unpack(packed, count)
         with pytest.raises(ValueError):
@@ -260,20 +308,34 @@ def test_damaged_codes_are_refused_or_decode_to_as_many_symbols(at, bit, cut):
 
 
 def test_the_best_packing_is_never_larger_than_any_other():
-    tensors = {"w": QTensor(torch.from_numpy(levels(60_000).reshape(60, 1000).copy()), torch.rand(60).half()),
-               "g": QTensor(torch.randn(77))}
+    tensors = {
+        "w": QTensor(
+            torch.from_numpy(levels(60_000).reshape(60, 1000).copy()), torch.rand(60).half()
+        ),
+        "g": QTensor(torch.randn(77)),
+    }
     sizes = {name: len(pack_artifact(tensors, {}, packing)) for name, packing in PACKINGS.items()}
     assert sizes["best"] <= min(sizes.values()) + 16 and sizes["rans"] < sizes["brotli"]
 
 
 # ---- A trained artifact ----
 
+
 @pytest.fixture(scope="module")
 def trained(toy, tmp_path_factory):
     """A finished tiny run: .folder, .blob, .out and the environment that scores it."""
     folder = tmp_path_factory.mktemp("trained")
-    run = run_script(PRESET="baseline+tiny", DATA_PATH=toy, RUNS_DIR=folder, RUN_ID="run", NUMERICS="fp32",
-                     ATTENTION="sdpa", BIGRAM_BUCKETS=64, MATRIX_BITS=6, EMBED_BITS=16)
+    run = run_script(
+        PRESET="baseline+tiny",
+        DATA_PATH=toy,
+        RUNS_DIR=folder,
+        RUN_ID="run",
+        NUMERICS="fp32",
+        ATTENTION="sdpa",
+        BIGRAM_BUCKETS=64,
+        MATRIX_BITS=6,
+        EMBED_BITS=16,
+    )
     assert run.code == 0, run.err
     run.folder, run.blob = folder / "run", (folder / "run" / "model.golf").read_bytes()
     return run
@@ -282,13 +344,24 @@ def trained(toy, tmp_path_factory):
 @pytest.fixture
 def evaluate(toy, tmp_path):
     """Score a file through the script's main(), in this process; returns (exit code, stdout, stderr)."""
+
     def call(blob: bytes):
         path = tmp_path / "suspect.golf"
         path.write_bytes(blob)
-        env = dict(PRESET="baseline+tiny", DEVICE="cpu", RUN_MODE="eval", ARTIFACT=str(path), DATA_PATH=str(toy))
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        env = dict(
+            PRESET="baseline+tiny",
+            DEVICE="cpu",
+            RUN_MODE="eval",
+            ARTIFACT=str(path),
+            DATA_PATH=str(toy),
+        )
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.redirect_stderr(io.StringIO()) as err,
+        ):
             code = train_gpt.main([], env)
         return code, out.getvalue(), err.getvalue()
+
     precision = torch.get_float32_matmul_precision()
     yield call
     torch.set_float32_matmul_precision(precision)
@@ -303,12 +376,23 @@ def assert_refused(code: int, err: str):
 
 def stored_header(cfg) -> dict:
     """What an export writes beside the weights."""
-    config = cfg.values(*train_gpt.STORED_GROUPS) | {k: cfg.values()[k] for k in train_gpt.STORED_FIELDS}
-    return dict(config=config, numerics=train_gpt.Numerics()._asdict(), tokenizer_sha256="0" * 64, compliant=True)
+    config = cfg.values(*train_gpt.STORED_GROUPS) | {
+        k: cfg.values()[k] for k in train_gpt.STORED_FIELDS
+    }
+    return dict(
+        config=config,
+        numerics=train_gpt.Numerics()._asdict(),
+        tokenizer_sha256="0" * 64,
+        compliant=True,
+    )
 
 
 def test_another_process_reads_the_exported_weights_bit_for_bit(tmp_path):
-    cfg = train_gpt.load(dict(PRESET="baseline+tiny", DEVICE="cpu", BIGRAM_BUCKETS="64", EMBED_BITS="16", CODEC="zstd"))
+    cfg = train_gpt.load(
+        dict(
+            PRESET="baseline+tiny", DEVICE="cpu", BIGRAM_BUCKETS="64", EMBED_BITS="16", CODEC="zstd"
+        )
+    )
     torch.manual_seed(0)
     model = train_gpt.GPT(cfg.model, 1024, train_gpt.Numerics())
     for p in model.parameters():
@@ -325,9 +409,18 @@ def test_another_process_reads_the_exported_weights_bit_for_bit(tmp_path):
         model = g.build_from_artifact(cfg, tensors, g.Numerics())
         for name, p in model.named_parameters():
             print(name, hashlib.sha256(p.numpy().tobytes()).hexdigest())"""
-    done = subprocess.run([sys.executable, "-c", child, str(tmp_path / "model.golf")], cwd=ROOT, env=clean_env(),
-                          capture_output=True, text=True, check=True)
-    digest = {name: hashlib.sha256(t.dequant().numpy().tobytes()).hexdigest() for name, t in tensors.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", child, str(tmp_path / "model.golf")],
+        cwd=ROOT,
+        env=clean_env(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    digest = {
+        name: hashlib.sha256(t.dequant().numpy().tobytes()).hexdigest()
+        for name, t in tensors.items()
+    }
     assert dict(line.split() for line in done.stdout.splitlines()) == digest
     alone = {name: hashlib.sha256(w.tobytes()).hexdigest() for name, w in weights(blob).items()}
     assert alone == digest, "an independent reader must see the same weights"
@@ -343,17 +436,32 @@ def test_a_file_written_without_the_code_under_test_scores_the_same(trained, eva
 def test_the_artifact_holds_nothing_about_the_machine(trained, toy):
     header, streams, _ = parse(trained.blob)
     content = json.dumps(header).encode() + b"".join(streams.values()) + trained.blob
-    home = [str(ROOT), str(toy), str(trained.folder), str(Path.home()), socket.gethostname(), sys.prefix]
+    home = [
+        str(ROOT),
+        str(toy),
+        str(trained.folder),
+        str(Path.home()),
+        socket.gethostname(),
+        sys.prefix,
+    ]
     assert not [secret for secret in home if len(secret) > 3 and secret.encode() in content]
     assert "/" not in json.dumps(header)
 
 
 # ---- Size accounting ----
 
-@pytest.mark.parametrize("knobs", [
-    dict(CODEC="zlib"), dict(CODEC="zstd", MATRIX_BITS=6, EMBED_BITS=16, MODEL_DIM=128),
-    dict(CODEC="lzma", MATRIX_BITS=4, EMBED_BITS=6), dict(CODEC="zlib", MATRIX_BITS=2, SCALE_FLOOR=0, NUM_LAYERS=4),
-    dict(CODEC="zstd", MATRIX_BITS=16, BIGRAM_BUCKETS=512)], ids=lambda k: "-".join(map(str, k.values())))
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        dict(CODEC="zlib"),
+        dict(CODEC="zstd", MATRIX_BITS=6, EMBED_BITS=16, MODEL_DIM=128),
+        dict(CODEC="lzma", MATRIX_BITS=4, EMBED_BITS=6),
+        dict(CODEC="zlib", MATRIX_BITS=2, SCALE_FLOOR=0, NUM_LAYERS=4),
+        dict(CODEC="zstd", MATRIX_BITS=16, BIGRAM_BUCKETS=512),
+    ],
+    ids=lambda k: "-".join(map(str, k.values())),
+)
 def test_the_predicted_size_is_that_of_packed_gaussian_weights(knobs):
     env = dict(PRESET="baseline+tiny", DEVICE="cpu") | {k: str(v) for k, v in knobs.items()}
     cfg = train_gpt.load(env)
@@ -363,7 +471,9 @@ def test_the_predicted_size_is_that_of_packed_gaussian_weights(knobs):
     for p in model.parameters():
         p.data.normal_()
     header = stored_header(cfg)
-    real = len(pack_artifact(train_gpt.quantise(model, cfg.quant), header, PACKINGS[cfg.quant.codec]))
+    real = len(
+        pack_artifact(train_gpt.quantise(model, cfg.quant), header, PACKINGS[cfg.quant.codec])
+    )
     assert abs(predicted / real - 1) < 0.02, f"predicted {predicted}, really {real}"
 
 
@@ -371,7 +481,10 @@ def test_the_submission_is_the_script_as_it_is_plus_the_artifact(trained):
     code, model = SCRIPT.stat().st_size, len(trained.blob)
     assert f"Code size: {code} bytes" in trained.out
     assert f"Total submission size: {code + model} bytes" in trained.out
-    assert f"audit:artifact sha256:{hashlib.sha256(trained.blob).hexdigest()} bytes:{model}" in trained.out
+    assert (
+        f"audit:artifact sha256:{hashlib.sha256(trained.blob).hexdigest()} bytes:{model}"
+        in trained.out
+    )
 
 
 def test_the_code_size_is_that_of_the_file_that_runs(tmp_path):
@@ -385,16 +498,19 @@ def test_the_code_size_is_that_of_the_file_that_runs(tmp_path):
 
 # ---- Bombs ----
 
+
 def bombs() -> dict[str, bytes]:
     """At most a megabyte per codec that unpacks to one GiB of zeros."""
     mega = bytes(1 << 20)
     deflate, squash = zlib.compressobj(), brotli.Compressor(quality=1)
     first, later = (deflate.compress(mega) + deflate.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
     adler = struct.pack(">2H", (1 << 30) % 65521, 1)
-    return {"zlib": first + later * 1023 + deflate.flush()[:-4] + adler,
-            "lzma": lzma.compress(bytes(1 << 21), **LZMA2)[:-1] * 512 + b"\0",
-            "zstd": zstandard.ZstdCompressor(level=1).compress(bytes(1 << 30)),
-            "brotli": b"".join(squash.process(mega) for _ in range(1024)) + squash.finish()}
+    return {
+        "zlib": first + later * 1023 + deflate.flush()[:-4] + adler,
+        "lzma": lzma.compress(bytes(1 << 21), **LZMA2)[:-1] * 512 + b"\0",
+        "zstd": zstandard.ZstdCompressor(level=1).compress(bytes(1 << 30)),
+        "brotli": b"".join(squash.process(mega) for _ in range(1024)) + squash.finish(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -415,8 +531,11 @@ def explode(tmp_path_factory):
 
     def call(codec: str, *claims: int):
         arguments = [sys.executable, "-c", child, codec, str(folder / codec), *map(str, claims)]
-        done = subprocess.run(arguments, cwd=ROOT, env=clean_env(), capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            arguments, cwd=ROOT, env=clean_env(), capture_output=True, text=True, check=True
+        )
         return json.loads(done.stdout)
+
     return call
 
 
@@ -436,21 +555,45 @@ def test_the_bombs_would_explode(explode):
 
 # ---- Lies about sizes ----
 
+
 def small_container(codec: str = "zlib", **said) -> bytes:
     """One 2 x 3 fp32 tensor; `said` replaces entries of its stream's line in the header, `shape` that of the tensor."""
     data, number = np.arange(6, dtype="<f4").tobytes(), CODECS[codec].number
     packed = CODECS[codec].pack(data)
     line = dict(key="f4", number=number, raw=len(data), length=len(packed)) | said
-    header = dict(tensors=[["w", "f4", said.get("shape", [2, 3]), 0, 0, 0, 0]],
-                  streams=[[line["key"], line["number"], line["raw"], line["length"], line.get("order", "rows")]])
+    header = dict(
+        tensors=[["w", "f4", said.get("shape", [2, 3]), 0, 0, 0, 0]],
+        streams=[
+            [line["key"], line["number"], line["raw"], line["length"], line.get("order", "rows")]
+        ],
+    )
     return forge(header, packed)
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("said", [
-    dict(raw=25), dict(raw=23), dict(raw=0), dict(raw=-1), dict(raw=2**30 + 1), dict(raw=2**70), dict(raw=24.5),
-    dict(length=0), dict(length=3), dict(length=-1), dict(number=0), dict(number=8), dict(key="f2"), dict(shape=[2, 4]),
-    dict(shape=[3]), dict(order="x"), dict(order=1)], ids=str)
+@pytest.mark.parametrize(
+    "said",
+    [
+        dict(raw=25),
+        dict(raw=23),
+        dict(raw=0),
+        dict(raw=-1),
+        dict(raw=2**30 + 1),
+        dict(raw=2**70),
+        dict(raw=24.5),
+        dict(length=0),
+        dict(length=3),
+        dict(length=-1),
+        dict(number=0),
+        dict(number=8),
+        dict(key="f2"),
+        dict(shape=[2, 4]),
+        dict(shape=[3]),
+        dict(order="x"),
+        dict(order=1),
+    ],
+    ids=str,
+)
 def test_a_wrong_size_codec_or_shape_is_refused(codec, said):
     assert unpack_artifact(small_container(codec))[1]["w"].values.tolist() == [[0, 1, 2], [3, 4, 5]]
     with pytest.raises(UserError):
@@ -463,8 +606,15 @@ def test_a_stream_that_holds_more_than_it_claims_is_refused(codec):
         unpack_artifact(small_container(codec, raw=16, shape=[2, 2]))
 
 
-@pytest.mark.parametrize("change", ["a stream that no tensor uses", "two streams of one name", "bytes after the end",
-                                    "a stream past the end"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "a stream that no tensor uses",
+        "two streams of one name",
+        "bytes after the end",
+        "a stream past the end",
+    ],
+)
 def test_every_byte_of_the_file_has_a_purpose(trained, change):
     """Otherwise a small file can hide a payload, or claim a GiB for each of thousands of streams."""
     header, _, body = parse(trained.blob)
@@ -483,17 +633,25 @@ def test_every_byte_of_the_file_has_a_purpose(trained, change):
 
 # ---- Fuzz ----
 
+
 def damage(blob: bytes, kind: str, at: float, piece: bytes) -> bytes:
     """Flip, cut, drop or insert bytes at a relative position."""
     i = int(at * len(blob))
     if kind == "flip":
-        return blob[:i] + bytes(a ^ b for a, b in zip(blob[i:], piece)) + blob[i + len(piece):]
-    return {"truncate": blob[:i], "drop": blob[:i] + blob[i + len(piece):], "insert": blob[:i] + piece + blob[i:],
-            "extend": blob + piece}[kind]
+        return blob[:i] + bytes(a ^ b for a, b in zip(blob[i:], piece)) + blob[i + len(piece) :]
+    return {
+        "truncate": blob[:i],
+        "drop": blob[:i] + blob[i + len(piece) :],
+        "insert": blob[:i] + piece + blob[i:],
+        "extend": blob + piece,
+    }[kind]
 
 
-DAMAGE = dict(kind=st.sampled_from(["flip", "truncate", "drop", "insert", "extend"]),
-              at=st.floats(0, 1, exclude_max=True) | st.floats(0, 0.02), piece=st.binary(min_size=1, max_size=9))
+DAMAGE = dict(
+    kind=st.sampled_from(["flip", "truncate", "drop", "insert", "extend"]),
+    at=st.floats(0, 1, exclude_max=True) | st.floats(0, 0.02),
+    piece=st.binary(min_size=1, max_size=9),
+)
 
 
 @examples(300)
@@ -515,7 +673,13 @@ def test_damage_under_a_valid_checksum_raises_nothing_but_user_errors(codec, kin
 def places(node, path=()):
     """The path of every value in a JSON document."""
     yield path
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    children = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    )
     for key, child in children:
         yield from places(child, (*path, key))
 
@@ -536,20 +700,62 @@ def replaced(node, path, value):
     return node
 
 
-JUNK = st.sampled_from([..., None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**30, 1e308, math.nan, math.inf, "", "x",
-                        "\0\n", [], [[]], {}, {"a": 1}, [1] * 70, "nan", "-1", [0, 2**62]])
+JUNK = st.sampled_from(
+    [
+        ...,
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        3,
+        2**31,
+        2**63,
+        10**30,
+        1e308,
+        math.nan,
+        math.inf,
+        "",
+        "x",
+        "\0\n",
+        [],
+        [[]],
+        {},
+        {"a": 1},
+        [1] * 70,
+        "nan",
+        "-1",
+        [0, 2**62],
+    ]
+)
 
 
 @examples(250)
 @given(data=st.data(), junk=JUNK)
-def test_any_change_of_the_header_is_scored_or_refused_by_name(trained, toy, tmp_path_factory, data, junk):
+def test_any_change_of_the_header_is_scored_or_refused_by_name(
+    trained, toy, tmp_path_factory, data, junk
+):
     header, _, body = parse(trained.blob)
-    elsewhere = [(), ("numerics", "compile"), ("config", "vocab_size")]  # the last one blames the tokenizer, see below
+    elsewhere = [
+        (),
+        ("numerics", "compile"),
+        ("config", "vocab_size"),
+    ]  # the last one blames the tokenizer, see below
     path = data.draw(st.sampled_from([p for p in places(header) if p not in elsewhere]))
     suspect = tmp_path_factory.getbasetemp() / "suspect.golf"
     suspect.write_bytes(forge(replaced(header, path, junk), body))
-    env = dict(PRESET="baseline+tiny", DEVICE="cpu", RUN_MODE="eval", ARTIFACT=str(suspect), DATA_PATH=str(toy))
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+    env = dict(
+        PRESET="baseline+tiny",
+        DEVICE="cpu",
+        RUN_MODE="eval",
+        ARTIFACT=str(suspect),
+        DATA_PATH=str(toy),
+    )
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
         code = train_gpt.main([], env)
     if code:
         assert_refused(code, err.getvalue())
@@ -560,35 +766,65 @@ def test_any_change_of_the_header_is_scored_or_refused_by_name(trained, toy, tmp
 FIRST = ("tensors", 0)
 BIG = dict(num_layers=64, model_dim=4096, num_heads=64, num_kv_heads=64, mlp_mult=16.0)
 REFUSED = {  # what -> (path, value)
-    "stream over 1 GiB": (("streams", 0, 2), 2**30 + 1), "stream of NaN bytes": (("streams", 0, 2), math.nan),
-    "infinite stream": (("streams", 0, 3), math.inf), "stream name is a list": (("streams", 0, 0), []),
-    "unknown stream codec": (("streams", 0, 1), 9), "codec by name": (("streams", 0, 1), "zlib"),
-    "no streams": (("streams",), []), "streams missing": (("streams",), ...), "streams null": (("streams",), None),
-    "tensors missing": (("tensors",), ...), "no tensors": (("tensors",), []), "tensor line short": (FIRST, ["embed"]),
-    "negative shape": ((*FIRST, 2), [-1, 64]), "huge shape": ((*FIRST, 2), [2**40, 2**40]),
-    "overflowing shape": ((*FIRST, 2), [2**70, 2**70]), "empty huge shape": ((*FIRST, 2), [0, 2**62]),
-    "70 dimensions": ((*FIRST, 2), [1] * 70), "NaN in shape": ((*FIRST, 2), [math.nan, 64]),
-    "text in shape": ((*FIRST, 2), ["1024", 64]), "shape is text": ((*FIRST, 2), "ab"),
-    "shape is a dict": ((*FIRST, 2), {"1": 2}), "bool in shape": ((*FIRST, 2), [True, 64]),
-    "shape null": ((*FIRST, 2), None), "unknown dtype": ((*FIRST, 1), "f8"),
+    "stream over 1 GiB": (("streams", 0, 2), 2**30 + 1),
+    "stream of NaN bytes": (("streams", 0, 2), math.nan),
+    "infinite stream": (("streams", 0, 3), math.inf),
+    "stream name is a list": (("streams", 0, 0), []),
+    "unknown stream codec": (("streams", 0, 1), 9),
+    "codec by name": (("streams", 0, 1), "zlib"),
+    "no streams": (("streams",), []),
+    "streams missing": (("streams",), ...),
+    "streams null": (("streams",), None),
+    "tensors missing": (("tensors",), ...),
+    "no tensors": (("tensors",), []),
+    "tensor line short": (FIRST, ["embed"]),
+    "negative shape": ((*FIRST, 2), [-1, 64]),
+    "huge shape": ((*FIRST, 2), [2**40, 2**40]),
+    "overflowing shape": ((*FIRST, 2), [2**70, 2**70]),
+    "empty huge shape": ((*FIRST, 2), [0, 2**62]),
+    "70 dimensions": ((*FIRST, 2), [1] * 70),
+    "NaN in shape": ((*FIRST, 2), [math.nan, 64]),
+    "text in shape": ((*FIRST, 2), ["1024", 64]),
+    "shape is text": ((*FIRST, 2), "ab"),
+    "shape is a dict": ((*FIRST, 2), {"1": 2}),
+    "bool in shape": ((*FIRST, 2), [True, 64]),
+    "shape null": ((*FIRST, 2), None),
+    "unknown dtype": ((*FIRST, 1), "f8"),
     "dtype of the scales": ((*FIRST, 1), "scale"),
-    "tensor without name": ((*FIRST, 0), None), "foreign tensor": ((*FIRST, 0), "__class__"),
-    "tensor name is a list": ((*FIRST, 0), ["embed"]), "scales do not fit": ((*FIRST, 3), 7),
-    "negative scales": ((*FIRST, 3), -1), "scales are text": ((*FIRST, 3), "1"), "columns unknown": ((*FIRST, 4), 1),
-    "huge rank": ((*FIRST, 6), 2**40), "negative rank": ((*FIRST, 6), -1), "rank is a list": ((*FIRST, 6), [1]),
+    "tensor without name": ((*FIRST, 0), None),
+    "foreign tensor": ((*FIRST, 0), "__class__"),
+    "tensor name is a list": ((*FIRST, 0), ["embed"]),
+    "scales do not fit": ((*FIRST, 3), 7),
+    "negative scales": ((*FIRST, 3), -1),
+    "scales are text": ((*FIRST, 3), "1"),
+    "columns unknown": ((*FIRST, 4), 1),
+    "huge rank": ((*FIRST, 6), 2**40),
+    "negative rank": ((*FIRST, 6), -1),
+    "rank is a list": ((*FIRST, 6), [1]),
     "tensor line long": (FIRST, ["embed", "i1", [1, 1], 1, 0, 0, 0, 0]),
     "shape of another model": ((*FIRST, 2), [512, 128]),
-    "config missing": (("config",), ...), "config null": (("config",), None), "config a string": (("config",), "abc"),
-    "config empty": (("config",), {}), "unknown knob": (("config", "nonsense"), 1),
-    "knob missing": (("config", "num_layers"), ...), "layers out of range": (("config", "num_layers"), 10**9),
-    "layers negative": (("config", "num_layers"), -1), "layers are text": (("config", "num_layers"), "two"),
-    "layers are a list": (("config", "num_layers"), [2]), "NaN softcap": (("config", "logit_softcap"), math.nan),
-    "unknown MLP": (("config", "mlp"), "gelu"), "gate is no bool": (("config", "smear_gate"), "maybe"),
-    "heads do not divide": (("config", "num_heads"), 3), "other depth": (("config", "num_layers"), 4),
+    "config missing": (("config",), ...),
+    "config null": (("config",), None),
+    "config a string": (("config",), "abc"),
+    "config empty": (("config",), {}),
+    "unknown knob": (("config", "nonsense"), 1),
+    "knob missing": (("config", "num_layers"), ...),
+    "layers out of range": (("config", "num_layers"), 10**9),
+    "layers negative": (("config", "num_layers"), -1),
+    "layers are text": (("config", "num_layers"), "two"),
+    "layers are a list": (("config", "num_layers"), [2]),
+    "NaN softcap": (("config", "logit_softcap"), math.nan),
+    "unknown MLP": (("config", "mlp"), "gelu"),
+    "gate is no bool": (("config", "smear_gate"), "maybe"),
+    "heads do not divide": (("config", "num_heads"), 3),
+    "other depth": (("config", "num_layers"), 4),
     "other width": (("config", "model_dim"), 128),
-    "numerics missing": (("numerics",), ...), "numerics a list": (("numerics",), []),
-    "attention a list": (("numerics", "attention"), []), "tokenizer missing": (("tokenizer_sha256",), ...),
-    "another tokenizer": (("tokenizer_sha256",), "0" * 64), "config a list": (("config",), list),
+    "numerics missing": (("numerics",), ...),
+    "numerics a list": (("numerics",), []),
+    "attention a list": (("numerics", "attention"), []),
+    "tokenizer missing": (("tokenizer_sha256",), ...),
+    "another tokenizer": (("tokenizer_sha256",), "0" * 64),
+    "config a list": (("config",), list),
 }
 
 
@@ -609,19 +845,52 @@ def test_an_artifact_for_another_tokenizer_is_refused(trained, evaluate):
     assert re.fullmatch(r"error: .*tokenizer\.model.*2048\n", err)
 
 
-@pytest.mark.parametrize("text", [
-    b"", b"null", b"5", b"[]", b"{", b"\xff\xfe\x00", b"[" * 200_000, b'{"a":' * 100_000,
-    b'{"streams":[["i1",1,' + b"9" * 5000 + b",1]]}"],
-    ids=["empty", "null", "number", "list", "cut", "no text", "deep lists", "deep objects", "5000 digits"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"null",
+        b"5",
+        b"[]",
+        b"{",
+        b"\xff\xfe\x00",
+        b"[" * 200_000,
+        b'{"a":' * 100_000,
+        b'{"streams":[["i1",1,' + b"9" * 5000 + b",1]]}",
+    ],
+    ids=[
+        "empty",
+        "null",
+        "number",
+        "list",
+        "cut",
+        "no text",
+        "deep lists",
+        "deep objects",
+        "5000 digits",
+    ],
+)
 def test_a_header_that_is_no_header_is_refused_by_name(evaluate, text):
     code, _, err = evaluate(forge(text, b""))
     assert_refused(code, err)
 
 
-@pytest.mark.parametrize("claims", [
-    dict(version=4), dict(version=2), dict(version=0), dict(codec=0), dict(codec=200), dict(size=5),
-    dict(size=2**32 - 1), dict(size=0),
-    dict(packed=0), dict(packed=2**32 - 1)], ids=str)
+@pytest.mark.parametrize(
+    "claims",
+    [
+        dict(version=4),
+        dict(version=2),
+        dict(version=0),
+        dict(codec=0),
+        dict(codec=200),
+        dict(size=5),
+        dict(size=2**32 - 1),
+        dict(size=0),
+        dict(packed=0),
+        dict(packed=2**32 - 1),
+    ],
+    ids=str,
+)
 def test_a_prefix_that_lies_is_refused_by_name(trained, evaluate, claims):
     header, _, body = parse(trained.blob)
     code, _, err = evaluate(forge(header, body, **claims))
@@ -644,7 +913,9 @@ def test_a_scaled_vector_is_refused_by_name(trained, evaluate):
     _, tensors = unpack_artifact(trained.blob)
     scales = QTensor(torch.ones(64, dtype=torch.int8), torch.ones(64, dtype=torch.float16))
     header = {k: v for k, v in parse(trained.blob)[0].items() if k not in ("tensors", "streams")}
-    code, _, err = evaluate(pack_artifact(tensors | {"blocks.0.attn_scale": scales}, header, PACKINGS["zlib"]))
+    code, _, err = evaluate(
+        pack_artifact(tensors | {"blocks.0.attn_scale": scales}, header, PACKINGS["zlib"])
+    )
     assert_refused(code, err)
 
 
@@ -661,14 +932,22 @@ def test_weights_that_are_no_numbers_end_without_a_score(trained, evaluate, valu
 def test_an_artifact_cannot_choose_what_the_script_reads(trained, evaluate, tmp_path, toy):
     """Only the knobs that an artifact carries may come from it: never a path, a device or a run setting."""
     header, _, body = parse(trained.blob)
-    for name, value in (("data_path", str(tmp_path)), ("tokenizer_path", str(tmp_path / "t")), ("runs_dir", "x"),
-                        ("threads", 1), ("strict_env", 1)):
+    for name, value in (
+        ("data_path", str(tmp_path)),
+        ("tokenizer_path", str(tmp_path / "t")),
+        ("runs_dir", "x"),
+        ("threads", 1),
+        ("strict_env", 1),
+    ):
         code, _, err = evaluate(forge(replaced(header, ("config", name), value), body))
         assert_refused(code, err)
 
 
-@pytest.mark.parametrize("text", ["a\nerror: forged line", "\x1b[2Jnonsense", "x" * 100_000],
-                         ids=["lines", "escape", "long"])
+@pytest.mark.parametrize(
+    "text",
+    ["a\nerror: forged line", "\x1b[2Jnonsense", "x" * 100_000],
+    ids=["lines", "escape", "long"],
+)
 @pytest.mark.parametrize("place", ["name", "value"])
 def test_an_artifact_cannot_forge_output(trained, evaluate, place, text):
     header, _, body = parse(trained.blob)
@@ -681,7 +960,8 @@ def test_an_artifact_cannot_forge_output(trained, evaluate, place, text):
 # ---- The same through a process of its own ----
 
 BROKEN = {
-    "missing": (None, "No such file"), "empty": (lambda b: b"", "artifact"),
+    "missing": (None, "No such file"),
+    "empty": (lambda b: b"", "artifact"),
     "truncated": (lambda b: b[:-1000], "checksum"),
     "a script": (lambda b: b"import os; os.mkdir('owned')\n" * 99, "not an artifact"),
     "one bit flipped": (lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:], "checksum"),
@@ -704,15 +984,32 @@ def test_an_unreadable_artifact_ends_the_process_with_one_line(trained, toy, tmp
     path = tmp_path / "suspect.golf"
     if make:
         path.write_bytes(make(trained.blob))
-    run = run_script(timeout=60, cwd=tmp_path, PRESET="baseline+tiny", DATA_PATH=toy, RUN_MODE="eval", ARTIFACT=path)
+    run = run_script(
+        timeout=60,
+        cwd=tmp_path,
+        PRESET="baseline+tiny",
+        DATA_PATH=toy,
+        RUN_MODE="eval",
+        ARTIFACT=path,
+    )
     assert_refused(run.code, run.err)
     assert reason in run.err and not (tmp_path / "owned").exists()
 
 
 def test_a_missing_artifact_is_one_line_on_two_ranks(toy, tmp_path):
-    run = run_script(nproc=2, timeout=60, PRESET="baseline+tiny", DATA_PATH=toy, RUN_MODE="eval",
-                     ARTIFACT=tmp_path / "suspect.golf")
-    assert [line for line in run.err.splitlines() if line.startswith("error: ") and "suspect.golf" in line]
+    run = run_script(
+        nproc=2,
+        timeout=60,
+        PRESET="baseline+tiny",
+        DATA_PATH=toy,
+        RUN_MODE="eval",
+        ARTIFACT=tmp_path / "suspect.golf",
+    )
+    assert [
+        line
+        for line in run.err.splitlines()
+        if line.startswith("error: ") and "suspect.golf" in line
+    ]
     assert "read_artifact" not in run.err, "the launcher may print a traceback, the script must not"
 
 
@@ -720,7 +1017,9 @@ def test_reading_a_file_executes_nothing(trained, tmp_path):
     """Python's own audit events: no code is compiled, imported, unpickled, run or opened while a file is unpacked."""
     (tmp_path / "good").write_bytes(trained.blob)
     code = "__import__('os').mkdir('owned')"
-    (tmp_path / "bad").write_bytes(hostile(trained.blob, ("config", code), "!!python/object/apply:os.system"))
+    (tmp_path / "bad").write_bytes(
+        hostile(trained.blob, ("config", code), "!!python/object/apply:os.system")
+    )
     child = """if True:
         import sys, train_gpt as g
         blobs = [open(path, "rb").read() for path in sys.argv[1:]]
@@ -730,6 +1029,12 @@ def test_reading_a_file_executes_nothing(trained, tmp_path):
         for blob in blobs:
             g.unpack_artifact(blob)
         print(sorted(set(seen)))"""
-    done = subprocess.run([sys.executable, "-c", child, str(tmp_path / "good"), str(tmp_path / "bad")], cwd=ROOT,
-                          env=clean_env(), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", child, str(tmp_path / "good"), str(tmp_path / "bad")],
+        cwd=ROOT,
+        env=clean_env(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,5 @@
 """Scoring: the window rule, the sums, causality and the audit, against brute force and through whole runs."""
+
 import contextlib
 import io
 import math
@@ -7,16 +8,26 @@ import re
 import numpy as np
 import pytest
 import torch
-import train_gpt
 from conftest import official, run_script
 from helpers import config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+import train_gpt
 from train_gpt import Batch, DocumentWindows, StreamWindows, Windows, schedule, score
 
 VOCAB = 61
-RICH = dict(NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, SMEAR_GATE="B", BIGRAM_BUCKETS=32, XSA_LAST_N=2,
-            ROPE_DIMS=4, MLP="leaky_relu2")
+RICH = dict(
+    NUM_LAYERS=3,
+    MODEL_DIM=32,
+    NUM_HEADS=4,
+    NUM_KV_HEADS=2,
+    SMEAR_GATE="B",
+    BIGRAM_BUCKETS=32,
+    XSA_LAST_N=2,
+    ROPE_DIMS=4,
+    MLP="leaky_relu2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +48,11 @@ def rule(targets: int, size: int, stride: int) -> list[tuple[int, int]]:
 
 def expanded(strategy: Windows, targets: int) -> list[tuple[int, int]]:
     """The same list as the code under test schedules it."""
-    return [(start, p) for start, first, n in strategy.items(targets).tolist() for p in range(first, first + n)]
+    return [
+        (start, p)
+        for start, first, n in strategy.items(targets).tolist()
+        for p in range(first, first + n)
+    ]
 
 
 # ---- Which window scores which target ----
@@ -55,12 +70,24 @@ def test_windows_follow_the_rule_and_score_every_target_once(targets, window):
     assert scored == rule(targets, *window)
     assert [p for _, p in scored] == list(range(targets))
     items = strategy.items(targets)
-    assert items[:, 2].min() >= 1 and items[:, 2].max() <= strategy.stride, "one batch shape must hold every item"
+    assert items[:, 2].min() >= 1 and items[:, 2].max() <= strategy.stride, (
+        "one batch shape must hold every item"
+    )
 
 
-@pytest.mark.parametrize("targets, size, stride, windows", [
-    (5000, 2048, 64, 48), (2048, 2048, 64, 1), (2049, 2048, 64, 2), (1984, 2048, 64, 1), (1985, 2048, 64, 1),
-    (1, 2048, 64, 1), (5000, 1000, 1000, 5), (5001, 1000, 1000, 6)])
+@pytest.mark.parametrize(
+    "targets, size, stride, windows",
+    [
+        (5000, 2048, 64, 48),
+        (2048, 2048, 64, 1),
+        (2049, 2048, 64, 2),
+        (1984, 2048, 64, 1),
+        (1985, 2048, 64, 1),
+        (1, 2048, 64, 1),
+        (5000, 1000, 1000, 5),
+        (5001, 1000, 1000, 6),
+    ],
+)
 def test_the_number_of_windows_is_the_published_one(targets, size, stride, windows):
     scored = expanded(Windows(size, stride), targets)
     assert scored == rule(targets, size, stride)
@@ -82,6 +109,7 @@ def test_later_windows_give_at_least_the_full_context(targets, window):
 
 # ---- What reaches the model ----
 
+
 class Stub:
     """A model whose loss is 1024 * target + context length; NaN when the context is not the text before the target."""
 
@@ -90,7 +118,9 @@ class Stub:
         for b, s in np.ndindex(*targets.shape):
             target, row = int(targets[b, s]), int(rows[b, s])
             context = list(range(target - row - 1, target))
-            losses[b, s] = 1024 * target + row + 1 if ids[b, :row + 1].tolist() == context else math.nan
+            losses[b, s] = (
+                1024 * target + row + 1 if ids[b, : row + 1].tolist() == context else math.nan
+            )
         return losses
 
 
@@ -114,8 +144,8 @@ class Recorder:
 
     def __call__(self, batch, losses):
         for (_, first, n), row in zip(batch.items.tolist(), losses):
-            self.losses[first:first + n] = row[:n]
-            self.seen[first:first + n] += 1
+            self.losses[first : first + n] = row[:n]
+            self.seen[first : first + n] += 1
 
 
 def banked(nll, tokens, strategy, rt, batch_tokens: int = 200) -> np.ndarray:
@@ -132,13 +162,18 @@ def banked(nll, tokens, strategy, rt, batch_tokens: int = 200) -> np.ndarray:
 def test_each_target_is_scored_from_the_text_that_its_window_holds(rt, targets, window, batch):
     tokens = np.arange(targets + 1, dtype=np.uint16)  # a token is its own position
     losses = banked(Stub(), tokens, Windows(*window), rt, batch)
-    assert losses.tolist() == [1024 * (p + 1) + p - start + 1 for start, p in rule(targets, *window)]
+    assert losses.tolist() == [
+        1024 * (p + 1) + p - start + 1 for start, p in rule(targets, *window)
+    ]
 
 
 @pytest.mark.parametrize("window", [(64, 64), (64, 16), (64, 1)])
 def test_a_uniform_model_scores_the_logarithm_of_the_vocabulary(rt, window):
     rng = np.random.default_rng(0)
-    tokens, sizes = rng.integers(0, VOCAB, 500).astype(np.uint16), rng.integers(0, 9, 499).astype(np.int16)
+    tokens, sizes = (
+        rng.integers(0, VOCAB, 500).astype(np.uint16),
+        rng.integers(0, 9, 499).astype(np.int16),
+    )
     model = random_model(config(**RICH))
     model.embed.data.zero_()
     result = scored(bind(model), tokens, sizes, Windows(*window), rt, 640)
@@ -149,11 +184,19 @@ def test_a_uniform_model_scores_the_logarithm_of_the_vocabulary(rt, window):
 
 def test_byte_sums_do_not_overflow(rt):
     sizes = np.full(3000, 30, np.int16)
-    result = scored(lambda i, t, r: torch.zeros(t.shape), np.zeros(3001, np.uint16), sizes, Windows(64, 64), rt, 640)
+    result = scored(
+        lambda i, t, r: torch.zeros(t.shape),
+        np.zeros(3001, np.uint16),
+        sizes,
+        Windows(64, 64),
+        rt,
+        640,
+    )
     assert result.bytes == 90_000
 
 
 # ---- A real model ----
+
 
 def random_model(cfg, seed: int = 0) -> train_gpt.GPT:
     """A model in which every weight matters: random everywhere, also where training starts at zero."""
@@ -191,7 +234,7 @@ def oracle(model, tokens, size: int, stride: int) -> list[float]:
     """One target at a time: the model sees the window up to the target and nothing else, the softmax is written out."""
     losses, ids = [], torch.from_numpy(tokens.astype(np.int64))
     for start, p in rule(len(tokens) - 1, size, stride):
-        h = model.hidden(ids[None, start:p + 1], schedule(model.cfg))[0, -1]
+        h = model.hidden(ids[None, start : p + 1], schedule(model.cfg))[0, -1]
         cap = model.cfg.logit_softcap
         logits = cap * torch.tanh((model.embed @ h) / cap)
         losses.append(float(logits.double().logsumexp(0) - logits[ids[p + 1]].double()))
@@ -209,7 +252,10 @@ def test_losses_equal_a_full_recomputation_per_target(rt, text, window):
 
 @pytest.mark.parametrize("window", [(32, 32), (32, 8)], ids=str)
 def test_the_batch_size_does_not_change_the_result(rt, model, text, window):
-    results = [scored(bind(model), text, np.ones(150), Windows(*window), rt, n) for n in (1, 64, 100, 10_000)]
+    results = [
+        scored(bind(model), text, np.ones(150), Windows(*window), rt, n)
+        for n in (1, 64, 100, 10_000)
+    ]
     for result in results[1:]:
         assert result.loss == pytest.approx(results[0].loss, abs=1e-6)
         assert (result.tokens, result.bytes, result.coverage) == (150, 150, results[0].coverage)
@@ -217,9 +263,13 @@ def test_the_batch_size_does_not_change_the_result(rt, model, text, window):
 
 def test_padding_never_reaches_a_score(model, text):
     items = Windows(32, 8).items(150)
-    ids, targets, rows = train_gpt.window_batch(torch.from_numpy(text.astype(int)), Batch(items, len(items), 32, 8))
+    ids, targets, rows = train_gpt.window_batch(
+        torch.from_numpy(text.astype(int)), Batch(items, len(items), 32, 8)
+    )
     counts = torch.from_numpy(items[:, 2])
-    last = rows.gather(1, counts[:, None] - 1)  # the last row that is scored; after it come later text or padding
+    last = rows.gather(
+        1, counts[:, None] - 1
+    )  # the last row that is scored; after it come later text or padding
     other = torch.where(torch.arange(32) > last, (ids + 7) % VOCAB, ids)
     assert (other != ids).any(1).sum() > 3
     scored = torch.arange(8) < counts[:, None]
@@ -236,7 +286,7 @@ def test_changing_a_token_leaves_every_earlier_loss_alone(rt, model, text, windo
         changed = text.copy()
         changed[t] = (changed[t] + 5) % VOCAB
         after = banked(bind(model), changed, Windows(*window), rt)
-        assert np.abs(after - before)[:t - 1].max(initial=0) < 1e-6, f"token {t}"
+        assert np.abs(after - before)[: t - 1].max(initial=0) < 1e-6, f"token {t}"
         assert abs(after - before)[t - 1] > 1e-4, "the loss of the changed target itself must move"
 
 
@@ -247,11 +297,12 @@ def test_the_losses_of_all_possible_targets_form_a_distribution(rt, model, text)
         for token in range(VOCAB):
             changed = text.copy()
             changed[t] = token
-            total += math.exp(-banked(bind(model), changed[:t + 1], Windows(32, 8), rt)[t - 1])
+            total += math.exp(-banked(bind(model), changed[: t + 1], Windows(32, 8), rt)[t - 1])
         assert total == pytest.approx(1, abs=1e-5)
 
 
 # ---- Inside documents, and as a stream ----
+
 
 def with_documents(length: int, seed: int = 3) -> np.ndarray:
     """Random text with beginnings of documents at random places, two in a row among them."""
@@ -274,7 +325,11 @@ def test_documents_reach_from_bos_to_bos(first_is_bos):
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=12), window=SIZES, budget=st.integers(1, 400))
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=12),
+    window=SIZES,
+    budget=st.integers(1, 400),
+)
 @example(lengths=[40, 41, 10, 11], window=(40, 3), budget=100)
 def test_document_windows_follow_the_rule_inside_each_document(rt, lengths, window, budget):
     """The first window of a document needs no slide; every later target has the context that sliding gives."""
@@ -283,13 +338,17 @@ def test_document_windows_follow_the_rule_inside_each_document(rt, lengths, wind
     tokens[borders[:-1]] = 1
     found = {}
     for batch in DocumentWindows(*window).batches(borders, budget):
-        assert len(batch.items) <= batch.rows == max(1, min(budget // batch.width, batch.rows)) <= 400
+        assert (
+            len(batch.items) <= batch.rows == max(1, min(budget // batch.width, batch.rows)) <= 400
+        )
         for start, first, n in batch.items.tolist():
             assert 1 <= n <= batch.scored and first + n - start <= batch.width
             for p in range(first, first + n):
                 assert p not in found
                 found[p] = start
-    wanted = {a + p: a + start for a, n in zip(borders.tolist(), lengths) for start, p in rule(n, *window)}
+    wanted = {
+        a + p: a + start for a, n in zip(borders.tolist(), lengths) for start, p in rule(n, *window)
+    }
     assert found == wanted
 
 
@@ -298,66 +357,118 @@ def test_document_scores_equal_a_full_recomputation_per_target(rt):
     model, tokens = exact_model(config(**RICH)), with_documents(400)
     borders = train_gpt.document_borders(tokens)
     losses = banked(bind(model), tokens, DocumentWindows(16, 5), rt)
-    exact = np.concatenate([oracle(model, tokens[a:b + 1], 16, 5) for a, b in zip(borders, borders[1:])])
+    exact = np.concatenate(
+        [oracle(model, tokens[a : b + 1], 16, 5) for a, b in zip(borders, borders[1:])]
+    )
     assert np.abs(losses - exact).max() < 1e-5 and np.diff(borders).max() > 24
     other = tokens.copy()
-    other[borders[3] + 1:borders[4]] = (other[borders[3] + 1:borders[4]] + 1) % 50 + 2
+    other[borders[3] + 1 : borders[4]] = (other[borders[3] + 1 : borders[4]] + 1) % 50 + 2
     moved = banked(bind(model), other, DocumentWindows(16, 5), rt) != losses
-    assert moved.any() and not moved[:borders[3]].any() and not moved[borders[4]:].any()
+    assert moved.any() and not moved[: borders[3]].any() and not moved[borders[4] :].any()
 
 
 def test_permuted_documents_have_the_same_losses(rt):
     model, tokens = random_model(config(**RICH)), with_documents(400)
     borders = train_gpt.document_borders(tokens)
     order = np.random.default_rng(0).permutation(len(borders) - 1)
-    shuffled = np.concatenate([*(tokens[borders[i]:borders[i + 1]] for i in order), [1]]).astype(np.uint16)
-    a, b = (banked(bind(model), x, DocumentWindows(16, 5), rt) for x in (np.append(tokens[:-1], [1]), shuffled))
-    moved = np.concatenate([a[borders[i]:borders[i + 1]] for i in order])
+    shuffled = np.concatenate([*(tokens[borders[i] : borders[i + 1]] for i in order), [1]]).astype(
+        np.uint16
+    )
+    a, b = (
+        banked(bind(model), x, DocumentWindows(16, 5), rt)
+        for x in (np.append(tokens[:-1], [1]), shuffled)
+    )
+    moved = np.concatenate([a[borders[i] : borders[i + 1]] for i in order])
     ends = np.cumsum([borders[i + 1] - borders[i] for i in order]) - 1
-    assert np.abs(np.delete(moved - b, ends)).max() < 1e-5, "only a last target, the next BOS, may change"
+    assert np.abs(np.delete(moved - b, ends)).max() < 1e-5, (
+        "only a last target, the next BOS, may change"
+    )
 
 
 def test_documents_cost_a_quarter_of_sliding():
     """Forward tokens of 2048/64 on lengths like the competition's: a mean of 811, 19 % of the tokens past 2,048."""
     lengths = np.random.default_rng(0).lognormal(6.04, 1.15, 20_000).astype(int) + 1
     borders = np.concatenate([[0], np.cumsum(lengths)])
-    assert 780 < lengths.mean() < 840 and 0.18 < np.maximum(lengths - 2048, 0).sum() / lengths.sum() < 0.2
-    cost = {kind: sum(b.rows * b.width for b in windows.batches(borders, 131_072))
-            for kind, windows in (("doc", DocumentWindows(2048, 64)), ("sliding", Windows(2048, 64)))}
+    assert (
+        780 < lengths.mean() < 840
+        and 0.18 < np.maximum(lengths - 2048, 0).sum() / lengths.sum() < 0.2
+    )
+    cost = {
+        kind: sum(b.rows * b.width for b in windows.batches(borders, 131_072))
+        for kind, windows in (("doc", DocumentWindows(2048, 64)), ("sliding", Windows(2048, 64)))
+    }
     assert cost["sliding"] > 4 * cost["doc"], cost
 
 
-@pytest.mark.parametrize("knobs", [
-    dict(), dict(SMEAR_GATE="D", OUTPUT_GATE="sparse", DOC_ATTENTION=1, NUM_LOOPS=2, LOOP_START=1, LOOP_END=1),
-    dict(VALUE_RESIDUAL="mix", VALUE_EMBED_LAST_N=2, ENGRAM_BUCKETS=16, ROPE_SCALING="ntk", ROPE_TRAIN_LEN=8)], ids=str)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        dict(),
+        dict(
+            SMEAR_GATE="D",
+            OUTPUT_GATE="sparse",
+            DOC_ATTENTION=1,
+            NUM_LOOPS=2,
+            LOOP_START=1,
+            LOOP_END=1,
+        ),
+        dict(
+            VALUE_RESIDUAL="mix",
+            VALUE_EMBED_LAST_N=2,
+            ENGRAM_BUCKETS=16,
+            ROPE_SCALING="ntk",
+            ROPE_TRAIN_LEN=8,
+        ),
+    ],
+    ids=str,
+)
 def test_a_stream_equals_one_long_row_with_a_window(rt, knobs):
     """Every stream against a single forward over it and its one window of plain context, 3 new windows to a row."""
     cfg = config(**RICH | dict(EVAL="stream", EVAL_SEQ_LEN=12) | knobs)
-    trained_for, cfg = cfg.model.rope_train_len, train_gpt.replace(cfg, model=train_gpt.SEEN_AS["stream"](cfg))
+    trained_for, cfg = (
+        cfg.model.rope_train_len,
+        train_gpt.replace(cfg, model=train_gpt.SEEN_AS["stream"](cfg)),
+    )
     model, tokens = exact_model(cfg), with_documents(700)
     plan, recorder = schedule(cfg.model), Recorder(699)
-    score(tokens, np.ones(699), train_gpt.Streaming(StreamWindows(12), cfg, rt, model, train_gpt.Numerics(), plan), rt,
-          recorder)
+    score(
+        tokens,
+        np.ones(699),
+        train_gpt.Streaming(StreamWindows(12), cfg, rt, model, train_gpt.Numerics(), plan),
+        rt,
+        recorder,
+    )
     assert (recorder.seen == 1).all()
     cuts, ids = [0, 233, 466, 699], torch.from_numpy(tokens.astype(np.int64))
     for a, b in zip(cuts, cuts[1:]):
         start = max(0, a - 12)
-        long = train_gpt.GPT(train_gpt.replace(cfg.model, rope_train_len=trained_for * (b - start) / 12), VOCAB,
-                             train_gpt.Numerics()).double()  # stretched as a row of one window would be
+        long = train_gpt.GPT(
+            train_gpt.replace(cfg.model, rope_train_len=trained_for * (b - start) / 12),
+            VOCAB,
+            train_gpt.Numerics(),
+        ).double()  # stretched as a row of one window would be
         long.load_state_dict(model.state_dict())
         long.dtype = torch.float64
-        nll = long.losses(long.hidden(ids[None, start:b], plan), ids[None, start + 1:b + 1])[0, a - start:]
+        nll = long.losses(long.hidden(ids[None, start:b], plan), ids[None, start + 1 : b + 1])[
+            0, a - start :
+        ]
         assert np.abs(recorder.losses[a:b] - nll.detach().numpy()).max() < 1e-5
-    assert not any(len(m.out_sites) for m in model.modules() if isinstance(m, train_gpt.Linear)), "left as it was"
+    assert not any(len(m.out_sites) for m in model.modules() if isinstance(m, train_gpt.Linear)), (
+        "left as it was"
+    )
 
 
 def test_longer_windows_stretch_the_positions(rt):
     """EVAL=long scores the same weights as a model whose base is the stretched one, by the published formula."""
-    cfg = config(**RICH | dict(TRAIN_SEQ_LEN=16, EVAL="long", EVAL_SEQ_LEN=32, EVAL_STRIDE=8, ROPE_BASE=100))
+    cfg = config(
+        **RICH | dict(TRAIN_SEQ_LEN=16, EVAL="long", EVAL_SEQ_LEN=32, EVAL_STRIDE=8, ROPE_BASE=100)
+    )
     seen = train_gpt.SEEN_AS["long"](cfg)
     assert (seen.rope_scaling, seen.rope_train_len) == ("ntk", 16)
     model = random_model(train_gpt.replace(cfg, model=seen))
-    by_hand = random_model(train_gpt.replace(cfg, model=train_gpt.replace(cfg.model, rope_base=100 * 2 ** (4 / 2))))
+    by_hand = random_model(
+        train_gpt.replace(cfg, model=train_gpt.replace(cfg.model, rope_base=100 * 2 ** (4 / 2)))
+    )
     text = with_documents(200)
     a, b = (banked(bind(m), text, train_gpt.STRATEGIES["long"](cfg), rt) for m in (model, by_hand))
     assert np.abs(a - b).max() < 1e-4
@@ -367,21 +478,31 @@ def test_longer_windows_stretch_the_positions(rt):
 
 # ---- score() is its own auditor ----
 
+
 class Edited(Windows):
     """A strategy whose list of windows is changed by `edit`."""
+
     edit = staticmethod(lambda items: items)
 
     def items(self, targets):
         return self.edit(super().items(targets))
 
 
-@pytest.mark.parametrize("edit", [
-    lambda items: items[:-1], lambda items: items[1:], lambda items: np.concatenate([items, items[-1:]]),
-    lambda items: items - [0, 0, 1], lambda items: np.delete(items, 5, 0)],
-    ids=["drops the tail", "drops the start", "scores twice", "one too few", "skips one"])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda items: items[:-1],
+        lambda items: items[1:],
+        lambda items: np.concatenate([items, items[-1:]]),
+        lambda items: items - [0, 0, 1],
+        lambda items: np.delete(items, 5, 0),
+    ],
+    ids=["drops the tail", "drops the start", "scores twice", "one too few", "skips one"],
+)
 def test_a_strategy_that_skips_or_repeats_is_caught(rt, model, text, edit):
     class Broken(Edited):
         pass
+
     Broken.edit = staticmethod(edit)
     scored(bind(model), text, np.ones(150), Edited(32, 8), rt, 200)
     with pytest.raises(RuntimeError):
@@ -392,6 +513,7 @@ def test_a_strategy_that_skips_or_repeats_is_caught(rt, model, text, edit):
 def test_a_loss_that_is_no_number_is_caught(rt, text, value):
     def nll(ids, targets, rows):
         return torch.where(targets == int(text[100]), value, 1.0)
+
     with pytest.raises(RuntimeError):
         scored(nll, text, np.ones(150), Windows(32, 8), rt, 200)
 
@@ -401,15 +523,18 @@ def test_losses_are_banked_and_observed_before_the_strategy_adapts(rt, model, te
 
     class Spy(Bare):
         def learn(self, batch, losses):
-            events.append(("learn", batch.items.tolist(), losses[:len(batch.items)].tolist()))
+            events.append(("learn", batch.items.tolist(), losses[: len(batch.items)].tolist()))
             losses.fill_(math.nan)  # too late to change what is banked
 
     def observer(batch, losses):
         events.append(("bank", batch.items.tolist(), losses.tolist()))
+
     result = score(text, np.ones(150), Spy(Windows(32, 8), bind(model), 64), rt, observer)
     assert [name for name, *_ in events] == ["bank", "learn"] * (len(events) // 2)
     assert all(events[i][1:] == events[i + 1][1:] for i in range(0, len(events), 2))
-    seen = [p for _, items, _ in events[::2] for _, first, n in items for p in range(first, first + n)]
+    seen = [
+        p for _, items, _ in events[::2] for _, first, n in items for p in range(first, first + n)
+    ]
     assert seen == list(range(150)), "every target once, in order"
     assert result == scored(bind(model), text, np.ones(150), Windows(32, 8), rt, 64)
 
@@ -423,6 +548,7 @@ def test_what_a_strategy_learns_changes_later_losses_only(rt, model, text):
 
     def nll(ids, targets, rows):
         return torch.full(targets.shape, float(sum(learned)))
+
     recorder = Recorder(150)
     score(text, np.ones(150), Learner(Windows(8, 8), nll, 32), rt, recorder)  # 4 windows per batch
     assert recorder.losses.tolist() == [4 * (p // 32) for p in range(150)]
@@ -430,6 +556,7 @@ def test_what_a_strategy_learns_changes_later_losses_only(rt, model, text):
 
 def test_a_strategy_can_read_only_what_is_banked(rt, text):
     """Between rounds the ledger gives out scored targets, and refuses a single one that is not scored yet."""
+
     class Reader(Bare):
         def rounds(self, borders, ledger):
             batches, done = self.windows.batches(borders, 32), 0
@@ -437,11 +564,15 @@ def test_a_strategy_can_read_only_what_is_banked(rt, text):
                 yield [batch._replace(lane=0)]
                 done = int(batch.items[-1, 1:].sum())
                 ids, targets = ledger.read(np.array([[0, done], [done - 1, done]]))
-                assert ids[0].tolist() == text[:done].tolist() and targets[0].tolist() == text[1:done + 1].tolist()
+                assert (
+                    ids[0].tolist() == text[:done].tolist()
+                    and targets[0].tolist() == text[1 : done + 1].tolist()
+                )
                 assert targets[1].tolist() == [text[done]] + [-100] * (done - 1)
                 if done < 150:
                     with pytest.raises(train_gpt.RunFailed, match="not scored yet"):
                         ledger.read(np.array([[0, done], [done - 1, done + 1]]))
+
     score(text, np.ones(150), Reader(Windows(8, 8), lambda i, t, r: torch.ones(t.shape), 0), rt)
 
 
@@ -463,17 +594,24 @@ def trained(toy, tmp_path_factory):
 @pytest.fixture
 def evaluate(trained):
     """Score the artifact through main() in this process, with more environment; returns the log."""
+
     def call(**knobs):
         env = {k: str(v) for k, v in ({"DEVICE": "cpu"} | trained.env | knobs).items()}
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.redirect_stderr(io.StringIO()) as err,
+        ):
             assert train_gpt.main([], env) == 0, err.getvalue()
         return out.getvalue()
+
     return call
 
 
 def numbers(line: str) -> dict[str, float]:
     """The name:number pairs of a log line."""
-    return {name: float(value) for name, value in re.findall(r"(\w+):(-?[\d.]+)(?:ms)?(?:\s|$)", line)}
+    return {
+        name: float(value) for name, value in re.findall(r"(\w+):(-?[\d.]+)(?:ms)?(?:\s|$)", line)
+    }
 
 
 def test_official_line_equals_its_own_formula_and_the_bytes_of_the_text(trained, toy, tokenizer):
@@ -481,12 +619,16 @@ def test_official_line_equals_its_own_formula_and_the_bytes_of_the_text(trained,
     line = numbers(official(trained.out))
     assert line["tokens"] == len(ids) - 1
     assert line["bytes"] == len(tokenizer.decode(ids[1:]).encode())
-    assert line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2) * line["tokens"] / line["bytes"], abs=1e-7)
+    assert line["val_bpb"] == pytest.approx(
+        line["val_loss"] / math.log(2) * line["tokens"] / line["bytes"], abs=1e-7
+    )
 
 
 def test_every_score_of_the_log_implies_the_same_bytes(trained):
     known = numbers(official(trained.out))
-    lines = [line for line in trained.out.splitlines() if "val_loss:" in line and "val_bpb:" in line]
+    lines = [
+        line for line in trained.out.splitlines() if "val_loss:" in line and "val_bpb:" in line
+    ]
     assert len(lines) == 6, lines
     for line in map(numbers, lines):
         implied = line["val_loss"] / math.log(2) / line["val_bpb"] * known["tokens"]
@@ -499,10 +641,23 @@ def test_a_fresh_process_repeats_the_official_line(trained):
     assert official(again.out) == official(trained.out)
 
 
-@pytest.mark.parametrize("knobs", [
-    dict(), dict(PRESET="mlp3x_seq4096+cpu"),
-    dict(PRESET="baseline+tiny", NUM_LAYERS=4, MODEL_DIM=128, MLP="leaky_relu2"),
-    dict(LOGIT_SOFTCAP=5, ROPE_BASE=100, SMEAR_GATE="B", XSA_LAST_N=2, BIGRAM_BUCKETS=64, SKIPS="none")], ids=str)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        dict(),
+        dict(PRESET="mlp3x_seq4096+cpu"),
+        dict(PRESET="baseline+tiny", NUM_LAYERS=4, MODEL_DIM=128, MLP="leaky_relu2"),
+        dict(
+            LOGIT_SOFTCAP=5,
+            ROPE_BASE=100,
+            SMEAR_GATE="B",
+            XSA_LAST_N=2,
+            BIGRAM_BUCKETS=64,
+            SKIPS="none",
+        ),
+    ],
+    ids=str,
+)
 def test_the_environment_cannot_change_the_model_of_an_artifact(trained, evaluate, knobs):
     assert official(evaluate(**knobs)) == official(trained.out)
 
@@ -519,14 +674,28 @@ def test_a_knob_that_an_artifact_decides_is_said_to_have_no_effect(trained, eval
 
 def test_another_way_of_scoring_has_another_name_and_score(trained, evaluate):
     found = {}
-    for knobs in (dict(), dict(EVAL="sliding"), dict(EVAL="sliding", EVAL_STRIDE=16),
-                  dict(EVAL="sliding", EVAL_SEQ_LEN=48, EVAL_STRIDE=16), dict(EVAL="doc", EVAL_STRIDE=8),
-                  dict(EVAL="long", EVAL_SEQ_LEN=96), dict(EVAL="stream"),
-                  dict(EVAL="sliding", TTT="sgd", TTT_CHUNK_TOKENS=512, TTT_LR=0.05)):
+    for knobs in (
+        dict(),
+        dict(EVAL="sliding"),
+        dict(EVAL="sliding", EVAL_STRIDE=16),
+        dict(EVAL="sliding", EVAL_SEQ_LEN=48, EVAL_STRIDE=16),
+        dict(EVAL="doc", EVAL_STRIDE=8),
+        dict(EVAL="long", EVAL_SEQ_LEN=96),
+        dict(EVAL="stream"),
+        dict(EVAL="sliding", TTT="sgd", TTT_CHUNK_TOKENS=512, TTT_LR=0.05),
+    ):
         line = official(evaluate(**knobs))
         found[line.split("variant:")[1].split()[0]] = numbers(line)
-    assert list(found) == ["chunked", "sliding_64_32", "sliding_64_16", "sliding_48_16", "doc_64_8", "long_96_32_ntk",
-                           "stream_64", "sliding_64_32+sgd"]
+    assert list(found) == [
+        "chunked",
+        "sliding_64_32",
+        "sliding_64_16",
+        "sliding_48_16",
+        "doc_64_8",
+        "long_96_32_ntk",
+        "stream_64",
+        "sliding_64_32+sgd",
+    ]
     assert len({line["val_loss"] for line in found.values()}) == 8
     assert len({(line["tokens"], line["bytes"]) for line in found.values()}) == 1
 
@@ -546,7 +715,8 @@ def test_the_batch_of_the_evaluation_does_not_change_the_score(trained, evaluate
     reference = numbers(official(trained.out))
     for size in (1, 500, 100_000):
         assert numbers(official(evaluate(EVAL_BATCH_TOKENS=size)))["val_loss"] == pytest.approx(
-            reference["val_loss"], abs=1e-6)
+            reference["val_loss"], abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -1,4 +1,5 @@
 """Test-time training: against plain loops written out here, legal by construction, the same on any number of ranks."""
+
 import contextlib
 import copy
 import io
@@ -10,15 +11,26 @@ import sys
 import numpy as np
 import pytest
 import torch
-import train_gpt as tg
 from conftest import ROOT, build_sample, clean_env, official, run_script, write_shard
 from helpers import ALONE, TECHNIQUES, config, random_batch, random_model, token_losses
 from running import FAST, log, metrics, refused, train
 
+import train_gpt as tg
+
 VOCAB = 61
 SMALL = dict(VOCAB_SIZE=VOCAB, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, EVAL_BATCH_TOKENS=256)
-LORA = SMALL | dict(EVAL="doc", EVAL_SEQ_LEN=24, EVAL_STRIDE=8, TTT="lora", TTT_LORA_CHUNK=7, TTT_LORA_RANK=3,
-                    TTT_LORA_ALPHA=6, TTT_LORA_DOCS=3, TTT_LORA_LR=0.02, TTT_LORA_WD=0.1)
+LORA = SMALL | dict(
+    EVAL="doc",
+    EVAL_SEQ_LEN=24,
+    EVAL_STRIDE=8,
+    TTT="lora",
+    TTT_LORA_CHUNK=7,
+    TTT_LORA_RANK=3,
+    TTT_LORA_ALPHA=6,
+    TTT_LORA_DOCS=3,
+    TTT_LORA_LR=0.02,
+    TTT_LORA_WD=0.1,
+)
 LOOPED = dict(NUM_LOOPS=2, LOOP_START=1, LOOP_END=1)
 
 
@@ -32,25 +44,45 @@ def documents(length: int = 260, seed: int = 3) -> np.ndarray:
 
 def score(cfg, model, tokens, observer=None) -> tuple[np.ndarray, tg.Score]:
     """(loss of each target, score) of a copy of a model."""
-    model, plan, losses = copy.deepcopy(model), tg.schedule(cfg.model), np.full(len(tokens) - 1, np.nan)
+    model, plan, losses = (
+        copy.deepcopy(model),
+        tg.schedule(cfg.model),
+        np.full(len(tokens) - 1, np.nan),
+    )
 
     def watch(batch, found):
         for (_, first, n), row in zip(batch.items.tolist(), found):
-            losses[first:first + n] = row[:n]
+            losses[first : first + n] = row[:n]
         if observer:
             observer(batch, found)
-    strategy = tg.LEARNERS[cfg.eval.ttt](tg.STRATEGIES[cfg.eval.eval](cfg), cfg, ALONE, model, tg.Numerics(), plan)
+
+    strategy = tg.LEARNERS[cfg.eval.ttt](
+        tg.STRATEGIES[cfg.eval.eval](cfg), cfg, ALONE, model, tg.Numerics(), plan
+    )
     score.strategy = strategy
     return losses, tg.score(tokens, np.ones(len(tokens) - 1), strategy, ALONE, watch)
 
 
 # ---- All weights, chunk by chunk ----
 
+
 @pytest.mark.parametrize("kind", ["sliding", "chunked"])
 def test_score_first_sgd_equals_a_plain_loop(kind):
     """Chunk by chunk: every target alone with the weights of the chunk, then plain SGD on the chunk's mean loss."""
-    cfg = config(**SMALL | LOOPED | dict(EVAL=kind, EVAL_SEQ_LEN=16, EVAL_STRIDE=4, TTT="sgd", TTT_CHUNK_TOKENS=32,
-                                         TTT_LR=0.1, TTT_EPOCHS=2, TRAIN_SEQ_LEN=16))
+    cfg = config(
+        **SMALL
+        | LOOPED
+        | dict(
+            EVAL=kind,
+            EVAL_SEQ_LEN=16,
+            EVAL_STRIDE=4,
+            TTT="sgd",
+            TTT_CHUNK_TOKENS=32,
+            TTT_LR=0.1,
+            TTT_EPOCHS=2,
+            TRAIN_SEQ_LEN=16,
+        )
+    )
     model, tokens, plan = random_model(cfg), documents(150), tg.schedule(cfg.model)
     found, _ = score(cfg, model, tokens)
     ids, expected = torch.from_numpy(tokens.astype(np.int64)), np.zeros(149)
@@ -58,26 +90,41 @@ def test_score_first_sgd_equals_a_plain_loop(kind):
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for k in range(5):
         for p in range(32 * k, min(32 * k + 32, 149)):
-            start = p // 16 * 16 if kind == "chunked" else 0 if p < 16 else (p - 16) // stride * stride + stride
+            start = (
+                p // 16 * 16
+                if kind == "chunked"
+                else 0
+                if p < 16
+                else (p - 16) // stride * stride + stride
+            )
             with torch.no_grad():
-                expected[p] = token_losses(model, ids[None, start:p + 1], ids[None, start + 1:p + 2])[0, -1]
+                expected[p] = token_losses(
+                    model, ids[None, start : p + 1], ids[None, start + 1 : p + 2]
+                )[0, -1]
         for group in optimiser.param_groups:
             group["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * k / 4))
         for _ in range(2):
             begin, end = 32 * k, min(32 * k + 32, 149)
-            loss = sum(token_losses(model, ids[None, a:min(a + 16, end)], ids[None, a + 1:min(a + 16, end) + 1]).sum()
-                       for a in range(begin, end, 16)) / (end - begin)
+            loss = sum(
+                token_losses(
+                    model, ids[None, a : min(a + 16, end)], ids[None, a + 1 : min(a + 16, end) + 1]
+                ).sum()
+                for a in range(begin, end, 16)
+            ) / (end - begin)
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
     assert np.abs(found - expected).max() < 2e-4
-    fixed, _ = score(tg.replace(cfg, eval=tg.replace(cfg.eval, ttt="none")), random_model(cfg), tokens)
+    fixed, _ = score(
+        tg.replace(cfg, eval=tg.replace(cfg.eval, ttt="none")), random_model(cfg), tokens
+    )
     assert np.abs(found - fixed)[:32].max() < 1e-5 and np.abs(found - fixed)[32:].min(initial=1) > 0
     assert np.abs(found - fixed)[32:].max() > 0.05, "it must learn something"
 
 
 # ---- Adapters of documents ----
+
 
 def written_out(cfg, model, tokens, documents, initial) -> np.ndarray:
     """Document by document, unbatched and unpadded: adapters by hooks on modules, AdamW with beta1 = 0 by formula."""
@@ -85,9 +132,14 @@ def written_out(cfg, model, tokens, documents, initial) -> np.ndarray:
     losses, scale = np.zeros(len(tokens) - 1), c.ttt_lora_alpha / c.ttt_lora_rank
     for begin, end in documents:
         places = [m for b in model.blocks for m in (b.attn.q, b.attn.k, b.attn.v, b.attn, b.mlp)]
-        a = [[x.clone().requires_grad_(True) for x in initial[begin][i]] for i in range(len(places) + 1)]
-        b = [[torch.zeros(n, c.ttt_lora_rank, requires_grad=True) for _ in a[i]]
-             for i, n in enumerate([*(initial["outs"])])]
+        a = [
+            [x.clone().requires_grad_(True) for x in initial[begin][i]]
+            for i in range(len(places) + 1)
+        ]
+        b = [
+            [torch.zeros(n, c.ttt_lora_rank, requires_grad=True) for _ in a[i]]
+            for i, n in enumerate([*(initial["outs"])])
+        ]
         state = [torch.zeros_like(p) for pair in zip(a, b) for side in pair for p in side]
         visits, step = [0] * len(places), 0
 
@@ -95,7 +147,9 @@ def written_out(cfg, model, tokens, documents, initial) -> np.ndarray:
             def add(module, inputs, out):
                 visit, visits[i] = visits[i], visits[i] + 1
                 return out + scale * inputs[0] @ a[i][visit].T @ b[i][visit].T
+
             return add
+
         handles = [m.register_forward_hook(hook(i)) for i, m in enumerate(places)]
         for first in range(begin, end, c.ttt_lora_chunk):
             last = min(first + c.ttt_lora_chunk, end)
@@ -104,8 +158,8 @@ def written_out(cfg, model, tokens, documents, initial) -> np.ndarray:
             z = model.logits(h) + scale * h @ a[-1][0].T @ b[-1][0].T
             cap = model.cfg.logit_softcap
             logits = cap * torch.tanh(z / cap)
-            own = logits.gather(-1, ids[None, start + 1:last + 1, None])[..., 0]
-            nll = (logits.logsumexp(-1) - own)[0, first - start:]
+            own = logits.gather(-1, ids[None, start + 1 : last + 1, None])[..., 0]
+            nll = (logits.logsumexp(-1) - own)[0, first - start :]
             losses[first:last] = nll.detach().numpy()
             if last < end:
                 params = [p for pair in zip(a, b) for side in pair for p in side]
@@ -119,9 +173,24 @@ def written_out(cfg, model, tokens, documents, initial) -> np.ndarray:
     return losses
 
 
-@pytest.mark.parametrize("knobs", [
-    dict(), LOOPED | dict(OUTPUT_GATE="sparse", SMEAR_GATE="D", XSA_LAST_N=2, LN_SCALE=1, PARALLEL="D",
-                          PARALLEL_START=2, VALUE_EMBED_LAST_N=1, DOC_ATTENTION=1)], ids=["plain", "rich"])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        dict(),
+        LOOPED
+        | dict(
+            OUTPUT_GATE="sparse",
+            SMEAR_GATE="D",
+            XSA_LAST_N=2,
+            LN_SCALE=1,
+            PARALLEL="D",
+            PARALLEL_START=2,
+            VALUE_EMBED_LAST_N=1,
+            DOC_ATTENTION=1,
+        ),
+    ],
+    ids=["plain", "rich"],
+)
 def test_document_adapters_equal_a_loop_over_documents(knobs):
     cfg, tokens = config(**LORA | knobs), documents()
     model, initial = random_model(cfg).requires_grad_(False), {}
@@ -134,14 +203,19 @@ def test_document_adapters_equal_a_loop_over_documents(knobs):
             for row, first in enumerate(batch.items[:, 1].tolist()):
                 initial[first] = [[x.detach()[row].clone() for x in lora.a] for lora in attached]
             assert not any(b.any() for lora in attached for b in lora.b)
+
     found, result = score(cfg, model, tokens, catch)
     borders = tg.document_borders(tokens).tolist()
     pairs = list(zip(borders, borders[1:]))
     expected = written_out(cfg, model, tokens, pairs, initial)
     assert np.abs(found - expected).max() < 5e-4
-    fixed = score(tg.replace(cfg, eval=tg.replace(cfg.eval, ttt="none", eval_stride=7)), model, tokens)[0]
+    fixed = score(
+        tg.replace(cfg, eval=tg.replace(cfg.eval, ttt="none", eval_stride=7)), model, tokens
+    )[0]
     first_chunk = np.concatenate([np.arange(a, min(a + 7, b)) for a, b in pairs])
-    assert np.abs(found - fixed)[first_chunk].max() < 1e-5, "before any update the model is the fixed one"
+    assert np.abs(found - fixed)[first_chunk].max() < 1e-5, (
+        "before any update the model is the fixed one"
+    )
     assert np.abs(np.delete(found - fixed, first_chunk)).max() > 0.01
     assert not [m for m in model.modules() if isinstance(m, tg.LoRA)]
 
@@ -149,11 +223,14 @@ def test_document_adapters_equal_a_loop_over_documents(knobs):
 @pytest.fixture(scope="module")
 def adapted():
     """Losses of a model of some techniques under the same random adapters; zero ones change nothing, on the way."""
+
     def losses(knobs: dict) -> torch.Tensor:
         cfg = config(**SMALL | dict(EVAL="doc", TTT="lora", TTT_LORA_RANK=2, NUM_LAYERS=3) | knobs)
         model, (ids, targets) = random_model(cfg), random_batch(cfg, 3, 12)
         ids[:, 5] = 1
-        strategy = tg.DocumentLoRA(tg.DocumentWindows(16, 4), cfg, ALONE, model, tg.Numerics(), tg.schedule(cfg.model))
+        strategy = tg.DocumentLoRA(
+            tg.DocumentWindows(16, 4), cfg, ALONE, model, tg.Numerics(), tg.schedule(cfg.model)
+        )
         with torch.no_grad():
             base, strategy.rows = token_losses(model, ids, targets), 3
             strategy.adapt()
@@ -166,6 +243,7 @@ def adapted():
             found = token_losses(model, ids, targets)
         assert (found - base).abs().max() > 1e-2
         return found
+
     return losses, losses({})
 
 
@@ -179,7 +257,11 @@ def test_with_zero_b_nothing_changes_and_every_technique_is_active(name, adapted
 
 def test_warm_a_is_kept_within_a_lane_and_b_never():
     cfg = config(**LORA | dict(TTT_LORA_DOCS=1))
-    model, seen, tokens = random_model(cfg), {}, np.random.default_rng(0).integers(2, VOCAB, 401).astype(np.uint16)
+    model, seen, tokens = (
+        random_model(cfg),
+        {},
+        np.random.default_rng(0).integers(2, VOCAB, 401).astype(np.uint16),
+    )
     tokens[::20] = 1  # twenty documents in eight lanes
     for warm in (False, True):
         knobs = tg.replace(cfg, eval=tg.replace(cfg.eval, ttt_warm_a=warm))
@@ -188,30 +270,46 @@ def test_warm_a_is_kept_within_a_lane_and_b_never():
             lora = score.strategy.attached[0][1]
             seen.setdefault((warm, batch.lane), []).append((batch.part, lora.a[0].detach().clone()))
             assert batch.part or not any(b.any() for _, x in score.strategy.attached for b in x.b)
+
         score(knobs, model, tokens, catch)
     first, kept = seen[False, 0][0][1], []
     for (warm, _), states in seen.items():
         assert states[0][1].equal(first) and not states[0][0], "every lane begins alike"
         for (_, before), (part, after) in zip(states, states[1:]):
             assert part or warm or after.equal(first), "without warm A, every document begins alike"
-            assert part or not warm or float((after - before).abs().max()) < 0.1, "at most a step further"
+            assert part or not warm or float((after - before).abs().max()) < 0.1, (
+                "at most a step further"
+            )
             kept += [not after.equal(first)] * (warm and not part)
     assert any(kept), "what a document left behind is used"
 
 
 # ---- Phases ----
 
+
 def test_phases_train_on_the_longest_documents_once_they_are_scored():
-    cfg = config(**LORA | dict(TTT="phased", TTT_PHASES=2, TTT_PHASE_DOCS=6, TTT_CHUNK_TOKENS=40, TTT_LR=0.05))
+    cfg = config(
+        **LORA
+        | dict(TTT="phased", TTT_PHASES=2, TTT_PHASE_DOCS=6, TTT_CHUNK_TOKENS=40, TTT_LR=0.05)
+    )
     tokens = documents()
     borders = tg.document_borders(tokens)
     longest = np.sort(np.diff(borders))[::-1]
     read, order = [], []
     original = tg.Ledger.read
     try:
-        tg.Ledger.read = lambda self, spans: (read.append((len(order), spans.tolist())), original(self, spans))[1]
-        found, _ = score(cfg, random_model(cfg), tokens,
-                         lambda batch, losses: order.extend(batch.items[:, 2].tolist() if batch.part == 0 else []))
+        tg.Ledger.read = lambda self, spans: (
+            read.append((len(order), spans.tolist())),
+            original(self, spans),
+        )[1]
+        found, _ = score(
+            cfg,
+            random_model(cfg),
+            tokens,
+            lambda batch, losses: order.extend(
+                batch.items[:, 2].tolist() if batch.part == 0 else []
+            ),
+        )
     finally:
         tg.Ledger.read = original
     assert sorted({done for done, _ in read}) == [3, 6], "after three and after six documents"
@@ -219,11 +317,17 @@ def test_phases_train_on_the_longest_documents_once_they_are_scored():
         spans = {tuple(s) for done, rows in read if done == bound for s in rows}
         covered = sum(b - a for a, b in spans)
         assert 0 < covered <= longest[:bound].sum() and all(b - a <= 24 for a, b in spans)
-        assert all(((borders[:-1] <= a) & (b <= borders[1:])).any() for a, b in spans), "no row crosses a border"
-    alone, _ = score(tg.replace(cfg, eval=tg.replace(cfg.eval, ttt="lora")), random_model(cfg), tokens)
+        assert all(((borders[:-1] <= a) & (b <= borders[1:])).any() for a, b in spans), (
+            "no row crosses a border"
+        )
+    alone, _ = score(
+        tg.replace(cfg, eval=tg.replace(cfg.eval, ttt="lora")), random_model(cfg), tokens
+    )
     first_three = np.argsort(-np.diff(borders), kind="stable")[:3]
     inside = np.concatenate([np.arange(borders[i], borders[i + 1]) for i in first_three])
-    assert np.abs(found - alone)[inside].max() < 1e-5 < np.abs(np.delete(found - alone, inside)).max()
+    assert (
+        np.abs(found - alone)[inside].max() < 1e-5 < np.abs(np.delete(found - alone, inside)).max()
+    )
 
 
 # ---- Ranks ----
@@ -241,11 +345,17 @@ if rt.main:
 rt.close()
 """
 JOBS = {
-    "chunked": SMALL, "sliding": SMALL | dict(EVAL="sliding", EVAL_SEQ_LEN=32, EVAL_STRIDE=8),
+    "chunked": SMALL,
+    "sliding": SMALL | dict(EVAL="sliding", EVAL_SEQ_LEN=32, EVAL_STRIDE=8),
     "doc": SMALL | dict(EVAL="doc", EVAL_SEQ_LEN=32, EVAL_STRIDE=8),
     "stream": SMALL | dict(EVAL="stream", EVAL_SEQ_LEN=8),
-    "sgd": SMALL | dict(EVAL="sliding", EVAL_SEQ_LEN=32, EVAL_STRIDE=8, TTT="sgd", TTT_CHUNK_TOKENS=128, TTT_LR=0.1),
-    "phased, warm": LORA | dict(TTT="phased", TTT_WARM_A=1, TTT_PHASES=1, TTT_PHASE_DOCS=4, TTT_LR=0.05)}
+    "sgd": SMALL
+    | dict(
+        EVAL="sliding", EVAL_SEQ_LEN=32, EVAL_STRIDE=8, TTT="sgd", TTT_CHUNK_TOKENS=128, TTT_LR=0.1
+    ),
+    "phased, warm": LORA
+    | dict(TTT="phased", TTT_WARM_A=1, TTT_PHASES=1, TTT_PHASE_DOCS=4, TTT_LR=0.05),
+}
 
 
 def all_jobs(rt: tg.Runtime) -> dict[str, list[str]]:
@@ -253,10 +363,13 @@ def all_jobs(rt: tg.Runtime) -> dict[str, list[str]]:
     found = {}
     for name, knobs in JOBS.items():
         cfg = config(**knobs)
-        model = random_model(tg.replace(cfg, model=tg.SEEN_AS.get(cfg.eval.eval, lambda c: c.model)(cfg)))
+        model = random_model(
+            tg.replace(cfg, model=tg.SEEN_AS.get(cfg.eval.eval, lambda c: c.model)(cfg))
+        )
         data = tg.Data(None, documents(700), np.ones(699, np.int16), "", {})
-        result = tg.score_model(cfg, rt, model, tg.Numerics(), data, cfg.eval.eval, tg.schedule(cfg.model),
-                                cfg.eval.ttt)
+        result = tg.score_model(
+            cfg, rt, model, tg.Numerics(), data, cfg.eval.eval, tg.schedule(cfg.model), cfg.eval.ttt
+        )
         found[name] = [result.nats.hex(), result.coverage, result.documents.tobytes().hex()]
     return found
 
@@ -266,9 +379,23 @@ def test_any_number_of_ranks_gives_identical_scores_document_by_document(tmp_pat
     script.write_text(WORKER)
     for world in (2, 3):
         out = tmp_path / f"{world}.json"
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                               f"--nproc_per_node={world}", str(script), str(ROOT), str(ROOT / "tests"), str(out)],
-                              capture_output=True, text=True, timeout=300, env=clean_env(OMP_NUM_THREADS=1))
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={world}",
+                str(script),
+                str(ROOT),
+                str(ROOT / "tests"),
+                str(out),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=clean_env(OMP_NUM_THREADS=1),
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads(out.read_text()))
     assert found[0] == found[1] == found[2]
@@ -277,16 +404,20 @@ def test_any_number_of_ranks_gives_identical_scores_document_by_document(tmp_pat
 
 # ---- Whole runs ----
 
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, tokenizer):
     """Real text in documents of 20 to 400 tokens, BOS first."""
     folder = tmp_path_factory.mktemp("documents")
-    rng, ids = np.random.default_rng(0), [t for d in build_sample.documents()[:24] for t in tokenizer.encode(d)]
+    rng, ids = (
+        np.random.default_rng(0),
+        [t for d in build_sample.documents()[:24] for t in tokenizer.encode(d)],
+    )
     for name, lo, hi in (("train", 0, 20_000), ("val", 20_000, 22_500)):
         tokens = []
         while lo < hi:
             n = int(rng.integers(20, 400))
-            tokens += [1, *ids[lo:lo + n]]
+            tokens += [1, *ids[lo : lo + n]]
             lo += n
         write_shard(folder / f"fineweb_{name}_000000.bin", tokens)
     (folder / "tokenizer.model").write_bytes(build_sample.TOKENIZER.read_bytes())
@@ -302,11 +433,17 @@ def test_training_on_the_test_set_must_be_asked_for_twice(corpus, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("knobs, named", [
-    (dict(TTT="lora"), "EVAL=chunked does not go with TTT=lora"),
-    (dict(TTT="phased", EVAL="sliding"), "EVAL=sliding does not go with TTT=phased"),
-    (dict(TTT="sgd", EVAL="doc"), "EVAL=doc does not go"), (dict(TTT="sgd", EVAL="stream"), "EVAL=stream does not go"),
-    (dict(TTT="sgd", TTT_CHUNK_TOKENS=32), "TTT_CHUNK_TOKENS=32"), (dict(EVAL="long"), "EVAL_SEQ_LEN=64")])
+@pytest.mark.parametrize(
+    "knobs, named",
+    [
+        (dict(TTT="lora"), "EVAL=chunked does not go with TTT=lora"),
+        (dict(TTT="phased", EVAL="sliding"), "EVAL=sliding does not go with TTT=phased"),
+        (dict(TTT="sgd", EVAL="doc"), "EVAL=doc does not go"),
+        (dict(TTT="sgd", EVAL="stream"), "EVAL=stream does not go"),
+        (dict(TTT="sgd", TTT_CHUNK_TOKENS=32), "TTT_CHUNK_TOKENS=32"),
+        (dict(EVAL="long"), "EVAL_SEQ_LEN=64"),
+    ],
+)
 def test_strategies_that_do_not_go_together_are_refused(knobs, named):
     with pytest.raises(tg.UserError, match=named):
         config(**knobs)
@@ -316,8 +453,11 @@ def test_strategies_that_do_not_go_together_are_refused(knobs, named):
 def runs(corpus, tmp_path_factory):
     """Three runs: without, with the control, and with training on the test set."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
-    for name, knobs in (("none", dict(TTT="none")), ("train", dict(PREQUANT_TEXT="train")),
-                        ("val", dict(ALLOW_NONCOMPLIANT=1))):
+    for name, knobs in (
+        ("none", dict(TTT="none")),
+        ("train", dict(PREQUANT_TEXT="train")),
+        ("val", dict(ALLOW_NONCOMPLIANT=1)),
+    ):
         found[name] = train(corpus, folder, name, **TUNED | knobs)
         assert found[name].code == 0, found[name].err
     return found
@@ -326,18 +466,29 @@ def runs(corpus, tmp_path_factory):
 def test_training_on_the_test_set_is_marked_everywhere(runs, corpus, tmp_path):
     for name, run in runs.items():
         marked = name == "val"
-        assert {line.endswith(" [NONCOMPLIANT]") for line in log(run.folder).splitlines()} == {marked}
+        assert {line.endswith(" [NONCOMPLIANT]") for line in log(run.folder).splitlines()} == {
+            marked
+        }
         assert ("warning: weights are trained on validation text" in run.out) == marked
         assert json.loads((run.folder / "config.json").read_text())["compliant"] == (not marked)
         assert [m["compliant"] for m in metrics(run.folder, "final")] == [not marked]
         header = tg.unpack_artifact((run.folder / "model.golf").read_bytes())[0]
         assert header["compliant"] == (not marked)
         assert len(re_phases(run.out)) == (name != "none")
-    score_again = dict(RUN_MODE="eval", ARTIFACT=runs["val"].folder / "model.golf", DATA_PATH=corpus)
+    score_again = dict(
+        RUN_MODE="eval", ARTIFACT=runs["val"].folder / "model.golf", DATA_PATH=corpus
+    )
     again = run_script(**FAST | score_again | dict(TTT="none"))
-    assert again.code == 0 and official(again.out).endswith(" [NONCOMPLIANT]"), "the artifact remembers"
-    refused(run_script(**FAST | score_again | dict(TTT="prequant", ARTIFACT=runs["none"].folder / "model.golf")),
-            "TTT=prequant", "exported")
+    assert again.code == 0 and official(again.out).endswith(" [NONCOMPLIANT]"), (
+        "the artifact remembers"
+    )
+    refused(
+        run_script(
+            **FAST | score_again | dict(TTT="prequant", ARTIFACT=runs["none"].folder / "model.golf")
+        ),
+        "TTT=prequant",
+        "exported",
+    )
 
 
 def re_phases(out: str) -> list[str]:
@@ -345,13 +496,26 @@ def re_phases(out: str) -> list[str]:
 
 
 def test_the_gain_of_the_test_set_is_memory_and_the_control_shows_it(runs):
-    loss = {name: float(official(run.out).split("val_loss:")[1].split()[0]) for name, run in runs.items()}
-    seen = [float(x.split("loss:")[1].split()[0]) for x in runs["val"].out.splitlines() if x.startswith("prequant:")]
+    loss = {
+        name: float(official(run.out).split("val_loss:")[1].split()[0])
+        for name, run in runs.items()
+    }
+    seen = [
+        float(x.split("loss:")[1].split()[0])
+        for x in runs["val"].out.splitlines()
+        if x.startswith("prequant:")
+    ]
     assert len(seen) == 2 and seen[1] < seen[0]
     assert loss["val"] < loss["none"] - 0.02 and loss["val"] < loss["train"]
     control = log(runs["train"].folder)
-    dealt, whole = (int(next(line for line in text.splitlines() if line.startswith("train_loader:")).split("tokens:")[1]
-                        .split()[0]) for text in (control, log(runs["none"].folder)))
+    dealt, whole = (
+        int(
+            next(line for line in text.splitlines() if line.startswith("train_loader:"))
+            .split("tokens:")[1]
+            .split()[0]
+        )
+        for text in (control, log(runs["none"].folder))
+    )
     assert dealt == whole, "the log names the shards; the slice is taken off afterwards"
 
 
@@ -361,7 +525,9 @@ def test_every_official_evaluation_leaves_the_loss_of_each_document(runs, corpus
     found = {name: np.load(run.folder / "doc_loss.npy") for name, run in runs.items()}
     for name, run in runs.items():
         line = official(run.out)
-        totals = [float(line.split(f"{key}:")[1].split()[0]) for key in ("val_loss", "tokens", "bytes")]
+        totals = [
+            float(line.split(f"{key}:")[1].split()[0]) for key in ("val_loss", "tokens", "bytes")
+        ]
         assert found[name].shape == (len(starts), 2) and found[name].dtype == np.float32
         assert found[name][:, 0].sum(dtype=float) == pytest.approx(totals[0] * totals[1], rel=1e-6)
         assert found[name][:, 1].sum() == totals[2]
@@ -372,13 +538,30 @@ def test_every_official_evaluation_leaves_the_loss_of_each_document(runs, corpus
     assert (np.load(artifact.with_suffix(".chunked.doc_loss.npy")) == found["none"]).all()
 
 
-@pytest.mark.parametrize("knobs", [
-    dict(EVAL="doc", TTT="lora", TTT_LORA_RANK=8, TTT_LORA_DOCS=4, TTT_LORA_CHUNK=16, TTT_LORA_LR=0.003),
-    dict(EVAL="sliding", TTT="sgd", TTT_CHUNK_TOKENS=256, TTT_LR=0.1)], ids=["lora", "sgd"])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        dict(
+            EVAL="doc",
+            TTT="lora",
+            TTT_LORA_RANK=8,
+            TTT_LORA_DOCS=4,
+            TTT_LORA_CHUNK=16,
+            TTT_LORA_LR=0.003,
+        ),
+        dict(EVAL="sliding", TTT="sgd", TTT_CHUNK_TOKENS=256, TTT_LR=0.1),
+    ],
+    ids=["lora", "sgd"],
+)
 def test_learning_from_scored_text_helps_a_barely_trained_model(runs, corpus, knobs):
     artifact, losses = runs["none"].folder / "model.golf", {}
     for ttt in ("none", knobs["TTT"]):
-        env = FAST | dict(RUN_MODE="eval", ARTIFACT=artifact, DATA_PATH=corpus) | knobs | dict(TTT=ttt)
+        env = (
+            FAST
+            | dict(RUN_MODE="eval", ARTIFACT=artifact, DATA_PATH=corpus)
+            | knobs
+            | dict(TTT=ttt)
+        )
         with contextlib.redirect_stdout(io.StringIO()) as out:
             assert tg.main([], {name: str(value) for name, value in env.items()}) == 0
         losses[ttt] = float(official(out.getvalue()).split("val_loss:")[1].split()[0])

@@ -1,4 +1,5 @@
 """Whole runs: reload, ranks, micro-batches, crashes, the clock, seeds, divergence, averaging, the QAT switch."""
+
 import math
 import os
 import random
@@ -10,20 +11,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import train_gpt
 from conftest import ROOT, official, run_script
 from running import FAST, launch, log, metrics, train, wait_until
 
+import train_gpt
+
 # Everything that has state: momentum, AdamW, average, shuffled rows; fake quantisation and a hashed table on top.
-RICH = dict(PRESET="mlp3x_seq4096+tiny", AVERAGING="ema", EMA_DECAY=0.9, BIGRAM_BUCKETS=512, SMEAR_GATE="B")
+RICH = dict(
+    PRESET="mlp3x_seq4096+tiny", AVERAGING="ema", EMA_DECAY=0.9, BIGRAM_BUCKETS=512, SMEAR_GATE="B"
+)
 STEPS = 150
 
 
 def sabotaged(folder, code: str):
     """train_gpt.py as a process in which `code` has replaced something."""
     script = folder / "sabotaged.py"
-    script.write_text(f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, train_gpt\n{code}\n"
-                      "sys.exit(train_gpt.main(sys.argv[1:], train_gpt.environment()))\n")
+    script.write_text(
+        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, train_gpt\n{code}\n"
+        "sys.exit(train_gpt.main(sys.argv[1:], train_gpt.environment()))\n"
+    )
     return script
 
 
@@ -47,12 +53,16 @@ def losses(done) -> list[float]:
 
 def score_line(text: str) -> dict[str, str]:
     """Fields of the last score: line, the audited sums."""
-    return dict(f.split(":") for f in re.findall(r"^score:\S+ (.*)$", text, re.MULTILINE)[-1].split())
+    return dict(
+        f.split(":") for f in re.findall(r"^score:\S+ (.*)$", text, re.MULTILINE)[-1].split()
+    )
 
 
 def evaluate(toy, path, nproc: int = 0):
     """Score an artifact in a fresh process that knows nothing but the file and the data."""
-    done = run_script(nproc=nproc, RUN_MODE="eval", ARTIFACT=path, DATA_PATH=toy, DEVICE="cpu", THREADS=1)
+    done = run_script(
+        nproc=nproc, RUN_MODE="eval", ARTIFACT=path, DATA_PATH=toy, DEVICE="cpu", THREADS=1
+    )
     assert done.code == 0, done.err
     return done
 
@@ -60,7 +70,10 @@ def evaluate(toy, path, nproc: int = 0):
 # ---- one run
 def test_loss_falls_below_what_word_counts_alone_would_give(reference, toy):
     def tokens(split):
-        return np.concatenate([np.fromfile(f, "<u2", offset=1024) for f in sorted(toy.glob(f"fineweb_{split}_*.bin"))])
+        return np.concatenate(
+            [np.fromfile(f, "<u2", offset=1024) for f in sorted(toy.glob(f"fineweb_{split}_*.bin"))]
+        )
+
     counts = np.bincount(tokens("train"), minlength=1024) + 1
     unigram = -np.log(counts / counts.sum())[tokens("val")[1:]].mean()
     first, last = losses(reference)[0], float(score_line(reference.out)["val_loss"])
@@ -98,10 +111,15 @@ def test_training_does_not_depend_on_the_number_of_ranks(ranks, by_ranks):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_score_of_an_artifact_does_not_depend_on_the_number_of_ranks(ranks, reference, toy):
-    one, many = score_line(reference.out), score_line(evaluate(toy, reference.folder / "model.golf", ranks).out)
+    one, many = (
+        score_line(reference.out),
+        score_line(evaluate(toy, reference.folder / "model.golf", ranks).out),
+    )
     assert float(many["val_loss"]) == pytest.approx(float(one["val_loss"]), rel=1e-6)
     assert float(many["val_bpb"]) == pytest.approx(float(one["val_bpb"]), rel=1e-6)
-    assert [many[k] for k in ("tokens", "bytes", "coverage")] == [one[k] for k in ("tokens", "bytes", "coverage")]
+    assert [many[k] for k in ("tokens", "bytes", "coverage")] == [
+        one[k] for k in ("tokens", "bytes", "coverage")
+    ]
 
 
 def test_bad_text_that_only_one_rank_reads_is_named_by_that_rank(toy, tmp_path):
@@ -109,21 +127,27 @@ def test_bad_text_that_only_one_rank_reads_is_named_by_that_rank(toy, tmp_path):
     shutil.copytree(toy, tmp_path / "data")
     shard = tmp_path / "data" / "fineweb_train_000000.bin"
     blob = bytearray(shard.read_bytes())
-    blob[1024 + 2 * 94:1024 + 2 * 95] = b"\xff\xff"
+    blob[1024 + 2 * 94 : 1024 + 2 * 95] = b"\xff\xff"
     shard.write_bytes(blob)
     blind = sabotaged(tmp_path, "train_gpt.TokenStream.check_ids = lambda self, sample: None")
     done = train(tmp_path / "data", tmp_path, "a", nproc=2, script=blind, LOADER="sequential")
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert done.code and len(errors) == 1 and "fineweb_train_000000.bin: token id 65535" in errors[0], done.err
+    assert (
+        done.code and len(errors) == 1 and "fineweb_train_000000.bin: token id 65535" in errors[0]
+    ), done.err
 
 
 def make_trainer(toy, numerics=train_gpt.Numerics(), **knobs) -> train_gpt.Trainer:
     """A trainer in this process, without a run folder."""
-    cfg = train_gpt.load({k: str(v) for k, v in (FAST | dict(DATA_PATH=toy, CHECKPOINT_EVERY=0) | knobs).items()})
+    cfg = train_gpt.load(
+        {k: str(v) for k, v in (FAST | dict(DATA_PATH=toy, CHECKPOINT_EVERY=0) | knobs).items()}
+    )
     rt = train_gpt.Runtime(cfg, {})
     data = train_gpt.open_data(cfg, rt)
     torch.manual_seed(cfg.run.seed)
-    return train_gpt.Trainer(cfg, rt, data, train_gpt.GPT(cfg.model, cfg.data.vocab_size, numerics), numerics)
+    return train_gpt.Trainer(
+        cfg, rt, data, train_gpt.GPT(cfg.model, cfg.data.vocab_size, numerics), numerics
+    )
 
 
 def watch(trainer, see) -> list:
@@ -154,7 +178,9 @@ def dying_save(content, file):
 torch.save = dying_save
 """
 KILL_IN_EXPORT = "train_gpt.pack_artifact = lambda *args: os.kill(os.getpid(), signal.SIGKILL)"
-CRASHY = dict(RICH, ITERATIONS=STEPS, CHECKPOINT_EVERY=0.001, RESUME="auto")  # a checkpoint after every step
+CRASHY = dict(
+    RICH, ITERATIONS=STEPS, CHECKPOINT_EVERY=0.001, RESUME="auto"
+)  # a checkpoint after every step
 
 
 def loaded(folder) -> dict:
@@ -193,9 +219,16 @@ def test_any_number_of_kills_leaves_the_same_artifact(killed, reference, toy, tm
     done = train(toy, tmp_path, "k", script=sabotaged(tmp_path, KILL_IN_EXPORT), **CRASHY)
     assert done.code == -signal.SIGKILL and not (folder / "model.golf").exists()
     done = train(toy, tmp_path, "k", **CRASHY)
-    assert artifact(done) == artifact(reference) and official(log(folder)) == official(reference.out)
+    assert artifact(done) == artifact(reference) and official(log(folder)) == official(
+        reference.out
+    )
     resumed = [int(step) for step in re.findall(r"^resumed:step (\d+) ", log(folder), re.MULTILINE)]
-    assert resumed[0] == 19 and resumed[-1] == STEPS and resumed == sorted(set(resumed)) and len(resumed) == 5
+    assert (
+        resumed[0] == 19
+        and resumed[-1] == STEPS
+        and resumed == sorted(set(resumed))
+        and len(resumed) == 5
+    )
 
 
 def test_a_checkpoint_may_be_resumed_by_another_number_of_ranks(killed, reference, toy, tmp_path):
@@ -210,7 +243,11 @@ def test_a_checkpoint_may_be_resumed_by_another_number_of_ranks(killed, referenc
 def assert_stopped_in_time(done, budget: float):
     """Stopped by the clock within the budget, unless the last step took longer than any before it, and not early."""
     assert done.code == 0, done.err
-    found = re.findall(r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/", log(done.folder), re.MULTILINE)
+    found = re.findall(
+        r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/",
+        log(done.folder),
+        re.MULTILINE,
+    )
     assert len(found) == 1
     seconds = int(found[0][0]) / 1000
     marks = [r["seconds"] for r in metrics(done.folder, "train")]
@@ -244,8 +281,16 @@ train_gpt.Trainer.end, train_gpt.Runtime.close = end_aloud, close_aloud
 def two_clocks(toy, tmp_path_factory):
     """Two ranks under a wall-clock limit; rank 1's clock stands still."""
     folder = tmp_path_factory.mktemp("clocks")
-    return train(toy, folder, "a", nproc=2, script=sabotaged(folder, LYING_CLOCK), ITERATIONS=10**6,
-                 MAX_WALLCLOCK_SECONDS=4, RESERVE_SECONDS=1.5)
+    return train(
+        toy,
+        folder,
+        "a",
+        nproc=2,
+        script=sabotaged(folder, LYING_CLOCK),
+        ITERATIONS=10**6,
+        MAX_WALLCLOCK_SECONDS=4,
+        RESERVE_SECONDS=1.5,
+    )
 
 
 def test_all_ranks_stop_at_the_same_step_and_keep_the_reserve(two_clocks):
@@ -257,13 +302,18 @@ def test_all_ranks_stop_at_the_same_step_and_keep_the_reserve(two_clocks):
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="no /proc on this system")
 def test_no_thread_of_the_process_group_outlives_it(two_clocks):
     """One that does may abort the process while the interpreter shuts down, after a perfect run."""
-    assert sorted(re.findall(r"rank (\d) leaves (\d+) threads", two_clocks.out)) == [("0", "0"), ("1", "0")]
+    assert sorted(re.findall(r"rank (\d) leaves (\d+) threads", two_clocks.out)) == [
+        ("0", "0"),
+        ("1", "0"),
+    ]
 
 
 def test_validation_and_slow_first_steps_do_not_spend_the_training_time(toy, monkeypatch):
     """On a made-up clock: steps of 9 s, then of at most 1 s; each validation takes 1000 s and counts nothing."""
     now, rng = [0.0], random.Random(1)
-    trainer = make_trainer(toy, ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=60, RESERVE_SECONDS=4, VAL_LOSS_EVERY=5)
+    trainer = make_trainer(
+        toy, ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=60, RESERVE_SECONDS=4, VAL_LOSS_EVERY=5
+    )
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def step(rows, ramps):
@@ -273,6 +323,7 @@ def test_validation_and_slow_first_steps_do_not_spend_the_training_time(toy, mon
 
     def validate(elapsed):
         now[0] += 1000.0
+
     monkeypatch.setattr(trainer, "step", step)
     monkeypatch.setattr(trainer, "validate", validate)
     trainer.run()
@@ -284,7 +335,9 @@ def test_validation_and_slow_first_steps_do_not_spend_the_training_time(toy, mon
 @pytest.fixture(scope="module")
 def short(toy, tmp_path_factory):
     """The artifact of six steps without prewarming."""
-    return artifact(train(toy, tmp_path_factory.mktemp("short"), "s", ITERATIONS=6, WARMUP_STEPS=0, **RICH))
+    return artifact(
+        train(toy, tmp_path_factory.mktemp("short"), "s", ITERATIONS=6, WARMUP_STEPS=0, **RICH)
+    )
 
 
 def test_prewarming_leaves_no_trace(short, toy, tmp_path):
@@ -292,7 +345,10 @@ def test_prewarming_leaves_no_trace(short, toy, tmp_path):
 
 
 def test_another_seed_gives_another_artifact(short, toy, tmp_path):
-    assert artifact(train(toy, tmp_path, "a", ITERATIONS=6, WARMUP_STEPS=0, SEED=1338, **RICH)) != short
+    assert (
+        artifact(train(toy, tmp_path, "a", ITERATIONS=6, WARMUP_STEPS=0, SEED=1338, **RICH))
+        != short
+    )
 
 
 # ---- divergence
@@ -307,15 +363,29 @@ train_gpt.FlatParameters.clip = spoiling_clip
 """
 
 
-@pytest.mark.parametrize("step, steps, every", [(5, 20, 0.001), (5, 20, 60), (8, 8, 0.001)],
-                         ids=["checkpoint after every step", "no checkpoint yet", "at the last step"])
+@pytest.mark.parametrize(
+    "step, steps, every",
+    [(5, 20, 0.001), (5, 20, 60), (8, 8, 0.001)],
+    ids=["checkpoint after every step", "no checkpoint yet", "at the last step"],
+)
 def test_divergence_stops_the_run_and_spares_the_checkpoint(step, steps, every, toy, tmp_path):
     """The loss of the step is finite, its gradient is not."""
-    done = train(toy, tmp_path, "a", script=sabotaged(tmp_path, SPOIL.format(step=step)), WARMUP_STEPS=0,
-                 ITERATIONS=steps, CHECKPOINT_EVERY=every)
-    assert done.code == 1 and "Traceback" not in done.err and done.err.startswith("error: "), done.err
+    done = train(
+        toy,
+        tmp_path,
+        "a",
+        script=sabotaged(tmp_path, SPOIL.format(step=step)),
+        WARMUP_STEPS=0,
+        ITERATIONS=steps,
+        CHECKPOINT_EVERY=every,
+    )
+    assert done.code == 1 and "Traceback" not in done.err and done.err.startswith("error: "), (
+        done.err
+    )
     named = int(re.search(r"not finite at step (\d+)", done.err)[1])
-    assert step <= named <= step + 1 and "MATRIX_LR" in done.err and "final:official" not in done.out
+    assert (
+        step <= named <= step + 1 and "MATRIX_LR" in done.err and "final:official" not in done.out
+    )
     path = done.folder / "checkpoint.pt"
     assert path.exists() == (every < 1) and ("checkpoint.pt" in done.err) == path.exists()
     if path.exists():

@@ -1,4 +1,5 @@
 """The downloader against a local server that speaks the hub's protocol, and misbehaves as networks do."""
+
 import collections
 import hashlib
 import http.server
@@ -28,26 +29,48 @@ CASEOPS = "sp8192_lossless_caps_caseops_v1_reserved"
 def repository() -> dict[str, bytes]:
     """Files of a small copy of the competition's repository."""
     rng = np.random.default_rng(0)
-    files = {"datasets/tokenizers/fineweb_1024_bpe.model": build_sample.TOKENIZER.read_bytes(),
-             "datasets/tokenizers/caseops.model": b"another tokenizer"}
+    files = {
+        "datasets/tokenizers/fineweb_1024_bpe.model": build_sample.TOKENIZER.read_bytes(),
+        "datasets/tokenizers/caseops.model": b"another tokenizer",
+    }
     for name, train in ((NAME, 3), (f"fineweb10B_{CASEOPS}", 1)):
-        for split, count in (("train", train), ("val", 1), *([("val_bytes", 1)] if "caseops" in name else [])):
+        for split, count in (
+            ("train", train),
+            ("val", 1),
+            *([("val_bytes", 1)] if "caseops" in name else []),
+        ):
             for i in range(count):
                 tokens = rng.integers(4, 1024, 60_000).astype(np.uint16)
-                files[f"datasets/datasets/{name}/fineweb_{split}_{i:06d}.bin"] = build_sample.shard(tokens)
+                files[f"datasets/datasets/{name}/fineweb_{split}_{i:06d}.bin"] = build_sample.shard(
+                    tokens
+                )
     manifest = dict(
-        datasets=[dict(name=NAME, tokenizer_name="sp_bpe_1024", stats=dict(files_train=3, files_val=1)),
-                  dict(name=f"fineweb10B_{CASEOPS}", tokenizer_name="caseops", stats=dict(files_train=1, files_val=1)),
-                  dict(name="fineweb10B_sp2048", tokenizer_name="evil", stats=dict(files_train=1, files_val=1))],
-        tokenizers=[dict(name="sp_bpe_1024", model_path="tokenizers/fineweb_1024_bpe.model"),
-                    dict(name="caseops", model_path="tokenizers/caseops.model"),
-                    dict(name="evil", model_path="../../outside.model")])
+        datasets=[
+            dict(name=NAME, tokenizer_name="sp_bpe_1024", stats=dict(files_train=3, files_val=1)),
+            dict(
+                name=f"fineweb10B_{CASEOPS}",
+                tokenizer_name="caseops",
+                stats=dict(files_train=1, files_val=1),
+            ),
+            dict(
+                name="fineweb10B_sp2048",
+                tokenizer_name="evil",
+                stats=dict(files_train=1, files_val=1),
+            ),
+        ],
+        tokenizers=[
+            dict(name="sp_bpe_1024", model_path="tokenizers/fineweb_1024_bpe.model"),
+            dict(name="caseops", model_path="tokenizers/caseops.model"),
+            dict(name="evil", model_path="../../outside.model"),
+        ],
+    )
     return files | {"datasets/manifest.json": json.dumps(manifest).encode()}
 
 
 class Hub(http.server.ThreadingHTTPServer):
     """A hub with one dataset repository. `faults[what]` is a list of what goes wrong with the next requests for it:
     an HTTP status, "cut" (the connection ends half-way), "corrupt" (a byte is wrong), "slow"."""
+
     daemon_threads = True
 
     def __init__(self):
@@ -65,6 +88,7 @@ class Hub(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers of the hub: repository, file information, resolution with redirect, content with ranges."""
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
@@ -83,7 +107,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path.startswith("/api/datasets/some/repo"):
             if status := self.server.fault("info"):
                 return self.reply(status, b"{}")
-            return self.reply(200, json.dumps(dict(id="some/repo", sha=COMMIT, siblings=[])).encode())
+            return self.reply(
+                200, json.dumps(dict(id="some/repo", sha=COMMIT, siblings=[])).encode()
+            )
         if path.startswith(f"/datasets/some/repo/resolve/{COMMIT}/"):
             name = path.split("/", 6)[-1]
             return self.reply(302, Location=f"/cdn/{name}", X_Repo_Commit=COMMIT)
@@ -100,8 +126,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if raw := self.server.files.get(path):
                 oid = hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
                 lfs = dict(oid=hashlib.sha256(raw).hexdigest(), size=len(raw), pointerSize=130)
-                infos.append(dict(type="file", path=path, size=len(raw), oid=oid)
-                             | ({} if path.endswith(".json") else dict(lfs=lfs)))
+                infos.append(
+                    dict(type="file", path=path, size=len(raw), oid=oid)
+                    | ({} if path.endswith(".json") else dict(lfs=lfs))
+                )
         self.reply(200, json.dumps(infos).encode())
 
     def content(self, name: str):
@@ -122,12 +150,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(raw) - 1}/{len(raw)}")
         self.end_headers()
         if fault == "cut":
-            self.wfile.write(body[:len(body) // 2])
+            self.wfile.write(body[: len(body) // 2])
             self.close_connection = True
             return
         if fault == "slow":
             for low in range(0, len(body), 4096):
-                self.wfile.write(body[low:low + 4096])
+                self.wfile.write(body[low : low + 4096])
                 self.wfile.flush()
                 time.sleep(0.05)
             return
@@ -143,7 +171,9 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.delenv("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", raising=False)
     monkeypatch.setattr(tool, "ROOT", tmp_path)
     monkeypatch.setattr(tool, "WAIT", 0.01)
-    monkeypatch.setattr(tool.constants, "DOWNLOAD_CHUNK_SIZE", 4096)  # what arrives is written in these pieces
+    monkeypatch.setattr(
+        tool.constants, "DOWNLOAD_CHUNK_SIZE", 4096
+    )  # what arrives is written in these pieces
     monkeypatch.setattr(time, "sleep", lambda seconds, real=time.sleep: real(min(seconds, 0.05)))
     yield server
     server.shutdown()
@@ -159,14 +189,26 @@ def complete(hub: Hub, root: Path, name: str = NAME) -> bool:
 TRAIN1 = f"datasets/datasets/{NAME}/fineweb_train_000001.bin"
 
 
-def test_a_download_has_the_competitions_layout_and_a_repetition_fetches_nothing(hub, tmp_path, capsys):
+def test_a_download_has_the_competitions_layout_and_a_repetition_fetches_nothing(
+    hub, tmp_path, capsys
+):
     assert tool.main(["--train-shards", "3"]) == 0
-    assert complete(hub, tmp_path) and (tmp_path / "tokenizers" / "fineweb_1024_bpe.model").is_file()
+    assert (
+        complete(hub, tmp_path) and (tmp_path / "tokenizers" / "fineweb_1024_bpe.model").is_file()
+    )
     manifest = json.loads((tmp_path / "datasets" / NAME / "manifest.json").read_text())
-    assert manifest["commit"] == COMMIT and manifest["comparable"] is False and "59,999" in manifest["note"]
+    assert (
+        manifest["commit"] == COMMIT
+        and manifest["comparable"] is False
+        and "59,999" in manifest["note"]
+    )
     assert {n: e["sha256"] for n, e in manifest["files"].items()} == {
-        Path(n).name: hashlib.sha256(raw).hexdigest() for n, raw in hub.files.items() if NAME in n}
-    served, before = dict(hub.served), {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+        Path(n).name: hashlib.sha256(raw).hexdigest() for n, raw in hub.files.items() if NAME in n
+    }
+    served, before = (
+        dict(hub.served),
+        {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()},
+    )
     assert tool.main(["3"]) == 0 and dict(hub.served) == served
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
     assert "fetched" not in capsys.readouterr().out.rsplit("ready", 1)[1]
@@ -182,20 +224,33 @@ def test_more_shards_are_added_to_fewer(hub, tmp_path):
 def test_caseops_comes_with_its_sidecar(hub, tmp_path):
     assert tool.main(["--variant", CASEOPS, "--train-shards", "1"]) == 0
     assert complete(hub, tmp_path, f"fineweb10B_{CASEOPS}")
-    assert (tmp_path / "datasets" / f"fineweb10B_{CASEOPS}" / "fineweb_val_bytes_000000.bin").is_file()
+    assert (
+        tmp_path / "datasets" / f"fineweb10B_{CASEOPS}" / "fineweb_val_bytes_000000.bin"
+    ).is_file()
 
 
 def test_a_downloaded_dataset_can_be_verified(hub, tmp_path):
     assert tool.main(["--train-shards", "1"]) == 0
-    found = verify.verify(tmp_path / "datasets" / NAME, tmp_path / "tokenizers" / "fineweb_1024_bpe.model")
-    assert {f["check"] for f in found["findings"]} <= {"split", "validation"}, "noise is no text, but intact"
+    found = verify.verify(
+        tmp_path / "datasets" / NAME, tmp_path / "tokenizers" / "fineweb_1024_bpe.model"
+    )
+    assert {f["check"] for f in found["findings"]} <= {"split", "validation"}, (
+        "noise is no text, but intact"
+    )
 
 
-@pytest.mark.parametrize("faults", [["cut"], ["cut", "cut", 500], [429, 503], ["corrupt"], [500, "corrupt", "cut"]],
-                         ids=lambda faults: " ".join(map(str, faults)))
+@pytest.mark.parametrize(
+    "faults",
+    [["cut"], ["cut", "cut", 500], [429, 503], ["corrupt"], [500, "corrupt", "cut"]],
+    ids=lambda faults: " ".join(map(str, faults)),
+)
 def test_a_bad_network_delays_but_does_not_damage(hub, tmp_path, faults):
     hub.faults[TRAIN1] = list(faults)
-    assert tool.main(["--train-shards", "3"]) == 0 and complete(hub, tmp_path) and not hub.faults[TRAIN1]
+    assert (
+        tool.main(["--train-shards", "3"]) == 0
+        and complete(hub, tmp_path)
+        and not hub.faults[TRAIN1]
+    )
     starts = [start for name, start in hub.ranges if name == TRAIN1]
     if "cut" in faults:
         assert max(starts) > 0, "it goes on where it was cut"
@@ -211,7 +266,9 @@ def test_a_damaged_file_of_an_earlier_download_is_replaced(hub, tmp_path, damage
     assert tool.main(["--train-shards", "3"]) == 0
     path = tmp_path / TRAIN1.removeprefix("datasets/")
     raw = path.read_bytes()
-    path.write_bytes({"truncated": raw[:-10], "changed": raw[:-1] + b"\xff", "foreign": b"<html>"}[damage])
+    path.write_bytes(
+        {"truncated": raw[:-10], "changed": raw[:-1] + b"\xff", "foreign": b"<html>"}[damage]
+    )
     (path.parent / "manifest.json").unlink()  # as if another program had downloaded it
     assert tool.main(["--train-shards", "3"]) == 0 and complete(hub, tmp_path)
 
@@ -227,7 +284,9 @@ def failing(*arguments, capsys) -> str:
 def test_what_is_not_possible_is_said_in_one_line(hub, tmp_path, monkeypatch, capsys):
     assert "has 3 in some/repo" in failing("--train-shards", "4", capsys=capsys)
     assert "no dataset 'fineweb10B_sp4096'" in failing("--variant", "sp4096", capsys=capsys)
-    assert "'../../outside.model', which is outside" in failing("--variant", "sp2048", "0", capsys=capsys)
+    assert "'../../outside.model', which is outside" in failing(
+        "--variant", "sp2048", "0", capsys=capsys
+    )
     assert "--variant ../x: want" in failing("--variant", "../x", capsys=capsys)
     hub.files.pop(TRAIN1)
     assert "has no datasets/datasets" in failing("--train-shards", "3", capsys=capsys)
@@ -263,13 +322,21 @@ def test_no_network_is_said_in_one_line(hub, monkeypatch, capsys):
 
 def test_a_killed_download_goes_on_within_the_file(hub, tmp_path):
     hub.faults[TRAIN1] = ["slow"]
-    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'data')!r}); import cached_challenge_fineweb as t, pathlib; "
-            f"t.constants.DOWNLOAD_CHUNK_SIZE = 4096; t.ROOT = pathlib.Path({str(tmp_path)!r}); "
-            "sys.exit(t.main(['--train-shards', '3']))")
-    process = subprocess.Popen([sys.executable, "-c", code], env=clean_env(), stdout=subprocess.DEVNULL)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'data')!r}); import cached_challenge_fineweb as t, pathlib; "
+        f"t.constants.DOWNLOAD_CHUNK_SIZE = 4096; t.ROOT = pathlib.Path({str(tmp_path)!r}); "
+        "sys.exit(t.main(['--train-shards', '3']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=clean_env(), stdout=subprocess.DEVNULL
+    )
     end = time.monotonic() + 60
     part = []
-    while not (part and part[0].stat().st_size > 20_000 and len(list(tmp_path.glob("datasets/*/*.bin"))) == 3):
+    while not (
+        part
+        and part[0].stat().st_size > 20_000
+        and len(list(tmp_path.glob("datasets/*/*.bin"))) == 3
+    ):
         assert time.monotonic() < end and process.poll() is None
         part = list(tmp_path.glob("datasets/*/.*.part"))
     os.kill(process.pid, signal.SIGKILL)

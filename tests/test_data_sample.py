@@ -48,14 +48,19 @@ def deadly(real):
 os.fsync, os.rename = deadly(os.fsync), deadly(os.rename)
 bs.build(out)
 """
-MOMENTS = range(1, 9)  # 4 files, their folder, the old folder moved aside, the new one renamed into place, their parent
+MOMENTS = range(
+    1, 9
+)  # 4 files, their folder, the old folder moved aside, the new one renamed into place, their parent
 PUBLISHED = 8  # from this call on the new folder is in place
 
 
 def start_child(out: Path, locks: bool = True, die_at: int = 0) -> subprocess.Popen:
     """Start a build of the small corpus in another process."""
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(out), str(int(locks)), str(die_at)],
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(out), str(int(locks)), str(die_at)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess:
@@ -89,9 +94,16 @@ def manifest(built: Path) -> dict:
 @pytest.fixture(scope="module")
 def texts() -> dict[str, list[str]]:
     """The documents of each split, read and divided without help from the module under test."""
-    docs = lzma.decompress((SAMPLE / "sample.txt.xz").read_bytes()).decode("utf-8").rstrip("\n").split("\n\n")
-    return {"train": [text for i, text in enumerate(docs) if i % 20 != 19],
-            "val": [text for i, text in enumerate(docs) if i % 20 == 19]}
+    docs = (
+        lzma.decompress((SAMPLE / "sample.txt.xz").read_bytes())
+        .decode("utf-8")
+        .rstrip("\n")
+        .split("\n\n")
+    )
+    return {
+        "train": [text for i, text in enumerate(docs) if i % 20 != 19],
+        "val": [text for i, text in enumerate(docs) if i % 20 == 19],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +135,7 @@ def token_documents(tokens: np.ndarray) -> list[list[int]]:
 
 # ---- Text and split ----
 
+
 def test_text_is_the_documents_joined_by_blank_lines():
     text = lzma.decompress((SAMPLE / "sample.txt.xz").read_bytes()).decode("utf-8")
     assert "".join(document + "\n\n" for document in bs.documents()) == text
@@ -141,13 +154,17 @@ def test_split_refuses_a_document_on_both_sides():
 
 # ---- Shards and manifest ----
 
+
 @pytest.mark.parametrize("name", SPLITS)
 def test_shards_decode_to_the_documents(built, manifest, texts, tokenizer, name):
     tokens = read_shard(built / f"fineweb_{name}_000000.bin")
     parts = token_documents(tokens)
     assert [tokenizer.decode(part[1:]) for part in parts] == texts[name]
-    assert manifest["splits"][name] == {"documents": len(parts), "tokens": len(tokens),
-                                        "bytes": sum(len(text.encode("utf-8")) for text in texts[name])}
+    assert manifest["splits"][name] == {
+        "documents": len(parts),
+        "tokens": len(tokens),
+        "bytes": sum(len(text.encode("utf-8")) for text in texts[name]),
+    }
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -160,7 +177,9 @@ def test_token_bytes_add_up_to_the_text_of_every_document(built, texts, tokenize
             bare[i] = 1
         elif not tokenizer.is_control(i) and not tokenizer.is_unknown(i):
             bare[i], space[i] = len(piece.removeprefix("▁").encode("utf-8")), piece.startswith("▁")
-    for part, text in zip(token_documents(read_shard(built / f"fineweb_{name}_000000.bin")), texts[name], strict=True):
+    for part, text in zip(
+        token_documents(read_shard(built / f"fineweb_{name}_000000.bin")), texts[name], strict=True
+    ):
         ids = np.array(part)
         counted = bare[ids].sum() + space[ids[1:]][ids[:-1] != 1].sum()
         assert counted == len(text.encode("utf-8"))
@@ -170,9 +189,17 @@ def test_manifest_describes_the_folder(built, manifest):
     def sha256(name):
         return hashlib.sha256((built / name).read_bytes()).hexdigest()
 
-    assert manifest["name"] == "sample" and manifest["comparable"] is False and manifest["vocab_size"] == 1024
+    assert (
+        manifest["name"] == "sample"
+        and manifest["comparable"] is False
+        and manifest["vocab_size"] == 1024
+    )
     assert "cannot be compared" in manifest["note"]
-    assert {path.name for path in built.iterdir()} == {*manifest["files"], manifest["tokenizer"], "manifest.json"}
+    assert {path.name for path in built.iterdir()} == {
+        *manifest["files"],
+        manifest["tokenizer"],
+        "manifest.json",
+    }
     assert manifest["tokenizer_sha256"] == sha256(manifest["tokenizer"])
     assert list(manifest["files"]) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin"]
     for name, entry in manifest["files"].items():
@@ -182,6 +209,7 @@ def test_manifest_describes_the_folder(built, manifest):
 
 # ---- Tokenizer ----
 
+
 def test_tokenizer_pieces(tokenizer):
     pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size())]
     assert len(set(pieces)) == 1024 and pieces[:4] == ["<pad>", "<s>", "</s>", "<unk>"]
@@ -190,7 +218,10 @@ def test_tokenizer_pieces(tokenizer):
     assert not [piece for piece in pieces if "▁" in piece[1:]]
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n", " a", "a ", "a  b", "line\n\nline\n", "\t\0\x7f", "naïve 日本 🙂", "<s>"])
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "\n", " a", "a ", "a  b", "line\n\nline\n", "\t\0\x7f", "naïve 日本 🙂", "<s>"],
+)
 def test_tokenizer_is_lossless_on_any_text(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and not {0, 1, 2, 3} & set(ids)
@@ -209,6 +240,7 @@ def test_tokenizer_without_a_lone_space_is_refused(monkeypatch):
 
 # ---- Build: no-op, damage, concurrency, kill ----
 
+
 def test_second_build_does_nothing(built, manifest):
     before = snapshot(built)
     assert bs.build(built) == manifest == bs.complete(built)
@@ -216,20 +248,34 @@ def test_second_build_does_nothing(built, manifest):
     assert snapshot(built) == before
 
 
-@pytest.mark.parametrize("damage", ["flipped bit", "short shard", "missing shard", "no manifest", "torn manifest",
-                                    "changed count", "other tokenizer"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "flipped bit",
+        "short shard",
+        "missing shard",
+        "no manifest",
+        "torn manifest",
+        "changed count",
+        "other tokenizer",
+    ],
+)
 def test_damage_is_detected_and_repaired(few, tmp_path, damage):
     out = tmp_path / "sample"
     good = bs.build(out)
     shard, description = out / "fineweb_val_000000.bin", out / "manifest.json"
     raw, text = shard.read_bytes(), description.read_text()
-    {"flipped bit": lambda: shard.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1])),
-     "short shard": lambda: shard.write_bytes(raw[:-2]),
-     "missing shard": shard.unlink,
-     "no manifest": description.unlink,
-     "torn manifest": lambda: description.write_text(text[:len(text) // 2]),
-     "changed count": lambda: description.write_text(text.replace('"documents": ', '"documents": 1', 1)),
-     "other tokenizer": lambda: (out / good["tokenizer"]).write_bytes(b"")}[damage]()
+    {
+        "flipped bit": lambda: shard.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1])),
+        "short shard": lambda: shard.write_bytes(raw[:-2]),
+        "missing shard": shard.unlink,
+        "no manifest": description.unlink,
+        "torn manifest": lambda: description.write_text(text[: len(text) // 2]),
+        "changed count": lambda: description.write_text(
+            text.replace('"documents": ', '"documents": 1', 1)
+        ),
+        "other tokenizer": lambda: (out / good["tokenizer"]).write_bytes(b""),
+    }[damage]()
     assert bs.complete(out) is None
     assert bs.build(out) == good == bs.complete(out)
     assert shard.read_bytes() == raw and not hidden_folders(tmp_path)
@@ -247,7 +293,9 @@ def test_files_of_others_are_never_replaced(few, tmp_path):
     with pytest.raises(ValueError, match="thesis.txt"):
         bs.build(tmp_path)
     done = run_cli("--out", str(tmp_path / "thesis.txt"))
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "is not a folder" in done.stderr
+    assert (
+        done.returncode == 1 and done.stderr.count("\n") == 1 and "is not a folder" in done.stderr
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -297,6 +345,7 @@ def test_kill_moments_cover_the_whole_build(tmp_path):
 
 # ---- Command line and imports ----
 
+
 def test_import_needs_no_torch():
     code = "import sys, build_sample; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent).returncode == 0
@@ -310,6 +359,7 @@ def test_command_line():
 
 
 # ---- Reference figures ----
+
 
 def test_reference_formula(monkeypatch, texts):
     """A compressor that does nothing spends 8 bits on each validation byte and on the blank line before them."""

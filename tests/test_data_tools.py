@@ -1,4 +1,5 @@
 """Parts of data/: the case transform and its byte counts, readers of documents, the writer of shards."""
+
 import contextlib
 import gzip
 import json
@@ -13,12 +14,15 @@ import documents as docs
 import numpy as np
 import prepare
 import pytest
-import train_gpt
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import train_gpt
+
 SETTINGS = settings(deadline=None, max_examples=200, derandomize=True)
-TEXT = st.text() | st.text("aAbBzZ \n\u2581\ue001\ue002\ue003\ue004\u00e9\u00c9\u0130\u00df\x00", max_size=24)
+TEXT = st.text() | st.text(
+    "aAbBzZ \n\u2581\ue001\ue002\ue003\ue004\u00e9\u00c9\u0130\u00df\x00", max_size=24
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,7 @@ def tokenizers(tmp_path_factory):
 
 # ---- CaseOps ----
 
+
 @SETTINGS
 @given(TEXT)
 @example("\ue004\ue004\ue001A\ue002")
@@ -44,11 +49,20 @@ def test_any_text_survives_the_case_transform(text):
     assert not any("A" <= c <= "Z" for c in spelt)
 
 
-@pytest.mark.parametrize("text, spelt", [
-    ("the end", "the end"), ("The End", "\ue001the \ue001end"), ("NASA, US", "\ue002nasa, \ue002us"),
-    ("A B", "\ue001a \ue001b"), ("iPhone", "i\ue003phone"), ("McDonald", "\ue001mc\ue003donald"),
-    ("HTMLPage", "\ue001h\ue003t\ue003m\ue003l\ue003page"), ("\u00c9A", "\u00c9\ue001a"),
-    ("x\ue001Y", "x\ue004\ue001\ue001y")])
+@pytest.mark.parametrize(
+    "text, spelt",
+    [
+        ("the end", "the end"),
+        ("The End", "\ue001the \ue001end"),
+        ("NASA, US", "\ue002nasa, \ue002us"),
+        ("A B", "\ue001a \ue001b"),
+        ("iPhone", "i\ue003phone"),
+        ("McDonald", "\ue001mc\ue003donald"),
+        ("HTMLPage", "\ue001h\ue003t\ue003m\ue003l\ue003page"),
+        ("\u00c9A", "\u00c9\ue001a"),
+        ("x\ue001Y", "x\ue004\ue001\ue001y"),
+    ],
+)
 def test_words_are_spelt_as_published(text, spelt):
     """The rules of the specification (PR 1729), word by word."""
     assert caseops.encode(text) == spelt
@@ -76,11 +90,15 @@ def test_byte_counts_sum_to_the_bytes_of_the_original_text(tokenizers, text):
 def test_byte_counts_follow_the_decoded_text_token_by_token(tokenizers):
     """Two errors that cancel in a document do not cancel here."""
     tokenizer = tokenizers["caseops"]
-    batch = prepare.encode_documents(["The NASA iPhone na\u00efve Z. \ue002 x"], tokenizer, None, True)
+    batch = prepare.encode_documents(
+        ["The NASA iPhone na\u00efve Z. \ue002 x"], tokenizer, None, True
+    )
     ids, running = batch.tokens[1:], np.cumsum(batch.counts[1:])
     for k in range(1, len(ids) + 1):
         spelt = tokenizer.spell(ids[:k])
-        if ids[k - 1] not in tokenizer.operators and not spelt.decode("utf-8", "replace").endswith("\ufffd"):
+        if ids[k - 1] not in tokenizer.operators and not spelt.decode("utf-8", "replace").endswith(
+            "\ufffd"
+        ):
             assert running[k - 1] == len(caseops.decode(spelt.decode()).encode()), k
 
 
@@ -89,37 +107,68 @@ def test_ordinary_byte_counts_are_those_of_the_scores(tokenizers):
     tokenizer, text = tokenizers["plain"], "Some text, na\u00efve \u20ac \x00 and all."
     tokens = prepare.encode_documents([text], tokenizer, None, False).tokens
     table = train_gpt.byte_table(tokenizer.processor, 400)
-    assert caseops.byte_counts(tokens, tokenizer.sizes, [])[1:].tolist() == table.target_bytes(tokens).tolist()
+    assert (
+        caseops.byte_counts(tokens, tokenizer.sizes, [])[1:].tolist()
+        == table.target_bytes(tokens).tolist()
+    )
 
 
 # ---- Tokenizers ----
 
+
 def test_a_trained_tokenizer_has_what_byte_counting_needs(tokenizers):
     for tokenizer in tokenizers.values():
         assert tokenizer.processor.piece_to_id("\u2581") != tokenizer.processor.unk_id()
-        assert not tokenizer.changes_text() and sum(map(tokenizer.processor.is_byte, range(400))) == 256
+        assert (
+            not tokenizer.changes_text()
+            and sum(map(tokenizer.processor.is_byte, range(400))) == 256
+        )
     assert [len(t.operators) for t in tokenizers.values()] == [0, 4]
 
 
 def test_a_text_without_spaces_still_gives_a_lone_space_piece(tmp_path):
-    (tmp_path / "m.model").write_bytes(prepare.train_model(["abcdefg" * 300, "gfabc\nd" * 300], 280, False))
+    (tmp_path / "m.model").write_bytes(
+        prepare.train_model(["abcdefg" * 300, "gfabc\nd" * 300], 280, False)
+    )
     assert docs.load_tokenizer(tmp_path / "m.model").text(np.array([5, 4 + 32])) == "\x01 "
     assert not docs.load_tokenizer(tmp_path / "m.model").changes_text()
 
 
-@pytest.mark.parametrize("options", [dict(byte_fallback=False), dict(normalization_rule_name="nmt_nfkc"),
-                                     dict(remove_extra_whitespaces=True)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(byte_fallback=False),
+        dict(normalization_rule_name="nmt_nfkc"),
+        dict(remove_extra_whitespaces=True),
+    ],
+)
 def test_a_lossy_tokenizer_is_not_written(tmp_path, monkeypatch, capsys, options):
     monkeypatch.setattr(prepare, "TRAINER", prepare.TRAINER | options)
-    documents = [f"{d[:3000]}\u20ac  {i}\ufb01\u4e2d"[i:] for i, d in enumerate(build_sample.documents()[:120])]
+    documents = [
+        f"{d[:3000]}\u20ac  {i}\ufb01\u4e2d"[i:]
+        for i, d in enumerate(build_sample.documents()[:120])
+    ]
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps(dict(text=d)) for d in documents))
     out = tmp_path / "lossy.model"
-    assert prepare.main(["train-tokenizer", str(tmp_path / "d.jsonl"), "--val-docs=0", "--vocab-size=500",
-                         f"--out={out}"]) == 2
-    assert "lossy" in capsys.readouterr().err and sorted(p.name for p in tmp_path.iterdir()) == ["d.jsonl"]
+    assert (
+        prepare.main(
+            [
+                "train-tokenizer",
+                str(tmp_path / "d.jsonl"),
+                "--val-docs=0",
+                "--vocab-size=500",
+                f"--out={out}",
+            ]
+        )
+        == 2
+    )
+    assert "lossy" in capsys.readouterr().err and sorted(p.name for p in tmp_path.iterdir()) == [
+        "d.jsonl"
+    ]
 
 
 # ---- Documents ----
+
 
 def read(*paths, field="text"):
     return list(docs.documents_of(list(paths), field))
@@ -140,8 +189,13 @@ def test_the_same_documents_come_from_every_kind_of_file(tmp_path):
     documents = ["one \x00", "two\nlines\r\nwith returns", "\u20ac\U0001f600", "4"]
     lines = "\n".join(json.dumps(dict(text=d, other=1)) for d in documents).encode()
     text = "\n\n".join(documents).encode()
-    for name, content in (("a.jsonl", lines), ("a.jsonl.gz", gzip.compress(lines)), ("b.txt", text),
-                          ("b.txt.xz", lzma.compress(text)), ("c.json", b"\n".join(b'"%s"' % d for d in (b"x", b"y")))):
+    for name, content in (
+        ("a.jsonl", lines),
+        ("a.jsonl.gz", gzip.compress(lines)),
+        ("b.txt", text),
+        ("b.txt.xz", lzma.compress(text)),
+        ("c.json", b"\n".join(b'"%s"' % d for d in (b"x", b"y"))),
+    ):
         (tmp_path / name).write_bytes(content)
         assert read(tmp_path / name) == (["x", "y"] if name == "c.json" else documents), name
 
@@ -155,6 +209,7 @@ def test_parquet_gives_its_column_or_says_what_is_missing(tmp_path, monkeypatch)
     monkeypatch.undo()
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
+
     pyarrow.parquet.write_table(pyarrow.table(dict(text=["one", "two"], n=[1, 2])), path)
     assert read(path) == ["one", "two"]
     for field, said in (("body", "no column 'body'"), ("n", "a row without text")):
@@ -186,12 +241,25 @@ def test_what_is_no_text_is_refused_by_file_and_place(tmp_path, name):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(docs.DataError) as error:
         read(tmp_path / name)
-    assert str(error.value).startswith(name) and said in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(error.value).startswith(name)
+        and said in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_odd_documents_are_encoded_and_counted_exactly(tokenizers):
     """Empty, one byte, NULs, one very long line, every kind of space."""
-    odd = ["", "x", "\x00", "\x00\x00a\x00", "word " * 200_000, "\u2028\u00a0\t \r\n ", " leading", "\ufeffmark"]
+    odd = [
+        "",
+        "x",
+        "\x00",
+        "\x00\x00a\x00",
+        "word " * 200_000,
+        "\u2028\u00a0\t \r\n ",
+        " leading",
+        "\ufeffmark",
+    ]
     for tokenizer in tokenizers.values():
         batch = prepare.encode_documents(odd, tokenizer, None, bool(tokenizer.operators))
         assert batch.sizes == [len(d.encode()) for d in odd] and batch.changed == [-1] * len(odd)
@@ -205,6 +273,7 @@ def test_a_document_that_does_not_survive_is_counted_by_what_is_left(tokenizers)
 
 
 # ---- Shards ----
+
 
 class Dead(Exception):
     """Stands for a kill."""
@@ -221,27 +290,49 @@ def written(folder, limit, batches, journal, die_at=0):
         if left == 0:
             raise Dead
         real(name, parts)
+
     writer.write = write
     first = writer.document
     for split, lengths, numbers in batches:
         keep = [i for i, n in enumerate(numbers) if n >= first]
         if keep:
             tokens = [np.arange(lengths[i]) + 1000 * numbers[i] for i in keep]
-            writer.add(split, prepare.Encoded(np.concatenate(tokens).astype(np.uint16), [lengths[i] for i in keep],
-                                              [7] * len(keep), [-1] * len(keep), None))
+            writer.add(
+                split,
+                prepare.Encoded(
+                    np.concatenate(tokens).astype(np.uint16),
+                    [lengths[i] for i in keep],
+                    [7] * len(keep),
+                    [-1] * len(keep),
+                    None,
+                ),
+            )
     writer.flush(writer.document, 0)
     return journal
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(lengths=st.lists(st.integers(1, 40), min_size=2, max_size=30), limit=st.integers(5, 50), data=st.data())
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=2, max_size=30),
+    limit=st.integers(5, 50),
+    data=st.data(),
+)
 def test_shards_hold_the_stream_and_a_killed_writer_goes_on(tmp_path_factory, lengths, limit, data):
-    val, deaths = data.draw(st.integers(1, len(lengths) - 1)), data.draw(st.lists(st.integers(1, 5), max_size=4))
+    val, deaths = (
+        data.draw(st.integers(1, len(lengths) - 1)),
+        data.draw(st.lists(st.integers(1, 5), max_size=4)),
+    )
     folder, numbers = tmp_path_factory.mktemp("shards"), list(range(len(lengths)))
-    batches = [(split, [lengths[i]], [i]) for i in numbers for split in ["val" if i < val else "train"]]
+    batches = [
+        (split, [lengths[i]], [i]) for i in numbers for split in ["val" if i < val else "train"]
+    ]
     stored = folder / prepare.JOURNAL
     for die_at in [*deaths, 0]:
-        journal = json.loads(stored.read_text()) if stored.exists() else dict(splits={}, files={}, cursor=[0, 0])
+        journal = (
+            json.loads(stored.read_text())
+            if stored.exists()
+            else dict(splits={}, files={}, cursor=[0, 0])
+        )
         before = dict(journal["files"])
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Dead):
             patch.setattr(os, "fsync", lambda handle: None)
@@ -250,10 +341,17 @@ def test_shards_hold_the_stream_and_a_killed_writer_goes_on(tmp_path_factory, le
         assert before.items() <= after.items(), "what was finished stays"
     for split, want in (("val", numbers[:val]), ("train", numbers[val:])):
         stream = train_gpt.TokenStream(folder, split, 2**16)
-        assert stream.read(0, len(stream)).tolist() == [t + 1000 * i for i in want for t in range(lengths[i])]
+        assert stream.read(0, len(stream)).tolist() == [
+            t + 1000 * i for i in want for t in range(lengths[i])
+        ]
         assert all(len(shard) == limit for shard in stream.shards[:-1])
-        assert journal["splits"][split] == dict(documents=len(want), tokens=len(stream), bytes=7 * len(want),
-                                                changed_documents=0, lost_bytes=0)
+        assert journal["splits"][split] == dict(
+            documents=len(want),
+            tokens=len(stream),
+            bytes=7 * len(want),
+            changed_documents=0,
+            lost_bytes=0,
+        )
 
 
 def test_documents_are_read_back_from_shards_of_any_cut(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """Agents and patches: whatever they answer, the loop goes on and no score is believed that was not earned."""
+
 import difflib
 import json
 import os
@@ -9,17 +10,32 @@ import pytest
 from conftest import SCRIPT
 from forge import ForgeError, agent, guard
 
-GOOD = dict(schema="forge.hypothesis/1", skill="optimizer", kind="env", env=dict(MATRIX_LR="0.022"), hypothesis="lower")
+GOOD = dict(
+    schema="forge.hypothesis/1",
+    skill="optimizer",
+    kind="env",
+    env=dict(MATRIX_LR="0.022"),
+    hypothesis="lower",
+)
 SOURCE = forge_lab.FAKE.read_text()
 REAL = SCRIPT.read_text()
 
 
 def diff(old: str, new: str) -> str:
-    return "".join(difflib.unified_diff(old.splitlines(True), new.splitlines(True), "a/train_gpt.py", "b/train_gpt.py"))
+    return "".join(
+        difflib.unified_diff(
+            old.splitlines(True), new.splitlines(True), "a/train_gpt.py", "b/train_gpt.py"
+        )
+    )
 
 
-def with_knob(source: str, body: str, after: str, knob: str = "    patch_gain: float = knob(0.0, 0, 1)\n",
-              at: str = "class OptimConfig:\n") -> str:
+def with_knob(
+    source: str,
+    body: str,
+    after: str,
+    knob: str = "    patch_gain: float = knob(0.0, 0, 1)\n",
+    at: str = "class OptimConfig:\n",
+) -> str:
     """A unified diff that adds a knob and a line of code after a line of the script."""
     changed = source.replace(at, at + knob, 1).replace(after, after + body, 1)
     assert changed != source
@@ -35,24 +51,40 @@ def agent_script(tmp_path, text: str) -> str:
 
 
 def campaign(tmp_path, command: str, **more):
-    return forge_lab.instant(tmp_path, budget=dict(experiments=6), loop=dict(confirm="end"),
-                             agent=dict(cmd=command, share=1.0, timeout_s=1.0) | more)
+    return forge_lab.instant(
+        tmp_path,
+        budget=dict(experiments=6),
+        loop=dict(confirm="end"),
+        agent=dict(cmd=command, share=1.0, timeout_s=1.0) | more,
+    )
 
 
-@pytest.mark.parametrize("answer", [
-    json.dumps(GOOD), "Let me think {about it}.\n```json\n" + json.dumps(GOOD, indent=1) + "\n```\nDone.",
-    json.dumps(dict(type="result", result="I propose " + json.dumps(GOOD))), '{"a": 1}\n' + json.dumps(GOOD)])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        json.dumps(GOOD),
+        "Let me think {about it}.\n```json\n" + json.dumps(GOOD, indent=1) + "\n```\nDone.",
+        json.dumps(dict(type="result", result="I propose " + json.dumps(GOOD))),
+        '{"a": 1}\n' + json.dumps(GOOD),
+    ],
+)
 def test_answers_are_found_in_prose_and_wrappers(answer):
     """Acceptance 15: JSON alone, in prose, in a fence, in a tool's wrapper."""
     assert agent.read_hypothesis(answer)["env"] == GOOD["env"]
 
 
-@pytest.mark.parametrize("answer, reason", [
-    ("no idea", "no JSON object"), ("{not json", "no JSON object"),
-    ('{"schema": "x", "env": {"A": 1}}', "schema: want"), (json.dumps(GOOD | dict(env={})), "at least one knob"),
-    (json.dumps(GOOD | dict(env=dict(A=[1]))), "table of knobs"),
-    (json.dumps(GOOD | dict(kind="patch")), "unified diff"),
-    (json.dumps(GOOD | dict(kind="shell")), "env or patch")])
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        ("no idea", "no JSON object"),
+        ("{not json", "no JSON object"),
+        ('{"schema": "x", "env": {"A": 1}}', "schema: want"),
+        (json.dumps(GOOD | dict(env={})), "at least one knob"),
+        (json.dumps(GOOD | dict(env=dict(A=[1]))), "table of knobs"),
+        (json.dumps(GOOD | dict(kind="patch")), "unified diff"),
+        (json.dumps(GOOD | dict(kind="shell")), "env or patch"),
+    ],
+)
 def test_bad_answers_have_a_reason(answer, reason):
     with pytest.raises(ForgeError, match=reason):
         agent.read_hypothesis(answer)
@@ -70,31 +102,55 @@ def test_a_good_agent_is_heard_and_told_what_it_needs(tmp_path):
     assert b"forge.hypothesis/1" in told and b"Anchor:" in told and len(told) <= agent.PROMPT_BYTES
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("echo nonsense", "no JSON object"), ("exit 1", "exit code 1"), ("sleep 60 & sleep 60", "no answer in 1 s"),
-    ("yes aaaaaaaaaaaaaaaaaaaaaaaa | head -c 50000000", "more than 1 MiB of answer"),
-    ("echo '" + json.dumps(GOOD | dict(env=dict(MATRIX_LR=9))) + "'", "MATRIX_LR=9: want 0.005 to 0.2"),
-    ("echo '" + json.dumps(GOOD | dict(env=dict(SEED=9))) + "'", "unknown knob SEED")])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("echo nonsense", "no JSON object"),
+        ("exit 1", "exit code 1"),
+        ("sleep 60 & sleep 60", "no answer in 1 s"),
+        ("yes aaaaaaaaaaaaaaaaaaaaaaaa | head -c 50000000", "more than 1 MiB of answer"),
+        (
+            "echo '" + json.dumps(GOOD | dict(env=dict(MATRIX_LR=9))) + "'",
+            "MATRIX_LR=9: want 0.005 to 0.2",
+        ),
+        ("echo '" + json.dumps(GOOD | dict(env=dict(SEED=9))) + "'", "unknown knob SEED"),
+    ],
+)
 def test_a_bad_agent_costs_three_calls_and_nothing_else(tmp_path, text, reason):
     """Acceptance 15: logged reasons, one repair, then numbers; the breaker opens after three failures."""
     c = campaign(tmp_path, agent_script(tmp_path, text))
     state = forge_lab.finish(c)
     assert len(state.searches()) == 6 and all(x.source == "sampler" for x in state.searches())
-    assert 3 <= len(state.agent_calls) <= 4 and all(reason in call["reason"] for call in state.agent_calls)
+    assert 3 <= len(state.agent_calls) <= 4 and all(
+        reason in call["reason"] for call in state.agent_calls
+    )
     if "JSON" in reason:
-        assert state.agent_calls[1]["attempt"] == 2 and "no JSON object" in (tmp_path / "prompt.txt").read_text()
+        assert (
+            state.agent_calls[1]["attempt"] == 2
+            and "no JSON object" in (tmp_path / "prompt.txt").read_text()
+        )
 
 
-@pytest.mark.parametrize("text", ["sleep 60", "exit 1", "echo nonsense", "yes | head -c 50000000",
-                                  f"echo '{json.dumps(GOOD)}'"])
+@pytest.mark.parametrize(
+    "text",
+    ["sleep 60", "exit 1", "echo nonsense", "yes | head -c 50000000", f"echo '{json.dumps(GOOD)}'"],
+)
 def test_the_loop_hardly_waits_for_an_agent(tmp_path, monkeypatch, text):
     """Acceptance 15: what the loop agrees to wait for an agent that is asked every time is below 20 % of what the runs
     take, whatever it does; tests/bench.py forge measures it."""
     agreed, answer = [], agent.Call.answer
-    monkeypatch.setattr(agent.Call, "answer", lambda self, patience: agreed.append(patience) or answer(self, patience))
-    c = forge_lab.instant(tmp_path, kind=forge_lab.QuickRuns, budget=dict(experiments=12),
-                          loop=dict(confirm="end", ablation=False),
-                          agent=dict(cmd=agent_script(tmp_path, text), share=1.0, timeout_s=300.0))
+    monkeypatch.setattr(
+        agent.Call,
+        "answer",
+        lambda self, patience: agreed.append(patience) or answer(self, patience),
+    )
+    c = forge_lab.instant(
+        tmp_path,
+        kind=forge_lab.QuickRuns,
+        budget=dict(experiments=12),
+        loop=dict(confirm="end", ablation=False),
+        agent=dict(cmd=agent_script(tmp_path, text), share=1.0, timeout_s=300.0),
+    )
     state = forge_lab.finish(c)
     assert len(state.searches()) == 12 and agreed and sum(agreed) <= 0.2 * 60 * state.minutes()
     if c.asked:
@@ -107,9 +163,16 @@ def test_the_loop_hardly_waits_for_an_agent(tmp_path, monkeypatch, text):
 def test_a_late_answer_is_heard(tmp_path):
     """Acceptance 15: numbers while it thinks, then its hypothesis."""
     ready = tmp_path / "ready"
-    command = agent_script(tmp_path, f"until [ -e {ready} ]; do sleep 0.01; done\necho '{json.dumps(GOOD)}'")
-    c = forge_lab.instant(tmp_path, kind=forge_lab.QuickRuns, budget=dict(experiments=6), loop=dict(confirm="end"),
-                          agent=dict(cmd=command, share=1.0))
+    command = agent_script(
+        tmp_path, f"until [ -e {ready} ]; do sleep 0.01; done\necho '{json.dumps(GOOD)}'"
+    )
+    c = forge_lab.instant(
+        tmp_path,
+        kind=forge_lab.QuickRuns,
+        budget=dict(experiments=6),
+        loop=dict(confirm="end"),
+        agent=dict(cmd=command, share=1.0),
+    )
     while len(c.state.searches()) < 3:
         c.locked_tick()
     call = c.asked
@@ -122,14 +185,22 @@ def test_a_late_answer_is_heard(tmp_path):
 
 def test_agents_have_a_budget(tmp_path):
     """Acceptance 11: ten calls, each with another good answer, and then no more; dollars likewise."""
-    command = agent_script(tmp_path, f"echo x >> {tmp_path}/calls; n=$((10 + $(wc -l < {tmp_path}/calls)))\n"
-                           "echo '" + json.dumps(GOOD | dict(env=dict(MATRIX_LR="0.02N"))).replace("N", "'$n'") + "'")
-    c = forge_lab.instant(tmp_path, budget=dict(experiments=14, agent_calls=10), agent=dict(cmd=command, share=1.0))
+    command = agent_script(
+        tmp_path,
+        f"echo x >> {tmp_path}/calls; n=$((10 + $(wc -l < {tmp_path}/calls)))\n"
+        "echo '" + json.dumps(GOOD | dict(env=dict(MATRIX_LR="0.02N"))).replace("N", "'$n'") + "'",
+    )
+    c = forge_lab.instant(
+        tmp_path, budget=dict(experiments=14, agent_calls=10), agent=dict(cmd=command, share=1.0)
+    )
     state = forge_lab.finish(c)
     assert len(state.agent_calls) == 10 == sum(x.source == "agent" for x in state.searches())
     assert len((tmp_path / "calls").read_text().split()) == 10 and len(state.searches()) == 14
-    c = forge_lab.instant(tmp_path, budget=dict(experiments=4, agent_dollars=0.05),
-                          agent=dict(cmd=command, share=1.0, dollars_per_call=0.04))
+    c = forge_lab.instant(
+        tmp_path,
+        budget=dict(experiments=4, agent_dollars=0.05),
+        agent=dict(cmd=command, share=1.0, dollars_per_call=0.04),
+    )
     assert len(forge_lab.finish(c).agent_calls) == 1
 
 
@@ -149,16 +220,25 @@ def test_a_person_goes_first_and_a_stale_wish_is_set_aside(tmp_path):
     assert "NUM_LAYERS=99: want 4 to 16" in done.stderr
     (c.folder / "inbox" / "broken.json").write_text("{")
     c.loop(60, pause=0.05)
-    assert c.state.searches()[0].source == "human" and c.state.searches()[0].change == dict(MATRIX_LR=0.022)
+    assert c.state.searches()[0].source == "human" and c.state.searches()[0].change == dict(
+        MATRIX_LR=0.022
+    )
     assert len(list((c.folder / "inbox" / "done").iterdir())) >= 1
 
 
 # ---- Patches ---------------------------------------------------------------------------------------------------------
 HOSTILE = [
-    ("prints a fake final line", '    print("final:official variant:x val_loss:1 val_bpb:1 tokens:1 bytes:1")\n',
-     "not allowed in a patch: text 'final:official"),
+    (
+        "prints a fake final line",
+        '    print("final:official variant:x val_loss:1 val_bpb:1 tokens:1 bytes:1")\n',
+        "not allowed in a patch: text 'final:official",
+    ),
     ("opens a socket", "    import socket\n", "import socket"),
-    ("evaluates otherwise", "    EvalConfig.eval_stride = 1\n", "assignment to EvalConfig.eval_stride"),
+    (
+        "evaluates otherwise",
+        "    EvalConfig.eval_stride = 1\n",
+        "assignment to EvalConfig.eval_stride",
+    ),
     ("starts a process", "    os.system('true')\n", "os.system"),
     ("writes elsewhere", "    Path('../../x').write_text('y')\n", ".write_text"),
     ("opens the validation text", "    open('fineweb_val_000000.bin')\n", "not allowed in a patch"),
@@ -166,15 +246,21 @@ HOSTILE = [
     ("evaluates text", "    eval('1')\n", "call of eval"),
     ("replaces the scorer", "    score_model = None\n", None),
     ("replaces a library function", "    torch.log = abs\n", "assignment to torch.log"),
-    ("reaches for internals", "    x = ().__class__\n", "attribute __class__")]
+    ("reaches for internals", "    x = ().__class__\n", "attribute __class__"),
+]
 
 
 @pytest.mark.parametrize("what, line, reason", HOSTILE, ids=[h[0] for h in HOSTILE])
 def test_hostile_patches_of_the_real_script_are_refused(what, line, reason):
     """Acceptance 16, static part: inserted into the optimiser's code, outside the protected sections."""
     at = next(n for n in REAL.splitlines(True) if n.startswith("def full_speed("))
-    patch = with_knob(REAL, line, at, '    patch_gain: float = knob(0.0, "a gain", 0, 1)\n',
-                      "class OptimConfig:\n")
+    patch = with_knob(
+        REAL,
+        line,
+        at,
+        '    patch_gain: float = knob(0.0, "a gain", 0, 1)\n',
+        "class OptimConfig:\n",
+    )
     if reason is None:  # a local name harms nobody
         assert guard.inspect_patch(REAL, patch)[1] == "PATCH_GAIN"
         return
@@ -183,11 +269,17 @@ def test_hostile_patches_of_the_real_script_are_refused(what, line, reason):
     assert reason in str(error.value)
 
 
-@pytest.mark.parametrize("old, new, region", [
-    ("def score_model(", "def score_model_(", "section 9"),
-    ("def code_bytes() -> int:", "def code_bytes_() -> int:", "section 8"),
-    ("def byte_table(", "def byte_table_(", "section 3"), ("class Clock:", "class Clock_:", "Clock"),
-    ("class EvalConfig:", "class EvalConfig_:", "EvalConfig"), ("def summary(", "def summary_(", "section 11")])
+@pytest.mark.parametrize(
+    "old, new, region",
+    [
+        ("def score_model(", "def score_model_(", "section 9"),
+        ("def code_bytes() -> int:", "def code_bytes_() -> int:", "section 8"),
+        ("def byte_table(", "def byte_table_(", "section 3"),
+        ("class Clock:", "class Clock_:", "Clock"),
+        ("class EvalConfig:", "class EvalConfig_:", "EvalConfig"),
+        ("def summary(", "def summary_(", "section 11"),
+    ],
+)
 def test_protected_regions_of_the_real_script_may_not_change(old, new, region):
     """Acceptance 16: the evaluation, what it reads, and what is counted and reported."""
     head = "class OptimConfig:\n"
@@ -197,16 +289,23 @@ def test_protected_regions_of_the_real_script_may_not_change(old, new, region):
 
 
 def test_a_patch_needs_one_switch_and_must_apply():
-    good = with_knob(REAL, "    pass\n", next(n for n in REAL.splitlines(True) if n.startswith("def full_speed(")),
-                     '    patch_gain: float = knob(0.0, "a gain", 0, 1)\n', "class OptimConfig:\n")
+    good = with_knob(
+        REAL,
+        "    pass\n",
+        next(n for n in REAL.splitlines(True) if n.startswith("def full_speed(")),
+        '    patch_gain: float = knob(0.0, "a gain", 0, 1)\n',
+        "class OptimConfig:\n",
+    )
     patched, switch = guard.inspect_patch(REAL, good)
     assert switch == "PATCH_GAIN" and diff(REAL, patched) == good
-    cases = ((good.replace("patch_gain: float = knob", "patch_gain: float = tap"), "exactly one knob"),
-             (good.replace("train_gpt.py", "tests/conftest.py"), "of train_gpt.py and of nothing else"),
-             (good.replace(" class OptimConfig", " class OptimConfigs"), "does not apply at line"),
-             ("--- a/train_gpt.py\n+++ b/train_gpt.py\n", "no @@ hunk"),
-             (good.replace("+    pass", "+    pass pass"), "not Python after the patch"),
-             (good.replace("+    pass\n", "+    pass\n" * 401), "changed lines, want at most 400"))
+    cases = (
+        (good.replace("patch_gain: float = knob", "patch_gain: float = tap"), "exactly one knob"),
+        (good.replace("train_gpt.py", "tests/conftest.py"), "of train_gpt.py and of nothing else"),
+        (good.replace(" class OptimConfig", " class OptimConfigs"), "does not apply at line"),
+        ("--- a/train_gpt.py\n+++ b/train_gpt.py\n", "no @@ hunk"),
+        (good.replace("+    pass", "+    pass pass"), "not Python after the patch"),
+        (good.replace("+    pass\n", "+    pass\n" * 401), "changed lines, want at most 400"),
+    )
     for patch, reason in cases:
         with pytest.raises(ForgeError, match=reason):
             guard.inspect_patch(REAL, patch)
@@ -228,33 +327,56 @@ def sandboxed() -> bool:
 def test_patched_code_runs_without_a_network_and_its_score_is_measured_again(tmp_path):
     """Acceptance 16, dynamic part: what changes the losses by itself is refused, an optimiser that is skipped gains
     nothing, and a score that the artifact does not have is found out by scoring it again."""
-    c = forge_lab.real(tmp_path, budget=dict(experiments=2, agent_calls=1), loop=dict(confirm="end"))
-    honest = with_knob(SOURCE, "    v['patch_used'] = 1\n", '    score = noisy_score(v, tricks.get("noise", 0.001))\n')
+    c = forge_lab.real(
+        tmp_path, budget=dict(experiments=2, agent_calls=1), loop=dict(confirm="end")
+    )
+    honest = with_knob(
+        SOURCE,
+        "    v['patch_used'] = 1\n",
+        '    score = noisy_score(v, tricks.get("noise", 0.001))\n',
+    )
     with pytest.raises(ForgeError, match="protected: main"):
         agent.check(GOOD | dict(kind="patch", patch=honest), c)
-    lying = with_knob(SOURCE, "    sigma = sigma - v['patch_gain'] * 0 - 50\n",
-                      '"""What a run with this seed scores; knobs that a patch adds do not change the noise."""\n')
+    lying = with_knob(
+        SOURCE,
+        "    sigma = sigma - v['patch_gain'] * 0 - 50\n",
+        '"""What a run with this seed scores; knobs that a patch adds do not change the noise."""\n',
+    )
     with pytest.raises(ForgeError, match="at its default the patch changes the losses"):
         agent.check(GOOD | dict(kind="patch", patch=lying), c)
-    place = '"""What a run with this seed scores; knobs that a patch adds do not change the noise."""\n'
+    place = (
+        '"""What a run with this seed scores; knobs that a patch adds do not change the noise."""\n'
+    )
     skips = with_knob(SOURCE, "    v = dict(v, matrix_lr=1e-6)\n", place)
     with pytest.raises(ForgeError, match="at its default the patch changes the losses"):
         agent.check(GOOD | dict(kind="patch", patch=skips), c)
-    skips = with_knob(SOURCE, "    v = dict(v, matrix_lr=1e-6 if v.get('patch_gain') else v['matrix_lr'])\n", place)
-    sly = with_knob(SOURCE, "    sigma = sigma + 20 * (v['matrix_lr'] == 0.022) * (v['run_mode'] == 'train')\n",
-                    '"""What a run with this seed scores; knobs that a patch adds do not change the noise."""\n')
+    skips = with_knob(
+        SOURCE,
+        "    v = dict(v, matrix_lr=1e-6 if v.get('patch_gain') else v['matrix_lr'])\n",
+        place,
+    )
+    sly = with_knob(
+        SOURCE,
+        "    sigma = sigma + 20 * (v['matrix_lr'] == 0.022) * (v['run_mode'] == 'train')\n",
+        '"""What a run with this seed scores; knobs that a patch adds do not change the noise."""\n',
+    )
     (c.folder / "inbox").mkdir()
     (c.folder / "inbox" / "1.json").write_text(json.dumps(GOOD | dict(kind="patch", patch=sly)))
-    (c.folder / "inbox" / "2.json").write_text(json.dumps(GOOD | dict(kind="patch", patch=skips,
-                                                                      env=dict(PATCH_GAIN="1"))))
+    (c.folder / "inbox" / "2.json").write_text(
+        json.dumps(GOOD | dict(kind="patch", patch=skips, env=dict(PATCH_GAIN="1")))
+    )
     os.utime(c.folder / "inbox" / "1.json", (1, 1))
     outside = {p for p in tmp_path.rglob("*") if c.folder not in p.parents}
     c.loop(200, pause=0.05)
     assert {p for p in tmp_path.rglob("*") if c.folder not in p.parents} == outside
     x, idle = c.state.searches()
-    assert idle.verdict["verdict"] == "reject" and idle.change["PATCH_GAIN"] == "1", "an optimiser that does not step"
+    assert idle.verdict["verdict"] == "reject" and idle.change["PATCH_GAIN"] == "1", (
+        "an optimiser that does not step"
+    )
     run = next(r for r in c.state.runs.values() if r.exp == idle.id)
-    assert run.env["PATCH_GAIN"] == "1" and campaign_again(c).space.normal(idle.change) == idle.change
+    assert (
+        run.env["PATCH_GAIN"] == "1" and campaign_again(c).space.normal(idle.change) == idle.change
+    )
     with pytest.raises(ForgeError, match="unknown knob PATCH_GAIN"):
         c.space.normal(dict(PATCH_GAIN="1"))  # the old code has no such switch
     assert "@code" in x.change and x.source == "human"
@@ -270,18 +392,23 @@ def test_the_sandbox_has_no_network_and_writes_only_its_folder(tmp_path):
     """Acceptance 16: sockets, and files elsewhere."""
     import subprocess
     import sys
+
     folder = tmp_path / "inside"
     wrap = guard.sandbox(folder)
-    code = ("import socket, sys\nfrom pathlib import Path\n"
-            f"Path({str(folder / 'ok')!r}).write_text('x')\n"
-            "s = socket.socket(); s.settimeout(2)\n"
-            "try: s.connect(('127.0.0.1', 9)); print('network')\n"
-            "except OSError as e: print('refused', e.errno)\n"
-            f"try: Path({str(tmp_path / 'bad')!r}).write_text('x'); print('wrote outside')\n"
-            "except OSError: print('read-only')\n")
+    code = (
+        "import socket, sys\nfrom pathlib import Path\n"
+        f"Path({str(folder / 'ok')!r}).write_text('x')\n"
+        "s = socket.socket(); s.settimeout(2)\n"
+        "try: s.connect(('127.0.0.1', 9)); print('network')\n"
+        "except OSError as e: print('refused', e.errno)\n"
+        f"try: Path({str(tmp_path / 'bad')!r}).write_text('x'); print('wrote outside')\n"
+        "except OSError: print('read-only')\n"
+    )
     server = socket_server()
     code = code.replace("('127.0.0.1', 9)", f"('127.0.0.1', {server.getsockname()[1]})")
-    done = subprocess.run([*wrap, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*wrap, sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
     server.close()
     assert (folder / "ok").exists(), done.stderr
     assert "network" not in done.stdout and "refused" in done.stdout
@@ -291,6 +418,7 @@ def test_the_sandbox_has_no_network_and_writes_only_its_folder(tmp_path):
 
 def socket_server():
     import socket
+
     server = socket.socket()
     server.bind(("127.0.0.1", 0))
     server.listen()

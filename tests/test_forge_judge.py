@@ -1,4 +1,5 @@
 """The judge's error rates, simulated through the code that the campaign uses, and its parts against references."""
+
 import math
 
 import forge_lab
@@ -19,7 +20,9 @@ def judged(rng, gain: float, df: int = 20) -> tuple[bool, int, float]:
         step = judge.look(differences, estimate.sigma_d)
     if step == "reject":
         return False, len(differences), 0.0
-    better, test = judge.fresh_test(rng.normal(shift, 1, judge.FRESH), rng.normal(0, 1, judge.FRESH), estimate)
+    better, test = judge.fresh_test(
+        rng.normal(shift, 1, judge.FRESH), rng.normal(0, 1, judge.FRESH), estimate
+    )
     return better, len(differences) + 2 * judge.FRESH, test.delta - shift
 
 
@@ -48,14 +51,21 @@ def test_whole_campaigns_of_changes_that_do_nothing_confirm_nothing(tmp_path):
     the run before it would keep half of them."""
     confirmed, lower, done = 0, [], 0
     for seed in range(8):
-        c = forge_lab.instant(tmp_path, score=lambda order: 1.2, seed=seed, budget=dict(experiments=50))
+        c = forge_lab.instant(
+            tmp_path, score=lambda order: 1.2, seed=seed, budget=dict(experiments=50)
+        )
         state = forge_lab.finish(c)
         done += len(state.searches())
-        confirmed += sum(x.verdict["verdict"] in ("confirmed", "upheld") for x in state.experiments.values())
+        confirmed += sum(
+            x.verdict["verdict"] in ("confirmed", "upheld") for x in state.experiments.values()
+        )
         assert sum(x.verdict["verdict"] == "tentative" for x in state.searches()) <= 20
         first = [state.run_of(x.change, x.rung, x.seeds[0]).score for x in state.searches()]
         lower += [b < a for a, b in zip(first, first[1:])]
-    assert done == 400 and confirmed / done <= 0.02 and np.mean(lower) > 0.4, (confirmed, np.mean(lower))
+    assert done == 400 and confirmed / done <= 0.02 and np.mean(lower) > 0.4, (
+        confirmed,
+        np.mean(lower),
+    )
 
 
 def test_the_champion_of_a_campaign_is_reported_at_its_true_score(tmp_path):
@@ -63,12 +73,18 @@ def test_the_champion_of_a_campaign_is_reported_at_its_true_score(tmp_path):
     not."""
     errors = []
     for seed in range(5):
-        c = forge_lab.instant(tmp_path, sigma=0.003, seed=seed, budget=dict(experiments=25), loop=dict(ablation=False))
+        c = forge_lab.instant(
+            tmp_path, sigma=0.003, seed=seed, budget=dict(experiments=25), loop=dict(ablation=False)
+        )
         state = forge_lab.finish(c)
         for x in state.experiments.values():
             if x.kind == "confirm" and x.verdict["verdict"] == "confirmed":
-                truth = [forge_lab.fake_trainer.true_score(forge_lab.values(c.space.resolve(
-                    change, c.rung("screen")))) for change in (x.change, x.parent)]
+                truth = [
+                    forge_lab.fake_trainer.true_score(
+                        forge_lab.values(c.space.resolve(change, c.rung("screen")))
+                    )
+                    for change in (x.change, x.parent)
+                ]
                 errors.append((x.verdict["delta"] - (truth[0] - truth[1])) / 0.003)
     assert len(errors) >= 4 and abs(np.mean(errors)) < 3 * math.sqrt(2 / 3) / math.sqrt(len(errors))
 
@@ -98,33 +114,52 @@ def test_the_design_is_balanced_and_its_effects_are_the_least_squares_ones():
     d = judge.plackett_burman(4)
     y = 2 + d @ truth / 2 + rng.normal(0, 0.01, 12)
     solved = np.linalg.lstsq(np.column_stack([np.ones(12), d / 2]), y, rcond=None)[0][1:]
-    assert [t.delta for t in judge.effects(d, y, judge.Noise(0.01, 20))] == pytest.approx(list(solved))
+    assert [t.delta for t in judge.effects(d, y, judge.Noise(0.01, 20))] == pytest.approx(
+        list(solved)
+    )
     for k in (0, 12):
         with pytest.raises(ValueError, match="want 1 to 11"):
             judge.plackett_burman(k)
 
 
-@pytest.mark.parametrize("sigma, new, anchor, want", [
-    (0.001, [1.0], [1.0005, 1.0009], "stay"), (0.001, [1.0], [1.002], "move"), (0.003, [1.0], [1.0], "stay"),
-    (0.003, [1.0], [1.001], "new"), (0.003, [1.0, 1.0], [1.01], "move"),
-    (0.03, [1.0, 1.0], [1.001], "anchor"), (0.03, [1.0] * 5, [1.001] * 5, "stay")])
+@pytest.mark.parametrize(
+    "sigma, new, anchor, want",
+    [
+        (0.001, [1.0], [1.0005, 1.0009], "stay"),
+        (0.001, [1.0], [1.002], "move"),
+        (0.003, [1.0], [1.0], "stay"),
+        (0.003, [1.0], [1.001], "new"),
+        (0.003, [1.0, 1.0], [1.01], "move"),
+        (0.03, [1.0, 1.0], [1.001], "anchor"),
+        (0.03, [1.0] * 5, [1.001] * 5, "stay"),
+    ],
+)
 def test_the_anchor_moves_by_a_margin_or_a_race(sigma, new, anchor, want):
     assert judge.anchor_step(new, anchor, sigma) == want
 
 
 # ---- Claims ----------------------------------------------------------------------------------------------------------
-def evidence(rng, effect: float, k: int, sigma_d: float = 0.00096, between: float = 0.0003) -> list[dict]:
+def evidence(
+    rng, effect: float, k: int, sigma_d: float = 0.00096, between: float = 0.0003
+) -> list[dict]:
     """k comparisons of three pairs each, every one against another parent."""
     se = sigma_d / math.sqrt(3)
-    return [dict(delta=effect + rng.normal(0, between) + rng.normal(0, se), se=se, parent=str(i), at=0)
-            for i in range(k)]
+    return [
+        dict(delta=effect + rng.normal(0, between) + rng.normal(0, se), se=se, parent=str(i), at=0)
+        for i in range(k)
+    ]
 
 
 def test_claims_crystallise_at_the_promised_rates():
     """Acceptance 6: true gains of 0.002 are proven by k = 4, changes that do nothing are not."""
     rng = np.random.default_rng(4)
-    proven = lambda effect, k: np.mean([meta.crystallise(evidence(rng, effect, k), 0.00068, 0, True)["status"]  # noqa
-                                        == "proven" for _ in range(400)])
+    proven = lambda effect, k: np.mean(
+        [
+            meta.crystallise(evidence(rng, effect, k), 0.00068, 0, True)["status"]  # noqa
+            == "proven"
+            for _ in range(400)
+        ]
+    )
     assert proven(-0.002, 4) >= 0.9 and proven(-0.002, 5) >= 0.97
     assert proven(0.0, 3) <= 0.03 and proven(0.0, 6) <= 0.05
     assert proven(0.001, 5) == 0
@@ -145,7 +180,8 @@ def test_probability_worse_equals_simulation():
     rng = np.random.default_rng(5)
     for after, before in (((1, 10), (5, 10)), ((3, 10), (3, 10)), ((0, 12), (2, 20))):
         draws = rng.beta(1 + after[0], 1 + after[1] - after[0], 200_000) < rng.beta(
-            1 + before[0], 1 + before[1] - before[0], 200_000)
+            1 + before[0], 1 + before[1] - before[0], 200_000
+        )
         assert meta.probability_worse(after, before) == pytest.approx(draws.mean(), abs=0.005)
 
 
@@ -175,11 +211,16 @@ def test_forecasts_equal_the_prediction_interval_of_a_regression():
     y = 0.5 + 0.4 * x + rng.normal(0, 0.02, 12)
     found, line = ladder.forecast(list(zip(x, y)), 4.3, 2.2), stats.linregress(x, y)
     rest = y - line.intercept - line.slope * x
-    error = math.sqrt((rest @ rest) / 10 * (1 + 1 / 12 + (4.3 - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum()))
+    error = math.sqrt(
+        (rest @ rest) / 10 * (1 + 1 / 12 + (4.3 - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
+    )
     assert found["middle"] == pytest.approx(line.intercept + line.slope * 4.3)
     assert found["high"] - found["middle"] == pytest.approx(stats.t.ppf(0.95, 10) * error, rel=1e-6)
     assert found["chance"] == pytest.approx(stats.t.cdf((2.2 - found["middle"]) / error, 10))
-    assert ladder.forecast(list(zip(x, y))[:7], 4.3, 2.2) is None and ladder.forecast([(1, 2)] * 9, 1, 2) is None
+    assert (
+        ladder.forecast(list(zip(x, y))[:7], 4.3, 2.2) is None
+        and ladder.forecast([(1, 2)] * 9, 1, 2) is None
+    )
 
 
 def test_forecasts_cover_the_ends_of_synthetic_curves():
@@ -190,7 +231,10 @@ def test_forecasts_cover_the_ends_of_synthetic_curves():
     def curve():
         floor, scale, speed = rng.normal(1.6, 0.03), rng.normal(3.0, 0.3), rng.normal(0.5, 0.02)
         loss = lambda t: floor + scale * (50 * t) ** -speed  # noqa: E731
-        return loss(0.4) + rng.normal(0, 0.005), loss(1.0) - abs(rng.normal(0.1, 0.005)) + rng.normal(0, 0.004)
+        return loss(0.4) + rng.normal(0, 0.005), loss(1.0) - abs(
+            rng.normal(0.1, 0.005)
+        ) + rng.normal(0, 0.004)
+
     for _ in range(300):
         seen, (half, end) = [curve() for _ in range(12)], curve()
         bar = sorted(y for _, y in seen)[2]
@@ -198,7 +242,11 @@ def test_forecasts_cover_the_ends_of_synthetic_curves():
         hits += found["low"] <= end <= found["high"]
         if found["chance"] < ladder.HOPELESS:
             ended, wrong = ended + 1, wrong + (end < bar)
-    assert 0.85 <= hits / 300 <= 0.95 and ended > 100 and wrong / ended <= 0.05, (hits, ended, wrong)
+    assert 0.85 <= hits / 300 <= 0.95 and ended > 100 and wrong / ended <= 0.05, (
+        hits,
+        ended,
+        wrong,
+    )
 
 
 def test_projection_of_a_published_run_covers_what_came():
@@ -219,7 +267,9 @@ def test_projection_intervals_cover_what_comes():
         c, alpha, a = rng.uniform(0.9, 1.2), rng.uniform(0.25, 0.7), rng.uniform(0.1, 0.4)
         t = np.arange(1, 7) * 5e6
         f = lambda x: c + a * (x / 5e6) ** -alpha  # noqa: E731
-        curve = [[x, f(x) + rng.normal(0, 0.002), 1.0] for x in t[:5]] + [[t[5], 0.0, 0.5]]  # the rate changed
+        curve = [[x, f(x) + rng.normal(0, 0.002), 1.0] for x in t[:5]] + [
+            [t[5], 0.0, 0.5]
+        ]  # the rate changed
         found = ladder.project(curve, 5e7)
         target = f(5e7) + rng.normal(0, 0.002)
         hits += found["low"][0] <= target <= found["high"][0]

@@ -1,4 +1,5 @@
 """The forge's truth: nothing acknowledged is lost, nothing is run twice, whatever is killed and whenever."""
+
 import json
 import os
 import random
@@ -18,18 +19,26 @@ from forge.state import replay
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-PLAIN = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-                     | st.text(max_size=8), lambda x: st.lists(x, max_size=3)
-                     | st.dictionaries(st.text(max_size=5), x, max_size=3), max_leaves=6)
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
+    max_leaves=6,
+)
 
 
-@given(st.dictionaries(st.text(max_size=6).filter(lambda k: k != "sum"), PLAIN, min_size=1, max_size=4))
+@given(
+    st.dictionaries(st.text(max_size=6).filter(lambda k: k != "sum"), PLAIN, min_size=1, max_size=4)
+)
 @settings(max_examples=40, deadline=None)
 def test_a_line_gives_back_its_event_and_any_changed_character_is_noticed(event):
     line = seal(event)
     assert unseal(line[:-1]) == json.loads(canonical(event)) and line.count("\n") == 1
     i = len(line) // 2
-    broken = line[:i] + ("x" if line[i] != "x" else "y") + line[i + 1:-1]
+    broken = line[:i] + ("x" if line[i] != "x" else "y") + line[i + 1 : -1]
     with pytest.raises((ValueError, KeyError)):
         if unseal(broken) is not None:
             raise AssertionError("accepted")
@@ -67,8 +76,14 @@ def test_damage_before_the_end_is_named_and_not_repaired(tmp_path):
 
 def test_many_writers_lose_nothing(tmp_path):
     path = tmp_path / "events.jsonl"
-    threads = [threading.Thread(target=lambda k=k: [Ledger(path, durable=False).append("note", k=k, i=i)
-                                                    for i in range(25)]) for k in range(4)]
+    threads = [
+        threading.Thread(
+            target=lambda k=k: [
+                Ledger(path, durable=False).append("note", k=k, i=i) for i in range(25)
+            ]
+        )
+        for k in range(4)
+    ]
     for t in threads:
         t.start()
     for t in threads:
@@ -83,12 +98,14 @@ def test_a_full_disk_is_one_clear_error_and_harms_nothing(tmp_path):
     path = tmp_path / "events.jsonl"
     Ledger(path).append("note", text="first")
     size = path.stat().st_size
-    code = (f"import resource, signal, sys; sys.path.insert(0, {str(ROOT / 'records')!r})\n"
-            "from pathlib import Path; from forge.ledger import Ledger; from forge import ForgeError\n"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size + 20}, {size + 20}))\n"
-            f"try: Ledger(Path({str(path)!r})).append('note', text='second' * 50)\n"
-            "except ForgeError as e: print(e); sys.exit(2)")
+    code = (
+        f"import resource, signal, sys; sys.path.insert(0, {str(ROOT / 'records')!r})\n"
+        "from pathlib import Path; from forge.ledger import Ledger; from forge import ForgeError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size + 20}, {size + 20}))\n"
+        f"try: Ledger(Path({str(path)!r})).append('note', text='second' * 50)\n"
+        "except ForgeError as e: print(e); sys.exit(2)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and "cannot write events.jsonl" in done.stdout, done.stderr
     assert [e["text"] for e in Ledger(path).read()] == ["first"] and path.stat().st_size == size
@@ -124,12 +141,16 @@ def test_an_interrupted_decision_is_taken_again_the_same_way(tmp_path):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_kill_9_of_anything_at_any_time_loses_and_repeats_nothing(tmp_path, seed):
     """Acceptance 7, ten kills per seed: decider, supervisor, trainer, or all of them at once."""
-    c = forge_lab.real(tmp_path, dict(pause=0.03), budget=dict(experiments=8), loop=dict(workers=2, ablation=False))
+    c = forge_lab.real(
+        tmp_path, dict(pause=0.03), budget=dict(experiments=8), loop=dict(workers=2, ablation=False)
+    )
     folder, rng, kills = c.folder, random.Random(seed), 0
     command = [*forge_lab.FORGE, "run", str(folder)]
     end = time.monotonic() + 200
     while time.monotonic() < end:
-        decider = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        decider = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        )
         try:
             decider.wait(rng.uniform(0.4, 2.0) if kills < 10 else 100)
             assert decider.returncode == 0, decider.stderr.read().decode()
@@ -142,7 +163,9 @@ def test_kill_9_of_anything_at_any_time_loses_and_repeats_nothing(tmp_path, seed
                     trainer = json.loads(path.read_text())
                 except (OSError, json.JSONDecodeError):
                     continue
-                if what in ("trainer", "all") and trainer["attempt"] < 3:  # a third loss would end the run for good
+                if (
+                    what in ("trainer", "all") and trainer["attempt"] < 3
+                ):  # a third loss would end the run for good
                     kill_group(trainer["pid"])
             if what in ("supervisor", "all"):
                 for pid in supervisors_of(folder):
@@ -158,11 +181,15 @@ def test_kill_9_of_anything_at_any_time_loses_and_repeats_nothing(tmp_path, seed
     for key, run in state.runs.items():
         record = json.loads((folder / "runs" / key / "metrics.json").read_text())
         assert record["status"] == run.record["status"] and record["attempt"] <= 3
-        logs = [p for p in (folder / "runs" / key).glob("a*.out") if "final:official" in p.read_text()]
+        logs = [
+            p for p in (folder / "runs" / key).glob("a*.out") if "final:official" in p.read_text()
+        ]
         assert len(logs) <= 1, "a completed run was repeated"
     verified = forge_lab.forge("verify", folder)
     assert verified.returncode == 0 and state.digest() in verified.stdout, verified.stderr
-    assert state.digest() in forge_lab.forge("rebuild", folder).stdout, "rebuilt from the events: the same state"
+    assert state.digest() in forge_lab.forge("rebuild", folder).stdout, (
+        "rebuilt from the events: the same state"
+    )
     assert not supervisors_of(folder)
 
 

@@ -1,4 +1,5 @@
 """Shared queue: every key is executed to completion once, whatever dies; a torn record costs itself only."""
+
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from forge.state import replay
 
 WORKER = f"""
 import json, sys, time
-sys.path.insert(0, {str(ROOT / 'records')!r})
+sys.path.insert(0, {str(ROOT / "records")!r})
 from pathlib import Path
 from forge import shared
 def run(order, scratch, code, data):
@@ -38,26 +39,35 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("mode, workers, keys, kills", [
-    (mode, workers, 200, 5) for mode in ("file", "proxy") for workers in (2, 6)])
+@pytest.mark.parametrize(
+    "mode, workers, keys, kills",
+    [(mode, workers, 200, 5) for mode in ("file", "proxy") for workers in (2, 6)],
+)
 def test_every_key_is_executed_once(tmp_path, mode, workers, keys, kills):
     """Acceptance 9."""
     storage = shared.journal(tmp_path / "study.journal")
     target = str(tmp_path / "study.journal")
     if mode == "proxy":
         target = f"localhost:{free_port()}"
-        code = (f"import sys; sys.path.insert(0, {str(ROOT / 'records')!r})\nfrom pathlib import Path\n"
-                "from forge import shared\nimport optuna\noptuna.storages.run_grpc_proxy_server("
-                f"shared.journal(Path({str(tmp_path / 'study.journal')!r})), host='localhost', port="
-                f"{target.split(':')[1]})")
+        code = (
+            f"import sys; sys.path.insert(0, {str(ROOT / 'records')!r})\nfrom pathlib import Path\n"
+            "from forge import shared\nimport optuna\noptuna.storages.run_grpc_proxy_server("
+            f"shared.journal(Path({str(tmp_path / 'study.journal')!r})), host='localhost', port="
+            f"{target.split(':')[1]})"
+        )
         server = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     decider = shared.QueueRuns(storage, tmp_path / "runs", lease=5.0)
-    orders = {f"k{i:03d}": dict(key=f"k{i:03d}", code="c", script=__file__, sandbox=[]) for i in range(keys)}
+    orders = {
+        f"k{i:03d}": dict(key=f"k{i:03d}", code="c", script=__file__, sandbox=[])
+        for i in range(keys)
+    }
     for order in orders.values():
         decider.start(order)
         decider.start(order)  # asked twice, queued once
-    spawn = lambda: subprocess.Popen([sys.executable, "-c", WORKER, target, str(tmp_path)],  # noqa: E731
-                                     stdout=subprocess.DEVNULL)
+    spawn = lambda: subprocess.Popen(
+        [sys.executable, "-c", WORKER, target, str(tmp_path)],  # noqa: E731
+        stdout=subprocess.DEVNULL,
+    )
     crew, rng, done, killed = [spawn() for _ in range(workers)], random.Random(1), {}, 0
     end = time.monotonic() + 300  # a watchdog
     try:
@@ -76,10 +86,19 @@ def test_every_key_is_executed_once(tmp_path, mode, workers, keys, kills):
                 crew[victim], killed = spawn(), killed + 1
             time.sleep(0.05)
         decider.study.set_user_attr("closed", "now")
-        assert len(done) == keys and killed == kills and all(r["status"] == "ok" for r in done.values())
+        assert (
+            len(done) == keys
+            and killed == kills
+            and all(r["status"] == "ok" for r in done.values())
+        )
         starts, ends = ((tmp_path / name).read_text().split() for name in ("starts", "ends"))
-        assert set(ends) == set(orders) and len(starts) <= keys + kills and len(ends) <= keys + kills
-        counted = [t.user_attrs["key"] for t in decider.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))]
+        assert (
+            set(ends) == set(orders) and len(starts) <= keys + kills and len(ends) <= keys + kills
+        )
+        counted = [
+            t.user_attrs["key"]
+            for t in decider.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+        ]
         assert sorted(counted) == sorted(orders), "one counted result per key"
     finally:
         for worker in crew:
@@ -102,7 +121,10 @@ def test_a_torn_journal_record_costs_itself_only(tmp_path):
         path.write_bytes(whole[:cut])
         again = shared.QueueRuns(shared.journal(path), tmp_path)
         again.start(dict(key="next", code="c", script=__file__, sandbox=[]))
-        keys = {t.user_attrs.get("key") for t in shared.QueueRuns(shared.journal(path), tmp_path).study.trials}
+        keys = {
+            t.user_attrs.get("key")
+            for t in shared.QueueRuns(shared.journal(path), tmp_path).study.trials
+        }
         assert "next" in keys and {"k0", "k1"} <= keys
 
 
@@ -116,7 +138,9 @@ def test_a_lost_worker_is_noticed_by_its_heart_and_given_up_in_the_end(tmp_path)
         assert runs.poll("k")[0] == "running"
         time.sleep(0.08)
         trial.set_user_attr("beat", 2)
-        assert runs.poll("k")[0] == "running", "a beating heart is no lost worker, however long it takes"
+        assert runs.poll("k")[0] == "running", (
+            "a beating heart is no lost worker, however long it takes"
+        )
         time.sleep(0.08)
         status, record = runs.poll("k")
         assert status == ("lost" if attempt < shared.RETRIES else "done")
@@ -129,17 +153,28 @@ def test_a_campaign_is_served_to_workers_on_other_machines(tmp_path):
     """Head and worker as processes that share nothing but a port."""
     c = forge_lab.real(tmp_path, budget=dict(experiments=2), loop=dict(confirm="end", workers=2))
     port = free_port()
-    head = subprocess.Popen([*forge_lab.FORGE, "serve", str(c.folder), "--port", str(port)], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+    head = subprocess.Popen(
+        [*forge_lab.FORGE, "serve", str(c.folder), "--port", str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert "serving" in head.stdout.readline()
-    done = forge_lab.forge("worker", "--connect", f"localhost:{port}", "--scratch", tmp_path / "pod", "--idle", "40")
+    done = forge_lab.forge(
+        "worker", "--connect", f"localhost:{port}", "--scratch", tmp_path / "pod", "--idle", "40"
+    )
     out, _ = head.communicate(timeout=60)
     assert head.returncode == 0 and done.returncode == 0, out + done.stdout + done.stderr
     state = replay(Ledger(c.folder / "events.jsonl").read())
-    assert len(state.searches()) == 2 and all(r.record["status"] == "ok" for r in state.runs.values())
+    assert len(state.searches()) == 2 and all(
+        r.record["status"] == "ok" for r in state.runs.values()
+    )
     for key in state.runs:
         record = json.loads((c.folder / "runs" / key / "metrics.json").read_text())
-        assert record["worker"].startswith(socket.gethostname()) and (tmp_path / "pod" / "runs" / key).exists()
+        assert (
+            record["worker"].startswith(socket.gethostname())
+            and (tmp_path / "pod" / "runs" / key).exists()
+        )
     assert forge_lab.forge("verify", c.folder).returncode == 0
 
 
@@ -148,8 +183,12 @@ def test_workers_are_started_as_jobs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     c = forge_lab.real(tmp_path, budget=dict(experiments=2), loop=dict(confirm="end", workers=2))
     port = free_port()
-    head = subprocess.Popen([*forge_lab.FORGE, "serve", str(c.folder), "--port", str(port)], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+    head = subprocess.Popen(
+        [*forge_lab.FORGE, "serve", str(c.folder), "--port", str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert "serving" in head.stdout.readline()
     jobs = shared.start_on_slurm(f"localhost:{port}", "main", 2, cluster="local")
     out, _ = head.communicate(timeout=120)
@@ -157,7 +196,9 @@ def test_workers_are_started_as_jobs(tmp_path, monkeypatch):
         job.result()  # raises when the worker failed
     state = replay(Ledger(c.folder / "events.jsonl").read())
     assert head.returncode == 0 and len(state.searches()) == 2, out
-    assert {run.record["status"] for run in state.runs.values()} == {"ok"} and Path("runs/forge-worker-1").is_dir()
+    assert {run.record["status"] for run in state.runs.values()} == {"ok"} and Path(
+        "runs/forge-worker-1"
+    ).is_dir()
 
 
 @pytest.mark.skipif(bool(shutil.which("srun")), reason="there is a Slurm here")

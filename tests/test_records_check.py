@@ -1,4 +1,5 @@
 """check: every class of defect planted once, each found under the right rule, beside clean twins that pass."""
+
 import base64
 import json
 import lzma
@@ -53,30 +54,73 @@ SP8192, SP1024 = TEXT_BYTES / TOKENS, 2.43592
 PLANTED = {
     # The metric.
     "leading space counted twice": (Record(changed(ratio=SP8192 * 1.177)), "W7", "fail"),
-    "the same without a token count": (Record(changed(ratio=SP8192 * 1.177, count_shown=False)), "W7", "fail"),
-    "byte pieces as three bytes": (Record(changed(ratio=SP8192 * 157_319_833 / 151_073_604)), "W7", "fail"),
+    "the same without a token count": (
+        Record(changed(ratio=SP8192 * 1.177, count_shown=False)),
+        "W7",
+        "fail",
+    ),
+    "byte pieces as three bytes": (
+        Record(changed(ratio=SP8192 * 157_319_833 / 151_073_604)),
+        "W7",
+        "fail",
+    ),
     "metadata of another tokenizer": (Record(changed(ratio=SP8192 * 1.21)), "W7", "fail"),
     "plain table on re-encoded shards": (Record(changed(ratio=164_594_398 / TOKENS)), "W7", "fail"),
     "another validation text": (Record(changed(tokens=49_999_872)), "W7", "fail"),
-    "baseline's export": (Record(changed(tokens=63_779_840, ratio=155_770_000 / 63_779_840)), "W7", "warn"),
-    "baseline dialect, byte defect": (Record(changed(dialect="baseline", ratio=SP8192 * 1.04)), "W7", "fail"),
-    "validation text in training": (Record(changed(tokens=9_662_464, ratio=TEXT_BYTES / 9_662_464)), "C24", "fail"),
+    "baseline's export": (
+        Record(changed(tokens=63_779_840, ratio=155_770_000 / 63_779_840)),
+        "W7",
+        "warn",
+    ),
+    "baseline dialect, byte defect": (
+        Record(changed(dialect="baseline", ratio=SP8192 * 1.04)),
+        "W7",
+        "fail",
+    ),
+    "validation text in training": (
+        Record(changed(tokens=9_662_464, ratio=TEXT_BYTES / 9_662_464)),
+        "C24",
+        "fail",
+    ),
     "shards with the overlap": (Record(changed(knobs=dict(train_shards=1499))), "C24", "fail"),
     "better than the float model can be": (Record(changed(before=1.25)), "C2", "warn"),
     # Bytes.
     "one seed over the cap": (Record(last_changed(model=16_000_000)), "W1", "fail"),
-    "over the cap unless packed": (Record(changed(model=15_900_000, script=LONG), LONG), "W1", "warn"),
-    "ablations of one seed": (Record(files={f"run_{i}.log": replace(r, seed=42).log() for i, r in enumerate(RUNS)} | {
-        f"train_seed{r.seed}.log": None for r in RUNS}), "C30", "warn"),
+    "over the cap unless packed": (
+        Record(changed(model=15_900_000, script=LONG), LONG),
+        "W1",
+        "warn",
+    ),
+    "ablations of one seed": (
+        Record(
+            files={f"run_{i}.log": replace(r, seed=42).log() for i, r in enumerate(RUNS)}
+            | {f"train_seed{r.seed}.log": None for r in RUNS}
+        ),
+        "C30",
+        "warn",
+    ),
     "json over the cap": (Record(submission=dict(bytes_total=16_071_321)), "W1", "fail"),
-    "json under the cap, log over": (Record(changed(model=16_180_000), submission=dict(bytes_total=15_975_276)), "W1",
-                                     "fail"),
-    "only the measured wrapper fits": (Record(changed(model=15_960_000, code=17_000), SCRIPT + "# x\n" * 20_000),
-                                       "C25", "contested"),
+    "json under the cap, log over": (
+        Record(changed(model=16_180_000), submission=dict(bytes_total=15_975_276)),
+        "W1",
+        "fail",
+    ),
+    "only the measured wrapper fits": (
+        Record(changed(model=15_960_000, code=17_000), SCRIPT + "# x\n" * 20_000),
+        "C25",
+        "contested",
+    ),
     "bytes_total from nowhere": (Record(submission=dict(bytes_total=15_000_000)), "E4", "warn"),
-    "source compiled at run time": (scripted(with_line("torch.utils.cpp_extension.load_inline('k')")), "C25",
-                                    "contested"),
-    "side file executed": (scripted(with_line("exec(open('decoder.bin').read())")), "C25", "contested"),
+    "source compiled at run time": (
+        scripted(with_line("torch.utils.cpp_extension.load_inline('k')")),
+        "C25",
+        "contested",
+    ),
+    "side file executed": (
+        scripted(with_line("exec(open('decoder.bin').read())")),
+        "C25",
+        "contested",
+    ),
     # Time.
     "clock ignored": (Record(last_changed(train=601.153)), "W2", "fail"),
     "one step over the line": (Record(last_changed(train=600.09)), "O2", "open"),
@@ -87,15 +131,37 @@ PLANTED = {
     "passes together too slow": (Record(last_changed(other_evaluation=200.0)), "O3", "open"),
     # Provenance.
     "headline not in the logs": (Record(submission=dict(val_bpb=1.0702)), "E1", "fail"),
-    "seed result not in its log": (Record(submission=dict(seed_results={"42": dict(val_bpb=1.07)})), "E1", "fail"),
+    "seed result not in its log": (
+        Record(submission=dict(seed_results={"42": dict(val_bpb=1.07)})),
+        "E1",
+        "fail",
+    ),
     "best seed as headline": (Record(submission=dict(val_bpb=1.0806)), "E2", "warn"),
     "population deviation": (Record(submission=dict(val_bpb_std=0.000374)), "E5", "warn"),
-    "seed twice": (Record((*RUNS[:2], replace(RUNS[1], bpb=1.0813)), files={
-        "train_seed2.log": replace(RUNS[1], bpb=1.0813).log()}), "C30", "fail"),
+    "seed twice": (
+        Record(
+            (*RUNS[:2], replace(RUNS[1], bpb=1.0813)),
+            files={"train_seed2.log": replace(RUNS[1], bpb=1.0813).log()},
+        ),
+        "C30",
+        "fail",
+    ),
     "one log for two seeds": (Record(files={"train_seed7.log": RUNS[0].log()}), "C30", "fail"),
-    "a seed of another configuration": (Record(last_changed(knobs=dict(matrix_lr=0.026))), "C30", "fail"),
-    "baseline dialect, other configuration": (Record((*changed(dialect="baseline")[:2], replace(
-        RUNS[2], dialect="baseline", knobs=dict(train_seq_len=4096)))), "C30", "fail"),
+    "a seed of another configuration": (
+        Record(last_changed(knobs=dict(matrix_lr=0.026))),
+        "C30",
+        "fail",
+    ),
+    "baseline dialect, other configuration": (
+        Record(
+            (
+                *changed(dialect="baseline")[:2],
+                replace(RUNS[2], dialect="baseline", knobs=dict(train_seq_len=4096)),
+            )
+        ),
+        "C30",
+        "fail",
+    ),
     "a seed scored on other tokens": (Record(last_changed(tokens=TOKENS - 60_000)), "C30", "fail"),
     "a seed with fewer shards": (Record(last_changed(knobs=dict(train_shards=39))), "E9", "warn"),
     "log of another script": (Record(changed(code=16_630)), "E3", "warn"),
@@ -106,21 +172,46 @@ PLANTED = {
     "no submission.json": (Record(files={"submission.json": None}), "W8", "fail"),
     "no logs": (Record(files={f"train_seed{r.seed}.log": None for r in RUNS}), "W8", "fail"),
     "no script": (Record(files={"train_gpt.py": None}), "W8", "fail"),
-    "a run that crashed": (Record(last_changed(extra="Traceback (most recent call last):\n  boom")), "W8", "fail"),
+    "a run that crashed": (
+        Record(last_changed(extra="Traceback (most recent call last):\n  boom")),
+        "W8",
+        "fail",
+    ),
     "broken JSON": (Record(files={"submission.json": "{,}"}), "W8", "fail"),
     "JSON too deep": (Record(files={"submission.json": '{"a":' * 100_000}), "W8", "fail"),
-    "a number of a million digits": (Record(files={"submission.json": '{"a":' + "9" * 900_000 + "}"}), "W8", "fail"),
+    "a number of a million digits": (
+        Record(files={"submission.json": '{"a":' + "9" * 900_000 + "}"}),
+        "W8",
+        "fail",
+    ),
     "does not parse": (scripted(SCRIPT + "def broken(:\n"), "W8", "fail"),
-    "newer syntax": (scripted(with_line("pass") + "try:\n    pass\nexcept* ValueError:\n    pass\n"), "E12", "warn"),
-    "module that is not shipped": (scripted("from lossless_caps import encode\n" + SCRIPT), "W8", "fail"),
+    "newer syntax": (
+        scripted(with_line("pass") + "try:\n    pass\nexcept* ValueError:\n    pass\n"),
+        "E12",
+        "warn",
+    ),
+    "module that is not shipped": (
+        scripted("from lossless_caps import encode\n" + SCRIPT),
+        "W8",
+        "fail",
+    ),
     "relative import": (scripted("from .helpers import encode\n" + SCRIPT), "W8", "fail"),
     "unknown package": (scripted("import surprising_package\n" + SCRIPT), "W9", "warn"),
-    "pip in the script": (scripted("import subprocess\n" + with_line("subprocess.run(['pip', 'install', 'x'])")), "W3",
-                          "warn"),
-    "download in the script": (scripted("import urllib.request\n" + with_line("urllib.request.urlopen('x')")), "W3",
-                               "warn"),
-    "program that is not named": (scripted("import subprocess\n" + with_line("subprocess.run(['lrzip', '-z'])")), "C26",
-                                  "warn"),
+    "pip in the script": (
+        scripted("import subprocess\n" + with_line("subprocess.run(['pip', 'install', 'x'])")),
+        "W3",
+        "warn",
+    ),
+    "download in the script": (
+        scripted("import urllib.request\n" + with_line("urllib.request.urlopen('x')")),
+        "W3",
+        "warn",
+    ),
+    "program that is not named": (
+        scripted("import subprocess\n" + with_line("subprocess.run(['lrzip', '-z'])")),
+        "C26",
+        "warn",
+    ),
     "path of a machine": (Record(last_changed(extra="saved to /workspace/out")), "E6", "warn"),
     "score in the name": (Record(name="2026-05-02_Record_1.0811"), "E7", "warn"),
     "name without a date": (Record(name="My record"), "E7", "warn"),
@@ -130,45 +221,96 @@ PLANTED = {
     "case folded": (scripted(with_line("text = str(torch).casefold()")), "C21", "open"),
     "SLOT": (scripted(with_line("slot_steps = 8")), "C14", "contested"),
     "ETLB": (scripted(with_line("etlb_lr = 8")), "C15", "contested"),
-    "warm-up on validation text": (scripted(SCRIPT + "\n\ndef warm_up(optimizer, val_tokens):\n"
-                                            "    optimizer.step(val_tokens)\n"), "C19", "contested"),
-    "compliance typed by hand": (Record(submission=dict(compliance=dict(no_slot=True))), "E11", "warn"),
-    "failed audit": (Record(submission=dict(evidence=dict(audits=[dict(id="suffix_swap", status="fail")]))), "C1",
-                     "fail"),
-    "an audit found validation text in training": (Record(submission=dict(evidence=dict(audits=[dict(
-        id="val_text_unused", status="fail")]))), "W4", "fail"),
-    "trained on validation text, as the log admits": (Record(last_changed(
-        extra="step:9/9 train_loss:2.0 train_time:598000ms [NONCOMPLIANT]")), "C9", "fail"),
-    "another failed audit": (Record(submission=dict(evidence=dict(audits=[dict(id="reload", status="fail")]))), "E10",
-                             "fail"),
-    "another script's hash": (Record(submission=dict(evidence=dict(code_sha256="0" * 64))), "E10", "fail"),
-    "log changed afterwards": (Record(submission=dict(seed_results={"42": dict(
-        log="train_seed42.log", log_sha256="0" * 64)})), "E10", "fail"),
-    "log named, not there": (Record(submission=dict(seed_results={"42": dict(
-        log="train_seed43.log", log_sha256="0" * 64)})), "E10", "fail"),
+    "warm-up on validation text": (
+        scripted(
+            SCRIPT + "\n\ndef warm_up(optimizer, val_tokens):\n    optimizer.step(val_tokens)\n"
+        ),
+        "C19",
+        "contested",
+    ),
+    "compliance typed by hand": (
+        Record(submission=dict(compliance=dict(no_slot=True))),
+        "E11",
+        "warn",
+    ),
+    "failed audit": (
+        Record(submission=dict(evidence=dict(audits=[dict(id="suffix_swap", status="fail")]))),
+        "C1",
+        "fail",
+    ),
+    "an audit found validation text in training": (
+        Record(submission=dict(evidence=dict(audits=[dict(id="val_text_unused", status="fail")]))),
+        "W4",
+        "fail",
+    ),
+    "trained on validation text, as the log admits": (
+        Record(last_changed(extra="step:9/9 train_loss:2.0 train_time:598000ms [NONCOMPLIANT]")),
+        "C9",
+        "fail",
+    ),
+    "another failed audit": (
+        Record(submission=dict(evidence=dict(audits=[dict(id="reload", status="fail")]))),
+        "E10",
+        "fail",
+    ),
+    "another script's hash": (
+        Record(submission=dict(evidence=dict(code_sha256="0" * 64))),
+        "E10",
+        "fail",
+    ),
+    "log changed afterwards": (
+        Record(
+            submission=dict(seed_results={"42": dict(log="train_seed42.log", log_sha256="0" * 64)})
+        ),
+        "E10",
+        "fail",
+    ),
+    "log named, not there": (
+        Record(
+            submission=dict(seed_results={"42": dict(log="train_seed43.log", log_sha256="0" * 64)})
+        ),
+        "E10",
+        "fail",
+    ),
 }
 WRAPPED = wrapped(SCRIPT)
 CLEAN = {
     "spaced dialect": Record(),
     "baseline dialect": Record(changed(dialect="baseline")),
     "no token count": Record(changed(count_shown=False)),
-    "vocabulary of 1,024": Record(changed(knobs=dict(vocab_size=1024), tokens=62_021_632, ratio=SP1024)),
+    "vocabulary of 1,024": Record(
+        changed(knobs=dict(vocab_size=1024), tokens=62_021_632, ratio=SP1024)
+    ),
     "truncated to windows": Record(changed(tokens=TOKENS - 2048)),
     "case operations": Record(changed(tokens=47_851_520, ratio=3.15715, count_shown=False)),
     "no Hessians": Record(changed(hessian=None)),
-    "non-record, slow, one seed": Record((replace(RUNS[0], train=4000.0, evaluation=2000.0),),
-                                         track="track_non_record_16mb"),
-    "input hash of a bigram": scripted(SCRIPT + "\n\ndef bigram_hash(previous, current, buckets):\n"
-                                       "    return (36313 * current ^ 27191 * previous) % buckets\n"),
-    "guarded import": scripted("try:\n    import flash_attn_interface\nexcept ImportError:\n    pass\n" + SCRIPT),
-    "shipped sibling": scripted("import lossless_caps\n" + SCRIPT, files={"lossless_caps.py": "x = 1\n"}),
-    "named package": scripted("import surprising_package\n" + SCRIPT,
-                              files={"requirements.txt": "surprising-package==1\n"}),
-    "named program": scripted("import subprocess\n" + with_line("subprocess.run(['lrzip'])"),
-                              files={"README.md": "Needs `lrzip`.\n"}),
+    "non-record, slow, one seed": Record(
+        (replace(RUNS[0], train=4000.0, evaluation=2000.0),), track="track_non_record_16mb"
+    ),
+    "input hash of a bigram": scripted(
+        SCRIPT + "\n\ndef bigram_hash(previous, current, buckets):\n"
+        "    return (36313 * current ^ 27191 * previous) % buckets\n"
+    ),
+    "guarded import": scripted(
+        "try:\n    import flash_attn_interface\nexcept ImportError:\n    pass\n" + SCRIPT
+    ),
+    "shipped sibling": scripted(
+        "import lossless_caps\n" + SCRIPT, files={"lossless_caps.py": "x = 1\n"}
+    ),
+    "named package": scripted(
+        "import surprising_package\n" + SCRIPT,
+        files={"requirements.txt": "surprising-package==1\n"},
+    ),
+    "named program": scripted(
+        "import subprocess\n" + with_line("subprocess.run(['lrzip'])"),
+        files={"README.md": "Needs `lrzip`.\n"},
+    ),
     "wrapped script": Record(changed(script=WRAPPED), WRAPPED),
-    "another line ends the logs": Record(last_changed(
-        extra="final_int6_ttt val_loss: 3.45103 val_bpb: 1.33603200 eval_time: 90000ms")),
+    "another line ends the logs": Record(
+        last_changed(
+            extra="final_int6_ttt val_loss: 3.45103 val_bpb: 1.33603200 eval_time: 90000ms"
+        )
+    ),
     "the same log under two names": Record(files={"train.log": RUNS[0].log()}),
     "hint in upper case, three digits": Record(submission=dict(val_bpb=1.081)),
 }
@@ -204,9 +346,16 @@ def test_the_registry_is_complete():
     used = [name for r in rules for name in r["checks"]]
     assert len({r["id"] for r in rules}) == len(rules) and sorted(used) == sorted(check.CHECKS)
     for r in rules:
-        assert r["status"] in ("binding", "convention", "contested", "open") and r["text"] and r["source"]
+        assert (
+            r["status"] in ("binding", "convention", "contested", "open")
+            and r["text"]
+            and r["source"]
+        )
         assert r["date"] is None or re.fullmatch(r"2026-\d\d-\d\d", r["date"])
-        assert not r["checks"] or r["id"] in {rule for _, rule, _ in PLANTED.values()} | {"C3", "C4"}
+        assert not r["checks"] or r["id"] in {rule for _, rule, _ in PLANTED.values()} | {
+            "C3",
+            "C4",
+        }
 
 
 def own(tmp_path, script=SCRIPT.encode(), **odd) -> Path:
@@ -215,15 +364,34 @@ def own(tmp_path, script=SCRIPT.encode(), **odd) -> Path:
     (folder / "train_gpt.py").write_bytes(SCRIPT.encode())
     (folder / "README.md").write_text("# Own\n")
     (folder / "train_seed1.log").write_text(own_log(1, 3.87, script, **odd))
-    (folder / "submission.json").write_text(json.dumps(dict(
-        author=None, github_id=None, name="Own", date="2026-11-21", track="non_record_16mb", val_bpb=3.87,
-        val_loss=6.91, bytes_total=len(SCRIPT) + 97_430, seeds=[1])))
+    (folder / "submission.json").write_text(
+        json.dumps(
+            dict(
+                author=None,
+                github_id=None,
+                name="Own",
+                date="2026-11-21",
+                track="non_record_16mb",
+                val_bpb=3.87,
+                val_loss=6.91,
+                bytes_total=len(SCRIPT) + 97_430,
+                seeds=[1],
+            )
+        )
+    )
     return folder
 
 
-@pytest.mark.parametrize("odd, rule", [
-    (dict(), None), (dict(code="0" * 64), "E3"), (dict(data_tokens=149_422), "C4"), (dict(once=0), "C4"),
-    (dict(ratio=2.6), "W7")])
+@pytest.mark.parametrize(
+    "odd, rule",
+    [
+        (dict(), None),
+        (dict(code="0" * 64), "E3"),
+        (dict(data_tokens=149_422), "C4"),
+        (dict(once=0), "C4"),
+        (dict(ratio=2.6), "W7"),
+    ],
+)
 def test_own_dialect(odd, rule, tmp_path):
     found = check.check(own(tmp_path, **odd))["findings"]
     # matrix_lr stands in the log and in the script
@@ -235,18 +403,27 @@ def test_own_text_is_no_leaderboard_score(tmp_path):
     moved = tmp_path / "track_10min_16mb" / folder.name
     moved.parent.mkdir()
     folder.rename(moved)
-    (moved / "submission.json").write_text((moved / "submission.json").read_text().replace("non_record", "10min"))
+    (moved / "submission.json").write_text(
+        (moved / "submission.json").read_text().replace("non_record", "10min")
+    )
     found = {(f["rule"], f["level"]) for f in check.check(moved)["findings"]}
     assert ("W7", "fail") in found and ("W6", "warn") in found
 
 
 def test_command_line(tmp_path):
-    good, bad = Record().write(tmp_path), Record(changed(train=602.0), name="2026-05-02_Slow").write(tmp_path)
+    good, bad = (
+        Record().write(tmp_path),
+        Record(changed(train=602.0), name="2026-05-02_Slow").write(tmp_path),
+    )
     done = subprocess.run([*TOOLS, "check", str(good)], capture_output=True, text=True)
     assert done.returncode == 0 and "PASS" in done.stdout
     done = subprocess.run([*TOOLS, "check", str(bad), "--json"], capture_output=True, text=True)
     result = json.loads(done.stdout)
-    assert done.returncode == 1 and not result["passed"] and result["findings"][0]["source"].startswith("README")
+    assert (
+        done.returncode == 1
+        and not result["passed"]
+        and result["findings"][0]["source"].startswith("README")
+    )
     done = subprocess.run([*TOOLS, "check", str(tmp_path / "none")], capture_output=True, text=True)
     assert done.returncode == 2 and re.fullmatch(r"error: .*none: no such folder\n", done.stderr)
 
@@ -258,15 +435,22 @@ def test_contested_findings_never_sound_like_a_verdict(tmp_path):
 
 
 def test_an_answer_is_shown_and_changes_nothing(tmp_path):
-    record = Record(changed(train=602.0), files={"answers.json": json.dumps({"W2": "the clock\x1b[2J was wrong"})})
+    record = Record(
+        changed(train=602.0),
+        files={"answers.json": json.dumps({"W2": "the clock\x1b[2J was wrong"})},
+    )
     result = check.check(record.write(tmp_path))
     assert not result["passed"] and "the clock?[2J was wrong" in check.as_text(result)
 
 
 def test_check_is_fast(tmp_path):
     """The real script and three long logs, measured in time of this process: other processes do not count."""
-    record = Record(changed(script=(ROOT / "train_gpt.py").read_text(), extra="step:1/2 train_loss:1.0\n" * 10_000),
-                    (ROOT / "train_gpt.py").read_text())
+    record = Record(
+        changed(
+            script=(ROOT / "train_gpt.py").read_text(), extra="step:1/2 train_loss:1.0\n" * 10_000
+        ),
+        (ROOT / "train_gpt.py").read_text(),
+    )
     folder, seconds = record.write(tmp_path), []
     for _ in range(3):
         begin = time.process_time()
@@ -275,7 +459,9 @@ def test_check_is_fast(tmp_path):
     assert min(seconds) < 1.0
 
 
-HOSTILE = "import os, shutil\nshutil.rmtree('.', ignore_errors=True)\nopen('executed', 'w').write('x')\n"
+HOSTILE = (
+    "import os, shutil\nshutil.rmtree('.', ignore_errors=True)\nopen('executed', 'w').write('x')\n"
+)
 
 
 def test_a_hostile_folder_is_read_and_nothing_more(tmp_path):
@@ -290,11 +476,21 @@ def test_a_hostile_folder_is_read_and_nothing_more(tmp_path):
         file.write(RUNS[0].log().replace("seed: 42", "seed: 9").encode())
         file.truncate(1 << 30)
     before = sorted(p.name for p in folder.iterdir())
-    limited = subprocess.run([*TOOLS, "check", str(folder), "--json"], capture_output=True, text=True, timeout=60,
-                             cwd=folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29)))
+    limited = subprocess.run(
+        [*TOOLS, "check", str(folder), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=folder,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29)),
+    )
     assert limited.returncode == 1, limited.stderr
     found = {(f["rule"], f["file"]) for f in json.loads(limited.stdout)["findings"]}
-    assert ("W8", "secret.log") in found and ("W8", "up") in found and json.loads(limited.stdout)["wrapped"]
+    assert (
+        ("W8", "secret.log") in found
+        and ("W8", "up") in found
+        and json.loads(limited.stdout)["wrapped"]
+    )
     assert sorted(p.name for p in folder.iterdir()) == before and "root:" not in limited.stdout
 
 
@@ -305,8 +501,10 @@ def test_a_resumed_run_is_read_as_one(tmp_path):
     head, rest = full.split("model_params", 1)
     whole, parts = tmp_path / "whole.log", tmp_path / "parts.log"
     whole.write_text(full)
-    parts.write_text(f"{head}model_params:152390\nstep:4/8 train_loss:6.0 train_time:200ms step_avg:50.00ms\n{head}"
-                     f"model_params:152390\nresumed:step 4 train_time:200ms\nmodel_params{rest}")
+    parts.write_text(
+        f"{head}model_params:152390\nstep:4/8 train_loss:6.0 train_time:200ms step_avg:50.00ms\n{head}"
+        f"model_params:152390\nresumed:step 4 train_time:200ms\nmodel_params{rest}"
+    )
     a, b = logs.read_log(whole), logs.read_log(parts)
     assert b.resumed and not a.resumed
     for name in set(vars(a)) - {"name", "sha256", "resumed", "claims"}:

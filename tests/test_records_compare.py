@@ -1,4 +1,5 @@
 """Statistics against simulations and published figures, units by hand, and what must be refused."""
+
 import json
 import math
 import re
@@ -19,8 +20,10 @@ import compare  # noqa: E402
 TOOLS = [sys.executable, str(ROOT / "records" / "tools.py")]
 
 
-@pytest.mark.parametrize("bytes_per_token, bpb", [(2.43592, 0.00296), (3.31968, 0.00217), (3.72663, 0.00194),
-                                                  (3.15715, 0.00228)])
+@pytest.mark.parametrize(
+    "bytes_per_token, bpb",
+    [(2.43592, 0.00296), (3.31968, 0.00217), (3.72663, 0.00194), (3.15715, 0.00228)],
+)
 def test_the_margin_is_worth_less_where_tokens_are_longer(bytes_per_token, bpb):
     assert compare.margin_in_bpb(0.005, bytes_per_token) == pytest.approx(bpb, abs=5e-6)
 
@@ -33,15 +36,22 @@ def test_smallest_significant_gain_is_the_published_one(n, gain):
 def test_welch_by_hand_and_its_rate_of_false_alarms():
     base, new, margin = np.array([1.10, 1.12, 1.11]), np.array([1.05, 1.09, 1.04, 1.06]), 0.01
     va, vb = base.var(ddof=1) / 3, new.var(ddof=1) / 4
-    df = (va + vb)**2 / (va**2 / 2 + vb**2 / 3)
+    df = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 3)
     t = (base.mean() - new.mean() - margin) / math.sqrt(va + vb)
-    draws = np.random.default_rng(0).standard_t(df, 300_000)  # the tail by simulation, not by the same library call
+    draws = np.random.default_rng(0).standard_t(
+        df, 300_000
+    )  # the tail by simulation, not by the same library call
     found = compare.welch(base, new, margin)
-    assert found["df"] == pytest.approx(df) and found["p"] == pytest.approx((draws > t).mean(), abs=3e-3)
+    assert found["df"] == pytest.approx(df) and found["p"] == pytest.approx(
+        (draws > t).mean(), abs=3e-3
+    )
     half = np.quantile(np.abs(draws), 0.95) * math.sqrt(va + vb)
     assert found["high"] - found["low"] == pytest.approx(2 * half, rel=0.01)
     rng = np.random.default_rng(1)
-    alarms = [compare.welch(rng.normal(margin, 1, 4), rng.normal(0, 1, 4), margin)["p"] < 0.1 for _ in range(700)]
+    alarms = [
+        compare.welch(rng.normal(margin, 1, 4), rng.normal(0, 1, 4), margin)["p"] < 0.1
+        for _ in range(700)
+    ]
     assert 0.07 < np.mean(alarms) < 0.13
 
 
@@ -54,6 +64,7 @@ def test_number_of_seeds_reaches_the_promised_power():
         pooled = np.sqrt((a.var(1, ddof=1) + b.var(1, ddof=1)) / n)
         critical = np.quantile(rng.standard_t(2 * n - 2, 400_000), 0.95)
         return ((a.mean(1) - b.mean(1)) / pooled > critical).mean()
+
     assert power(n) > 0.78 and power(n - 1) < 0.82
     assert compare.seeds_needed(-0.001, 0.0006) is None and compare.seeds_needed(1e-7, 0.1) is None
 
@@ -69,6 +80,7 @@ def test_holm_against_its_definition(p):
             if x * (len(known) - rank) > level:
                 return rank
         return len(known)
+
     for x, adjusted in zip(p, compare.holm(p)):
         if x is None:
             assert adjusted is None
@@ -89,7 +101,9 @@ def test_document_bootstrap_cancels_what_both_share():
     rng = np.random.default_rng(3)
     base, new = documents(rng)
     found = compare.document_bootstrap(base, new)
-    assert found["gain"] == pytest.approx((base[:, 0].sum() - new[:, 0].sum()) / math.log(2) / base[:, 1].sum())
+    assert found["gain"] == pytest.approx(
+        (base[:, 0].sum() - new[:, 0].sum()) / math.log(2) / base[:, 1].sum()
+    )
     # The interval against the delta method of a ratio, worked out here.
     d, w = (base - new)[:, 0] / math.log(2), base[:, 1]
     error = np.std(d - found["gain"] * w, ddof=1) / w.mean() / math.sqrt(len(w))
@@ -105,15 +119,23 @@ def test_document_bootstrap_cancels_what_both_share():
 
 def test_document_files_are_checked(tmp_path):
     path = tmp_path / "doc_loss.npy"
-    for bad in (np.zeros((4, 3), np.float32), np.ones((4, 2)), np.full((4, 2), np.nan, np.float32),
-                np.zeros((4, 2), np.float32), np.array([{}, {}], object)):
+    for bad in (
+        np.zeros((4, 3), np.float32),
+        np.ones((4, 2)),
+        np.full((4, 2), np.nan, np.float32),
+        np.zeros((4, 2), np.float32),
+        np.array([{}, {}], object),
+    ):
         np.save(path, bad)
         with pytest.raises(ValueError):
             compare.read_documents(path)
 
 
 def group(tmp_path, name: str, gain: float, **what) -> str:
-    runs = tuple(replace(r, bpb=round(r.bpb - gain * (1 + 0.05 * i), 6)) for i, r in enumerate(changed(**what)))
+    runs = tuple(
+        replace(r, bpb=round(r.bpb - gain * (1 + 0.05 * i), 6))
+        for i, r in enumerate(changed(**what))
+    )
     return str(Record(runs, name=name).write(tmp_path))
 
 
@@ -127,20 +149,30 @@ def test_a_chain_of_records(tmp_path):
     assert len(results) == 2
     for r in results:
         assert r["bytes_per_token"] == pytest.approx(TEXT_BYTES / TOKENS, rel=1e-5)
-        assert r["gain_nats_per_token"] == pytest.approx(r["gain_bpb"] * math.log(2) * TEXT_BYTES / TOKENS, rel=1e-5)
+        assert r["gain_nats_per_token"] == pytest.approx(
+            r["gain_bpb"] * math.log(2) * TEXT_BYTES / TOKENS, rel=1e-5
+        )
         assert r["gain_bpb"] == pytest.approx(0.00315, abs=1e-6) and r["p_margin"] > r["p_any_gain"]
         assert r["p_any_gain_holm"] >= r["p_any_gain"]
     text = "\n".join(compare.as_text(r, True) for r in compare.compare_all(names))
-    assert "0.005 nats per token = 0.00194 bits per byte at 3.72670 bytes per token" in text and "Holm" in text
+    assert (
+        "0.005 nats per token = 0.00194 bits per byte at 3.72670 bytes per token" in text
+        and "Holm" in text
+    )
 
 
 def test_pairs_only_within_a_lineage(tmp_path):
-    base, new = group(tmp_path, "2026-05-01_A", 0.0), group(tmp_path, "2026-05-02_B", 0.01, knobs=dict(matrix_lr=0.03))
+    base, new = (
+        group(tmp_path, "2026-05-01_A", 0.0),
+        group(tmp_path, "2026-05-02_B", 0.01, knobs=dict(matrix_lr=0.03)),
+    )
     other = group(tmp_path, "2026-05-03_C", 0.01, knobs=dict(num_layers=12))
     single = str(Record(RUNS[:1], name="2026-05-04_D").write(tmp_path))
     paired = compare.compare_all([base, new], pair=True)[0]
     gains = 0.01 * np.array([1, 1.05, 1.1])
-    assert paired["test"] == "paired_one_sided" and paired["gain_bpb"] == pytest.approx(gains.mean(), abs=1e-6)
+    assert paired["test"] == "paired_one_sided" and paired["gain_bpb"] == pytest.approx(
+        gains.mean(), abs=1e-6
+    )
     half = 4.302653 * gains.std(ddof=1) / math.sqrt(3)  # t of 0.975 with two degrees of freedom
     assert (paired["high"] - paired["low"]) / 2 == pytest.approx(half, rel=1e-3)
     for wrong, reason in ((other, "other num_layers"), (single, "other seeds")):
@@ -158,4 +190,6 @@ def test_other_texts_are_refused_and_documents_are_used(tmp_path):
     for path, array in zip((base, new), documents(np.random.default_rng(4))):
         np.save(f"{path}/doc_loss_seed42.npy", array.astype(np.float32))
     text = compare.as_text(compare.compare_all([base, new])[0])
-    assert re.search(r"documents +seed 42: \+0\.02\d+ \(.*400 documents\), of these two artifacts", text)
+    assert re.search(
+        r"documents +seed 42: \+0\.02\d+ \(.*400 documents\), of these two artifacts", text
+    )

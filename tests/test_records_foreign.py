@@ -1,4 +1,5 @@
 """audit --adapter: the evaluation of a script of another make, legal and not, in a process of its own."""
+
 import ast
 import json
 import subprocess
@@ -48,7 +49,7 @@ class Model:
 if __name__ == "__main__":
     raise SystemExit("a training run that nobody asked for")
 '''
-LEGAL = '''import train_gpt
+LEGAL = """import train_gpt
 import numpy as np
 VOCAB, LENGTH = train_gpt.V, 70
 
@@ -62,9 +63,17 @@ def losses(tokens):
         yield first, found, [model.table]
         model.learn(tokens, first, last)
     return total / n
-'''
+"""
 SCORE, YIELD = "found = model.nll(tokens, first, last)\n", "yield first, found, [model.table]"
-ALL = {"no_network", "repeatable", "suffix_swap", "state_digest", "target_swap", "score_once", "reported_mean"}
+ALL = {
+    "no_network",
+    "repeatable",
+    "suffix_swap",
+    "state_digest",
+    "target_swap",
+    "score_once",
+    "reported_mean",
+}
 
 
 def folder(tmp_path: Path, script: str = SCRIPT) -> Path:
@@ -78,41 +87,85 @@ def audited(tmp_path: Path, adapter: str, script: str = SCRIPT) -> dict[str, str
     """{audit: status}"""
     (tmp_path / "adapter.py").write_text(adapter)
     found = foreign.audit_foreign(folder(tmp_path, script), f"{tmp_path / 'adapter.py'}:losses")
-    return {a["id"]: a["status"] for a in found} | {"details": "; ".join(a["detail"] for a in found)}
+    return {a["id"]: a["status"] for a in found} | {
+        "details": "; ".join(a["detail"] for a in found)
+    }
 
 
 def test_a_legal_evaluation_passes_and_nothing_of_it_runs_here(tmp_path):
     """The script writes a file when it is imported: only the copy has it. What it prints is no answer."""
     (tmp_path / "adapter.py").write_text(LEGAL)
     place = folder(tmp_path)
-    done = subprocess.run([*TOOLS, "audit", str(place), "--adapter", f"{tmp_path / 'adapter.py'}:losses", "--json"],
-                          capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(
+        [*TOOLS, "audit", str(place), "--adapter", f"{tmp_path / 'adapter.py'}:losses", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     status = {a["id"]: a["status"] for a in json.loads(done.stdout)}
     assert set(status) == ALL and set(status.values()) <= {"pass", "unknown"}
     assert all(v == "pass" for k, v in status.items() if k != "no_network"), status
-    assert sorted(p.name for p in place.iterdir()) == ["train_gpt.py"] and not (tmp_path / "executed").exists()
+    assert (
+        sorted(p.name for p in place.iterdir()) == ["train_gpt.py"]
+        and not (tmp_path / "executed").exists()
+    )
 
 
 PLANTED = {  # with the audit that must fail
-    "learns before it scores": (LEGAL.replace(SCORE, "model.learn(tokens, first, last); " + SCORE), "suffix_swap"),
-    "two passes": (LEGAL.replace("    for first", "    model.learn(tokens, 0, n)\n    for first"), "suffix_swap"),
-    "state of what is scored later": (LEGAL.replace(YIELD, "yield first, found, [model.table, tokens]"),
-                                      "state_digest"),
-    "gate that reads the target": (LEGAL.replace(
-        SCORE, SCORE + "        found = found - 0.1 * (tokens[first + 1:last + 1] % 2)\n"), "target_swap"),
-    "gate that reads the next": (LEGAL.replace(
-        SCORE, SCORE + "        found = found - 0.1 * (np.append(tokens, 0)[first + 2:last + 2] % 2)\n"),
-        "target_swap"),
-    "doubled tail": (LEGAL.replace("    return", "    yield n - 2, found[-2:], [model.table]\n    return"),
-                     "score_once"),
-    "dropped tail": (LEGAL.replace("last = min(first + train_gpt.CHUNK, n)",
-                                   "last = first + train_gpt.CHUNK\n        if last > n:\n            continue"),
-                     "score_once"),
-    "a mean of something else": (LEGAL.replace("return total / n", "return 0.9 * total / n"), "reported_mean"),
-    "noise": (LEGAL.replace(SCORE, SCORE + "        found = found + np.random.default_rng().random()\n"), "repeatable"),
-    "remembers the text before": (LEGAL.replace("import numpy as np\n", "MODEL = train_gpt.Model()\n").replace(
-        "= train_gpt.Model(), 0.0", "= MODEL, 0.0"), "repeatable")}
+    "learns before it scores": (
+        LEGAL.replace(SCORE, "model.learn(tokens, first, last); " + SCORE),
+        "suffix_swap",
+    ),
+    "two passes": (
+        LEGAL.replace("    for first", "    model.learn(tokens, 0, n)\n    for first"),
+        "suffix_swap",
+    ),
+    "state of what is scored later": (
+        LEGAL.replace(YIELD, "yield first, found, [model.table, tokens]"),
+        "state_digest",
+    ),
+    "gate that reads the target": (
+        LEGAL.replace(
+            SCORE, SCORE + "        found = found - 0.1 * (tokens[first + 1:last + 1] % 2)\n"
+        ),
+        "target_swap",
+    ),
+    "gate that reads the next": (
+        LEGAL.replace(
+            SCORE,
+            SCORE
+            + "        found = found - 0.1 * (np.append(tokens, 0)[first + 2:last + 2] % 2)\n",
+        ),
+        "target_swap",
+    ),
+    "doubled tail": (
+        LEGAL.replace("    return", "    yield n - 2, found[-2:], [model.table]\n    return"),
+        "score_once",
+    ),
+    "dropped tail": (
+        LEGAL.replace(
+            "last = min(first + train_gpt.CHUNK, n)",
+            "last = first + train_gpt.CHUNK\n        if last > n:\n            continue",
+        ),
+        "score_once",
+    ),
+    "a mean of something else": (
+        LEGAL.replace("return total / n", "return 0.9 * total / n"),
+        "reported_mean",
+    ),
+    "noise": (
+        LEGAL.replace(SCORE, SCORE + "        found = found + np.random.default_rng().random()\n"),
+        "repeatable",
+    ),
+    "remembers the text before": (
+        LEGAL.replace("import numpy as np\n", "MODEL = train_gpt.Model()\n").replace(
+            "= train_gpt.Model(), 0.0", "= MODEL, 0.0"
+        ),
+        "repeatable",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -126,13 +179,16 @@ def test_a_planted_defect_is_found(name, tmp_path):
 def test_losses_without_pieces_are_probed_and_the_rest_is_unknown(tmp_path):
     plain = "def losses(tokens):\n    return train_gpt.Model().nll(tokens, 0, len(tokens) - 1)\n"
     status = audited(tmp_path, "import train_gpt\nVOCAB = 6\n" + plain)
-    assert {k for k, v in status.items() if v == "pass"} >= {"repeatable", "suffix_swap", "target_swap"}
+    assert {k for k, v in status.items() if v == "pass"} >= {
+        "repeatable",
+        "suffix_swap",
+        "target_swap",
+    }
     assert status["score_once"] == status["state_digest"] == status["reported_mean"] == "unknown"
 
 
 BROKEN = {  # what the last line must say
-    "import train_gpt\nVOCAB = 6\nimport package_that_is_not_there\ndef losses(tokens): pass":
-        "ModuleNotFoundError: No module named 'package_that_is_not_there'",
+    "import train_gpt\nVOCAB = 6\nimport package_that_is_not_there\ndef losses(tokens): pass": "ModuleNotFoundError: No module named 'package_that_is_not_there'",
     "VOCAB = 6\ndef losses(tokens):\n    return [0.0] * 3": "3 losses from target 0 of a text with 179 targets",
     "VOCAB = 6\ndef losses(tokens):\n    raise KeyError('x')": "KeyError: 'x'",
     "VOCAB = 6\ndef losses(tokens):\n    import os\n    os._exit(3)": "ended with exit code 3",
@@ -140,7 +196,8 @@ BROKEN = {  # what the last line must say
     "import urllib.request\nVOCAB = 6\ndef losses(tokens):\n"
     "    return urllib.request.urlopen('http://192.0.2.1/', timeout=3)": "URLError",
     "VOCAB = 6\ndef losses(tokens):\n    while True: pass": "took more than 2 s",
-    "import os\nVOCAB = 6\ndef losses(tokens):\n    os.closerange(3, 99)": "Bad file descriptor"}
+    "import os\nVOCAB = 6\ndef losses(tokens):\n    os.closerange(3, 99)": "Bad file descriptor",
+}
 
 
 @pytest.mark.parametrize("adapter", BROKEN, ids=lambda a: BROKEN[a][:24])
@@ -151,12 +208,21 @@ def test_an_evaluation_that_breaks_down_fails(adapter, tmp_path, monkeypatch):
     assert status["evaluates"] == "fail" and BROKEN[adapter] in status["details"], status
 
 
-@pytest.mark.parametrize("adapter, named, message", [
-    ("VOCAB = 6\ndef other(tokens): pass\n", "{}:losses", "no function 'losses'; it has other"),
-    ("VOCAB = 6\n", "{}", "want FILE.py:function"), ("VOCAB = 6\n", "{}.not:losses", "no such Python file"),
-    ("def losses(:", "{}:losses", "does not parse"),
-    ("def losses(tokens): pass\n", "{}:losses", "VOCAB=None: want a whole number from 4 to 65,536"),
-    ("VOCAB = 6\nLENGTH = 3\ndef losses(tokens): pass\n", "{}:losses", "LENGTH=3: want")])
+@pytest.mark.parametrize(
+    "adapter, named, message",
+    [
+        ("VOCAB = 6\ndef other(tokens): pass\n", "{}:losses", "no function 'losses'; it has other"),
+        ("VOCAB = 6\n", "{}", "want FILE.py:function"),
+        ("VOCAB = 6\n", "{}.not:losses", "no such Python file"),
+        ("def losses(:", "{}:losses", "does not parse"),
+        (
+            "def losses(tokens): pass\n",
+            "{}:losses",
+            "VOCAB=None: want a whole number from 4 to 65,536",
+        ),
+        ("VOCAB = 6\nLENGTH = 3\ndef losses(tokens): pass\n", "{}:losses", "LENGTH=3: want"),
+    ],
+)
 def test_a_wrong_adapter_is_one_clear_error(adapter, named, message, tmp_path):
     (tmp_path / "adapter.py").write_text(adapter)
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
@@ -164,8 +230,12 @@ def test_a_wrong_adapter_is_one_clear_error(adapter, named, message, tmp_path):
 
 
 def test_the_command_refuses_what_does_not_go_with_an_adapter(tmp_path):
-    done = subprocess.run([*TOOLS, "audit", str(folder(tmp_path)), "--adapter", "x.py:losses", "--write"],
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*TOOLS, "audit", str(folder(tmp_path)), "--adapter", "x.py:losses", "--write"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: --adapter does not go with")
 
 
@@ -181,5 +251,7 @@ def test_a_copy_holds_no_links_and_no_pipes(tmp_path):
 def test_what_a_process_started_ends_with_it(tmp_path, monkeypatch):
     """A command that leaves a child behind, which holds its pipes open, is over when its time is."""
     monkeypatch.setattr(audit, "SECONDS", 1)
-    done = audit.execute(["bash", "-c", "sleep 60 & sleep 60"], tmp_path, tmp_path, audit.namespace())
+    done = audit.execute(
+        ["bash", "-c", "sleep 60 & sleep 60"], tmp_path, tmp_path, audit.namespace()
+    )
     assert done.returncode == 124 and "took more than 1 s" in audit.said(done)

@@ -1,4 +1,5 @@
 """new: from real runs to a folder that check accepts and that runs alone; and everything it refuses."""
+
 import html.parser
 import json
 import math
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_gpt
 from conftest import ROOT, SCRIPT, clean_env
 from helpers import config, distance
 from running import launch, made_once, train, wait_until
 from synthetic import Record
+
+import train_gpt
 
 sys.path.insert(0, str(ROOT / "records" / "toolkit"))
 import audit  # noqa: E402
@@ -27,21 +29,38 @@ import snapshot  # noqa: E402
 import table  # noqa: E402
 
 TOOLS = [sys.executable, str(ROOT / "records" / "tools.py")]
-KNOBS = dict(PRESET="baseline+tiny", NUM_LAYERS=2, MATRIX_LR=0.03, CHECKPOINT_EVERY=0, ITERATIONS=24)
+KNOBS = dict(
+    PRESET="baseline+tiny", NUM_LAYERS=2, MATRIX_LR=0.03, CHECKPOINT_EVERY=0, ITERATIONS=24
+)
 
 
 @pytest.fixture(scope="module")
 def runs(toy, tmp_path_factory) -> list[Path]:
     """Three seeds of one configuration."""
+
     def make(top: Path):
         done = [train(toy, top, f"s{seed}", SEED=seed, **KNOBS) for seed in (1, 2, 3)]
         assert not any(d.code for d in done), done[0].err
+
     return [made_once(tmp_path_factory, "three_seeds", make) / f"s{seed}" for seed in (1, 2, 3)]
 
 
 def new(records: Path, runs: list[Path], *more, name: str = "Tiny_Runs"):
-    return subprocess.run([*TOOLS, "new", *map(str, runs), "--name", name, "--records", str(records), *map(str, more)],
-                          capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [
+            *TOOLS,
+            "new",
+            *map(str, runs),
+            "--name",
+            name,
+            "--records",
+            str(records),
+            *map(str, more),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +68,20 @@ def record(runs, toy, tmp_path_factory) -> Path:
     def make(records: Path):
         done = new(records, runs, "--data", toy, "--date", "2026-11-21", "--keep-artifacts")
         assert done.returncode == 0, done.stderr
-    return made_once(tmp_path_factory, "records", make) / "track_non_record_16mb" / "2026-11-21_Tiny_Runs"
+
+    return (
+        made_once(tmp_path_factory, "records", make)
+        / "track_non_record_16mb"
+        / "2026-11-21_Tiny_Runs"
+    )
 
 
 def official(run: Path) -> tuple[float, float]:
-    found = re.search(r"^final:official \S+ val_loss:(\S+) val_bpb:(\S+)", (run / "log.txt").read_text(), re.MULTILINE)
+    found = re.search(
+        r"^final:official \S+ val_loss:(\S+) val_bpb:(\S+)",
+        (run / "log.txt").read_text(),
+        re.MULTILINE,
+    )
     return float(found[1]), float(found[2])
 
 
@@ -96,8 +124,13 @@ def test_launch_repeats_the_run(record, runs, toy, tmp_path):
     env = clean_env(PYTHON=sys.executable, RUNS_DIR=tmp_path, RUN_ID="again")
     command = ["bash", str(record / "launch.sh"), "2"]
     wrong = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
-    assert wrong.returncode == 2 and wrong.stderr == "error: set DATA_PATH to the folder of the shards\n"
-    done = subprocess.run(command, capture_output=True, text=True, env=env | dict(DATA_PATH=str(toy)), timeout=200)
+    assert (
+        wrong.returncode == 2
+        and wrong.stderr == "error: set DATA_PATH to the folder of the shards\n"
+    )
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env | dict(DATA_PATH=str(toy)), timeout=200
+    )
     assert done.returncode == 0, done.stderr
     assert official(tmp_path / "again") == official(runs[1])
 
@@ -117,20 +150,31 @@ def test_it_refuses(runs, toy, tmp_path):
     mixed = edited(runs[1], tmp_path / "mixed", config_json=('"value": 0.03', '"value": 0.04'))
     digest = re.search(r"audit:code sha256:(\w+)", (runs[1] / "log.txt").read_text())[1]
     foreign = edited(runs[1], tmp_path / "foreign", log_txt=(digest, digest[::-1]))
-    other_text = edited(runs[1], tmp_path / "text", log_txt=("manifest_sha256:", "manifest_sha256:ff"))
+    other_text = edited(
+        runs[1], tmp_path / "text", log_txt=("manifest_sha256:", "manifest_sha256:ff")
+    )
     cut = edited(runs[1], tmp_path / "cut", log_txt=("final:official", "partial"))
     twice = edited(runs[0], tmp_path / "twice")
-    for chosen, message in (([runs[0], mixed], "MATRIX_LR differ"), ([runs[0], twice], "seed 1 stands for 2 runs"),
-                            ([runs[0], foreign], "made by code"), ([runs[0], other_text], "not the same text"),
-                            ([runs[0], cut], "not finished"), (runs[:2], "left out: s3"),
-                            ([tmp_path], "not a run folder")):
+    for chosen, message in (
+        ([runs[0], mixed], "MATRIX_LR differ"),
+        ([runs[0], twice], "seed 1 stands for 2 runs"),
+        ([runs[0], foreign], "made by code"),
+        ([runs[0], other_text], "not the same text"),
+        ([runs[0], cut], "not finished"),
+        (runs[:2], "left out: s3"),
+        ([tmp_path], "not a run folder"),
+    ):
         with pytest.raises(ValueError, match=message):
             snapshot.new(chosen, SCRIPT, tmp_path / "records", snapshot.Wanted("Name", data=toy))
     with pytest.raises(ValueError, match="no score"):
         snapshot.new(runs, SCRIPT, tmp_path / "records", snapshot.Wanted("Best_1.0611", data=toy))
     done = new(tmp_path / "records", runs, "--data", toy, "--track", "10min_16mb")
-    assert done.returncode == 2 and "check fails: W7" in done.stderr  # a toy text is no leaderboard text
-    assert not list((tmp_path / "records").glob("*/*")) and not list((tmp_path / "records").glob(".track*"))
+    assert (
+        done.returncode == 2 and "check fails: W7" in done.stderr
+    )  # a toy text is no leaderboard text
+    assert not list((tmp_path / "records").glob("*/*")) and not list(
+        (tmp_path / "records").glob(".track*")
+    )
 
 
 def test_a_run_left_out_needs_a_reason_which_is_shown(runs, toy, tmp_path, monkeypatch):
@@ -157,8 +201,13 @@ def test_an_interrupted_run_makes_the_same_record(runs, toy, tmp_path, monkeypat
         folder = snapshot.new([run], SCRIPT, tmp_path / f"records_{i}", wanted)
         s = json.loads((folder / "submission.json").read_text())
         free = re.compile(r".*time.*|wallclock_seconds|(log|metrics)_sha256|phases_ms")
-        found.append((drop(s, free), json.loads((folder / "config.json").read_text()),
-                      (folder / "launch.sh").read_text()))
+        found.append(
+            (
+                drop(s, free),
+                json.loads((folder / "config.json").read_text()),
+                (folder / "launch.sh").read_text(),
+            )
+        )
     assert "resumed:step" in log.read_text() and found[0] == found[1]
 
 
@@ -174,9 +223,16 @@ def test_a_comparison_is_put_into_the_record(record, tmp_path):
     for folder in (base, fresh):
         shutil.copytree(record, folder)
     for log in base.glob("train_seed*.log"):  # a worse base
-        log.write_text(re.sub(r"(val_loss|val_bpb):(\d+\.\d+)", lambda m: f"{m[1]}:{float(m[2]) * 1.1:.8f}",
-                              log.read_text()))
-    subprocess.run([*TOOLS, "compare", str(base), str(fresh), "--write"], check=True, capture_output=True)
+        log.write_text(
+            re.sub(
+                r"(val_loss|val_bpb):(\d+\.\d+)",
+                lambda m: f"{m[1]}:{float(m[2]) * 1.1:.8f}",
+                log.read_text(),
+            )
+        )
+    subprocess.run(
+        [*TOOLS, "compare", str(base), str(fresh), "--write"], check=True, capture_output=True
+    )
     s = json.loads((fresh / "submission.json").read_text())["evidence"]["statistics"]
     assert s["delta_bpb"] == pytest.approx(0.1 * snapshot_bpb(fresh), rel=1e-4) and s["n"] == [3, 3]
     text = (fresh / "README.md").read_text()
@@ -189,14 +245,19 @@ def test_the_leaderboard_ranks_within_a_text_and_is_rewritten(record, tmp_path):
     shutil.copytree(record.parent, records / record.parent.name)
     better = records / record.parent.name / "2026-11-22_Better"
     shutil.copytree(record, better)
-    for name, bpb, size in (("2026-11-22_Better", 1.5, None), ("2026-11-23_Other_Text", 1.0, 384_909)):
+    for name, bpb, size in (
+        ("2026-11-22_Better", 1.5, None),
+        ("2026-11-23_Other_Text", 1.0, 384_909),
+    ):
         folder = records / record.parent.name / name
         if not folder.exists():
             shutil.copytree(record, folder)
         s = json.loads((folder / "submission.json").read_text()) | dict(val_bpb=bpb, name=name)
         s["evidence"]["val_bytes"] = size or s["evidence"]["val_bytes"]
         (folder / "submission.json").write_text(json.dumps(s))
-    (records / "README.md").write_text("# Records\n<!-- generated: leaderboard -->\nold\n<!-- end -->\nrest\n")
+    (records / "README.md").write_text(
+        "# Records\n<!-- generated: leaderboard -->\nold\n<!-- end -->\nrest\n"
+    )
     subprocess.run([*TOOLS, "table", "--records", str(records)], check=True, capture_output=True)
     text = (records / "README.md").read_text()
     rows = re.findall(r"^\| (\d) \| \*\*(\S+)\*\*.*\((track_\S+)\)", text, re.MULTILINE)
@@ -220,6 +281,7 @@ def test_the_committed_leaderboard_is_current():
 
 class Page(html.parser.HTMLParser):
     """Tags left open, and everything that a browser would fetch."""
+
     def __init__(self):
         super().__init__()
         self.open, self.fetched = [], []
@@ -227,7 +289,9 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         if tag not in ("meta", "br", "img", "link", "input"):
             self.open.append(tag)
-        self.fetched += [v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith("#")]
+        self.fetched += [
+            v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith("#")
+        ]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -235,15 +299,25 @@ class Page(html.parser.HTMLParser):
 
 def test_a_report_is_one_page_that_loads_nothing(record, runs, tmp_path):
     out = tmp_path / "page.html"
-    subprocess.run([*TOOLS, "report", str(record), "--out", str(out)], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [*TOOLS, "report", str(record), "--out", str(out)],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     text, page = out.read_text(), Page()
     page.feed(text)
     assert not page.open and not page.fetched and "<script" not in text and "url(http" not in text
     for run in runs:
         assert f"{official(run)[1]:.4f}" in text
     assert (record / "loss.svg").read_text() in text and "![Loss and score](loss.svg)" in (
-        record / "README.md").read_text()
-    assert text.count("<svg") >= 5 and "16,000,000" in text and text == (record / "report.html").read_text()
+        record / "README.md"
+    ).read_text()
+    assert (
+        text.count("<svg") >= 5
+        and "16,000,000" in text
+        and text == (record / "report.html").read_text()
+    )
     one = report.report(runs[0])
     assert "Learning rate" in one and "Loss and score" in one
 
@@ -252,13 +326,20 @@ def test_a_report_of_an_unfinished_run_projects_the_loss(runs, tmp_path):
     """A loss that falls as a + b log(step) is continued exactly."""
     run = tmp_path / "<half>"
     run.mkdir()
-    (run / "log.txt").write_text("".join(
-        f"step:{s}/100 train_loss:{6 - 0.5 * math.log(s):.4f} train_time:{s * 10}ms step_avg:10.00ms tok/s:1 "
-        f"left:{(100 - s) // 100}s\n" for s in range(1, 41)) + "step:40/100 train_loss:4.1556 train_time:400ms "
-        "step_avg:10.00ms tok/s:1 left:1s\n")
+    (run / "log.txt").write_text(
+        "".join(
+            f"step:{s}/100 train_loss:{6 - 0.5 * math.log(s):.4f} train_time:{s * 10}ms step_avg:10.00ms tok/s:1 "
+            f"left:{(100 - s) // 100}s\n"
+            for s in range(1, 41)
+        )
+        + "step:40/100 train_loss:4.1556 train_time:400ms "
+        "step_avg:10.00ms tok/s:1 left:1s\n"
+    )
     curve = report.read_curves(run)[0]
     steps, losses = report.projection(curve)
-    assert steps[-1] == pytest.approx(100) and losses[-1] == pytest.approx(6 - 0.5 * math.log(100), abs=2e-3)
+    assert steps[-1] == pytest.approx(100) and losses[-1] == pytest.approx(
+        6 - 0.5 * math.log(100), abs=2e-3
+    )
     text = report.report(run)
     assert "Not finished" in text and "<half>" not in text and "&lt;half&gt;" in text
 
@@ -268,12 +349,28 @@ def test_what_analyze_left_is_drawn_and_carried_into_the_record(runs, toy, tmp_p
     shutil.copytree(runs[0], run)
     titles = ("Loss by position", "Entropy of the levels")
     assert not any(report.picture(title, report.read_curves(run)) for title in titles)
-    (run / "analysis.json").write_text(json.dumps(dict(
-        tokens=dict(position=[dict(name="0-1", targets=2, nats=5.0), dict(name="2-3", targets=2, nats=4.0)]),
-        weights=dict(matrices=[dict(name="blocks.0.up.weight", weights=800, bits=3.0, bytes=310)]))))
+    (run / "analysis.json").write_text(
+        json.dumps(
+            dict(
+                tokens=dict(
+                    position=[
+                        dict(name="0-1", targets=2, nats=5.0),
+                        dict(name="2-3", targets=2, nats=4.0),
+                    ]
+                ),
+                weights=dict(
+                    matrices=[dict(name="blocks.0.up.weight", weights=800, bits=3.0, bytes=310)]
+                ),
+            )
+        )
+    )
     assert all("<svg" in report.picture(title, report.read_curves(run)) for title in titles)
-    folder = snapshot.new([run], SCRIPT, tmp_path / "records", snapshot.Wanted("One", data=toy, left_out="a test"))
-    assert (folder / "analysis_seed1.json").is_file() and "Loss by position" in (folder / "report.html").read_text()
+    folder = snapshot.new(
+        [run], SCRIPT, tmp_path / "records", snapshot.Wanted("One", data=toy, left_out="a test")
+    )
+    assert (folder / "analysis_seed1.json").is_file() and "Loss by position" in (
+        folder / "report.html"
+    ).read_text()
     assert check.check(folder)["findings"] == []
     (folder / "analysis_seed1.json").write_text("{}")
     assert [f["rule"] for f in check.check(folder)["findings"]] == ["E10"]
@@ -281,10 +378,16 @@ def test_what_analyze_left_is_drawn_and_carried_into_the_record(runs, toy, tmp_p
 
 def test_rounding_noise_is_that_of_real_rounding(tmp_path):
     torch.manual_seed(0)
-    weights = {f"w{bits}.weight": (bits, torch.randn(64, 256) * torch.rand(64, 1)) for bits in (4, 6)}
+    weights = {
+        f"w{bits}.weight": (bits, torch.randn(64, 256) * torch.rand(64, 1)) for bits in (4, 6)
+    }
     cfg = config(clip="quantile", clip_quantile=1.0).quant
-    tensors = {name: train_gpt.quantiser(bits, 0.0, cfg).fit(w) for name, (bits, w) in weights.items()}
-    (tmp_path / "model.golf").write_bytes(train_gpt.pack_artifact(tensors, {}, train_gpt.PACKINGS["zlib"]))
+    tensors = {
+        name: train_gpt.quantiser(bits, 0.0, cfg).fit(w) for name, (bits, w) in weights.items()
+    }
+    (tmp_path / "model.golf").write_bytes(
+        train_gpt.pack_artifact(tensors, {}, train_gpt.PACKINGS["zlib"])
+    )
     for name, noise in report.rounding_noise(tmp_path / "model.golf").items():
         assert noise == pytest.approx(distance(tensors[name].dequant(), weights[name][1]), rel=0.05)
 
@@ -296,7 +399,9 @@ def test_bytes_by_role_add_up_to_the_artifact(record):
     assert {"embed", "row scales", "header"} <= set(found)
 
 
-@pytest.mark.parametrize("folder", sorted(ROOT.glob("records/track_*/*/submission.json")), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize(
+    "folder", sorted(ROOT.glob("records/track_*/*/submission.json")), ids=lambda p: p.parent.name
+)
 def test_committed_records_pass_and_are_current(folder):
     assert check.check(folder.parent)["passed"]
     assert (folder.parent / "README.md").read_text() == snapshot.refreshed(folder.parent)
@@ -312,13 +417,24 @@ def test_audit_confirms_a_record_and_writes_what_it_saw(record, tmp_path, monkey
     status = {a["id"]: a["status"] for a in found}
     assert set(status.values()) <= {"pass", "unknown"}, audit.as_text(found)
     passed = {k for k, v in status.items() if v == "pass"}
-    assert {"self_contained", "artifact_recount", "repeatable", "reload", "val_text_unused", "suffix_swap",
-            "target_swap", "score_once", "state_digest"} <= passed
+    assert {
+        "self_contained",
+        "artifact_recount",
+        "repeatable",
+        "reload",
+        "val_text_unused",
+        "suffix_swap",
+        "target_swap",
+        "score_once",
+        "state_digest",
+    } <= passed
     audit.record_audits(folder, found)
     written = json.loads((folder / "submission.json").read_text())
     assert {a["id"] for a in written["evidence"]["audits"]} == set(status)
     assert written["compliance"]["no_slot"] == {"pass": True}.get(status.get("suffix_swap"))
-    assert (folder / "README.md").read_text() == snapshot.refreshed(folder) and check.check(folder)["findings"] == []
+    assert (folder / "README.md").read_text() == snapshot.refreshed(folder) and check.check(folder)[
+        "findings"
+    ] == []
 
 
 STUB = """import os, pathlib, random, sys, urllib.request
@@ -347,21 +463,35 @@ def stub_record(folder: Path, artifact: dict, odd: dict):
     (folder / "train_seed1.log").write_text(f"Total submission size: {len(script) + 1000} bytes\n")
 
 
-@pytest.mark.parametrize("odd, failed", [
-    (dict(), None),
-    (dict(before="urllib.request.urlopen('http://192.0.2.1/x', timeout=3)"), "self_contained"),
-    (dict(before="sys.exit('error: no') if not (folder / 'launch.sh').exists() else 0"), "reload"),
-    (dict(score="1.25 if (folder / 'launch.sh').exists() else 1.26"), "reload"),
-    (dict(score="random.random()"), "repeatable"),
-    (dict(score="1.25 if os.environ.get('RUN_MODE') != 'eval' else 1.2502"), "claimed_score"),
-    (dict(artifact="text[-1000:]"), "val_text_unused"),
-    (dict(before="not list(pathlib.Path(os.environ.get('DATA_PATH', folder / 'smoke')).glob('*train*')) "
-          "and sys.exit('error: no training text')"), "reload"),
-    (dict(logged="900"), "artifact_recount")])
+@pytest.mark.parametrize(
+    "odd, failed",
+    [
+        (dict(), None),
+        (dict(before="urllib.request.urlopen('http://192.0.2.1/x', timeout=3)"), "self_contained"),
+        (
+            dict(before="sys.exit('error: no') if not (folder / 'launch.sh').exists() else 0"),
+            "reload",
+        ),
+        (dict(score="1.25 if (folder / 'launch.sh').exists() else 1.26"), "reload"),
+        (dict(score="random.random()"), "repeatable"),
+        (dict(score="1.25 if os.environ.get('RUN_MODE') != 'eval' else 1.2502"), "claimed_score"),
+        (dict(artifact="text[-1000:]"), "val_text_unused"),
+        (
+            dict(
+                before="not list(pathlib.Path(os.environ.get('DATA_PATH', folder / 'smoke')).glob('*train*')) "
+                "and sys.exit('error: no training text')"
+            ),
+            "reload",
+        ),
+        (dict(logged="900"), "artifact_recount"),
+    ],
+)
 def test_audit_of_scripts_that_do_not_do_what_they_say(odd, failed, tmp_path, monkeypatch):
     """A network, a file beside it, another score in a second process, an unstable score, validation text in the
     artifact, training text in the evaluation, a wrong size."""
-    monkeypatch.setattr(audit, "probes", lambda place, run: [])  # these scripts have no model to probe
+    monkeypatch.setattr(
+        audit, "probes", lambda place, run: []
+    )  # these scripts have no model to probe
     stub_record(tmp_path, dict(artifact="model_seed1.golf"), odd)
     (tmp_path / "model_seed1.golf").write_bytes(b"x" * 1000)
     found = [(a["id"], a["status"]) for a in audit.audit(tmp_path, data=tmp_path / "smoke")]
@@ -375,31 +505,48 @@ def test_artifacts_that_stay_with_the_runs_are_known_by_their_hash(tmp_path, mon
     for name, content in (("mine", b"x" * 1000), ("other", b"y" * 1000)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.golf").write_bytes(content)
-    stub_record(tmp_path / "record", dict(artifact_sha256=snapshot.file_sha256(tmp_path / "mine" / "model.golf")), {})
+    stub_record(
+        tmp_path / "record",
+        dict(artifact_sha256=snapshot.file_sha256(tmp_path / "mine" / "model.golf")),
+        {},
+    )
     runs, data = [tmp_path / "mine", tmp_path / "other"], tmp_path / "record" / "smoke"
-    found = [(a["id"], a.get("seed"), a["status"]) for a in audit.audit(tmp_path / "record", data, runs)]
-    assert {("artifact_recount", "1", "pass"), ("claimed_score", "1", "pass"),
-            ("artifact_of_the_record", None, "fail")} <= set(found)
+    found = [
+        (a["id"], a.get("seed"), a["status"]) for a in audit.audit(tmp_path / "record", data, runs)
+    ]
+    assert {
+        ("artifact_recount", "1", "pass"),
+        ("claimed_score", "1", "pass"),
+        ("artifact_of_the_record", None, "fail"),
+    } <= set(found)
     with pytest.raises(ValueError, match="no model.golf"):
         audit.audit(tmp_path / "record", data, [tmp_path])
 
 
 def test_audit_wants_a_whole_record(tmp_path):
-    done = subprocess.run([*TOOLS, "audit", str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*TOOLS, "audit", str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and "audit runs folders that `new` made" in done.stderr
 
 
 def test_sockets_are_refused_where_there_are_no_namespaces(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("import socket, urllib.request\n"
-                      "a, b = socket.socketpair()\n"
-                      "s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()\n"
-                      "socket.create_connection(s.getsockname()).close()\n"
-                      "for work in (lambda: urllib.request.urlopen('http://192.0.2.1/x', timeout=3),\n"
-                      "             lambda: socket.create_connection(('192.0.2.1', 80), 3),\n"
-                      "             lambda: socket.getaddrinfo('example.com', 80)):\n"
-                      "    try:\n        work()\n        print('reached')\n"
-                      "    except OSError as error:\n        print(error)\n")
-    done = subprocess.run([sys.executable, str(ROOT / "records" / "toolkit" / "offline.py"), str(script)],
-                          capture_output=True, text=True, timeout=30)
+    script.write_text(
+        "import socket, urllib.request\n"
+        "a, b = socket.socketpair()\n"
+        "s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()\n"
+        "socket.create_connection(s.getsockname()).close()\n"
+        "for work in (lambda: urllib.request.urlopen('http://192.0.2.1/x', timeout=3),\n"
+        "             lambda: socket.create_connection(('192.0.2.1', 80), 3),\n"
+        "             lambda: socket.getaddrinfo('example.com', 80)):\n"
+        "    try:\n        work()\n        print('reached')\n"
+        "    except OSError as error:\n        print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "records" / "toolkit" / "offline.py"), str(script)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert done.stdout.count("no network") == 3 and "reached" not in done.stdout, done.stderr

@@ -1,4 +1,5 @@
 """The shipped wrapper runs the whole job with the same score, counts its own size, and is opened without being run."""
+
 import ast
 import base64
 import bz2
@@ -11,9 +12,10 @@ import sys
 import zlib
 
 import pytest
-import train_gpt
 from conftest import ROOT, SCRIPT, clean_env, official
 from running import made_once, train
+
+import train_gpt
 
 sys.path.insert(0, str(ROOT / "records" / "toolkit"))
 import pack  # noqa: E402
@@ -24,8 +26,18 @@ TOOLS = [sys.executable, str(ROOT / "records" / "tools.py")]
 @pytest.fixture(scope="module")
 def wrapper(tmp_path_factory):
     """A packed script in a folder of its own, made by the command line."""
-    return made_once(tmp_path_factory, "packed", lambda folder: subprocess.run(
-        [*TOOLS, "pack", "--out", str(folder / "new" / "train_gpt.py")], check=True, timeout=120)) / "new/train_gpt.py"
+    return (
+        made_once(
+            tmp_path_factory,
+            "packed",
+            lambda folder: subprocess.run(
+                [*TOOLS, "pack", "--out", str(folder / "new" / "train_gpt.py")],
+                check=True,
+                timeout=120,
+            ),
+        )
+        / "new/train_gpt.py"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +50,22 @@ def digest(folder) -> str:
 
 
 @pytest.mark.parametrize("nproc", [0, 2])
-def test_a_packed_script_runs_the_whole_job_and_gives_the_same_score(nproc, wrapper, plain, toy, tmp_path):
+def test_a_packed_script_runs_the_whole_job_and_gives_the_same_score(
+    nproc, wrapper, plain, toy, tmp_path
+):
     cache = tmp_path / "cache"
     run = train(toy, tmp_path, "run", nproc=nproc, script=wrapper, XDG_CACHE_HOME=cache)
     assert plain.code == 0 and run.code == 0, run.err
     size = wrapper.stat().st_size
-    assert f"sha256:{hashlib.sha256(wrapper.read_bytes()).hexdigest()} wrapped:1 bytes:{size}" in run.out
+    assert (
+        f"sha256:{hashlib.sha256(wrapper.read_bytes()).hexdigest()} wrapped:1 bytes:{size}"
+        in run.out
+    )
     assert f"\nCode size: {size} bytes" in run.out
-    assert f"\nTotal submission size: {size + (run.folder / 'model.golf').stat().st_size} bytes" in run.out
+    assert (
+        f"\nTotal submission size: {size + (run.folder / 'model.golf').stat().st_size} bytes"
+        in run.out
+    )
     files = list(cache.rglob("*.py"))
     assert len(files) == 1 and files[0].stem == hashlib.sha256(files[0].read_bytes()).hexdigest()
     assert files[0].parent.stat().st_mode & 0o77 == 0
@@ -53,12 +73,16 @@ def test_a_packed_script_runs_the_whole_job_and_gives_the_same_score(nproc, wrap
         both = [float(re.search(r"val_bpb:(\S+)", official(r.out))[1]) for r in (plain, run)]
         assert both[0] == pytest.approx(both[1], rel=1e-3)
     else:
-        assert official(run.out) == official(plain.out) and digest(run.folder) == digest(plain.folder)
+        assert official(run.out) == official(plain.out) and digest(run.folder) == digest(
+            plain.folder
+        )
 
 
 def test_help_is_that_of_the_script(wrapper, tmp_path):
     env = clean_env(XDG_CACHE_HOME=tmp_path)
-    done = subprocess.run([sys.executable, str(wrapper), "--help"], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(wrapper), "--help"], env=env, capture_output=True, text=True
+    )
     assert done.stdout == train_gpt.help_text(markdown=False) + "\n"
 
 
@@ -76,11 +100,21 @@ def test_an_unsafe_or_closed_cache_is_not_used_and_stale_text_is_replaced(tmp_pa
     script.write_bytes(pack.pack(STUB))
 
     def where(home) -> str:
-        done = subprocess.run([sys.executable, str(script), "word"], capture_output=True, text=True,
-                              env=clean_env(XDG_CACHE_HOME=home, TMPDIR=tmp_path))
+        done = subprocess.run(
+            [sys.executable, str(script), "word"],
+            capture_output=True,
+            text=True,
+            env=clean_env(XDG_CACHE_HOME=home, TMPDIR=tmp_path),
+        )
         path, file, source, word = done.stdout.strip().split("|")
-        assert done.returncode == 3 and file == str(script) and source == "def main(argv,e" and word == "word"
+        assert (
+            done.returncode == 3
+            and file == str(script)
+            and source == "def main(argv,e"
+            and word == "word"
+        )
         return path
+
     good = where(tmp_path / "good")
     assert good.startswith(str(tmp_path / "good"))
     with open(good, "w") as file:
@@ -97,40 +131,57 @@ def test_the_wrapper_is_small_parses_and_reveals_the_minified_script(wrapper):
     packed, source = wrapper.read_bytes(), SCRIPT.read_text(encoding="utf-8")
     assert len(packed) < 0.22 * len(source.encode())
     ast.parse(packed)
-    shown = subprocess.run([*TOOLS, "unpack", str(wrapper)], capture_output=True, check=True, timeout=60).stdout
+    shown = subprocess.run(
+        [*TOOLS, "unpack", str(wrapper)], capture_output=True, check=True, timeout=60
+    ).stdout
     assert shown == pack.unwrapped(packed) and len(shown) < 0.6 * len(source)
-    names = {n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    assert names == {n.name for n in ast.parse(shown).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    names = {
+        n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+    }
+    assert names == {
+        n.name for n in ast.parse(shown).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+    }
 
 
 def test_any_bytes_survive_the_literal():
     for data in (bytes(range(256)) * 3, b"'''\\\r\n\0" * 5, b"\0" + b"7" * 9, b"\\'", b""):
-        text = f"# coding: latin-1\nx = '''{pack.literal(data)}'''.encode('latin-1')\n".encode("latin-1")
+        text = f"# coding: latin-1\nx = '''{pack.literal(data)}'''.encode('latin-1')\n".encode(
+            "latin-1"
+        )
         scope = {}
         exec(compile(text, "literal", "exec"), scope)
         assert scope["x"] == data
 
 
 def test_a_triton_kernel_keeps_its_annotations_and_names():
-    source = ('import triton\n\n\n@triton.jit\ndef kernel(x_pointer, BLOCK: tl.constexpr):\n    offsets = x_pointer\n'
-              '    return offsets\n\n\ndef plain(longer_name: int = 3):\n    """What it does."""\n'
-              '    another_name = longer_name + 1\n    return another_name * another_name\n')
+    source = (
+        "import triton\n\n\n@triton.jit\ndef kernel(x_pointer, BLOCK: tl.constexpr):\n    offsets = x_pointer\n"
+        '    return offsets\n\n\ndef plain(longer_name: int = 3):\n    """What it does."""\n'
+        "    another_name = longer_name + 1\n    return another_name * another_name\n"
+    )
     out = pack.minified(source)
     assert "BLOCK:tl.constexpr" in out and "offsets" in out and "x_pointer" in out
     assert "What it does" not in out and "(longer_name=3)" in out and "another_name" not in out
 
 
 INNER = b"import os\nopen('executed', 'w').write('x')\n" + b"# a line of text\n" * 400
-FORMS = {"xz, base 85": lambda s: f"exec(d({base64.b85encode(lzma.compress(s))!r}))",
-         "raw LZMA2, base 85 text": lambda s: f"exec(d({base64.b85encode(raw_lzma(s)).decode()!r}))",
-         "zlib, base 64": lambda s: f"exec(d({base64.b64encode(zlib.compress(s, 0)).decode()!r}))",
-         "bz2, hexadecimal": lambda s: f"exec(d({bz2.compress(s + os.urandom(600).hex().encode()).hex()!r}))",
-         "twice": lambda s: FORMS["xz, base 85"](("import os\n" + FORMS["zlib, base 64"](s)).encode())}
+FORMS = {
+    "xz, base 85": lambda s: f"exec(d({base64.b85encode(lzma.compress(s))!r}))",
+    "raw LZMA2, base 85 text": lambda s: f"exec(d({base64.b85encode(raw_lzma(s)).decode()!r}))",
+    "zlib, base 64": lambda s: f"exec(d({base64.b64encode(zlib.compress(s, 0)).decode()!r}))",
+    "bz2, hexadecimal": lambda s: (
+        f"exec(d({bz2.compress(s + os.urandom(600).hex().encode()).hex()!r}))"
+    ),
+    "twice": lambda s: FORMS["xz, base 85"](("import os\n" + FORMS["zlib, base 64"](s)).encode()),
+}
 
 
 def raw_lzma(data: bytes) -> bytes:
-    return lzma.compress(data + b"#" + os.urandom(600).hex().encode(), lzma.FORMAT_RAW,
-                         filters=[dict(id=lzma.FILTER_LZMA2)])
+    return lzma.compress(
+        data + b"#" + os.urandom(600).hex().encode(),
+        lzma.FORMAT_RAW,
+        filters=[dict(id=lzma.FILTER_LZMA2)],
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -143,12 +194,20 @@ def test_foreign_wrappers_are_opened_and_never_executed(form, tmp_path, monkeypa
 
 def test_a_bomb_and_nonsense_stay_closed():
     bomb = f"import os\nexec(d({base64.b85encode(lzma.compress(bytes(1 << 25), preset=0))!r}))\n".encode()
-    for source in (bomb, b"\0\xff", b"x = '" + b"A" * 5000 + b"'\n", b"(" * 100_000, b"def broken(:\n"):
+    for source in (
+        bomb,
+        b"\0\xff",
+        b"x = '" + b"A" * 5000 + b"'\n",
+        b"(" * 100_000,
+        b"def broken(:\n",
+    ):
         assert pack.unwrapped(source) == source
 
 
 def test_a_mistake_is_one_line(tmp_path):
-    for args in (["pack", str(tmp_path / "none.py"), "--out", str(tmp_path / "x.py")],
-                 ["pack", str(SCRIPT), "--out", str(SCRIPT)]):
+    for args in (
+        ["pack", str(tmp_path / "none.py"), "--out", str(tmp_path / "x.py")],
+        ["pack", str(SCRIPT), "--out", str(SCRIPT)],
+    ):
         done = subprocess.run([*TOOLS, *args], capture_output=True, text=True)
         assert done.returncode == 2 and re.fullmatch(r"error: .*\n", done.stderr)

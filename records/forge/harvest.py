@@ -7,6 +7,7 @@ Nothing is executed.
 A record speaks for the knobs that it sets differently from the record that it was compared with, and so for the skills
 that own them: `prior` turns that into counts for and against each skill, which a campaign's search begins with.
 """
+
 import json
 import math
 import re
@@ -41,7 +42,11 @@ def seeds_of(table: dict) -> dict[str, float]:
     for key, value in table.items():
         entries = []
         if isinstance(value, dict):
-            entries = [(m[1], v) for k, v in value.items() if (m := re.fullmatch(r"(?:seed[_ ]?)?(\d{1,6})", str(k)))]
+            entries = [
+                (m[1], v)
+                for k, v in value.items()
+                if (m := re.fullmatch(r"(?:seed[_ ]?)?(\d{1,6})", str(k)))
+            ]
             if not entries:
                 found = found or seeds_of(value)
         elif isinstance(value, list):
@@ -56,7 +61,9 @@ def seeds_of(table: dict) -> dict[str, float]:
 def settings_of(folder: Path) -> dict[str, str]:
     """{knob: value} that a record ran with: its config.json where records/tools.py wrote one, else the defaults that
     its train_gpt.py reads from the environment, changed by the command in its README. Empty if nothing can be read."""
-    text = lambda name: (folder / name).read_text("utf-8", "replace") if (folder / name).exists() else ""  # noqa: E731
+    text = lambda name: (
+        (folder / name).read_text("utf-8", "replace") if (folder / name).exists() else ""
+    )  # noqa: E731
     try:
         knobs = json.loads(text("config.json"))["knobs"]
         found = {name.upper(): entry["value"] for name, entry in knobs.items()}
@@ -91,14 +98,34 @@ def read_folder(folder: Path) -> dict[str, Any]:
         if finals and (m := re.search(r"seed[_-]?(\d+)", path.name)):
             logs[m[1]] = finals[-1][1]
     seeds = seeds if len(seeds) >= len(logs) else logs
-    bpb = next((float(table[k]) for k in ("val_bpb", "mean_val_bpb", "mean_bpb") if isinstance(
-        table.get(k), (int, float))), statistics.mean(seeds.values()) if seeds else None)
+    bpb = next(
+        (
+            float(table[k])
+            for k in ("val_bpb", "mean_val_bpb", "mean_bpb")
+            if isinstance(table.get(k), (int, float))
+        ),
+        statistics.mean(seeds.values()) if seeds else None,
+    )
     if bpb is None or not math.isfinite(bpb):
         raise ValueError("no score in submission.json or logs")
-    size = next((int(table[k]) for k in ("bytes_total", "artifact_bytes", "total_bytes", "bytes") if isinstance(
-        table.get(k), (int, float))), None)
-    return dict(folder=folder.name, track=folder.parent.name, name=str(table.get("name", folder.name)), bpb=bpb,
-                date=str(table.get("date", folder.name))[:10], seeds=seeds, bytes=size, settings=settings_of(folder))
+    size = next(
+        (
+            int(table[k])
+            for k in ("bytes_total", "artifact_bytes", "total_bytes", "bytes")
+            if isinstance(table.get(k), (int, float))
+        ),
+        None,
+    )
+    return dict(
+        folder=folder.name,
+        track=folder.parent.name,
+        name=str(table.get("name", folder.name)),
+        bpb=bpb,
+        date=str(table.get("date", folder.name))[:10],
+        seeds=seeds,
+        bytes=size,
+        settings=settings_of(folder),
+    )
 
 
 def bucket(record: dict, earlier: list[dict]) -> tuple[str, str]:
@@ -113,18 +140,28 @@ def bucket(record: dict, earlier: list[dict]) -> tuple[str, str]:
         return "Low", f"{delta:+.4f} against {best['folder']}"
     if len(record["seeds"]) < 2:
         return "Medium", f"{delta:+.4f} against {best['folder']}, " + (
-            "on one seed" if record["seeds"] else "without scores per seed")
+            "on one seed" if record["seeds"] else "without scores per seed"
+        )
     spread = statistics.stdev(record["seeds"].values())
     if -delta > 2 * spread:
-        return "High", f"{delta:+.4f} against {best['folder']}, {len(record['seeds'])} seeds of sd {spread:.4f}"
+        return (
+            "High",
+            f"{delta:+.4f} against {best['folder']}, {len(record['seeds'])} seeds of sd {spread:.4f}",
+        )
     return "Medium", f"{delta:+.4f} against {best['folder']} is within two sd of {spread:.4f}"
 
 
 def harvest(root: Path) -> dict[str, Any]:
     """Every folder below `root` that looks like a record, in order of date: parsed, or listed with the reason."""
-    places = {p.parent for name in ("submission*.json", "train*") for p in root.rglob(name)
-              if p.is_file() and p.parent != root and ".git" not in p.parts}
-    folders = sorted(f for f in places if not places & set(f.parents))  # a record's own folders are part of it
+    places = {
+        p.parent
+        for name in ("submission*.json", "train*")
+        for p in root.rglob(name)
+        if p.is_file() and p.parent != root and ".git" not in p.parts
+    }
+    folders = sorted(
+        f for f in places if not places & set(f.parents)
+    )  # a record's own folders are part of it
     records, unparsed = [], []
     for folder in folders:
         try:
@@ -133,14 +170,23 @@ def harvest(root: Path) -> dict[str, Any]:
             unparsed.append(dict(folder=folder.name, reason=str(error)))
     records.sort(key=lambda r: (r["track"], r["date"], r["folder"]))
     for i, record in enumerate(records):
-        earlier = [r for r in records[:i] if r["track"] == record["track"] and r["date"] < record["date"]
-                   and (r["bytes"] or 0) <= BUDGET]
+        earlier = [
+            r
+            for r in records[:i]
+            if r["track"] == record["track"]
+            and r["date"] < record["date"]
+            and (r["bytes"] or 0) <= BUDGET
+        ]
         record["bucket"], record["reason"] = bucket(record, earlier)
         other = min(earlier, key=lambda r: r["bpb"])["settings"] if earlier else {}
-        record["changed"] = sorted(n for n, v in record["settings"].items() if other and other.get(n, v) != v)
+        record["changed"] = sorted(
+            n for n, v in record["settings"].items() if other and other.get(n, v) != v
+        )
     for record in records:
         del record["settings"]
-    return dict(records=records, unparsed=unparsed, with_seeds=sum(len(r["seeds"]) > 1 for r in records))
+    return dict(
+        records=records, unparsed=unparsed, with_seeds=sum(len(r["seeds"]) > 1 for r in records)
+    )
 
 
 def prior(found: dict, owners: dict[str, str]) -> dict[str, list[float]]:
@@ -151,13 +197,23 @@ def prior(found: dict, owners: dict[str, str]) -> dict[str, list[float]]:
         for skill in sorted({owners[n] for n in record["changed"] if n in owners}):
             mine = counts.setdefault(skill, [0.0, 0.0])
             mine[:] = [a + b for a, b in zip(mine, COUNTS[record["bucket"]])]
-    return {skill: [round(n * min(1.0, MOST / sum(mine)), 3) for n in mine] for skill, mine in counts.items()}
+    return {
+        skill: [round(n * min(1.0, MOST / sum(mine)), 3) for n in mine]
+        for skill, mine in counts.items()
+    }
 
 
 def text(found: dict) -> str:
     """The harvest as a table."""
-    lines = [f"{r['bucket']:<7} {r['bpb']:.4f} {len(r['seeds'])} seeds  {r['folder']}: {r['reason']}"
-             for r in found["records"]]
+    lines = [
+        f"{r['bucket']:<7} {r['bpb']:.4f} {len(r['seeds'])} seeds  {r['folder']}: {r['reason']}"
+        for r in found["records"]
+    ]
     lines += [f"unread  {u['folder']}: {u['reason']}" for u in found["unparsed"]]
-    return "\n".join([*lines, f"{len(found['records'])} records, {found['with_seeds']} with several seeds, "
-                      f"{len(found['unparsed'])} unread"])
+    return "\n".join(
+        [
+            *lines,
+            f"{len(found['records'])} records, {found['with_seeds']} with several seeds, "
+            f"{len(found['unparsed'])} unread",
+        ]
+    )

@@ -5,9 +5,11 @@ one rung and one class of hosts, sigma_d that of the difference of two runs.
 Error rates of `look` + `fresh_test` (20 degrees of freedom, differences in sigma_d): a change that does nothing is
 accepted in about 0.3 % of cases, one worth 2 in about 91 %; tests/test_forge_judge.py simulates both.
 """
+
 import itertools
 import math
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
@@ -16,12 +18,16 @@ from scipy.special import stdtr, stdtrit
 LOOKS = {1: (-3.0, -0.25), 2: (-2.5, -0.5), 3: (-2.2, -0.8), 5: (-1.9, -1.9)}
 FRESH = 3  # runs per arm of the last test
 ALPHA = 0.05  # its one-sided level
-SUSPICION, PAIRABLE = 0.2, 6  # chance that a design without interactions suspects one; most changes among which a
+SUSPICION, PAIRABLE = (
+    0.2,
+    6,
+)  # chance that a design without interactions suspects one; most changes among which a
 # design of twelve runs can tell the pairs apart
 
 
 class Noise(NamedTuple):
     """Standard deviation of one run in bits per byte, and the degrees of freedom behind it."""
+
     sigma: float
     df: float
 
@@ -32,6 +38,7 @@ class Noise(NamedTuple):
 
 class Test(NamedTuple):
     """A one-sided comparison: mean difference, two-sided 95 % interval, t, degrees of freedom, p for "not lower"."""
+
     delta: float
     low: float
     high: float
@@ -78,8 +85,13 @@ def fresh_test(new: Sequence[float], old: Sequence[float], noise: Noise) -> tupl
     return test.p < ALPHA, test
 
 
-def anchor_step(new: Sequence[float], anchor: Sequence[float], sigma: float, race_above: float = 0.0025,
-                limit: int = 5) -> str:
+def anchor_step(
+    new: Sequence[float],
+    anchor: Sequence[float],
+    sigma: float,
+    race_above: float = 0.0025,
+    limit: int = 5,
+) -> str:
     """Whether the search moves to a configuration: "move", "stay", or one more seed for the "new" or the "anchor".
 
     Quiet rungs decide by one run that is a sigma below the anchor's mean. Noisy ones race: while the challenger is
@@ -109,7 +121,9 @@ def plackett_burman(factors: int) -> np.ndarray:
     if not 1 <= factors <= 11:
         raise ValueError(f"{factors} factors: want 1 to 11")
     row = np.array([1, 1, -1, 1, 1, 1, -1, -1, -1, 1, -1])
-    return np.vstack([np.stack([np.roll(row, i) for i in range(11)]), -np.ones(11, int)])[:, :factors].astype(int)
+    return np.vstack([np.stack([np.roll(row, i) for i in range(11)]), -np.ones(11, int)])[
+        :, :factors
+    ].astype(int)
 
 
 def effects(design: np.ndarray, scores: Sequence[float], noise: Noise) -> list[Test]:
@@ -118,8 +132,9 @@ def effects(design: np.ndarray, scores: Sequence[float], noise: Noise) -> list[T
     return [compare(y[column > 0], y[column < 0], noise) for column in design.T]
 
 
-def suspect(design: np.ndarray, scores: Sequence[float], noise: Noise, known: Sequence[tuple[int, int]] = ()
-            ) -> tuple[int, int] | None:
+def suspect(
+    design: np.ndarray, scores: Sequence[float], noise: Noise, known: Sequence[tuple[int, int]] = ()
+) -> tuple[int, int] | None:
     """The pair of changes that a design suspects most of helping or harming each other, or None.
 
     A pair is suspected when the part of its product column that neither the main effects nor the `known` pairs can
@@ -140,8 +155,13 @@ def suspect(design: np.ndarray, scores: Sequence[float], noise: Noise, known: Se
     return most[1] if found and most[0] > -stdtrit(noise.df, SUSPICION / 2 / len(found)) else None
 
 
-def interaction(both: Sequence[float], first: Sequence[float], second: Sequence[float], none: Sequence[float],
-                noise: Noise) -> Test:
+def interaction(
+    both: Sequence[float],
+    first: Sequence[float],
+    second: Sequence[float],
+    none: Sequence[float],
+    noise: Noise,
+) -> Test:
     """What two changes do together beyond the sum of what each does alone: negative when they help each other. It is
     claimed when the two-sided 95 % interval excludes zero."""
     groups = [np.asarray(g, float) for g in (both, first, second, none)]

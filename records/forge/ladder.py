@@ -1,5 +1,7 @@
 """What a small run says about a large one: rank transfer between rungs, and where a learning curve will end."""
-from typing import Any, Sequence
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
@@ -9,8 +11,16 @@ from .state import State
 
 TOO_FEW, ENOUGH = 8, 12  # shared configurations: below, no statement; from here, a rule
 TRANSFERS, FAILS = 0.4, 0.3  # bounds of tau
-FORECAST_FROM, HOPELESS = 8, 0.05  # finished runs before a forecast; chance below which a run is not worth its end
-PRIOR = dict(schedule="does not transfer", batch="does not transfer", eval="does not transfer", shape="transfers")
+FORECAST_FROM, HOPELESS = (
+    8,
+    0.05,
+)  # finished runs before a forecast; chance below which a run is not worth its end
+PRIOR = dict(
+    schedule="does not transfer",
+    batch="does not transfer",
+    eval="does not transfer",
+    shape="transfers",
+)
 
 
 def kendall(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -21,8 +31,13 @@ def kendall(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (a * b).sum(-1) / np.where(norm == 0, 1, norm)
 
 
-def transfer(low: Sequence[float], high: Sequence[float], base: tuple[float, float] | None = None,
-             draws: int = 1000, seed: int = 0) -> dict[str, Any]:
+def transfer(
+    low: Sequence[float],
+    high: Sequence[float],
+    base: tuple[float, float] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Whether the order on one rung holds on the next, from configurations that ran on both.
 
     tau with a bootstrap 80 % interval, the part of configurations whose difference to the base keeps its sign, the
@@ -39,8 +54,15 @@ def transfer(low: Sequence[float], high: Sequence[float], base: tuple[float, flo
     if len(x) >= ENOUGH:
         word = "transfers" if lo >= TRANSFERS else "does not transfer" if hi <= FAILS else "unknown"
     signs = float((np.sign(x - base[0]) == np.sign(y - base[1])).mean()) if base else None
-    return dict(n=len(x), tau=tau, low=float(lo), high=float(hi), signs=signs, regret=float(y[x.argmin()] - y.min()),
-                word=word)
+    return dict(
+        n=len(x),
+        tau=tau,
+        low=float(lo),
+        high=float(hi),
+        signs=signs,
+        regret=float(y[x.argmin()] - y.min()),
+        word=word,
+    )
 
 
 def report(state: State, space: Space) -> list[dict]:
@@ -56,13 +78,23 @@ def report(state: State, space: Space) -> list[dict]:
         for klass in ("all", *sorted({k for s in shared.values() for k in s[2]})):
             mine = [s for s in shared.values() if klass == "all" or klass in s[2]]
             points = [s[:2] for s in mine]
-            found.append(dict(lower=lower, upper=upper, klass=klass, prior=PRIOR.get(klass, "unknown"), points=points,
-                              **transfer([p[0] for p in points], [p[1] for p in points], base)))
+            found.append(
+                dict(
+                    lower=lower,
+                    upper=upper,
+                    klass=klass,
+                    prior=PRIOR.get(klass, "unknown"),
+                    points=points,
+                    **transfer([p[0] for p in points], [p[1] for p in points], base),
+                )
+            )
     return found
 
 
 # ---- Forecasts -------------------------------------------------------------------------------------------------------
-def forecast(seen: Sequence[tuple[float, float]], reading: float, bar: float, level: float = 0.9) -> dict | None:
+def forecast(
+    seen: Sequence[tuple[float, float]], reading: float, bar: float, level: float = 0.9
+) -> dict | None:
     """Where a run will end whose training loss partway is `reading`, from the finished runs of its rung: (their loss at
     the same part of the run, their score). {"low", "middle", "high"} of a new score at `level`, and the chance that it
     ends below `bar`. None with fewer than FORECAST_FROM finished runs, or when all their readings are equal.
@@ -77,15 +109,26 @@ def forecast(seen: Sequence[tuple[float, float]], reading: float, bar: float, le
     slope = ((x - x.mean()) * (y - y.mean())).sum() / square
     middle = float(y.mean() + slope * (reading - x.mean()))
     rest = y - y.mean() - slope * (x - x.mean())
-    error = float(np.sqrt((rest**2).sum() / df * (1 + 1 / len(x) + (reading - x.mean()) ** 2 / square))) + 1e-12
+    error = (
+        float(np.sqrt((rest**2).sum() / df * (1 + 1 / len(x) + (reading - x.mean()) ** 2 / square)))
+        + 1e-12
+    )
     half = float(stdtrit(df, (1 + level) / 2)) * error
-    return dict(low=middle - half, middle=middle, high=middle + half, chance=float(stdtr(df, (bar - middle) / error)))
+    return dict(
+        low=middle - half,
+        middle=middle,
+        high=middle + half,
+        chance=float(stdtr(df, (bar - middle) / error)),
+    )
 
 
 def calibration(state: State) -> tuple[int, float]:
     """How many of the last 20 forecasts have met their score, and the part of them that covered it."""
-    met = [r.forecast["low"] <= r.score <= r.forecast["high"] for r in state.runs.values()
-           if r.forecast and r.score is not None][-20:]
+    met = [
+        r.forecast["low"] <= r.score <= r.forecast["high"]
+        for r in state.runs.values()
+        if r.forecast and r.score is not None
+    ][-20:]
     return len(met), sum(met) / len(met) if met else 0.0
 
 
@@ -107,8 +150,12 @@ def constant_part(curve: Sequence[Sequence[float]]) -> list[tuple[float, float]]
     return kept
 
 
-def project(curve: Sequence[Sequence[float]], tokens: float | Sequence[float], sigma: float = 0.002,
-            level: float = 0.9) -> dict[str, Any]:
+def project(
+    curve: Sequence[Sequence[float]],
+    tokens: float | Sequence[float],
+    sigma: float = 0.002,
+    level: float = 0.9,
+) -> dict[str, Any]:
     """Where bits per byte = c + a * tokens^-alpha will be, as an interval at `level` for a new reading.
 
     A grid posterior over c (uniform below the lowest reading) and alpha (normal, 0.45 +- 0.2), `a` by least squares,
@@ -129,17 +176,33 @@ def project(curve: Sequence[Sequence[float]], tokens: float | Sequence[float], s
     a = np.maximum(rest @ basis.T / norm, 0.0)  # (C, A)
     error = ((rest[:, None, :] - a[..., None] * basis[None]) ** 2).sum(-1)
     width = np.abs(np.gradient(cs))  # of each grid cell of c
-    log = -error / (2 * sigma**2) - 0.5 * ((alphas - 0.45) / 0.2) ** 2 + np.log(width + 1e-300)[:, None]
+    log = (
+        -error / (2 * sigma**2)
+        - 0.5 * ((alphas - 0.45) / 0.2) ** 2
+        + np.log(width + 1e-300)[:, None]
+    )
     weight = np.exp(log - log.max()).ravel()
     weight /= weight.sum()
     rng, out = np.random.default_rng(0), []
     pick = rng.choice(len(weight), 8000, p=weight)
     noise = rng.normal(0, sigma, len(pick))
     fitted_error = sigma / np.sqrt(norm)[None, :]  # of a, given c and alpha
-    amplitude = a.ravel()[pick] + rng.normal(0, 1, len(pick)) * np.broadcast_to(fitted_error, a.shape).ravel()[pick]
-    exponent, floor = np.broadcast_to(alphas, a.shape).ravel()[pick], np.repeat(cs, len(alphas))[pick]
+    amplitude = (
+        a.ravel()[pick]
+        + rng.normal(0, 1, len(pick)) * np.broadcast_to(fitted_error, a.shape).ravel()[pick]
+    )
+    exponent, floor = (
+        np.broadcast_to(alphas, a.shape).ravel()[pick],
+        np.repeat(cs, len(alphas))[pick],
+    )
     for w in want:
         values = floor + amplitude * (w / scale) ** -exponent + noise
         out.append(np.quantile(values, [(1 - level) / 2, 0.5, (1 + level) / 2]))
     low, middle, high = np.array(out).T
-    return dict(tokens=want.tolist(), low=low.tolist(), middle=middle.tolist(), high=high.tolist(), n=len(points))
+    return dict(
+        tokens=want.tolist(),
+        low=low.tolist(),
+        middle=middle.tolist(),
+        high=high.tolist(),
+        n=len(points),
+    )

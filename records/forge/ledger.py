@@ -4,14 +4,16 @@ What a campaign knows is a pure replay of these lines (see state.py). An event i
 included, is on the disk. A crash in the middle of a write leaves a torn last line: readers ignore it, the next append
 cuts it off. Damage anywhere else is an error and never repaired silently.
 """
+
 import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 from . import ForgeError
 
@@ -86,7 +88,10 @@ def seal(event: dict) -> str:
 def unseal(line: str) -> dict:
     """The event of a line without its newline. Raises ValueError when the checksum does not hold."""
     event = json.loads(line)
-    if not isinstance(event, dict) or seal({k: v for k, v in event.items() if k != "sum"}) != line + "\n":
+    if (
+        not isinstance(event, dict)
+        or seal({k: v for k, v in event.items() if k != "sum"}) != line + "\n"
+    ):
         raise ValueError("checksum")
     del event["sum"]
     return event
@@ -109,8 +114,10 @@ class Ledger:
                 if events[-1]["n"] != number:
                     raise ValueError("number")
             except (ValueError, KeyError):
-                raise ForgeError(f"{self.path.name}: line {number} of {len(lines)} is damaged; restore the file from "
-                                 "a copy or cut it before this line") from None
+                raise ForgeError(
+                    f"{self.path.name}: line {number} of {len(lines)} is damaged; restore the file from "
+                    "a copy or cut it before this line"
+                ) from None
         return events
 
     def append(self, event: str, **data) -> dict:
@@ -121,7 +128,9 @@ class Ledger:
             entry = dict(data, n=last + 1, event=event, time=self.clock())
             line = seal(entry).encode()
             try:
-                os.ftruncate(handle, end)  # what a crash left behind the last newline was never acknowledged
+                os.ftruncate(
+                    handle, end
+                )  # what a crash left behind the last newline was never acknowledged
                 written = os.pwrite(handle, line, end)
                 if written < len(line):
                     raise OSError(28, "no space left on device")
@@ -130,7 +139,9 @@ class Ledger:
             except OSError as error:
                 with contextlib.suppress(OSError):
                     os.ftruncate(handle, end)
-                raise ForgeError(f"cannot write {self.path.name}: {error.strerror}; nothing was recorded") from None
+                raise ForgeError(
+                    f"cannot write {self.path.name}: {error.strerror}; nothing was recorded"
+                ) from None
         return json.loads(canonical(entry))
 
     def count(self) -> int:
@@ -154,5 +165,7 @@ class Ledger:
                 try:
                     return begin + cut + 1, unseal(blob[start:cut].decode())["n"]
                 except (ValueError, KeyError):
-                    raise ForgeError(f"{self.path.name}: the last line is damaged; run `verify`") from None
+                    raise ForgeError(
+                        f"{self.path.name}: the last line is damaged; run `verify`"
+                    ) from None
             block *= 4

@@ -1,6 +1,7 @@
 """The meta-layer: every fifth experiment it weighs the skills, turns repeated evidence into playbooks, and takes back
 edits that made a skill worse. It costs no device time, is a pure function of the state, and runs once per index.
 """
+
 import warnings
 from typing import Any
 
@@ -24,11 +25,15 @@ def claim_name(skill: str, knobs: dict[str, list], space: Space) -> str:
     parts = []
     for name, (old, new) in sorted(knobs.items()):
         choice = name in space.knobs and space.knobs[name].kind == "choice"
-        parts.append(f"{name}={new}" if choice else f"{name} {'up' if float(new) > float(old) else 'down'}")
+        parts.append(
+            f"{name}={new}" if choice else f"{name} {'up' if float(new) > float(old) else 'down'}"
+        )
     return f"{skill}: " + ", ".join(parts)
 
 
-def crystallise(evidence: list[dict], sigma: float, now: int, target: bool = False) -> dict[str, Any]:
+def crystallise(
+    evidence: list[dict], sigma: float, now: int, target: bool = False
+) -> dict[str, Any]:
     """What a claim's evidence on one rung amounts to. Each piece has delta, se, parent and at (experiment count).
 
     proven: at least 3 comparisons on 2 parents, a random-effects upper bound below zero, a mean gain worth having, and
@@ -38,21 +43,35 @@ def crystallise(evidence: list[dict], sigma: float, now: int, target: bool = Fal
     deltas, errors = np.array([e["delta"] for e in evidence]), np.array([e["se"] for e in evidence])
     k, mean = len(deltas), float(deltas.mean())
     within = float(np.sqrt((errors**2).mean()))
-    spread = max(float(deltas.std(ddof=1)) if k > 1 else 0.0, within)  # between studies, never below the error within
+    spread = max(
+        float(deltas.std(ddof=1)) if k > 1 else 0.0, within
+    )  # between studies, never below the error within
     half = float(stdtrit(k - 1, 0.95) * spread / np.sqrt(k)) if k > 1 else float("inf")
     worth, mde = (WORTH, 0.0005) if target else (0.5 * sigma, sigma)
     parents = len({e["parent"] for e in evidence})
     status = "heuristic"
     if k >= MIN_COMPARISONS and mean - half > -mde:
         status = "refuted"
-    elif (k >= MIN_COMPARISONS and parents >= MIN_PARENTS and mean + half < 0 and mean < -worth
-          and (deltas < 0).mean() >= MIN_SIGNS):
+    elif (
+        k >= MIN_COMPARISONS
+        and parents >= MIN_PARENTS
+        and mean + half < 0
+        and mean < -worth
+        and (deltas < 0).mean() >= MIN_SIGNS
+    ):
         status = "proven"
     was = status
     if now - max(e["at"] for e in evidence) >= STALE_AFTER:
         status = "stale"
-    return dict(status=status, was=was, k=k, parents=parents, mean=mean, low=mean - half if k > 1 else None,
-                high=mean + half if k > 1 else None)
+    return dict(
+        status=status,
+        was=was,
+        k=k,
+        parents=parents,
+        mean=mean,
+        low=mean - half if k > 1 else None,
+        high=mean + half if k > 1 else None,
+    )
 
 
 def claims(state: State) -> list[dict]:
@@ -64,12 +83,25 @@ def claims(state: State) -> list[dict]:
             mine = [e for e in evidence if e["rung"] == rung]
             standing = crystallise(mine, state.noise(rung).sigma, now, rung == "target")
             above = [e for e in evidence if rungs.index(e["rung"]) > rungs.index(rung)]
-            held = any(e["delta"] < 0 and e["se"] and judge.stdtr(20, e["delta"] / e["se"]) < 0.1 for e in above)
+            held = any(
+                e["delta"] < 0 and e["se"] and judge.stdtr(20, e["delta"] / e["se"]) < 0.1
+                for e in above
+            )
             label = standing["status"]
             label = f"proven@{rung}" if label == "proven" and not held else label
-            found.append(standing | dict(id=f"P-{number:03d}", claim=claim, skill=mine[0]["skill"], rung=rung,
-                                         label=label, knobs=mine[-1]["knobs"], held_above=held,
-                                         experiments=[e["exp"] for e in mine]))
+            found.append(
+                standing
+                | dict(
+                    id=f"P-{number:03d}",
+                    claim=claim,
+                    skill=mine[0]["skill"],
+                    rung=rung,
+                    label=label,
+                    knobs=mine[-1]["knobs"],
+                    held_above=held,
+                    experiments=[e["exp"] for e in mine],
+                )
+            )
     return found
 
 
@@ -77,8 +109,10 @@ def line_of(c: dict) -> str:
     """One claim as a line of a playbook."""
     moves = ", ".join(f"{n} {a} -> {b}" for n, (a, b) in sorted(c["knobs"].items()))
     interval = f" [{c['low']:+.4f}, {c['high']:+.4f}]" if c["low"] is not None else ""
-    return (f"{c['id']} {c['label']} (k={c['k']}, parents {c['parents']}): {moves}, delta {c['mean']:+.4f}{interval} "
-            f"bits per byte on {c['rung']}; evidence {', '.join(c['experiments'])}")
+    return (
+        f"{c['id']} {c['label']} (k={c['k']}, parents {c['parents']}): {moves}, delta {c['mean']:+.4f}{interval} "
+        f"bits per byte on {c['rung']}; evidence {', '.join(c['experiments'])}"
+    )
 
 
 def survivors(state: State) -> dict[str, int]:
@@ -89,7 +123,11 @@ def survivors(state: State) -> dict[str, int]:
         if v.get("verdict") == "ablated":
             kept = [f["skill"] for f, e in zip(x.factors, v["effects"]) if e["keep"]]
         else:
-            kept = [f["skill"] for f in x.factors] if v.get("verdict") == "confirmed" and len(x.factors) == 1 else []
+            kept = (
+                [f["skill"] for f in x.factors]
+                if v.get("verdict") == "confirmed" and len(x.factors) == 1
+                else []
+            )
         for skill in kept:
             found[skill] = found.get(skill, 0) + 1
     return found
@@ -103,9 +141,20 @@ def skill_table(state: State, space: Space) -> list[dict]:
         failed = sum(x.verdict["delta"] is None for x in mine)
         gain = sum(c for s, c, _ in propose.credits(state) if s == arm.skill)
         minutes = arm.minutes * arm.tries
-        rows.append(dict(skill=arm.skill, tries=arm.tries, moves=arm.wins, upheld=upheld.get(arm.skill, 0),
-                         failed=failed, mean=arm.mean, low=arm.mean - 1.96 * arm.sd, high=arm.mean + 1.96 * arm.sd,
-                         minutes=round(minutes, 3), minutes_per_milli=round(minutes / gain / 1e3, 4) if gain else None))
+        rows.append(
+            dict(
+                skill=arm.skill,
+                tries=arm.tries,
+                moves=arm.wins,
+                upheld=upheld.get(arm.skill, 0),
+                failed=failed,
+                mean=arm.mean,
+                low=arm.mean - 1.96 * arm.sd,
+                high=arm.mean + 1.96 * arm.sd,
+                minutes=round(minutes, 3),
+                minutes_per_milli=round(minutes / gain / 1e3, 4) if gain else None,
+            )
+        )
     return rows
 
 
@@ -115,13 +164,23 @@ def inert_skills(state: State, skills: list[str]) -> list[str]:
     confirmed on its own. Wins cannot tell: a change that does nothing wins single runs too, and interactions of others
     carry it through an ablation."""
     noise = state.noise(state.config["search"]["rung"])
-    proven = {x.factors[0]["skill"] for x in state.experiments.values() if len(x.factors) == 1 and x.verdict
-              and x.verdict["verdict"] == "confirmed"}
+    proven = {
+        x.factors[0]["skill"]
+        for x in state.experiments.values()
+        if len(x.factors) == 1 and x.verdict and x.verdict["verdict"] == "confirmed"
+    }
     found = []
     for skill in skills:
-        d = [x.verdict["delta"] for x in state.searches() if x.skill == skill and x.verdict["delta"] is not None]
-        if len(d) >= INERT_AFTER and skill not in proven and fdtrc(
-                len(d) - 1, noise.df, np.var(d, ddof=1) / noise.sigma_d**2) > 0.2:
+        d = [
+            x.verdict["delta"]
+            for x in state.searches()
+            if x.skill == skill and x.verdict["delta"] is not None
+        ]
+        if (
+            len(d) >= INERT_AFTER
+            and skill not in proven
+            and fdtrc(len(d) - 1, noise.df, np.var(d, ddof=1) / noise.sigma_d**2) > 0.2
+        ):
             found.append(skill)
     return found
 
@@ -129,6 +188,7 @@ def inert_skills(state: State, skills: list[str]) -> list[str]:
 def importance(state: State, space: Space) -> dict[str, float]:
     """PED-ANOVA importance of every knob over the search so far; empty while there is too little."""
     import optuna
+
     if len(state.searches()) < NARROW_AFTER:
         return {}
     with warnings.catch_warnings():
@@ -136,7 +196,8 @@ def importance(state: State, space: Space) -> dict[str, float]:
         try:
             study = propose.study_of(space.knobs, state, optuna.samplers.RandomSampler(seed=0))
             found = optuna.importance.get_param_importances(
-                study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
+                study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+            )
         except (ValueError, RuntimeError):
             return {}
     return {n: round(float(v), 4) for n, v in found.items()}
@@ -144,11 +205,14 @@ def importance(state: State, space: Space) -> dict[str, float]:
 
 def narrowed(state: State, space: Space, skill: str) -> dict[str, list[float]]:
     """Ranges of a skill's numeric knobs: the middle 80 % of the best quarter of its tries, widened by a fifth."""
-    tried = [(min(s), space.values(x.change)) for x in state.searches() if x.skill == skill
-             and (s := state.scores(x.change, x.rung))]
+    tried = [
+        (min(s), space.values(x.change))
+        for x in state.searches()
+        if x.skill == skill and (s := state.scores(x.change, x.rung))
+    ]
     if len(tried) < NARROW_AFTER:
         return {}
-    best = [values for _, values in sorted(tried, key=lambda t: t[0])[:max(4, len(tried) // 4)]]
+    best = [values for _, values in sorted(tried, key=lambda t: t[0])[: max(4, len(tried) // 4)]]
     found = {}
     for name, k in space.knobs.items():
         if k.skill == skill and k.kind != "choice":
@@ -178,26 +242,59 @@ def edits(state: State, space: Space, standing: list[dict]) -> list[dict]:
     for skill in space.skills:
         versions = state.playbooks.get(skill, [])
         mine = [x for x in state.searches() if x.skill == skill]
-        lines = [line_of(c) for c in standing if c["skill"] == skill and c["status"] in ("proven", "refuted")]
-        text, ranges, reason = "\n".join(lines), versions[-1]["ranges"] if versions else {}, "claims"
+        lines = [
+            line_of(c)
+            for c in standing
+            if c["skill"] == skill and c["status"] in ("proven", "refuted")
+        ]
+        text, ranges, reason = (
+            "\n".join(lines),
+            versions[-1]["ranges"] if versions else {},
+            "claims",
+        )
         if versions and versions[-1]["ranges"] and versions[-1]["reason"] != "rollback":
             cut = versions[-1]["at"]
             won = [x.verdict["verdict"] == "tentative" for x in mine]
-            after, before = won[cut:], won[max(0, cut - NARROW_AFTER):cut]
-            if len(after) >= ROLLBACK_USES and probability_worse(
-                    (sum(after), len(after)), (sum(before), len(before))) > ROLLBACK_AT:
+            after, before = won[cut:], won[max(0, cut - NARROW_AFTER) : cut]
+            if (
+                len(after) >= ROLLBACK_USES
+                and probability_worse((sum(after), len(after)), (sum(before), len(before)))
+                > ROLLBACK_AT
+            ):
                 old = versions[-2] if len(versions) > 1 else dict(ranges={}, text="")
-                found.append(dict(skill=skill, version=len(versions) + 1, at=len(mine), text=text,
-                                  ranges=old["ranges"], reason="rollback",
-                                  note=f"{sum(after)} of {len(after)} tries won since version {len(versions)}, "
-                                       f"{sum(before)} of {len(before)} before"))
+                found.append(
+                    dict(
+                        skill=skill,
+                        version=len(versions) + 1,
+                        at=len(mine),
+                        text=text,
+                        ranges=old["ranges"],
+                        reason="rollback",
+                        note=f"{sum(after)} of {len(after)} tries won since version {len(versions)}, "
+                        f"{sum(before)} of {len(before)} before",
+                    )
+                )
                 continue
         taken_back = any(v["reason"] == "rollback" for v in versions)
-        if any(c["skill"] == skill and c["status"] == "proven" for c in standing) and not ranges and not taken_back:
+        if (
+            any(c["skill"] == skill and c["status"] == "proven" for c in standing)
+            and not ranges
+            and not taken_back
+        ):
             ranges, reason = narrowed(state, space, skill), "claims"
-        if (text, ranges) != ((versions[-1]["text"], versions[-1]["ranges"]) if versions else ("", {})):
-            found.append(dict(skill=skill, version=len(versions) + 1, at=len(mine), text=text, ranges=ranges,
-                              reason=reason))
+        if (text, ranges) != (
+            (versions[-1]["text"], versions[-1]["ranges"]) if versions else ("", {})
+        ):
+            found.append(
+                dict(
+                    skill=skill,
+                    version=len(versions) + 1,
+                    at=len(mine),
+                    text=text,
+                    ranges=ranges,
+                    reason=reason,
+                )
+            )
     return found
 
 
@@ -205,7 +302,14 @@ def summarise(state: State, space: Space, index: int) -> dict[str, Any]:
     """Everything that one pass of the meta-layer finds."""
     table, standing = skill_table(state, space), claims(state)
     rungs = sorted({r.rung for r in state.runs.values() if r.score is not None})
-    return dict(index=index, at=len(state.searches()), skills=table, claims=standing,
-                inert=inert_skills(state, space.skills), edits=edits(state, space, standing),
-                importance=importance(state, space),
-                noise={r: list(state.noise(r)) for r in rungs}, spent_minutes=round(state.minutes(), 3))
+    return dict(
+        index=index,
+        at=len(state.searches()),
+        skills=table,
+        claims=standing,
+        inert=inert_skills(state, space.skills),
+        edits=edits(state, space, standing),
+        importance=importance(state, space),
+        noise={r: list(state.noise(r)) for r in rungs},
+        spent_minutes=round(state.minutes(), 3),
+    )

@@ -5,6 +5,7 @@ log. The ledger stays the truth: the journal is a queue that may be thrown away.
 append that survives a torn last line, a lock that dies with its owner, and a heartbeat by which the decider notices
 dead workers on any storage. The proxy has no authentication: it listens on localhost; reach it through SSH.
 """
+
 import contextlib
 import fcntl
 import json
@@ -14,8 +15,9 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
@@ -25,7 +27,9 @@ from . import ForgeError, runner
 from .ledger import now, write_atomic
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # the proxy, since Optuna 4.2
+warnings.filterwarnings(
+    "ignore", category=optuna.exceptions.ExperimentalWarning
+)  # the proxy, since Optuna 4.2
 STUDY, RETRIES, LOG_BYTES = "forge-queue", 2, 1 << 20
 WAITING, RUNNING = (TrialState.WAITING,), (TrialState.WAITING, TrialState.RUNNING)
 
@@ -92,9 +96,13 @@ def connect(target: str):
             proxy = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
             proxy.wait_server_ready(timeout=20)
         except ImportError:
-            raise ForgeError("workers need grpcio and protobuf: see the extras of requirements.txt") from None
+            raise ForgeError(
+                "workers need grpcio and protobuf: see the extras of requirements.txt"
+            ) from None
         except TimeoutError:
-            raise ForgeError(f"{target}: nobody serves there; start `forge.py serve` and tunnel its port") from None
+            raise ForgeError(
+                f"{target}: nobody serves there; start `forge.py serve` and tunnel its port"
+            ) from None
         return proxy
     if not Path(target).exists():
         raise ForgeError(f"{target}: neither HOST:PORT nor a journal")
@@ -103,8 +111,12 @@ def connect(target: str):
 
 def queue(storage) -> optuna.Study:
     """The queue's study."""
-    return optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True,
-                               sampler=optuna.samplers.RandomSampler())
+    return optuna.create_study(
+        storage=storage,
+        study_name=STUDY,
+        load_if_exists=True,
+        sampler=optuna.samplers.RandomSampler(),
+    )
 
 
 class QueueRuns:
@@ -119,7 +131,9 @@ class QueueRuns:
 
     def start(self, order: dict):
         """Queue an order unless it is queued or being run."""
-        if any(t.state in RUNNING or t.state == TrialState.COMPLETE for t in self.trials(order["key"])):
+        if any(
+            t.state in RUNNING or t.state == TrialState.COMPLETE for t in self.trials(order["key"])
+        ):
             return
         name = "code:" + order["code"]
         if name not in self.study.user_attrs:
@@ -140,14 +154,24 @@ class QueueRuns:
                     since = time.monotonic()
                 self.seen[t.number] = t.user_attrs.get("beat"), since
                 if time.monotonic() - since > self.lease:
-                    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):
+                    with contextlib.suppress(
+                        optuna.exceptions.UpdateFinishedTrialError, ValueError
+                    ):
                         self.study.tell(t.number, state=TrialState.FAIL)
         trials = self.trials(key)
         if any(t.state in RUNNING for t in trials):
             return "running", None
         if len(trials) > RETRIES:
-            return "done", dict(status="interrupted", reason=f"{len(trials)} workers were lost", attempt=len(trials),
-                                metrics={}, host={"class": ""}, data={}, exit_code=None, log_sha256=None)
+            return "done", dict(
+                status="interrupted",
+                reason=f"{len(trials)} workers were lost",
+                attempt=len(trials),
+                metrics={},
+                host={"class": ""},
+                data={},
+                exit_code=None,
+                log_sha256=None,
+            )
         return "lost", None
 
     def keep(self, key: str, trial) -> dict:
@@ -172,15 +196,24 @@ def serve(c, port: int, hours: float, publish: Callable):
     try:
         from optuna.storages import run_grpc_proxy_server
     except ImportError:
-        raise ForgeError("serve needs grpcio and protobuf: see the extras of requirements.txt") from None
+        raise ForgeError(
+            "serve needs grpcio and protobuf: see the extras of requirements.txt"
+        ) from None
     with contextlib.closing(socket.socket()) as probe:
         if probe.connect_ex(("localhost", port)) == 0:
             raise ForgeError(f"port {port} is in use; choose another with --port")
-    threading.Thread(target=run_grpc_proxy_server, args=(storage,), kwargs=dict(host="localhost", port=port),
-                     daemon=True).start()
+    threading.Thread(
+        target=run_grpc_proxy_server,
+        args=(storage,),
+        kwargs=dict(host="localhost", port=port),
+        daemon=True,
+    ).start()
     c.runs = QueueRuns(storage, c.folder / "runs", c.config["loop"]["lease_s"])
     c.runs.study.set_user_attr("closed", "")
-    print(f"serving on localhost:{port}; on each machine: forge.py worker --connect HOST:{port}", flush=True)
+    print(
+        f"serving on localhost:{port}; on each machine: forge.py worker --connect HOST:{port}",
+        flush=True,
+    )
     try:
         c.loop(hours * 3600, lambda: publish(c))
     finally:
@@ -194,7 +227,9 @@ def heartbeat(study: optuna.Study, trial_id: int, over: threading.Event, every: 
     beat = 0
     while not over.is_set():
         beat += 1
-        with contextlib.suppress(Exception):  # a lost connection is not the run's fault; the lease decides
+        with contextlib.suppress(
+            Exception
+        ):  # a lost connection is not the run's fault; the lease decides
             study._storage.set_trial_user_attr(trial_id, "beat", beat)
         over.wait(every)
 
@@ -211,6 +246,7 @@ def execute(order: dict, scratch: Path, code: str, data: Path | None) -> tuple[d
             (place / "data").symlink_to(data)
     if order["sandbox"]:
         from . import guard
+
         order["sandbox"] = guard.sandbox(scratch / "runs" / order["key"])
     folder = scratch / "runs" / order["key"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,11 +270,15 @@ def work(target: str, scratch: Path, idle: float, run: Callable = execute, every
             time.sleep(min(0.2, every))
             continue
         trial = study.ask()
-        if "order" not in trial.user_attrs:  # another worker was faster and Optuna made up an empty trial
+        if (
+            "order" not in trial.user_attrs
+        ):  # another worker was faster and Optuna made up an empty trial
             study.tell(trial, state=TrialState.FAIL)
             continue
         over, order = threading.Event(), json.loads(trial.user_attrs["order"])
-        beating = threading.Thread(target=heartbeat, args=(study, trial._trial_id, over, every), daemon=True)
+        beating = threading.Thread(
+            target=heartbeat, args=(study, trial._trial_id, over, every), daemon=True
+        )
         beating.start()
         try:
             record, log = run(order, scratch, study.user_attrs["code:" + order["code"]], data)
@@ -266,10 +306,23 @@ def start_on_slurm(target: str, partition: str, count: int, cluster: str = "slur
         raise ForgeError("--slurm needs submitit: pip install submitit") from None
     try:
         executor = submitit.AutoExecutor(folder="runs/slurm", cluster=cluster)
-        executor.update_parameters(slurm_partition=partition, timeout_min=24 * 60, gpus_per_node=1, name="forge-worker")
-        worker = submitit.helpers.CommandFunction([sys.executable, str(Path(__file__).with_name("forge.py")), "worker",
-                                                   "--connect", target, "--idle", "600"])
-        jobs = [executor.submit(worker, "--scratch", f"runs/forge-worker-{i}") for i in range(count)]
+        executor.update_parameters(
+            slurm_partition=partition, timeout_min=24 * 60, gpus_per_node=1, name="forge-worker"
+        )
+        worker = submitit.helpers.CommandFunction(
+            [
+                sys.executable,
+                str(Path(__file__).with_name("forge.py")),
+                "worker",
+                "--connect",
+                target,
+                "--idle",
+                "600",
+            ]
+        )
+        jobs = [
+            executor.submit(worker, "--scratch", f"runs/forge-worker-{i}") for i in range(count)
+        ]
     except (RuntimeError, submitit.core.utils.FailedJobError) as error:
         raise ForgeError(f"--slurm {partition}: {str(error).strip().splitlines()[-1]}") from None
     print("started " + ", ".join(job.job_id for job in jobs))

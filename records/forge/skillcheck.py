@@ -1,6 +1,7 @@
 """Skill folders: checks against the Agent Skills format (agentskills.io/specification) and this forge's own files, and
 new ones that pass them.
 """
+
 import json
 import re
 import shutil
@@ -33,6 +34,7 @@ KEYS = {"name", "description", "license", "compatibility", "metadata", "allowed-
 def frontmatter(text: str) -> tuple[dict, str]:
     """The YAML head of a SKILL.md and the body. Raises ValueError."""
     import yaml
+
     parts = re.match(r"---\n(.*?)\n---\n(.*)", text, re.S)
     if not parts:
         raise ValueError("no frontmatter between --- lines")
@@ -55,14 +57,27 @@ def check(folder: Path) -> list[str]:
     name, description = head.get("name", ""), head.get("description", "")
     rules = [
         (name == folder.name, f"name {name!r} is not the folder's"),
-        (NAME.fullmatch(str(name)) and len(name) <= 64, f"name {name!r}: want a-z, 0-9 and single hyphens"),
-        (isinstance(description, str) and 1 <= len(description) <= 1024, "description: want 1 to 1024 characters"),
+        (
+            NAME.fullmatch(str(name)) and len(name) <= 64,
+            f"name {name!r}: want a-z, 0-9 and single hyphens",
+        ),
+        (
+            isinstance(description, str) and 1 <= len(description) <= 1024,
+            "description: want 1 to 1024 characters",
+        ),
         (set(head) <= KEYS, f"unknown keys {', '.join(sorted(set(head) - KEYS))}"),
-        (isinstance(head.get("metadata", {}), dict) and all(
-            isinstance(v, str) for v in head.get("metadata", {}).values()), "metadata: want a table of texts"),
-        (len(str(head.get("compatibility", ""))) <= 500, "compatibility: want at most 500 characters"),
+        (
+            isinstance(head.get("metadata", {}), dict)
+            and all(isinstance(v, str) for v in head.get("metadata", {}).values()),
+            "metadata: want a table of texts",
+        ),
+        (
+            len(str(head.get("compatibility", ""))) <= 500,
+            "compatibility: want at most 500 characters",
+        ),
         (len(body.splitlines()) < 500, "the body has 500 lines or more"),
-        (len(body) / 4 < 5000, "the body has about 5,000 tokens or more")]
+        (len(body) / 4 < 5000, "the body has about 5,000 tokens or more"),
+    ]
     return [f"{folder.name}/SKILL.md: {text}" for holds, text in rules if not holds]
 
 
@@ -93,14 +108,24 @@ def knob_of(item: str) -> tuple[str, dict]:
             return name, dict(choices=rest.split(","))
         if set(more[1:]) - {"log", "steps"}:
             raise ValueError
-        return name, dict(low=float(low), high=float(more[0])) | ({"log": True} if "log" in more else {}) | (
-            {"as": "fraction_of_steps"} if "steps" in more else {})
+        return name, dict(low=float(low), high=float(more[0])) | (
+            {"log": True} if "log" in more else {}
+        ) | ({"as": "fraction_of_steps"} if "steps" in more else {})
     except ValueError:
-        raise ForgeError(f"--knob {item}: want NAME=LOW:HIGH, with :log or :steps (a part of all steps) behind it, or "
-                         "NAME=CHOICE,CHOICE") from None
+        raise ForgeError(
+            f"--knob {item}: want NAME=LOW:HIGH, with :log or :steps (a part of all steps) behind it, or "
+            "NAME=CHOICE,CHOICE"
+        ) from None
 
 
-def create(skills: Path, name: str, about: str, knobs: dict[str, dict], script: Path, env: dict | None = None):
+def create(
+    skills: Path,
+    name: str,
+    about: str,
+    knobs: dict[str, dict],
+    script: Path,
+    env: dict | None = None,
+):
     """A new skill folder with its SKILL.md and knobs.json. Raises ForgeError, leaving nothing behind, when the name is
     taken, the format is broken, or a knob does not fit the script or belongs to another skill."""
     if not NAME.fullmatch(name):
@@ -111,7 +136,9 @@ def create(skills: Path, name: str, about: str, knobs: dict[str, dict], script: 
         drafts = Path(folder) / "skills"
         shutil.copytree(skills, drafts)
         (drafts / name / "assets").mkdir(parents=True)
-        (drafts / name / "SKILL.md").write_text(TEMPLATE.format(name=name, about=json.dumps(about), text=about))
+        (drafts / name / "SKILL.md").write_text(
+            TEMPLATE.format(name=name, about=json.dumps(about), text=about)
+        )
         (drafts / name / "assets" / "knobs.json").write_text(json.dumps(knobs, indent=2) + "\n")
         if problems := check(drafts / name) or check_all(drafts, script, env):
             raise ForgeError("\n".join(problems))

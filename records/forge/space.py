@@ -4,6 +4,7 @@ A *change* is {knob: value} relative to the campaign's base environment, in sear
 for knobs that count steps a part of the run (`as: fraction_of_steps`). `resolve` turns a change into the environment
 of one rung. What a skill may touch is a range inside what the script allows, in its assets/knobs.json.
 """
+
 import json
 import math
 import os
@@ -41,6 +42,7 @@ except script.UserError as error:
 @dataclass(frozen=True)
 class Knob:
     """One searched environment variable. `low`, `high` and `base` are in search coordinates; `choices` are texts."""
+
     name: str
     skill: str
     klass: str
@@ -72,40 +74,60 @@ class Knob:
     def check(self, value: Any) -> Any:
         """The canonical form of a value that lies in the space. Raises ForgeError naming what is allowed."""
         clipped = self.clip(value)
-        if self.kind != "choice" and not math.isclose(float(value), clipped, rel_tol=1e-3, abs_tol=1e-9):
-            raise ForgeError(f"{self.name}={value}: want {self.low:g} to {self.high:g}"
-                             + (" (a part of all steps)" if self.of_steps else ""))
+        if self.kind != "choice" and not math.isclose(
+            float(value), clipped, rel_tol=1e-3, abs_tol=1e-9
+        ):
+            raise ForgeError(
+                f"{self.name}={value}: want {self.low:g} to {self.high:g}"
+                + (" (a part of all steps)" if self.of_steps else "")
+            )
         return clipped
 
 
 def clean_environment(extra: dict[str, str]) -> dict[str, str]:
     """What a run may see of this process's environment, plus `extra`: paths and devices, no secrets, no knobs."""
-    keep = re.compile(r"PATH|HOME|LANG|LC_\w+|TMPDIR|USER|LD_LIBRARY_PATH|VIRTUAL_ENV|OMP_NUM_THREADS|"
-                      r"(CUDA|NVIDIA|NCCL|GLOO|TORCH|TORCHINDUCTOR|TRITON)_\w+")
-    return {k: v for k, v in os.environ.items() if keep.fullmatch(k)} | {k: str(v) for k, v in extra.items()}
+    keep = re.compile(
+        r"PATH|HOME|LANG|LC_\w+|TMPDIR|USER|LD_LIBRARY_PATH|VIRTUAL_ENV|OMP_NUM_THREADS|"
+        r"(CUDA|NVIDIA|NCCL|GLOO|TORCH|TORCHINDUCTOR|TRITON)_\w+"
+    )
+    return {k: v for k, v in os.environ.items() if keep.fullmatch(k)} | {
+        k: str(v) for k, v in extra.items()
+    }
 
 
 def located(env: dict[str, str], script: Path) -> dict[str, str]:
     """The same environment with relative data paths taken from the script's folder, beside which a campaign links
     data/: what is recorded then names no folder of this machine."""
-    return env | {k: str(script.parent / env[k]) for k in ("DATA_PATH", "TOKENIZER_PATH")
-                  if env.get(k, "auto") != "auto" and not os.path.isabs(env[k])}
+    return env | {
+        k: str(script.parent / env[k])
+        for k in ("DATA_PATH", "TOKENIZER_PATH")
+        if env.get(k, "auto") != "auto" and not os.path.isabs(env[k])
+    }
 
 
 def class_of(group: str, name: str, unit: str) -> str:
     """The knob class that decides how far a finding travels, unless a skill says otherwise."""
-    if group == "optim" and (unit in ("steps", "seconds") or name.endswith(("_FRAC", "_ITERS", "_STEPS", "_AT"))):
+    if group == "optim" and (
+        unit in ("steps", "seconds") or name.endswith(("_FRAC", "_ITERS", "_STEPS", "_AT"))
+    ):
         return "schedule"
     if "BATCH" in name:
         return "batch"
-    return dict(model="shape", optim="optimizer", quant="compression", eval="eval", data="batch").get(group, "infra")
+    return dict(
+        model="shape", optim="optimizer", quant="compression", eval="eval", data="batch"
+    ).get(group, "infra")
 
 
 def describe(script: Path, env: dict[str, str]) -> dict[str, Any]:
     """{"knobs": {NAME: {...}}, "values": {NAME: value}} of a script under an environment. Raises ForgeError with the
     script's own complaint."""
-    done = subprocess.run([sys.executable, "-c", PROBE, str(script), json.dumps(env)], capture_output=True, text=True,
-                          env=clean_environment({}), timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, str(script), json.dumps(env)],
+        capture_output=True,
+        text=True,
+        env=clean_environment({}),
+        timeout=300,
+    )
     try:
         found = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
@@ -119,7 +141,9 @@ def describe(script: Path, env: dict[str, str]) -> dict[str, Any]:
 class Space:
     """All knobs that the skills of a campaign may change, and how a change becomes an environment."""
 
-    def __init__(self, knobs: dict[str, Knob], base_env: dict[str, str], base_values: dict[str, Any]):
+    def __init__(
+        self, knobs: dict[str, Knob], base_env: dict[str, str], base_values: dict[str, Any]
+    ):
         self.knobs, self.base_env, self.base_values = knobs, base_env, base_values
         self.skills = sorted({k.skill for k in knobs.values()})
         self.switches: set[str] = set()  # knobs that patches added: set by hypotheses, not searched
@@ -147,15 +171,22 @@ class Space:
     def normal(self, change: dict[str, Any]) -> dict[str, Any]:
         """The change without values that equal the base or that the rest makes meaningless: one form for one
         configuration. Raises ForgeError for an unknown knob or a value outside the space."""
-        patch = {n: str(v) for n, v in change.items() if n == CODE or CODE in change and n in self.switches}
+        patch = {
+            n: str(v)
+            for n, v in change.items()
+            if n == CODE or CODE in change and n in self.switches
+        }
         unknown = sorted(set(change) - set(self.knobs) - set(patch))
         if unknown:
             raise ForgeError(f"unknown knob {', '.join(unknown)}; see `knobs`")
         kept = patch | {n: self.knobs[n].check(v) for n, v in change.items() if n not in patch}
         for _ in range(3):  # a knob can need one that itself has no effect
             values = {n: str(v) for n, v in (self.base_values | kept).items()}
-            kept = {n: v for n, v in sorted(kept.items())
-                    if n in patch or v != self.knobs[n].base and holds(self.knobs[n].needs, values)}
+            kept = {
+                n: v
+                for n, v in sorted(kept.items())
+                if n in patch or v != self.knobs[n].base and holds(self.knobs[n].needs, values)
+            }
         return kept
 
     def resolve(self, change: dict[str, Any], rung: dict[str, Any]) -> dict[str, str]:
@@ -166,7 +197,11 @@ class Space:
         values, steps = self.base_values | change, rung["steps"]
         fixed = {k: str(v) for k, v in rung.get("env", {}).items()}
         if rung.get("tokens"):
-            steps = max(1, rung["tokens"] // int(fixed.get("TRAIN_BATCH_TOKENS", values["TRAIN_BATCH_TOKENS"])))
+            steps = max(
+                1,
+                rung["tokens"]
+                // int(fixed.get("TRAIN_BATCH_TOKENS", values["TRAIN_BATCH_TOKENS"])),
+            )
             fixed |= dict(ITERATIONS=str(steps), MAX_WALLCLOCK_SECONDS="0")
         for name, value in change.items():
             if name != CODE:
@@ -177,8 +212,12 @@ class Space:
 
     def classes(self, change: dict[str, Any], other: dict[str, Any]) -> set[str]:
         """Classes of the knobs in which two changes differ."""
-        return {self.knobs[n].klass for n in set(change) | set(other)
-                if n in self.knobs and change.get(n, self.knobs[n].base) != other.get(n, self.knobs[n].base)}
+        return {
+            self.knobs[n].klass
+            for n in set(change) | set(other)
+            if n in self.knobs
+            and change.get(n, self.knobs[n].base) != other.get(n, self.knobs[n].base)
+        }
 
 
 def holds(needs: str, values: dict[str, str]) -> bool:
@@ -193,7 +232,11 @@ def holds(needs: str, values: dict[str, str]) -> bool:
         a, b = (float({"True": 1, "False": 0}.get(x, x)) for x in (have, want))
     except ValueError:
         a, b = have, want
-    return {"==": a == b, "!=": a != b, "<": a < b, ">": a > b}[op] if type(a) is type(b) else op == "!="
+    return (
+        {"==": a == b, "!=": a != b, "<": a < b, ">": a > b}[op]
+        if type(a) is type(b)
+        else op == "!="
+    )
 
 
 def make_knob(name: str, skill: str, want: dict, described: dict) -> Knob:
@@ -209,17 +252,29 @@ def make_knob(name: str, skill: str, want: dict, described: dict) -> Knob:
     if known["type"] == "bool" or "choices" in want:
         text = lambda v: str(int(v)) if isinstance(v, bool) else str(v)  # noqa: E731
         choices = list(map(text, want.get("choices", [False, True])))
-        wrong = set(choices) - set(map(text, known["choices"] or [False, True])) if known["type"] in ("bool", "str") \
-            or known["choices"] else set()
+        wrong = (
+            set(choices) - set(map(text, known["choices"] or [False, True]))
+            if known["type"] in ("bool", "str") or known["choices"]
+            else set()
+        )
         if wrong:
             raise ForgeError(f"choices {', '.join(sorted(wrong))} are not among the script's")
-        return Knob(kind="choice", base=text(value), choices=tuple(dict.fromkeys([*choices, text(value)])), **common)
+        return Knob(
+            kind="choice",
+            base=text(value),
+            choices=tuple(dict.fromkeys([*choices, text(value)])),
+            **common,
+        )
     low, high = float(want["low"]), float(want["high"])
-    if "at_most" in want:  # a knob whose larger values all mean the same, such as "top blocks" beyond NUM_LAYERS
+    if (
+        "at_most" in want
+    ):  # a knob whose larger values all mean the same, such as "top blocks" beyond NUM_LAYERS
         high = min(high, float(described["values"][want["at_most"]]))
     limits = (0, 1) if of_steps else (known["lo"], known["hi"])
     if not limits[0] <= low < high <= limits[1]:
-        raise ForgeError(f"range {low:g} to {high:g}: want a range inside {limits[0]} to {limits[1]}")
+        raise ForgeError(
+            f"range {low:g} to {high:g}: want a range inside {limits[0]} to {limits[1]}"
+        )
     if want.get("log") and low <= 0:
         raise ForgeError("a logarithmic range begins above 0")
     base = value / described["values"].get("ITERATIONS", 1) if of_steps else value
@@ -228,26 +283,51 @@ def make_knob(name: str, skill: str, want: dict, described: dict) -> Knob:
     if not low <= base <= high:
         raise ForgeError(f"the base value {base:g} lies outside a logarithmic range")
     kind = "float" if of_steps or known["type"] == "float" else "int"
-    return Knob(kind=kind, base=base, low=low, high=high, log=bool(want.get("log")), of_steps=of_steps, **common)
+    return Knob(
+        kind=kind,
+        base=base,
+        low=low,
+        high=high,
+        log=bool(want.get("log")),
+        of_steps=of_steps,
+        **common,
+    )
 
 
 def plan(script: Path, env: dict[str, str], scratch: Path) -> dict[str, Any]:
     """What the script's RUN_MODE=plan foretells: {"ok", "reason", "bytes", "params", "flops", "fits"}."""
     env = located(env, script) | dict(RUN_MODE="plan", RUNS_DIR=str(scratch))
     try:
-        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=scratch,
-                              env=clean_environment(env))
+        done = subprocess.run(
+            [sys.executable, str(script)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=scratch,
+            env=clean_environment(env),
+        )
     except subprocess.TimeoutExpired:
         return dict(ok=False, reason="plan took more than 300 s")
-    found = re.search(r"^predicted_bytes model:(\d+) code:\d+ total:(\d+) budget:(\d+) fits:(\d)", done.stdout, re.M)
+    found = re.search(
+        r"^predicted_bytes model:(\d+) code:\d+ total:(\d+) budget:(\d+) fits:(\d)",
+        done.stdout,
+        re.M,
+    )
     if done.returncode or not found:
-        return dict(ok=False, reason=" ".join((done.stderr.strip() or "no prediction").split())[:300])
+        return dict(
+            ok=False, reason=" ".join((done.stderr.strip() or "no prediction").split())[:300]
+        )
     params = re.search(r"^model_params:(\d+)", done.stdout, re.M)
     flops = re.findall(r"^plan:\d+ flops_per_token:(\S+)", done.stdout, re.M)
     over = int(found[2]) - int(found[3])
-    return dict(ok=found[4] == "1", bytes=int(found[2]), model_bytes=int(found[1]),
-                params=int(params[1]) if params else 0, flops=max(map(float, flops), default=0.0),
-                reason="" if found[4] == "1" else f"predicted size is {over:,} bytes over the budget")
+    return dict(
+        ok=found[4] == "1",
+        bytes=int(found[2]),
+        model_bytes=int(found[1]),
+        params=int(params[1]) if params else 0,
+        flops=max(map(float, flops), default=0.0),
+        reason="" if found[4] == "1" else f"predicted size is {over:,} bytes over the budget",
+    )
 
 
 def config_id(change: dict[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """What a campaign knows: a pure replay of its events. Counts are derived here and never stored."""
+
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Iterable
+from typing import Any
 
 from . import judge
 from .ledger import digest
@@ -11,6 +13,7 @@ from .space import config_id
 @dataclass
 class Run:
     """One process to be, in being, or done. `record` is what the supervisor found, once it is over."""
+
     key: str
     exp: str
     change: dict
@@ -37,6 +40,7 @@ class Run:
 class Experiment:
     """One question and the verdict that answered it. Its kind is sentinel, search, confirm, ablation, compose, pair,
     promote, closing or retest; `study` is the experiment that a pair follows up."""
+
     id: str
     kind: str
     change: dict
@@ -73,7 +77,9 @@ class State:
         self.agent_calls: list[dict] = []
         self.refused: list[dict] = []
         self.retired: set[str] = set()  # skills that were taken out of the search
-        self.prior: dict[str, list[float]] = {}  # skill -> [for, against] from the records of others
+        self.prior: dict[
+            str, list[float]
+        ] = {}  # skill -> [for, against] from the records of others
         self.stopped = ""
         self.events = 0
 
@@ -123,7 +129,9 @@ class State:
         x.verdict = e["verdict"]
         if x.verdict["verdict"] == "measured":
             self.reference[x.rung] = x.verdict["measured"]
-        if x.study and "effects" in x.verdict:  # two changes interact: the study's effects without their shadow
+        if (
+            x.study and "effects" in x.verdict
+        ):  # two changes interact: the study's effects without their shadow
             whole = {x.study} | {p.id for p in self.experiments.values() if p.study == x.study}
             study = self.experiments[x.study]
             study.verdict = study.verdict | dict(effects=x.verdict["effects"])
@@ -170,7 +178,9 @@ class State:
 
     def open(self, *kinds: str) -> list[Experiment]:
         """Experiments without a verdict, of these kinds or of all."""
-        return [x for x in self.experiments.values() if not x.verdict and (not kinds or x.kind in kinds)]
+        return [
+            x for x in self.experiments.values() if not x.verdict and (not kinds or x.kind in kinds)
+        ]
 
     def run_of(self, change: dict, rung: str, seed: int) -> Run | None:
         """The run of a configuration at a rung with a seed, if it was ever wanted."""
@@ -179,12 +189,18 @@ class State:
     def scores(self, change: dict, rung: str, seeds: Iterable[int] | None = None) -> list[float]:
         """Finished scores of a configuration on a rung, of these seeds or of all."""
         cid, allowed = config_id(change), None if seeds is None else set(seeds)
-        return [r.score for (c, g, s), r in self.by_place.items()
-                if c == cid and g == rung and r.score is not None and (allowed is None or s in allowed)]
+        return [
+            r.score
+            for (c, g, s), r in self.by_place.items()
+            if c == cid and g == rung and r.score is not None and (allowed is None or s in allowed)
+        ]
 
     def noise(self, rung: str) -> judge.Noise:
         """The rung's noise over all replicates so far, on the host class that has most runs."""
-        groups, hosts = defaultdict(list), Counter(r.record["host"] for r in self.runs.values() if r.score is not None)
+        groups, hosts = (
+            defaultdict(list),
+            Counter(r.record["host"] for r in self.runs.values() if r.score is not None),
+        )
         host = hosts.most_common(1)[0][0] if hosts else ""
         for (cid, where, _), run in self.by_place.items():
             if where == rung and run.score is not None and run.record["host"] == host:
@@ -194,13 +210,23 @@ class State:
 
     def minutes(self) -> float:
         """Device minutes spent by finished runs."""
-        return sum(r.record["wall_s"] * self.config["rungs"][r.rung].get("nproc", 1)
-                   for r in self.runs.values() if r.finished) / 60
+        return (
+            sum(
+                r.record["wall_s"] * self.config["rungs"][r.rung].get("nproc", 1)
+                for r in self.runs.values()
+                if r.finished
+            )
+            / 60
+        )
 
     def expected_seconds(self, rung: str, change: dict | None = None) -> float:
         """How long a run on this rung takes: the median so far, of this configuration if it ran there, or half the
         rung's limit before any is known. Runs that were cut short do not count."""
-        runs = [r for r in self.runs.values() if r.finished and r.rung == rung and r.record["status"] != "pruned"]
+        runs = [
+            r
+            for r in self.runs.values()
+            if r.finished and r.rung == rung and r.record["status"] != "pruned"
+        ]
         wanted = None if change is None else config_id(change)
         mine = [r for r in runs if r.cid == wanted]
         times = sorted(r.record["wall_s"] for r in mine or runs)
@@ -208,12 +234,30 @@ class State:
 
     def digest(self) -> str:
         """One hash of everything derived: equal states, equal hashes."""
-        return digest(dict(
-            config=self.config, anchor=self.anchor, champion=self.champion, chapter=self.chapter, metas=self.metas,
-            runs={k: [r.exp, r.change, r.rung, r.seed, r.started, r.record, r.forecast] for k, r in self.runs.items()},
-            experiments={k: [x.kind, x.change, x.skill, x.verdict] for k, x in self.experiments.items()},
-            evidence=dict(self.evidence), reference=self.reference, stopped=self.stopped,
-            **{k: v for k, v in dict(retired=sorted(self.retired), prior=self.prior).items() if v}))
+        return digest(
+            dict(
+                config=self.config,
+                anchor=self.anchor,
+                champion=self.champion,
+                chapter=self.chapter,
+                metas=self.metas,
+                runs={
+                    k: [r.exp, r.change, r.rung, r.seed, r.started, r.record, r.forecast]
+                    for k, r in self.runs.items()
+                },
+                experiments={
+                    k: [x.kind, x.change, x.skill, x.verdict] for k, x in self.experiments.items()
+                },
+                evidence=dict(self.evidence),
+                reference=self.reference,
+                stopped=self.stopped,
+                **{
+                    k: v
+                    for k, v in dict(retired=sorted(self.retired), prior=self.prior).items()
+                    if v
+                },
+            )
+        )
 
 
 def replay(events: Iterable[dict]) -> State:

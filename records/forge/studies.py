@@ -1,6 +1,7 @@
 """Studies: the questions of a campaign besides the search, what runs each needs, and the verdict that answers it."""
+
 from collections import Counter
-from typing import Sequence
+from collections.abc import Sequence
 
 from . import ForgeError, judge, meta
 from .ledger import digest
@@ -9,7 +10,12 @@ from .state import Experiment
 
 STUDIES = ("confirm", "ablation", "compose", "pair", "promote", "closing", "retest")
 FRESH_STUDIES = tuple(k for k in STUDIES if k != "promote")  # each has fresh seeds of its own
-CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # of a 2x2: both changes, the first, the second, none
+CORNERS = (
+    (1, 1),
+    (1, -1),
+    (-1, 1),
+    (-1, -1),
+)  # of a 2x2: both changes, the first, the second, none
 
 
 def toggled(change: dict, factors: list[dict], signs) -> dict:
@@ -37,10 +43,21 @@ class Studies:
         bad = [r for r in runs if r["status"] != "ok"]
         if bad:
             return self.close(x, "failed", f"{bad[0]['status']}: {bad[0]['reason']}")
-        middle = {k: sorted(r[k] or 0 for r in runs)[len(runs) // 2] for k in ("steps", "wall_s", "artifact_bytes")}
-        measured = dict(scores=scores, val=runs[0]["val"], host=runs[0]["host"], code=self.config["code"],
-                        ratio=runs[0]["bpb"] / runs[0]["val_loss"], **middle)
-        self.close(x, "measured", f"{len(scores)} runs of the base configuration", measured=measured)
+        middle = {
+            k: sorted(r[k] or 0 for r in runs)[len(runs) // 2]
+            for k in ("steps", "wall_s", "artifact_bytes")
+        }
+        measured = dict(
+            scores=scores,
+            val=runs[0]["val"],
+            host=runs[0]["host"],
+            code=self.config["code"],
+            ratio=runs[0]["bpb"] / runs[0]["val_loss"],
+            **middle,
+        )
+        self.close(
+            x, "measured", f"{len(scores)} runs of the base configuration", measured=measured
+        )
 
     def open_sentinel(self, rung: str) -> str:
         """Open the measurement of the base on a rung; returns its name. Raises ForgeError when there is one or no such
@@ -49,25 +66,38 @@ class Studies:
             raise ForgeError(f"rung {rung!r}: want one of {', '.join(self.config['rungs'])}")
         if rung in self.state.reference or any(x.rung == rung for x in self.state.open("sentinel")):
             raise ForgeError(f"rung {rung}: the base is measured there already")
-        return self.open("sentinel", {}, rung, seeds=self.config["seeds"]["search"][:self.sentinels(rung)])
+        return self.open(
+            "sentinel", {}, rung, seeds=self.config["seeds"]["search"][: self.sentinels(rung)]
+        )
 
     # A claim on fresh seeds.
     def fresh_seeds(self) -> list[int]:
         """Seeds that no experiment has had."""
         first = self.config["seeds"]["fresh_from"] + judge.FRESH * sum(
-            x.kind in FRESH_STUDIES for x in self.state.experiments.values())
+            x.kind in FRESH_STUDIES for x in self.state.experiments.values()
+        )
         return list(range(first, first + judge.FRESH))
 
     @staticmethod
     def numbers(test: judge.Test | None) -> dict:
         """A test as a verdict's fields."""
-        return {} if test is None else dict(delta=test.delta, ci95=[test.low, test.high], t=test.t, df=test.df,
-                                            p=test.p)
+        return (
+            {}
+            if test is None
+            else dict(delta=test.delta, ci95=[test.low, test.high], t=test.t, df=test.df, p=test.p)
+        )
 
     def comparison(self, factor: dict, test: judge.Test, x: Experiment) -> dict:
         """One piece of evidence for a claim."""
-        return dict(claim=factor["claim"], skill=factor["skill"], knobs=factor["knobs"], rung=x.rung,
-                    delta=test.delta, se=abs(test.delta / test.t) if test.t else 0.0, parent=config_id(x.parent))
+        return dict(
+            claim=factor["claim"],
+            skill=factor["skill"],
+            knobs=factor["knobs"],
+            rung=x.rung,
+            delta=test.delta,
+            se=abs(test.delta / test.t) if test.t else 0.0,
+            parent=config_id(x.parent),
+        )
 
     def open_confirm(self, asked_for: bool = False) -> bool:
         """Put the anchor's claim to the test when it is asked for, its gain is large, it is overdue, or nothing else
@@ -76,9 +106,19 @@ class Studies:
         rival, slimmer = self.rival(), state.anchor.items() < state.champion.items()
         if config_id(state.anchor) in (config_id(state.champion), config_id(rival)):
             return False
-        since = next((i for i, x in enumerate(reversed(list(state.experiments.values()))) if x.kind == "confirm"),
-                     len(state.experiments))
-        noise, old, new = state.noise(rung), state.scores(state.champion, rung), state.scores(state.anchor, rung)
+        since = next(
+            (
+                i
+                for i, x in enumerate(reversed(list(state.experiments.values())))
+                if x.kind == "confirm"
+            ),
+            len(state.experiments),
+        )
+        noise, old, new = (
+            state.noise(rung),
+            state.scores(state.champion, rung),
+            state.scores(state.anchor, rung),
+        )
         gain = sum(old) / len(old) - sum(new) / len(new) if old and new and not slimmer else 0.0
         over = "asked for" if asked_for else self.search_over()
         large = loop["confirm"] != "end" and gain > 3 * judge.minimal_gain(rung, noise)
@@ -88,18 +128,34 @@ class Studies:
         if self.exhausted(where, last):
             return False
         short = bool(self.exhausted(where, last + 4))
-        self.open("confirm", state.anchor, where, parent=rival, seeds=self.fresh_seeds(),
-                  text="fresh seeds only: the reserve is all that is left" if short else
-                  "the champion with fewer changes" if slimmer else over or "the gain is large",
-                  factors=[] if slimmer else self.factors(), source="reserve" if short else "judge")
+        self.open(
+            "confirm",
+            state.anchor,
+            where,
+            parent=rival,
+            seeds=self.fresh_seeds(),
+            text="fresh seeds only: the reserve is all that is left"
+            if short
+            else "the champion with fewer changes"
+            if slimmer
+            else over or "the gain is large",
+            factors=[] if slimmer else self.factors(),
+            source="reserve" if short else "judge",
+        )
         return True
 
     def rival(self) -> dict:
         """What the anchor must beat: the champion or, when it is the champion less some changes, what that one beat. A
         test of gain would always refute a simplification, and one of equality takes 49 runs per arm."""
         state = self.state
-        won = [x.parent for x in state.experiments.values() if x.kind == "confirm" and x.verdict
-               and x.verdict["verdict"] == "confirmed" and x.cid == config_id(state.champion)]
+        won = [
+            x.parent
+            for x in state.experiments.values()
+            if x.kind == "confirm"
+            and x.verdict
+            and x.verdict["verdict"] == "confirmed"
+            and x.cid == config_id(state.champion)
+        ]
         return won[-1] if won and state.anchor.items() < state.champion.items() else state.champion
 
     def pairs_look(self, x: Experiment) -> tuple[str, int] | None:
@@ -108,11 +164,20 @@ class Studies:
         seeds, pairs, state = self.config["seeds"]["judge"], 0, self.state
         while True:
             done, pairs = pairs, judge.next_look(pairs)
-            new = [1 for c in (x.change, x.parent) for s in seeds[:pairs] if not state.run_of(c, x.rung, s)]
+            new = [
+                1
+                for c in (x.change, x.parent)
+                for s in seeds[:pairs]
+                if not state.run_of(c, x.rung, s)
+            ]
             if any(state.run_of(x.change, x.rung, s) for s in x.seeds) or (
-                    new and self.exhausted(x.rung, len(new) + len(self.reserve(x.parent)))):
+                new and self.exhausted(x.rung, len(new) + len(self.reserve(x.parent)))
+            ):
                 return "fresh", done
-            arms = [self.gather(x, [(c, x.rung, s) for s in seeds[:pairs]]) for c in (x.change, x.parent)]
+            arms = [
+                self.gather(x, [(c, x.rung, s) for s in seeds[:pairs]])
+                for c in (x.change, x.parent)
+            ]
             if None in arms:
                 return None
             if any(y is None for arm in arms for y in arm):
@@ -135,8 +200,14 @@ class Studies:
                 seeds = self.config["seeds"]["judge"][:pairs]
                 new, old = (state.scores(c, x.rung, seeds) for c in (x.change, x.parent))
                 test = judge.compare(new, old, state.noise(x.rung)) if new and old else None
-                return self.close(x, "refuted", f"no clear gain on {pairs} common seed{'s' * (pairs > 1)}", pairs=pairs,
-                                  **back, **self.numbers(test))
+                return self.close(
+                    x,
+                    "refuted",
+                    f"no clear gain on {pairs} common seed{'s' * (pairs > 1)}",
+                    pairs=pairs,
+                    **back,
+                    **self.numbers(test),
+                )
         arms = [self.gather(x, [(c, x.rung, s) for s in x.seeds]) for c in (x.change, x.parent)]
         if None in arms:
             return
@@ -145,48 +216,104 @@ class Studies:
             return self.close(x, "refuted", "a run on a fresh seed failed", pairs=pairs, **back)
         noise = state.noise(x.rung)
         better, test = judge.fresh_test(new, old, noise)
-        numbers = dict(pairs=pairs, seeds_used=x.seeds, scores_new=new, scores_old=old, **self.numbers(test))
+        numbers = dict(
+            pairs=pairs, seeds_used=x.seeds, scores_new=new, scores_old=old, **self.numbers(test)
+        )
         after = dict(champion_after=x.change, anchor_after=x.change)
         if better and self.clearly_worse(x, noise):
-            return self.close(x, "refuted", "clearly worse than the champion with all its changes", **numbers, **back)
+            return self.close(
+                x,
+                "refuted",
+                "clearly worse than the champion with all its changes",
+                **numbers,
+                **back,
+            )
         if better:
             evidence = [self.comparison(x.factors[0], test, x)] if len(x.factors) == 1 else []
-            return self.close(x, "confirmed", f"{test.delta:+.4f} on fresh seeds, p {test.p:.4f}", factors=x.factors,
-                              evidence=evidence, **numbers, **after)
-        self.close(x, "refuted", f"{test.delta:+.4f} on fresh seeds, p {test.p:.3f}", **numbers, **back)
+            return self.close(
+                x,
+                "confirmed",
+                f"{test.delta:+.4f} on fresh seeds, p {test.p:.4f}",
+                factors=x.factors,
+                evidence=evidence,
+                **numbers,
+                **after,
+            )
+        self.close(
+            x, "refuted", f"{test.delta:+.4f} on fresh seeds, p {test.p:.3f}", **numbers, **back
+        )
 
     def clearly_worse(self, x: Experiment, noise: judge.Noise) -> bool:
         """Whether a simplification is worse than the champion at level ALPHA, over all runs of both that no search
         chose them by."""
         seeds = {r.seed for r in self.state.runs.values()} - set(self.config["seeds"]["search"])
-        new, old = (self.state.scores(change, x.rung, seeds) for change in (x.change, self.state.champion))
-        return x.change.items() < self.state.champion.items() and bool(new and old) and (
-            judge.compare(new, old, noise).p > 1 - judge.ALPHA)
+        new, old = (
+            self.state.scores(change, x.rung, seeds) for change in (x.change, self.state.champion)
+        )
+        return (
+            x.change.items() < self.state.champion.items()
+            and bool(new and old)
+            and (judge.compare(new, old, noise).p > 1 - judge.ALPHA)
+        )
 
     def open_closing(self) -> bool:
         """At the end, the last champion against the base on fresh seeds, unless that is what confirmed it."""
         state = self.state
-        won = [x for x in state.experiments.values() if x.kind in ("confirm", "closing") and x.verdict
-               and config_id(x.change) == config_id(state.champion)]
-        if not state.champion or any(not x.parent for x in won) or self.exhausted(won[-1].rung, 2 * judge.FRESH):
+        won = [
+            x
+            for x in state.experiments.values()
+            if x.kind in ("confirm", "closing")
+            and x.verdict
+            and config_id(x.change) == config_id(state.champion)
+        ]
+        if (
+            not state.champion
+            or any(not x.parent for x in won)
+            or self.exhausted(won[-1].rung, 2 * judge.FRESH)
+        ):
             return False
-        self.open("closing", state.champion, won[-1].rung, parent={}, seeds=self.fresh_seeds(), source="judge",
-                  text="what the campaign gained in all")
+        self.open(
+            "closing",
+            state.champion,
+            won[-1].rung,
+            parent={},
+            seeds=self.fresh_seeds(),
+            source="judge",
+            text="what the campaign gained in all",
+        )
         return True
 
     def open_retest(self) -> bool:
         """A proven claim without new evidence for long is tested once more, on the present anchor: never a second
         time."""
-        done = {x.factors[0]["claim"] for x in self.state.experiments.values() if x.kind == "retest"}
-        searched = {name for name, knob in self.space.knobs.items() if knob.skill not in self.state.retired}
+        done = {
+            x.factors[0]["claim"] for x in self.state.experiments.values() if x.kind == "retest"
+        }
+        searched = {
+            name for name, knob in self.space.knobs.items() if knob.skill not in self.state.retired
+        }
         for claim in meta.claims(self.state) if self.state.evidence else ():
-            if ((claim["status"], claim["was"]) == ("stale", "proven") and claim["claim"] not in done
-                    and claim["knobs"].keys() <= searched):
-                new, old = (self.space.normal(toggled(self.state.anchor, [claim], [sign])) for sign in (1, -1))
+            if (
+                (claim["status"], claim["was"]) == ("stale", "proven")
+                and claim["claim"] not in done
+                and claim["knobs"].keys() <= searched
+            ):
+                new, old = (
+                    self.space.normal(toggled(self.state.anchor, [claim], [sign]))
+                    for sign in (1, -1)
+                )
                 if new != old and not self.exhausted(claim["rung"], 2 * judge.FRESH, reserve=True):
-                    self.open("retest", new, claim["rung"], parent=old, skill=claim["skill"], seeds=self.fresh_seeds(),
-                              factors=[{k: claim[k] for k in ("claim", "skill", "knobs")}], source="judge",
-                              text=f"{claim['id']} is stale")
+                    self.open(
+                        "retest",
+                        new,
+                        claim["rung"],
+                        parent=old,
+                        skill=claim["skill"],
+                        seeds=self.fresh_seeds(),
+                        factors=[{k: claim[k] for k in ("claim", "skill", "knobs")}],
+                        source="judge",
+                        text=f"{claim['id']} is stale",
+                    )
                     return True
         return False
 
@@ -199,10 +326,19 @@ class Studies:
         if not new or not old:
             return self.close(x, "failed", "the runs on fresh seeds failed")
         better, test = judge.fresh_test(new, old, self.state.noise(x.rung))
-        against = f"{x.text}: {test.delta:+.4f}" if x.factors else f"{test.delta:+.4f} against the base"
-        self.close(x, "upheld" if better else "not upheld", f"{against}, p {test.p:.4f}", seeds_used=x.seeds,
-                   scores_new=new, scores_old=old, evidence=[self.comparison(f, test, x) for f in x.factors],
-                   **self.numbers(test))
+        against = (
+            f"{x.text}: {test.delta:+.4f}" if x.factors else f"{test.delta:+.4f} against the base"
+        )
+        self.close(
+            x,
+            "upheld" if better else "not upheld",
+            f"{against}, p {test.p:.4f}",
+            seeds_used=x.seeds,
+            scores_new=new,
+            scores_old=old,
+            evidence=[self.comparison(f, test, x) for f in x.factors],
+            **self.numbers(test),
+        )
 
     step_retest = step_closing
 
@@ -214,11 +350,15 @@ class Studies:
         old, new = space.values(state.champion), space.values(state.anchor)
         moves = [state.experiments[name] for name in state.chapter]
         for knob in sorted(n for n in new if old[n] != new[n]):
-            owner = next((x for x in reversed(moves) if x.change.get(knob) != x.parent.get(knob)), None)
+            owner = next(
+                (x for x in reversed(moves) if x.change.get(knob) != x.parent.get(knob)), None
+            )
             name, skill = (owner.id, owner.skill) if owner else ("joint", space.knobs[knob].skill)
             found.setdefault((name, skill), {})[knob] = [old[knob], new[knob]]
-        return [dict(exp=name, skill=skill, knobs=knobs, claim=meta.claim_name(skill, knobs, space))
-                for (name, skill), knobs in sorted(found.items())]
+        return [
+            dict(exp=name, skill=skill, knobs=knobs, claim=meta.claim_name(skill, knobs, space))
+            for (name, skill), knobs in sorted(found.items())
+        ]
 
     def compose(self, changes: list[dict]) -> str:
         """Open an interaction test of several changes of the anchor that were named by hand; returns its name. Raises
@@ -228,14 +368,33 @@ class Studies:
             knobs = {n: [values[n], v] for n, v in change.items() if values[n] != v}
             twice = set(knobs) & {n for f in factors for n in f["knobs"]}
             if twice or not knobs:
-                raise ForgeError(f"{', '.join(sorted(twice))}: in two changes" if twice else "a change changes nothing")
+                raise ForgeError(
+                    f"{', '.join(sorted(twice))}: in two changes"
+                    if twice
+                    else "a change changes nothing"
+                )
             skill = self.space.knobs[min(knobs)].skill
-            factors.append(dict(exp="hand", skill=skill, knobs=knobs, claim=meta.claim_name(skill, knobs, self.space)))
+            factors.append(
+                dict(
+                    exp="hand",
+                    skill=skill,
+                    knobs=knobs,
+                    claim=meta.claim_name(skill, knobs, self.space),
+                )
+            )
         if not 2 <= len(factors) <= 11:
             raise ForgeError(f"{len(factors)} changes: want 2 to 11")
         whole = self.space.normal(toggled(self.state.anchor, factors, [1] * len(factors)))
-        return self.open("compose", whole, self.config["search"]["rung"], parent=self.state.anchor, source="human",
-                         seeds=self.fresh_seeds(), factors=factors, text="which of these help together")
+        return self.open(
+            "compose",
+            whole,
+            self.config["search"]["rung"],
+            parent=self.state.anchor,
+            source="human",
+            seeds=self.fresh_seeds(),
+            factors=factors,
+            text="which of these help together",
+        )
 
     def open_ablation(self) -> bool:
         """After a confirmed chapter of several moves: which of them did the work? Twelve runs."""
@@ -244,10 +403,22 @@ class Studies:
         if not last or last.kind != "confirm" or last.verdict["verdict"] != "confirmed":
             return False
         factors = last.verdict["factors"][:11]
-        if len(factors) < 2 or self.exhausted(last.rung, 12, reserve=True) or not self.config["loop"]["ablation"]:
+        if (
+            len(factors) < 2
+            or self.exhausted(last.rung, 12, reserve=True)
+            or not self.config["loop"]["ablation"]
+        ):
             return False
-        self.open("ablation", self.state.champion, last.rung, parent=last.parent, seeds=self.fresh_seeds(),
-                  factors=factors, source="judge", text=f"effects of {len(factors)} moves of {last.id}")
+        self.open(
+            "ablation",
+            self.state.champion,
+            last.rung,
+            parent=last.parent,
+            seeds=self.fresh_seeds(),
+            factors=factors,
+            source="judge",
+            text=f"effects of {len(factors)} moves of {last.id}",
+        )
         return True
 
     def design_of(self, x: Experiment) -> tuple:
@@ -274,27 +445,51 @@ class Studies:
         slim = self.space.normal(toggled(x.change, x.factors, [1 if k else -1 for k in keep]))
         text = f"{sum(keep)} of {len(keep)} moves carry the gain"
         after = dict(anchor_after=slim) if x.kind == "ablation" or any(keep) else {}
-        self.close(x, "ablated", text, suspect=judge.suspect(design, scores, noise),
-                   **self.findings(x, keep, tests), **after)
+        self.close(
+            x,
+            "ablated",
+            text,
+            suspect=judge.suspect(design, scores, noise),
+            **self.findings(x, keep, tests),
+            **after,
+        )
 
     def findings(self, x: Experiment, keep: Sequence[bool], tests: list[judge.Test]) -> dict:
         """The effects of a study and the evidence that they are."""
-        rows = [dict(claim=f["claim"], keep=bool(k), **self.numbers(t)) for f, k, t in zip(x.factors, keep, tests)]
-        return dict(effects=rows, evidence=[self.comparison(f, t, x) for f, t in zip(x.factors, tests)])
+        rows = [
+            dict(claim=f["claim"], keep=bool(k), **self.numbers(t))
+            for f, k, t in zip(x.factors, keep, tests)
+        ]
+        return dict(
+            effects=rows, evidence=[self.comparison(f, t, x) for f, t in zip(x.factors, tests)]
+        )
 
     step_compose = step_ablation  # the same design over changes that were named by hand
 
     def open_pair(self) -> bool:
         """A 2x2 of the two changes that the last study suspects of an interaction, on fresh seeds: twelve runs."""
         last = next(reversed(self.state.experiments.values()))
-        suspect = last.verdict.get("suspect")  # the anchor has not moved since: nothing was asked in between
+        suspect = last.verdict.get(
+            "suspect"
+        )  # the anchor has not moved since: nothing was asked in between
         if not suspect or self.exhausted(last.rung, 4 * judge.FRESH, reserve=True):
             return False
         study = self.state.experiments[last.study or last.id]
         factors = [study.factors[i] for i in suspect]
-        both, none = (self.space.normal(toggled(self.state.anchor, factors, s)) for s in ((1, 1), (-1, -1)))
-        self.open("pair", both, last.rung, parent=none, study=study.id, seeds=self.fresh_seeds(), factors=factors,
-                  source="judge", text=f"{study.id} suspects that these two do not simply add up")
+        both, none = (
+            self.space.normal(toggled(self.state.anchor, factors, s)) for s in ((1, 1), (-1, -1))
+        )
+        self.open(
+            "pair",
+            both,
+            last.rung,
+            parent=none,
+            study=study.id,
+            seeds=self.fresh_seeds(),
+            factors=factors,
+            source="judge",
+            text=f"{study.id} suspects that these two do not simply add up",
+        )
         return True
 
     def step_pair(self, x: Experiment):
@@ -307,25 +502,44 @@ class Studies:
         if None in scores:
             return self.close(x, "failed", "a run of the 2x2 failed")
         noise, n, study = self.state.noise(x.rung), len(x.seeds), self.state.experiments[x.study]
-        corners = {signs: scores[i * n:(i + 1) * n] for i, signs in enumerate(CORNERS)}
+        corners = {signs: scores[i * n : (i + 1) * n] for i, signs in enumerate(CORNERS)}
         test = judge.interaction(*corners.values(), noise)
         text = f"together {test.delta:+.4f} [{test.low:+.4f}, {test.high:+.4f}] beyond their sum"
         if test.low <= 0 <= test.high:
             return self.close(x, "no interaction", text, **self.numbers(test))
-        found = {tuple(map(study.factors.index, p.factors)): p.verdict["delta"] for p in self.state.experiments.values()
-                 if p.study == x.study and p.verdict and p.verdict["verdict"] == "interaction"}
+        found = {
+            tuple(map(study.factors.index, p.factors)): p.verdict["delta"]
+            for p in self.state.experiments.values()
+            if p.study == x.study and p.verdict and p.verdict["verdict"] == "interaction"
+        }
         pair = tuple(map(study.factors.index, x.factors))
         found[pair] = test.delta
         design, runs = self.design_of(study)
         measured = self.gather(x, runs)
-        clean = [y - sum(d / 4 * row[i] * row[j] for (i, j), d in found.items()) for y, row in zip(measured, design)]
+        clean = [
+            y - sum(d / 4 * row[i] * row[j] for (i, j), d in found.items())
+            for y, row in zip(measured, design)
+        ]
         tests, best = judge.effects(design, clean, noise), judge.best_corner(corners, noise)
-        settled = {i: e["keep"] for i, e in enumerate(study.verdict["effects"]) if any(i in p for p in found)}
+        settled = {
+            i: e["keep"]
+            for i, e in enumerate(study.verdict["effects"])
+            if any(i in p for p in found)
+        }
         settled |= {i: sign > 0 for i, sign in zip(pair, best)}
         keep = [settled.get(i, judge.carries(t)) for i, t in enumerate(tests)]
-        slim = self.space.normal(toggled(self.state.anchor, study.factors, [1 if k else -1 for k in keep]))
-        self.close(x, "interaction", text, suspect=judge.suspect(design, measured, noise, list(found)),
-                   anchor_after=slim, **self.numbers(test), **self.findings(study, keep, tests))
+        slim = self.space.normal(
+            toggled(self.state.anchor, study.factors, [1 if k else -1 for k in keep])
+        )
+        self.close(
+            x,
+            "interaction",
+            text,
+            suspect=judge.suspect(design, measured, noise, list(found)),
+            anchor_after=slim,
+            **self.numbers(test),
+            **self.findings(study, keep, tests),
+        )
 
     # Another rung.
     def promote(self, name: str, rung: str) -> str:
@@ -334,14 +548,27 @@ class Studies:
         x = self.state.experiments.get(name)
         if x is None or not x.change:
             raise ForgeError(f"{name}: want an experiment that changes something")
-        if rung not in self.state.reference and not any(s.rung == rung for s in self.state.open("sentinel")):
+        if rung not in self.state.reference and not any(
+            s.rung == rung for s in self.state.open("sentinel")
+        ):
             self.open_sentinel(rung)
-        return self.open("promote", x.change, rung, skill=x.skill, seeds=self.config["seeds"]["search"][:1],
-                         source="human", text=f"{name}: asked for")
+        return self.open(
+            "promote",
+            x.change,
+            rung,
+            skill=x.skill,
+            seeds=self.config["seeds"]["search"][:1],
+            source="human",
+            text=f"{name}: asked for",
+        )
 
     def open_promotion(self) -> bool:
         """Move the best third and a random tenth one rung up, so that transfer is measured and not assumed."""
-        state, search, up = self.state, self.config["search"]["rung"], self.config["search"].get("promote_to", "")
+        state, search, up = (
+            self.state,
+            self.config["search"]["rung"],
+            self.config["search"].get("promote_to", ""),
+        )
         if not up or self.exhausted(up, reserve=True):
             return False
         if up not in state.reference:
@@ -349,15 +576,24 @@ class Studies:
                 self.open_sentinel(up)
                 return True
             return False
-        ranked = sorted((s[0], x.id) for x in state.searches() if (s := state.scores(x.change, search)))
-        best = {name for _, name in ranked[:len(ranked) // 3]}
+        ranked = sorted(
+            (s[0], x.id) for x in state.searches() if (s := state.scores(x.change, search))
+        )
+        best = {name for _, name in ranked[: len(ranked) // 3]}
         gone = {x.cid for x in state.experiments.values() if x.kind == "promote"}
         for _, name in ranked:
             x = state.experiments[name]
             lucky = int(digest([self.config["seed"], name]), 16) % 10 == 0
             if x.cid not in gone and (lucky or len(ranked) >= 3 and name in best):
-                self.open("promote", x.change, up, skill=x.skill, seeds=self.config["seeds"]["search"][:1],
-                          source="ladder", text=f"{name}: " + ("random tenth" if name not in best else "best third"))
+                self.open(
+                    "promote",
+                    x.change,
+                    up,
+                    skill=x.skill,
+                    seeds=self.config["seeds"]["search"][:1],
+                    source="ladder",
+                    text=f"{name}: " + ("random tenth" if name not in best else "best third"),
+                )
                 return True
         return False
 
@@ -369,4 +605,6 @@ class Studies:
         if scores is not None:
             base = self.state.reference.get(x.rung, {}).get("scores")
             delta = scores[0] - sum(base) / len(base) if scores[0] is not None and base else None
-            self.close(x, "promoted", "measured" if delta is not None else "a run failed", delta=delta)
+            self.close(
+                x, "promoted", "measured" if delta is not None else "a run failed", delta=delta
+            )

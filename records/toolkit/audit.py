@@ -5,6 +5,7 @@ then the artifact once more in a second process beside nothing but the script; t
 the record are at hand, the claimed scores. The probes of a script of another make are in foreign.py. A folder of a
 stranger wants a machine that may be lost.
 """
+
 import contextlib
 import json
 import math
@@ -15,8 +16,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from check import CAP_BYTES
 from folder import Folder, read_folder
@@ -39,17 +41,33 @@ found |= {name: small[name] for name in ("sum", "target")}
 found["flags"] += [name for name in small["flags"] if name in ("sum", "target", "once")]
 print(json.dumps(found, default=float))
 """
-PROBED = {"suffix_swap": (("suffix", "nothing_compared"), "losses move by {suffix} nats when later text is replaced"),
-          "state_digest": (("states",), "what scored a token is a function of the text before it"),
-          "target_swap": (("target", "sum"), "probabilities sum to 1 within {sum}; earlier losses move by {target}"),
-          "score_once": (("once",), "every target is banked exactly once"),
-          "document_order": (("documents",), "documents in another order keep their losses"),
-          "uniform_model": (("uniform",), "a model without knowledge scores log2(V) per token within {uniform}")}
+PROBED = {
+    "suffix_swap": (
+        ("suffix", "nothing_compared"),
+        "losses move by {suffix} nats when later text is replaced",
+    ),
+    "state_digest": (("states",), "what scored a token is a function of the text before it"),
+    "target_swap": (
+        ("target", "sum"),
+        "probabilities sum to 1 within {sum}; earlier losses move by {target}",
+    ),
+    "score_once": (("once",), "every target is banked exactly once"),
+    "document_order": (("documents",), "documents in another order keep their losses"),
+    "uniform_model": (
+        ("uniform",),
+        "a model without knowledge scores log2(V) per token within {uniform}",
+    ),
+}
 
 
 def result(name: str, passed: bool | None, detail: str, **numbers) -> dict[str, Any]:
     """One line of an audit; passed=None: could not be decided."""
-    return dict(id=name, status={True: "pass", False: "fail", None: "unknown"}[passed], detail=detail, **numbers)
+    return dict(
+        id=name,
+        status={True: "pass", False: "fail", None: "unknown"}[passed],
+        detail=detail,
+        **numbers,
+    )
 
 
 def namespace() -> list[str]:
@@ -63,16 +81,39 @@ def namespace() -> list[str]:
 
 def environment(home: Path, **knobs) -> dict[str, str]:
     """Little more than a path: no knobs, proxies, tokens or caches of the caller."""
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")}
-    return kept | dict(HOME=str(home), XDG_CACHE_HOME=str(home), TMPDIR=str(home), PYTHONDONTWRITEBYTECODE="1",
-                       OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1")) | {k: str(v) for k, v in knobs.items()}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k in ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+    }
+    return (
+        kept
+        | dict(
+            HOME=str(home),
+            XDG_CACHE_HOME=str(home),
+            TMPDIR=str(home),
+            PYTHONDONTWRITEBYTECODE="1",
+            OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"),
+        )
+        | {k: str(v) for k, v in knobs.items()}
+    )
 
 
-def execute(command: list[str], where: Path, home: Path, isolated: list[str], **knobs) -> subprocess.CompletedProcess:
+def execute(
+    command: list[str], where: Path, home: Path, isolated: list[str], **knobs
+) -> subprocess.CompletedProcess:
     """Run a command in a folder without a network. A process that takes too long counts as failed; it ends together
     with all that it started."""
-    process = subprocess.Popen([*isolated, *command], cwd=where, env=environment(home, **knobs), text=True,
-                               errors="replace", stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [*isolated, *command],
+        cwd=where,
+        env=environment(home, **knobs),
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         out, err = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -92,7 +133,9 @@ def end(process: subprocess.Popen):
 
 def said(done: subprocess.CompletedProcess) -> str:
     """The last words of a process, fit to print."""
-    words = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    words = (
+        done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+    ).splitlines()[-1]
     return "".join(c for c in words if c.isprintable())[:200]
 
 
@@ -106,7 +149,11 @@ class Place:
     """A copy of a record alone in an empty folder, and the processes that run there."""
 
     def __init__(self, record: Folder, top: Path):
-        self.folder, self.home, self.top = top / "alone" / record.path.resolve().name, top / "home", top
+        self.folder, self.home, self.top = (
+            top / "alone" / record.path.resolve().name,
+            top / "home",
+            top,
+        )
         self.isolated, self.python = namespace(), [sys.executable]
         self.home.mkdir()
         self.folder.mkdir(parents=True)
@@ -119,16 +166,34 @@ class Place:
 
     def offline(self) -> dict[str, Any]:
         """How the network is kept away."""
-        return result("no_network", True if self.isolated else None, "a network namespace of its own"
-                      if self.isolated else "sockets refused; this system has no namespaces for us")
+        return result(
+            "no_network",
+            True if self.isolated else None,
+            "a network namespace of its own"
+            if self.isolated
+            else "sockets refused; this system has no namespaces for us",
+        )
 
-    def launch(self, run_id: str = "first", **knobs) -> tuple[subprocess.CompletedProcess, Path | None]:
+    def launch(
+        self, run_id: str = "first", **knobs
+    ) -> tuple[subprocess.CompletedProcess, Path | None]:
         """Run launch.sh +tiny; returns it and the run folder it made."""
         interpreter = self.top / "python"  # launch.sh starts "$PYTHON train_gpt.py"
-        interpreter.write_text("#!/bin/sh\nexec " + " ".join(f"'{p}'" for p in self.python) + ' "$@"\n')
+        interpreter.write_text(
+            "#!/bin/sh\nexec " + " ".join(f"'{p}'" for p in self.python) + ' "$@"\n'
+        )
         interpreter.chmod(0o755)
-        done = execute(["bash", "launch.sh", "+tiny"], self.folder, self.home, self.isolated, PYTHON=interpreter,
-                       DEVICE="cpu", THREADS=1, RUN_ID=run_id, **knobs)
+        done = execute(
+            ["bash", "launch.sh", "+tiny"],
+            self.folder,
+            self.home,
+            self.isolated,
+            PYTHON=interpreter,
+            DEVICE="cpu",
+            THREADS=1,
+            RUN_ID=run_id,
+            **knobs,
+        )
         run = self.folder / "runs" / run_id
         return done, run if (run / "log.txt").is_file() else None
 
@@ -141,9 +206,13 @@ class Place:
             if not path.name.startswith("fineweb_") or path.name.split("_")[1] in splits:
                 shutil.copyfile(path, copy / path.name)
         if "other" in splits:
-            val, train = ((smoke / f"fineweb_{split}_000000.bin").read_bytes() for split in ("val", "train"))
+            val, train = (
+                (smoke / f"fineweb_{split}_000000.bin").read_bytes() for split in ("val", "train")
+            )
             tail = max(0, len(val) - HEADER_BYTES)
-            (copy / "fineweb_val_000000.bin").write_bytes(val[:HEADER_BYTES] + train[len(train) - tail:])
+            (copy / "fineweb_val_000000.bin").write_bytes(
+                val[:HEADER_BYTES] + train[len(train) - tail :]
+            )
         return copy
 
     def score(self, artifact: Path, data: Path, **knobs) -> subprocess.CompletedProcess:
@@ -151,21 +220,39 @@ class Place:
         with tempfile.TemporaryDirectory(dir=self.top) as bare:
             shutil.copyfile(self.folder / "train_gpt.py", Path(bare) / "train_gpt.py")
             shutil.copyfile(artifact, Path(bare) / "model.golf")
-            return execute([*self.python, "train_gpt.py"], Path(bare), self.home, self.isolated, RUN_MODE="eval",
-                           ARTIFACT="model.golf", DATA_PATH=data, THREADS=1, **knobs)
+            return execute(
+                [*self.python, "train_gpt.py"],
+                Path(bare),
+                self.home,
+                self.isolated,
+                RUN_MODE="eval",
+                ARTIFACT="model.golf",
+                DATA_PATH=data,
+                THREADS=1,
+                **knobs,
+            )
 
 
 def runs_alone(done: subprocess.CompletedProcess, run: Path | None) -> dict[str, Any]:
     ok = done.returncode == 0 and run is not None and final(done.stdout) is not None
-    return result("self_contained", ok, said(done) if not ok else
-                  "launch.sh +tiny trains, exports and scores in an empty folder without a network")
+    return result(
+        "self_contained",
+        ok,
+        said(done)
+        if not ok
+        else "launch.sh +tiny trains, exports and scores in an empty folder without a network",
+    )
 
 
 def recount(log: Log, script: Path, artifact: Path) -> dict[str, Any]:
     """What the run counted against what the files weigh."""
     real, logged = script.stat().st_size + artifact.stat().st_size, max(log.total_bytes, default=0)
-    return result("artifact_recount", real == logged and real <= CAP_BYTES,
-                  f"{real:,} bytes of files, {logged:,} logged", bytes=real)
+    return result(
+        "artifact_recount",
+        real == logged and real <= CAP_BYTES,
+        f"{real:,} bytes of files, {logged:,} logged",
+        bytes=real,
+    )
 
 
 def reloads(place: Place, run: Path, first: str) -> list[dict[str, Any]]:
@@ -177,26 +264,52 @@ def reloads(place: Place, run: Path, first: str) -> list[dict[str, Any]]:
         return [result("reload", False, said(failed[0]))]
     scores = [final(first), *(final(d.stdout) for d in again)]
     noise, gap = abs(scores[1][1] - scores[2][1]), abs(scores[0][1] - scores[1][1])
-    return [result("repeatable", noise <= 1e-8, f"{noise:.1e} bits per byte between two scorings", max_abs_diff=noise),
-            result("reload", gap <= max(1e-8, noise), f"{scores[1][1]:.8f} in a second process without training text, "
-                   f"{scores[0][1]:.8f} by the run", max_abs_diff=gap)]
+    return [
+        result(
+            "repeatable",
+            noise <= 1e-8,
+            f"{noise:.1e} bits per byte between two scorings",
+            max_abs_diff=noise,
+        ),
+        result(
+            "reload",
+            gap <= max(1e-8, noise),
+            f"{scores[1][1]:.8f} in a second process without training text, "
+            f"{scores[0][1]:.8f} by the run",
+            max_abs_diff=gap,
+        ),
+    ]
 
 
 def val_text_unused(place: Place, run: Path) -> dict[str, Any]:
     """Whether training, calibration and export make the same artifact beside another validation text."""
+
     def artifact(run_id: str, **knobs) -> bytes:
         made = place.launch(run_id, **knobs)[1]
-        return (made / "model.golf").read_bytes() if made and (made / "model.golf").is_file() else b""
-    first, other = (run / "model.golf").read_bytes(), artifact("other", DATA_PATH=place.text("other", "train", "other"))
+        return (
+            (made / "model.golf").read_bytes() if made and (made / "model.golf").is_file() else b""
+        )
+
+    first, other = (
+        (run / "model.golf").read_bytes(),
+        artifact("other", DATA_PATH=place.text("other", "train", "other")),
+    )
     if first == other:
         return result("val_text_unused", True, "the same artifact beside another validation text")
     if artifact("again") != first:  # then a difference says nothing
         return result("val_text_unused", None, "two equal runs make different artifacts")
-    return result("val_text_unused", False, "another artifact beside another validation text" if other else
-                  "no artifact beside another validation text")
+    return result(
+        "val_text_unused",
+        False,
+        "another artifact beside another validation text"
+        if other
+        else "no artifact beside another validation text",
+    )
 
 
-def claimed(place: Place, submission: dict[str, Any], data: Path | None, runs: list[Path]) -> Iterator[dict[str, Any]]:
+def claimed(
+    place: Place, submission: dict[str, Any], data: Path | None, runs: list[Path]
+) -> Iterator[dict[str, Any]]:
     """Size and score of each artifact against its claim: of those in the record, else of those in run folders, known by
     their sha256; scores need the record's own text."""
     elsewhere = {file_sha256(run / "model.golf"): run / "model.golf" for run in runs}
@@ -205,24 +318,37 @@ def claimed(place: Place, submission: dict[str, Any], data: Path | None, runs: l
         artifact = place.folder / kept if kept else other
         if artifact is None or not artifact.is_file():
             continue
-        yield recount(read_log(place.folder / r["log"]), place.folder / "train_gpt.py", artifact) | dict(seed=seed)
+        yield recount(
+            read_log(place.folder / r["log"]), place.folder / "train_gpt.py", artifact
+        ) | dict(seed=seed)
         if data:
             done = place.score(artifact, data.resolve())
             score = final(done.stdout) if done.returncode == 0 else None
             gap = abs(score[1] - r["val_bpb"]) if score else None
-            yield result("claimed_score", gap is not None and gap <= 1e-4, said(done) if score is None else
-                         f"{score[1]:.8f} now, {r['val_bpb']:.8f} claimed", seed=seed, max_abs_diff=gap)
+            yield result(
+                "claimed_score",
+                gap is not None and gap <= 1e-4,
+                said(done) if score is None else f"{score[1]:.8f} now, {r['val_bpb']:.8f} claimed",
+                seed=seed,
+                max_abs_diff=gap,
+            )
     for path in elsewhere.values():
-        yield result("artifact_of_the_record", False, f"{path.parent.name}/model.golf belongs to no seed of the record")
+        yield result(
+            "artifact_of_the_record",
+            False,
+            f"{path.parent.name}/model.golf belongs to no seed of the record",
+        )
 
 
 def probes(place: Place, run: Path) -> list[dict[str, Any]]:
     """Suffix swap, target swap and their kin (probes.py, perturb.py) on the record's own script and the artifact of
     `run`, in a process of their own."""
     made = json.loads((run / "config.json").read_text())
-    typed = {k.upper(): str(int(v["value"]) if isinstance(v["value"], bool) else v["value"])
-             for k, v in made["knobs"].items()
-             if v["origin"] == "environment" and k not in OF_ONE_RUN}
+    typed = {
+        k.upper(): str(int(v["value"]) if isinstance(v["value"], bool) else v["value"])
+        for k, v in made["knobs"].items()
+        if v["origin"] == "environment" and k not in OF_ONE_RUN
+    }
     bare = place.top / "probed"
     (bare / "records" / "toolkit").mkdir(parents=True)
     for name in ("probes.py", "perturb.py"):
@@ -238,24 +364,39 @@ def probes(place: Place, run: Path) -> list[dict[str, Any]]:
         found = None
     if found is None:
         return [result("probes", None, said(done))]
-    return verdicts(found, [name for name in PROBED if name != "document_order" or "documents" in found])
+    return verdicts(
+        found, [name for name in PROBED if name != "document_order" or "documents" in found]
+    )
 
 
 def verdicts(found: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
     """What the probes found, as lines of an audit."""
-    numbers = {name: f"{found.get(name, math.nan):.1e}" for name in ("suffix", "target", "sum", "uniform")}
-    lines = [result(name, not set(PROBED[name][0]) & set(found["flags"]), PROBED[name][1].format(**numbers))
-             for name in names]
-    return lines + [result(f"{name}_warning", None, "reads what lies ahead; not ruled on")
-                    for name in found["warnings"]]
+    numbers = {
+        name: f"{found.get(name, math.nan):.1e}" for name in ("suffix", "target", "sum", "uniform")
+    }
+    lines = [
+        result(
+            name, not set(PROBED[name][0]) & set(found["flags"]), PROBED[name][1].format(**numbers)
+        )
+        for name in names
+    ]
+    return lines + [
+        result(f"{name}_warning", None, "reads what lies ahead; not ruled on")
+        for name in found["warnings"]
+    ]
 
 
 def audit(folder: Path, data: Path | None = None, runs: list[Path] = ()) -> list[dict[str, Any]]:
     """Every audit of a record folder that `new` made; `data` and `runs` hold its text and its artifacts. Raises
     ValueError when it is none."""
     record = read_folder(folder)
-    for name in ("train_gpt.py", "launch.sh", "submission.json", "smoke/fineweb_train_000000.bin",
-                 "smoke/fineweb_val_000000.bin"):
+    for name in (
+        "train_gpt.py",
+        "launch.sh",
+        "submission.json",
+        "smoke/fineweb_train_000000.bin",
+        "smoke/fineweb_val_000000.bin",
+    ):
         if name not in record.files:
             raise ValueError(f"{folder}: no {name}; audit runs folders that `new` made")
     if data and not data.is_dir():
@@ -268,7 +409,11 @@ def audit(folder: Path, data: Path | None = None, runs: list[Path] = ()) -> list
         done, run = place.launch()
         found = [place.offline(), runs_alone(done, run)]
         if found[-1]["status"] == "pass":
-            found.append(recount(read_log(run / "log.txt"), place.folder / "train_gpt.py", run / "model.golf"))
+            found.append(
+                recount(
+                    read_log(run / "log.txt"), place.folder / "train_gpt.py", run / "model.golf"
+                )
+            )
             found += reloads(place, run, done.stdout)
             found.append(val_text_unused(place, run))
             found += probes(place, run)
@@ -283,8 +428,11 @@ def record_audits(folder: Path, audits: list[dict[str, Any]]):
     submission = json.loads(path.read_text())
     submission["evidence"]["audits"] = audits
     status = {a["id"]: a["status"] for a in audits}
-    for shown, names in dict(suffix_swap=("score_first_ttt", "no_slot", "no_etlb"),
-                             target_swap=("no_ngram_cache",), val_text_unused=("no_pre_quant_ttt",)).items():
+    for shown, names in dict(
+        suffix_swap=("score_first_ttt", "no_slot", "no_etlb"),
+        target_swap=("no_ngram_cache",),
+        val_text_unused=("no_pre_quant_ttt",),
+    ).items():
         known = {"pass": True, "fail": False}.get(status.get(shown))
         submission["compliance"] |= dict.fromkeys(names, known)
     path.write_text(json.dumps(submission, indent=1))
@@ -292,5 +440,7 @@ def record_audits(folder: Path, audits: list[dict[str, Any]]):
 
 
 def as_text(audits: list[dict[str, Any]]) -> str:
-    return "\n".join(f"{a['status']:8} {a['id']:18} {'seed ' + a['seed'] + ': ' if 'seed' in a else ''}{a['detail']}"
-                     for a in audits)
+    return "\n".join(
+        f"{a['status']:8} {a['id']:18} {'seed ' + a['seed'] + ': ' if 'seed' in a else ''}{a['detail']}"
+        for a in audits
+    )

@@ -3,32 +3,37 @@
 A folder may come from anybody. Links are noted and not followed, only regular files are opened, sizes are bounded, and
 scripts are parsed as text.
 """
+
 import ast
 import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from logs import Log, read_log
 from pack import MAX_SOURCE_BYTES, parsed, unwrapped
 
 MAX_FILES, MAX_DEPTH, MAX_LOGS = 2000, 4, 40
 MAX_JSON_BYTES = 1 << 20
-NOT_LOGS = re.compile(r"requirements.*\.txt|.*readme.*|license.*|vocab.*\.txt|.*\.model\.txt", re.IGNORECASE)
+NOT_LOGS = re.compile(
+    r"requirements.*\.txt|.*readme.*|license.*|vocab.*\.txt|.*\.model\.txt", re.IGNORECASE
+)
 
 
 @dataclass
 class Folder:
     """What is in a folder. `problems` are findings of reading itself: (rule, file, evidence)."""
+
     path: Path
     files: dict[str, int] = field(default_factory=dict)  # regular files: size in bytes
     links: list[str] = field(default_factory=list)
     submission: dict[str, Any] = field(default_factory=dict)
-    script: bytes = b""       # as shipped
-    inner: bytes = b""        # without wrapping
+    script: bytes = b""  # as shipped
+    inner: bytes = b""  # without wrapping
     tree: ast.Module | None = None  # of the inner script
     nodes: list[ast.AST] = field(default_factory=list)  # all of the tree
     logs: list[Log] = field(default_factory=list)
@@ -36,7 +41,7 @@ class Folder:
 
     @property
     def track(self) -> str:
-        """"record", "non-record", or "" when the folder does not say."""
+        """ "record", "non-record", or "" when the folder does not say."""
         text = f"{self.path.resolve().parent.name} {self.submission.get('track')}".lower()
         if re.search(r"non.?record|unlimited|notable", text):
             return "non-record"
@@ -54,15 +59,27 @@ class Folder:
     def named_logs(self) -> list[Log]:
         """Logs that surely stand for a seed of the record: listed in submission.json or called train_seed<N>.log."""
         results = self.submission.get("seed_results")
-        listed = {str(r.get("log")) for r in results.values() if isinstance(r, dict)} if isinstance(results, dict) \
+        listed = (
+            {str(r.get("log")) for r in results.values() if isinstance(r, dict)}
+            if isinstance(results, dict)
             else set()
-        return [g for g in self.logs if g.name in listed or re.fullmatch(r"train_seed_?\d+\.(log|txt)", g.name)
-                or len(self.logs) == 1]
+        )
+        return [
+            g
+            for g in self.logs
+            if g.name in listed
+            or re.fullmatch(r"train_seed_?\d+\.(log|txt)", g.name)
+            or len(self.logs) == 1
+        ]
 
     @property
     def seed_logs(self) -> list[Log]:
         """Logs that stand for the record, each content once; where names do not tell, they may be ablations too."""
-        chosen = self.named_logs or [g for g in self.logs if re.search(r"seed[_-]?\d+", g.name)] or self.logs
+        chosen = (
+            self.named_logs
+            or [g for g in self.logs if re.search(r"seed[_-]?\d+", g.name)]
+            or self.logs
+        )
         return list({g.sha256 or g.name: g for g in chosen}.values())
 
 
@@ -71,12 +88,19 @@ def entries(top: Path, depth: int = 0) -> Iterator[tuple[str, os.DirEntry]]:
     with os.scandir(top) as found:
         for entry in sorted(found, key=lambda e: e.name):
             yield entry.name, entry
-            if entry.is_dir(follow_symlinks=False) and depth < MAX_DEPTH and entry.name not in (".git", "__pycache__"):
-                yield from ((f"{entry.name}/{name}", e) for name, e in entries(Path(entry.path), depth + 1))
+            if (
+                entry.is_dir(follow_symlinks=False)
+                and depth < MAX_DEPTH
+                and entry.name not in (".git", "__pycache__")
+            ):
+                yield from (
+                    (f"{entry.name}/{name}", e) for name, e in entries(Path(entry.path), depth + 1)
+                )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a file. Raises ValueError for anything that is not modest, plain JSON."""
+
     def refuse(text: str):
         raise ValueError(f"{text} is no JSON")
 
@@ -84,10 +108,13 @@ def read_json(path: Path) -> dict[str, Any]:
         if len(text) > 30:
             raise ValueError("a number of more than 30 digits")
         return int(text)
+
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path.stat().st_size:,} bytes")
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=refuse, parse_int=whole_number)
+        value = json.loads(
+            path.read_text(encoding="utf-8-sig"), parse_constant=refuse, parse_int=whole_number
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
@@ -121,15 +148,23 @@ def read_folder(path: Path) -> Folder:
         elif stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
             folder.files[name] = entry.stat(follow_symlinks=False).st_size
         if len(folder.files) > MAX_FILES:
-            folder.problems.append(("W8", name, f"more than {MAX_FILES} files; the rest is not read"))
+            folder.problems.append(
+                ("W8", name, f"more than {MAX_FILES} files; the rest is not read")
+            )
             break
     if "submission.json" in folder.files:
         try:
             folder.submission = read_json(path / "submission.json")
         except (ValueError, OSError) as error:
-            folder.problems.append(("W8", "submission.json", f"not readable as JSON ({str(error)[:80]})"))
+            folder.problems.append(
+                ("W8", "submission.json", f"not readable as JSON ({str(error)[:80]})")
+            )
     read_scripts(folder)
-    logs = [n for n in folder.files if re.search(r"\.(log|txt)$", n) and not NOT_LOGS.fullmatch(Path(n).name)]
+    logs = [
+        n
+        for n in folder.files
+        if re.search(r"\.(log|txt)$", n) and not NOT_LOGS.fullmatch(Path(n).name)
+    ]
     for name in logs[:MAX_LOGS]:
         log = read_log(path / name)
         log.name = name

@@ -19,6 +19,7 @@ It either returns all N - 1 of them, or, so that order, counts and states can be
 and returns the mean loss that the script itself reports (or nothing). Only this file's process judges: what runs there
 sends losses and nothing else. An evaluation that means harm may still guess that it is being watched.
 """
+
 import ast
 import contextlib
 import json
@@ -26,8 +27,9 @@ import math
 import subprocess
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import perturb
@@ -37,7 +39,7 @@ from pack import MAX_SOURCE_BYTES, parsed
 
 HOST = Path(__file__).with_name("foreign_host.py")
 MAX_ANSWER = 1 << 26  # characters
-REPEATS = 1e-3        # nats: what two equal evaluations may differ by, and a mean from its losses
+REPEATS = 1e-3  # nats: what two equal evaluations may differ by, and a mean from its losses
 
 
 class Failed(Exception):
@@ -56,7 +58,9 @@ def named(text: str) -> tuple[Path, str]:
         raise ValueError(f"--adapter {path}: does not parse as Python")
     functions = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
     if name not in functions:
-        raise ValueError(f"--adapter {path}: no function {name!r}; it has {', '.join(functions) or 'none'}")
+        raise ValueError(
+            f"--adapter {path}: no function {name!r}; it has {', '.join(functions) or 'none'}"
+        )
     return file, name
 
 
@@ -66,9 +70,15 @@ class Adapted:
     def __init__(self, place: Place, file: Path, name: str):
         self.errors = tempfile.TemporaryFile(dir=place.top)
         self.process = subprocess.Popen(
-            [*place.isolated, *place.python, str(HOST), str(file.resolve()), name], cwd=place.folder,
-            env=environment(place.home), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
-            start_new_session=True)
+            [*place.isolated, *place.python, str(HOST), str(file.resolve()), name],
+            cwd=place.folder,
+            env=environment(place.home),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            start_new_session=True,
+        )
         self.late = threading.Timer(SECONDS, end, (self.process,))
         self.late.start()
         self.gap, self.whole, self.states = 0.0, False, False  # of all answers: see probed()
@@ -110,21 +120,34 @@ class Adapted:
         answer = self.read()
         for name, lo, hi in (("vocab", 4, 65_536), ("length", 32, 100_000)):
             if type(answer.get(name)) is not int or not lo <= answer[name] <= hi:
-                raise ValueError(f"--adapter: {name.upper()}={answer.get(name)!r}: want a whole number from {lo} to "
-                                 f"{hi:,} at the top of the file")
+                raise ValueError(
+                    f"--adapter: {name.upper()}={answer.get(name)!r}: want a whole number from {lo} to "
+                    f"{hi:,} at the top of the file"
+                )
         return answer["vocab"], answer["length"]
 
     def look(self, tokens: np.ndarray, digests: bool) -> perturb.Seen:
         """One evaluation, for the probes. Raises Failed."""
         with contextlib.suppress(BrokenPipeError):  # reading will say why
-            print(json.dumps(dict(tokens=tokens.tolist(), digests=digests)), file=self.process.stdin, flush=True)
+            print(
+                json.dumps(dict(tokens=tokens.tolist(), digests=digests)),
+                file=self.process.stdin,
+                flush=True,
+            )
         answer, n = self.read(), len(tokens) - 1
         losses, count, order, marks = np.full(n, np.nan), np.zeros(n, int), np.full(n, -1), [""] * n
         try:
             self.whole = bool(answer["whole"])
             for number, (first, found, mark) in enumerate(answer["pieces"]):
-                if first < 0 or not found or first + len(found) > n or (self.whole and len(found) != n):
-                    raise Failed(f"{len(found)} losses from target {first} of a text with {n} targets")
+                if (
+                    first < 0
+                    or not found
+                    or first + len(found) > n
+                    or (self.whole and len(found) != n)
+                ):
+                    raise Failed(
+                        f"{len(found)} losses from target {first} of a text with {n} targets"
+                    )
                 here = slice(first, first + len(found))
                 losses[here], order[here], marks[here] = found, number, [str(mark)] * len(found)
                 count[here] += 1
@@ -155,15 +178,25 @@ def probed(adapted: Adapted, other: Adapted) -> Iterator[dict[str, Any]]:
     gap = perturb.moved(adapted.look(text, False).losses, other.look(text, False).losses)
     found = perturb.audit(adapted.look, text, vocab, cuts=12, positions=2)
     floor = max(gap, found["noise_floor"])
-    yield result("repeatable", floor <= REPEATS, f"{floor:.1e} nats between equal evaluations, in one process and in "
-                 "two", max_abs_diff=floor)
+    yield result(
+        "repeatable",
+        floor <= REPEATS,
+        f"{floor:.1e} nats between equal evaluations, in one process and in two",
+        max_abs_diff=floor,
+    )
     seen = dict(state_digest=adapted.states, score_once=not adapted.whole)
-    yield from verdicts(found, ["suffix_swap", "target_swap", *(name for name in seen if seen[name])])
+    yield from verdicts(
+        found, ["suffix_swap", "target_swap", *(name for name in seen if seen[name])]
+    )
     for name in (name for name in seen if not seen[name]):
         yield result(name, None, "the adapter does not show it: yield first, losses, state")
-    yield result("reported_mean", None if math.isnan(adapted.gap) else adapted.gap <= REPEATS,
-                 "the adapter returns no mean" if math.isnan(adapted.gap) else
-                 f"{adapted.gap:.1e} nats between the reported mean and that of the losses")
+    yield result(
+        "reported_mean",
+        None if math.isnan(adapted.gap) else adapted.gap <= REPEATS,
+        "the adapter returns no mean"
+        if math.isnan(adapted.gap)
+        else f"{adapted.gap:.1e} nats between the reported mean and that of the losses",
+    )
 
 
 def audit_foreign(folder: Path, adapter: str) -> list[dict[str, Any]]:

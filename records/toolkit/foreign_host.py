@@ -6,13 +6,15 @@ First comes a line about the adapter. Then each line of standard input, {"tokens
 with one line: {"pieces": [[first target, [nats, ...], digest of the state], ...], "whole": bool, "mean": nats or null}.
 What the script prints goes to standard error.
 """
+
 import hashlib
 import importlib.util
 import inspect
 import json
 import os
 import sys
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -43,11 +45,15 @@ def answer(function: Callable, tokens: list[int], digests: bool) -> dict[str, An
         try:
             first, losses, *state = next(found)
         except StopIteration as end:
-            return dict(pieces=pieces, whole=False, mean=None if end.value is None else float(end.value))
+            return dict(
+                pieces=pieces, whole=False, mean=None if end.value is None else float(end.value)
+            )
         sha = hashlib.sha256()
         if state and digests:
             feed(sha, state[0])
-        pieces.append([int(first), numbers(losses), sha.hexdigest()[:16] if state and digests else ""])
+        pieces.append(
+            [int(first), numbers(losses), sha.hexdigest()[:16] if state and digests else ""]
+        )
 
 
 def numbers(losses: Any) -> list[float]:
@@ -65,6 +71,7 @@ def main(adapter: str, name: str):
 
     def say(message: dict[str, Any]):
         print(json.dumps(message), file=answers, flush=True)
+
     try:
         spec = importlib.util.spec_from_file_location("adapter", adapter)
         module = importlib.util.module_from_spec(spec)

@@ -2,6 +2,7 @@
 
 Nothing is assumed to be honest or small: a long log is read at both ends only, a line that does not match is skipped.
 """
+
 import hashlib
 import os
 import re
@@ -13,13 +14,16 @@ HASHED_BYTES = 1 << 27  # a longer log is not hashed
 NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "": 1e-3}
 # Knobs that may differ between the seeds of one record.
-FREE = re.compile(r"seed|run_id|logfile|threads|checkpoint_every|train_log_every|resume|.*(_path|_dir|_files?|_name)"
-                  r"|(local_)?rank")
+FREE = re.compile(
+    r"seed|run_id|logfile|threads|checkpoint_every|train_log_every|resume|.*(_path|_dir|_files?|_name)"
+    r"|(local_)?rank"
+)
 
 
 @dataclass
 class Claim:
     """One line with a loss and a score: nats per token and bits per byte."""
+
     label: str
     loss: float
     bpb: float
@@ -29,6 +33,7 @@ class Claim:
 @dataclass
 class Log:
     """The facts of one run; None or empty where the log is silent."""
+
     name: str
     sha256: str | None = None
     cut: bool = False  # too long to be read whole
@@ -49,8 +54,8 @@ class Log:
     hessian_seconds: float | None = None
     eval_seconds: float | None = None
     all_eval_seconds: float | None = None
-    val_tokens: int | None = None   # targets scored, as far as known
-    val_bytes: int | None = None    # only our own logs count them
+    val_tokens: int | None = None  # targets scored, as far as known
+    val_bytes: int | None = None  # only our own logs count them
     data_tokens: int | None = None  # targets that the validation text has, by our own logs
     train_shards: int | None = None
     scored_once: bool | None = None
@@ -63,7 +68,9 @@ class Log:
     finished: bool = False
     resumed: bool = False
     machine_paths: int = 0
-    noncompliant: bool = False  # our own script marks every line of a run that the competition would not admit
+    noncompliant: bool = (
+        False  # our own script marks every line of a run that the competition would not admit
+    )
 
     @property
     def implied_bytes(self) -> float | None:
@@ -102,8 +109,14 @@ def read_claims(text: str) -> list[Claim]:
     claims = []
     for label, loss, bpb, rest in (m.groups() for m in found if m):
         time = re.search(rf"\beval_time:\s*{NUMBER}\s*(ms|s|m)?\b", rest)
-        claims.append(Claim(label.strip(), float(loss), float(bpb), float(time[1]) * SECONDS[time[2] or ""]
-                            if time else None))
+        claims.append(
+            Claim(
+                label.strip(),
+                float(loss),
+                float(bpb),
+                float(time[1]) * SECONDS[time[2] or ""] if time else None,
+            )
+        )
     return claims
 
 
@@ -131,15 +144,23 @@ def read_knobs(text: str) -> tuple[dict[str, str], dict[str, str]]:
     dump = re.search(r"^Hyperparameters:\n((?:[ \t]+\w+:[^\n]*\n)+)", text, re.MULTILINE)
     if dump:
         return dict(re.findall(r"^\s+(\w+):\s*(.*)$", dump[1], re.MULTILINE)), {}
-    lines = re.findall(r"^((?:train_batch_tokens|attention_mode|tie_embeddings):[^\n]*)$", text, re.MULTILINE)
+    lines = re.findall(
+        r"^((?:train_batch_tokens|attention_mode|tie_embeddings):[^\n]*)$", text, re.MULTILINE
+    )
     return dict(pair for line in lines for pair in re.findall(r"(\w+):(\S+)", line)), {}
 
 
 def read_time(text: str, claims: list[Claim], log: Log):
     """Steps and seconds: training, Hessians, the official evaluation and all evaluations. Our own last validation line
     comes after everything that reads training text, so its clock says more than the line of the stop."""
-    stop = re.findall(rf"^stopping_early: \w+ train_time:\s*{NUMBER}\s*(ms|s|m)? step:\s*(\d+)/", text, re.MULTILINE)
-    step = re.findall(rf"^(?:step:)?\s*(\d+)/\d+ [^\n]*?train_time:\s*{NUMBER}\s*(ms|s|m)?\b", text, re.MULTILINE)
+    stop = re.findall(
+        rf"^stopping_early: \w+ train_time:\s*{NUMBER}\s*(ms|s|m)? step:\s*(\d+)/",
+        text,
+        re.MULTILINE,
+    )
+    step = re.findall(
+        rf"^(?:step:)?\s*(\d+)/\d+ [^\n]*?train_time:\s*{NUMBER}\s*(ms|s|m)?\b", text, re.MULTILINE
+    )
     if stop and not (log.code_sha256 and step):
         number, unit, steps = stop[-1]
     elif step:
@@ -165,25 +186,38 @@ def read_log(path: Path) -> Log:
     log.knobs, log.origins = read_knobs(text)
     log.preset = last(r"^preset:(\S+)$", text, str)
     log.seed = last(r"^(?:\s*seed:\s*|config:SEED=)(\d{1,18})\b", text)
-    for name, begin, end in re.findall(r"^phase:(\S+) start_ms:(\d{1,15}) end_ms:(\d{1,15})$", text, re.MULTILINE):
+    for name, begin, end in re.findall(
+        r"^phase:(\S+) start_ms:(\d{1,15}) end_ms:(\d{1,15})$", text, re.MULTILINE
+    ):
         log.phases[name] = log.phases.get(name, 0.0) + (int(end) - int(begin)) / 1e3
     log.claims = read_claims(text)
     log.official = pick_official(log.claims)
     before = [c for c in log.claims if is_step(c) or "pre-quant" in c.label or "post" in c.label]
     log.before_quantisation = before[-1] if before else None
-    log.code_sha256 = list(dict.fromkeys(re.findall(r"^audit:code sha256:([0-9a-f]{64}) ", text, re.MULTILINE)))
+    log.code_sha256 = list(
+        dict.fromkeys(re.findall(r"^audit:code sha256:([0-9a-f]{64}) ", text, re.MULTILINE))
+    )
     read_time(text, log.claims, log)
     log.code_bytes = whole(re.findall(r"^Code size[^:\n]*:\s*(\d+) bytes", text, re.MULTILINE))
-    log.total_bytes = whole(re.findall(r"^Total submission size[^:\n]*:\s*(\d+) bytes", text, re.MULTILINE))[-1:]
+    log.total_bytes = whole(
+        re.findall(r"^Total submission size[^:\n]*:\s*(\d+) bytes", text, re.MULTILINE)
+    )[-1:]
     log.model_bytes = last(r"^Serialized (?:model|quantized)[^:\n]+:\s*(\d{1,18}) bytes", text)
     log.parameters = last(r"^\s*model_params:\s*(\d{1,18})", text)
     log.train_shards = last(r"\btrain_shards:\s*(\d{1,9})\b", text)
-    scored = re.findall(r"^final:official [^\n]* tokens:(\d{1,18}) bytes:(\d{1,18})$", text, re.MULTILINE)
-    log.val_tokens = int(scored[-1][0]) if scored else last(
-        r"^(?:val_loader:[^\n]*?\btokens:|\s*val_tokens:\s*)(\d{1,18})\b", text)
+    scored = re.findall(
+        r"^final:official [^\n]* tokens:(\d{1,18}) bytes:(\d{1,18})$", text, re.MULTILINE
+    )
+    log.val_tokens = (
+        int(scored[-1][0])
+        if scored
+        else last(r"^(?:val_loader:[^\n]*?\btokens:|\s*val_tokens:\s*)(\d{1,18})\b", text)
+    )
     log.val_bytes = int(scored[-1][1]) if scored else None
     log.data_tokens = last(r"^audit:data [^\n]*?\bval_tokens:(\d{1,18})\b", text)
-    coverage = re.findall(r"^score:\S+ [^\n]* scored_once:([01]) coverage:([0-9a-f]+)\b", text, re.MULTILINE)
+    coverage = re.findall(
+        r"^score:\S+ [^\n]* scored_once:([01]) coverage:([0-9a-f]+)\b", text, re.MULTILINE
+    )
     if coverage:
         log.scored_once, log.coverage = all(once == "1" for once, _ in coverage), coverage[-1][1]
     log.artifact_sha256 = last(r"^audit:artifact sha256:([0-9a-f]{64}) ", text, str)
@@ -194,9 +228,13 @@ def read_log(path: Path) -> Log:
         log.environment = dict(re.findall(r"(\w+):(.*?)(?= \w+:|$)", environment[-1]))
     elif world := last(r"\bworld_size:\s*(\d{1,6})\b", text, str):
         log.environment = dict(world_size=world)
-    log.finished = log.official is not None and "Traceback (most recent call last)" not in text[-20_000:]
+    log.finished = (
+        log.official is not None and "Traceback (most recent call last)" not in text[-20_000:]
+    )
     log.resumed = bool(re.search(r"^resumed:step ", text, re.MULTILINE))
-    log.machine_paths = len(re.findall(r"(?<![\w.:/~-])/(?:home|root|workspace|Users|mnt)/\w", text))
+    log.machine_paths = len(
+        re.findall(r"(?<![\w.:/~-])/(?:home|root|workspace|Users|mnt)/\w", text)
+    )
     return log
 
 

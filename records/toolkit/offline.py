@@ -3,6 +3,7 @@
 Used where the system offers no network namespace. It refuses sockets to other machines, no more: code that means harm
 can undo it, so that a stranger's folder wants a machine that may be lost.
 """
+
 import runpy
 import socket
 import sys
@@ -16,7 +17,11 @@ class LocalSocket(socket.socket):
     """A socket that reaches this machine only: ranks of one run may still talk to each other."""
 
     def connect(self, address):
-        if self.family != socket.AF_UNIX and str(address[0]) not in ("127.0.0.1", "::1", "localhost"):
+        if self.family != socket.AF_UNIX and str(address[0]) not in (
+            "127.0.0.1",
+            "::1",
+            "localhost",
+        ):
             refuse()
         super().connect(address)
 
@@ -26,8 +31,11 @@ class LocalSocket(socket.socket):
 def main():
     """Take the network away, then run the script named first."""
     socket.socket, lookup = LocalSocket, socket.getaddrinfo
-    socket.getaddrinfo = lambda host, *rest, **more: lookup(host, *rest, **more) if host in (
-        None, "", "localhost", "127.0.0.1", "::1", socket.gethostname()) else refuse()
+    socket.getaddrinfo = lambda host, *rest, **more: (
+        lookup(host, *rest, **more)
+        if host in (None, "", "localhost", "127.0.0.1", "::1", socket.gethostname())
+        else refuse()
+    )
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

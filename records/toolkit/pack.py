@@ -4,6 +4,7 @@ The wrapper is itself a Python file. It decompresses the script, writes the text
 sha256 and imports it from there, because Triton and `inspect` read the source of functions from a file. `__file__` of
 the imported text is the wrapper: what the script says about its own size, hash and folder is true of what is shipped.
 """
+
 import ast
 import base64
 import binascii
@@ -13,8 +14,8 @@ import contextlib
 import functools
 import lzma
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 try:
     import brotli
@@ -67,7 +68,9 @@ class Stripped(ast.NodeTransformer):
         self.generic_visit(node)
         if any(ast.unparse(d).split("(")[0].endswith("jit") for d in node.decorator_list):
             self.kernel_names |= {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
-            self.kernel_names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - set(dir(builtins))
+            self.kernel_names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - set(
+                dir(builtins)
+            )
         else:
             for argument in ast.walk(node.args):
                 if isinstance(argument, ast.arg):
@@ -85,21 +88,42 @@ def minified(source: str) -> str:
     """The script without comments, docstrings and long local names. Global names, attributes and class fields stay:
     knobs are named after fields, and the toolkit calls functions of a packed script."""
     import python_minifier
+
     strip = Stripped()
     text = ast.unparse(strip.visit(ast.parse(source)))
-    keep = python_minifier.RemoveAnnotationsOptions(remove_argument_annotations=False,
-                                                    remove_class_attribute_annotations=False)
-    return python_minifier.minify(text, remove_annotations=keep, remove_literal_statements=False, hoist_literals=False,
-                                  preserve_locals=sorted(strip.kernel_names))
+    keep = python_minifier.RemoveAnnotationsOptions(
+        remove_argument_annotations=False, remove_class_attribute_annotations=False
+    )
+    return python_minifier.minify(
+        text,
+        remove_annotations=keep,
+        remove_literal_statements=False,
+        hoist_literals=False,
+        preserve_locals=sorted(strip.kernel_names),
+    )
 
 
 def compressed(text: bytes) -> bytes:
     """The smallest .xz of several settings; Python's standard library reads all of them."""
+
     def settings() -> Iterator[list[dict]]:
         for lc, pb in ((3, 0), (4, 0), (2, 0), (3, 2)):
-            yield [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=lc, lp=0, pb=pb, nice_len=273,
-                        depth=1000)]
-    return min((lzma.compress(text, lzma.FORMAT_XZ, lzma.CHECK_CRC32, filters=s) for s in settings()), key=len)
+            yield [
+                dict(
+                    id=lzma.FILTER_LZMA2,
+                    preset=9 | lzma.PRESET_EXTREME,
+                    lc=lc,
+                    lp=0,
+                    pb=pb,
+                    nice_len=273,
+                    depth=1000,
+                )
+            ]
+
+    return min(
+        (lzma.compress(text, lzma.FORMAT_XZ, lzma.CHECK_CRC32, filters=s) for s in settings()),
+        key=len,
+    )
 
 
 def literal(data: bytes) -> str:
@@ -117,8 +141,11 @@ def pack(source: str) -> bytes:
 def inflated(data: bytes) -> Iterator[bytes]:
     """Every way to decompress `data` that succeeds, never more than MAX_SOURCE_BYTES."""
     raw = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2)])
-    makers = [lambda: lzma.LZMADecompressor(memlimit=1 << 27), lambda: lzma.LZMADecompressor(**raw),
-              bz2.BZ2Decompressor]
+    makers = [
+        lambda: lzma.LZMADecompressor(memlimit=1 << 27),
+        lambda: lzma.LZMADecompressor(**raw),
+        bz2.BZ2Decompressor,
+    ]
     for make in makers:
         try:
             yield make().decompress(data, MAX_SOURCE_BYTES)
@@ -161,13 +188,26 @@ def parsed(source: bytes | str) -> ast.Module | None:
 def inner_source(source: bytes) -> bytes | None:
     """The script inside one layer of wrapping, or None when there is none."""
     tree = parsed(source) if len(source) <= MAX_SOURCE_BYTES else None
-    literals = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, (str, bytes))
-                and len(n.value) >= SHORTEST_PAYLOAD] if tree else []
+    literals = (
+        [
+            n.value
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Constant)
+            and isinstance(n.value, (str, bytes))
+            and len(n.value) >= SHORTEST_PAYLOAD
+        ]
+        if tree
+        else []
+    )
     for value in sorted(literals, key=len, reverse=True)[:8]:
         for data in decoded(value):
             for text in inflated(data):
-                if b"\n" in text and len(text) < MAX_SOURCE_BYTES and (inside := parsed(text)) and any(
-                        isinstance(n, (ast.Import, ast.ImportFrom)) for n in inside.body):
+                if (
+                    b"\n" in text
+                    and len(text) < MAX_SOURCE_BYTES
+                    and (inside := parsed(text))
+                    and any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in inside.body)
+                ):
                     return text
     return None
 
@@ -189,4 +229,6 @@ def pack_file(script: Path, out: Path) -> dict:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(packed)
     out.chmod(0o755)
-    return dict(script=script.name, out=str(out), raw_bytes=script.stat().st_size, packed_bytes=len(packed))
+    return dict(
+        script=script.name, out=str(out), raw_bytes=script.stat().st_size, packed_bytes=len(packed)
+    )

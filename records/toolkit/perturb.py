@@ -9,8 +9,10 @@ target    one token takes every value: earlier losses stand still, and the proba
 once      every target is banked exactly once
 documents reordered, the losses of each stay the same (where an evaluation isolates documents)
 """
+
 import math
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,12 +21,13 @@ BOS = 1  # the id that begins each document
 
 class Seen(NamedTuple):
     """One evaluation, target by target."""
-    losses: np.ndarray   # (N,) nats; NaN where none was banked
-    count: np.ndarray    # (N,) how often
-    order: np.ndarray    # (N,) number of the batch that banked it
-    start: np.ndarray    # (N,) first token that its window held
-    digests: list[str]   # per target, of the state that scored it
-    error: str           # why it was refused, if it was
+
+    losses: np.ndarray  # (N,) nats; NaN where none was banked
+    count: np.ndarray  # (N,) how often
+    order: np.ndarray  # (N,) number of the batch that banked it
+    start: np.ndarray  # (N,) first token that its window held
+    digests: list[str]  # per target, of the state that scored it
+    error: str  # why it was refused, if it was
 
 
 Look = Callable[[np.ndarray, bool], Seen]
@@ -37,8 +40,9 @@ def moved(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.nanmax(np.abs(a - b), initial=0.0))
 
 
-def swap_unscored(look: Look, tokens: np.ndarray, seen: Seen, rng: np.random.Generator,
-                  move_borders: bool = False) -> tuple[float, int, int]:
+def swap_unscored(
+    look: Look, tokens: np.ndarray, seen: Seen, rng: np.random.Generator, move_borders: bool = False
+) -> tuple[float, int, int]:
     """Replace every token that is not scored yet at a random moment: after some batch, and some targets into each
     window of the next. (largest change of a loss whose text stayed, states that changed, how many were compared)"""
     n, vocab = len(tokens) - 1, int(tokens.max()) + 1
@@ -64,21 +68,32 @@ def swap_unscored(look: Look, tokens: np.ndarray, seen: Seen, rng: np.random.Gen
     return moved(seen.losses[stays], again.losses[stays]), states, int(stays.sum())
 
 
-def swap_target(look: Look, tokens: np.ndarray, seen: Seen, at: int, vocab: int) -> tuple[float, float]:
+def swap_target(
+    look: Look, tokens: np.ndarray, seen: Seen, at: int, vocab: int
+) -> tuple[float, float]:
     """Token `at` takes every value: (error of the sum of its probabilities, largest change of an earlier loss).
     A BOS is a new border. Where borders steer what is learnt first, its probability cannot be seen in this way: then
     only what the other values have above one is an error."""
     before, target, chances, steered = 0.0, at - 1, np.zeros(vocab), False
     earlier = (seen.order < seen.order[target]) | (
-        (seen.order == seen.order[target]) & (seen.start == seen.start[target]) & (np.arange(len(tokens) - 1) < target))
+        (seen.order == seen.order[target])
+        & (seen.start == seen.start[target])
+        & (np.arange(len(tokens) - 1) < target)
+    )
     for value in range(vocab):
         other = tokens.copy()
         other[at] = value
         again = look(other, value == BOS)
         chances[value] = math.exp(-again.losses[target])
         if value == BOS:
-            steered = any(x[target] != y[target] for x, y in ((again.digests, seen.digests), (again.order, seen.order),
-                                                              (again.start, seen.start)))
+            steered = any(
+                x[target] != y[target]
+                for x, y in (
+                    (again.digests, seen.digests),
+                    (again.order, seen.order),
+                    (again.start, seen.start),
+                )
+            )
         else:
             before = max(before, moved(seen.losses[earlier], again.losses[earlier]))
     error = max(0.0, chances.sum() - chances[BOS] - 1) if steered else abs(chances.sum() - 1)
@@ -89,13 +104,21 @@ def reorder(look: Look, tokens: np.ndarray, rng: np.random.Generator) -> float:
     """Largest change of a loss when documents come in another order. The text must begin and end with BOS."""
     borders = np.flatnonzero(tokens == BOS)
     order = rng.permutation(len(borders) - 1)
-    other = np.concatenate([*(tokens[borders[i]:borders[i + 1]] for i in order), tokens[-1:]])
+    other = np.concatenate([*(tokens[borders[i] : borders[i + 1]] for i in order), tokens[-1:]])
     a, b = (look(x, False).losses for x in (tokens, other))
-    return moved(np.concatenate([a[borders[i]:borders[i + 1]] for i in order]), b)
+    return moved(np.concatenate([a[borders[i] : borders[i + 1]] for i in order]), b)
 
 
-def audit(look: Look, tokens: np.ndarray, vocab: int, seed: int = 0, cuts: int = 6, positions: int = 2,
-          isolated: bool = False, tolerance: float = 2e-5) -> dict[str, Any]:
+def audit(
+    look: Look,
+    tokens: np.ndarray,
+    vocab: int,
+    seed: int = 0,
+    cuts: int = 6,
+    positions: int = 2,
+    isolated: bool = False,
+    tolerance: float = 2e-5,
+) -> dict[str, Any]:
     """Every probe of one evaluation of `tokens` (from BOS to BOS). `flags` names what failed, `warnings` what a
     reviewer should know: it learns in another order than the text's, or by lengths read ahead. A difference counts when
     it exceeds that of two equal runs and the tolerance in nats; a sum of probabilities when it is off by 1e-3."""
@@ -103,24 +126,36 @@ def audit(look: Look, tokens: np.ndarray, vocab: int, seed: int = 0, cuts: int =
     seen, again = look(tokens, True), look(tokens, True)
     floor = moved(seen.losses, again.losses)
     limit = max(tolerance, 2 * floor)
-    found: dict[str, Any] = dict(targets=len(tokens) - 1, batches=int(seen.order.max()) + 1, noise_floor=floor)
+    found: dict[str, Any] = dict(
+        targets=len(tokens) - 1, batches=int(seen.order.max()) + 1, noise_floor=floor
+    )
     found["once"] = not seen.error and bool((seen.count == 1).all())
     found["refused"] = seen.error
     found["chronological"] = bool((np.diff(seen.order) >= 0).all())
     swaps = [swap_unscored(look, tokens, seen, rng) for _ in range(cuts)]
-    found["suffix"], found["states"], found["compared"] = (f(x) for f, x in zip((max, sum, sum), zip(*swaps)))
+    found["suffix"], found["states"], found["compared"] = (
+        f(x) for f, x in zip((max, sum, sum), zip(*swaps))
+    )
     found["schedule"] = max(swap_unscored(look, tokens, seen, rng, True)[0] for _ in range(cuts))
     at = rng.choice(np.flatnonzero(tokens[1:-1] != BOS) + 1, positions, replace=False).tolist()
     targets = [swap_target(look, tokens, seen, p, vocab) for p in at]
     found["sum"], found["target"] = (max(x) for x in zip(*targets or [(0.0, 0.0)]))
     if isolated:
         found["documents"] = reorder(look, tokens, rng)
-    failed = dict(once=not found["once"], suffix=found["suffix"] > limit, states=found["states"] > 0,
-                  sum=not found["sum"] < 1e-3, target=found["target"] > limit,
-                  documents=found.get("documents", 0) > limit, nothing_compared=found["compared"] == 0)
+    failed = dict(
+        once=not found["once"],
+        suffix=found["suffix"] > limit,
+        states=found["states"] > 0,
+        sum=not found["sum"] < 1e-3,
+        target=found["target"] > limit,
+        documents=found.get("documents", 0) > limit,
+        nothing_compared=found["compared"] == 0,
+    )
     found["flags"] = [name for name, bad in failed.items() if bad]
     learns = len(set(seen.digests)) > 1
-    found["warnings"] = ["schedule"] * (found["schedule"] > limit) + ["order"] * (learns and not found["chronological"])
+    found["warnings"] = ["schedule"] * (found["schedule"] > limit) + ["order"] * (
+        learns and not found["chronological"]
+    )
     return found
 
 

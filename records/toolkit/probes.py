@@ -9,23 +9,25 @@ The probes see the loss of each target through the observer of score(). One prob
 
 uniform   a model without knowledge scores exactly log2(V) * tokens / bytes (fixed predictors)
 """
+
 import copy
 import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-import train_gpt as tg  # noqa: E402
-
 import perturb  # noqa: E402
 import torch  # noqa: E402
 from perturb import Seen, probe_text  # noqa: E402
+
+import train_gpt as tg  # noqa: E402
 
 VOCAB, LENGTH = 17, 180  # of a shrunk model and of the text it is probed with
 Make = Callable[[np.ndarray], tg.Fixed]  # a text -> a fresh strategy that will score it
@@ -34,7 +36,9 @@ Make = Callable[[np.ndarray], tg.Fixed]  # a text -> a fresh strategy that will 
 def state_digests(strategy: tg.Fixed, rows: int) -> list[str]:
     """Digest of what scores each row of a batch: all weights and buffers, and the row's own adapters."""
     own, shared = [hashlib.sha256() for _ in range(rows)], hashlib.sha256()
-    attached = {id(t) for _, module in strategy.attached for t in (*module.parameters(), *module.buffers())}
+    attached = {
+        id(t) for _, module in strategy.attached for t in (*module.parameters(), *module.buffers())
+    }
     for tensor in (*strategy.model.parameters(), *strategy.model.buffers()):
         if id(tensor) not in attached:
             shared.update(tensor.detach().cpu().numpy().tobytes())
@@ -45,10 +49,17 @@ def state_digests(strategy: tg.Fixed, rows: int) -> list[str]:
     return [hashlib.sha256(shared.digest() + digest.digest()).hexdigest()[:16] for digest in own]
 
 
-def observe(make: Make, tokens: np.ndarray, rt: tg.Runtime, digest: Callable = state_digests) -> Seen:
+def observe(
+    make: Make, tokens: np.ndarray, rt: tg.Runtime, digest: Callable = state_digests
+) -> Seen:
     """Run one evaluation and keep everything; a refusal by score() is kept, not raised."""
     n, strategy, error = len(tokens) - 1, make(tokens), ""
-    losses, count, order, start = np.full(n, np.nan), np.zeros(n, int), np.full(n, -1), np.zeros(n, int)
+    losses, count, order, start = (
+        np.full(n, np.nan),
+        np.zeros(n, int),
+        np.full(n, -1),
+        np.zeros(n, int),
+    )
     digests, batches = [""] * n, 0
 
     def watch(batch: tg.Batch, found: torch.Tensor):
@@ -56,9 +67,15 @@ def observe(make: Make, tokens: np.ndarray, rt: tg.Runtime, digest: Callable = s
         states = digest(strategy, len(batch.items))
         for (begin, first, many), row, state in zip(batch.items.tolist(), found, states):
             here = slice(first, first + many)
-            losses[here], order[here], start[here], digests[here] = row[:many], batches, begin, [state] * many
+            losses[here], order[here], start[here], digests[here] = (
+                row[:many],
+                batches,
+                begin,
+                [state] * many,
+            )
             count[here] += 1
         batches += 1
+
     try:
         coverage = tg.score(tokens, np.ones(n), strategy, rt, watch).coverage
         if coverage != hashlib.sha256(np.ones(n, "<i4").tobytes()).hexdigest()[:16]:
@@ -68,11 +85,21 @@ def observe(make: Make, tokens: np.ndarray, rt: tg.Runtime, digest: Callable = s
     return Seen(losses, count, order, start, digests, error)
 
 
-def audit(make: Make, tokens: np.ndarray, vocab: int, rt: tg.Runtime, digest: Callable = state_digests,
-          **options) -> dict[str, Any]:
+def audit(
+    make: Make,
+    tokens: np.ndarray,
+    vocab: int,
+    rt: tg.Runtime,
+    digest: Callable = state_digests,
+    **options,
+) -> dict[str, Any]:
     """Every probe of the strategies of `make`; options as perturb.audit."""
-    return perturb.audit(lambda x, digests: observe(make, x, rt, digest if digests else no_digest), tokens, vocab,
-                         **options)
+    return perturb.audit(
+        lambda x, digests: observe(make, x, rt, digest if digests else no_digest),
+        tokens,
+        vocab,
+        **options,
+    )
 
 
 def no_digest(strategy: tg.Fixed, rows: int) -> list[str]:
@@ -87,7 +114,7 @@ def random_weights(model: tg.GPT, seed: int = 0):
     with torch.no_grad():
         for p in model.parameters():
             noise = torch.randn(p.shape, generator=generator)
-            p.copy_(noise * p.size(-1)**-0.5 if p.opt == "matrix" else p + 0.3 * noise)
+            p.copy_(noise * p.size(-1) ** -0.5 if p.opt == "matrix" else p + 0.3 * noise)
 
 
 def subject(env: dict[str, str]) -> tuple[tg.Config, tg.GPT, tg.Plan]:
@@ -98,9 +125,22 @@ def subject(env: dict[str, str]) -> tuple[tg.Config, tg.GPT, tg.Plan]:
         cfg = tg.artifact_config(env | {"RUN_MODE": "eval"}, Path(path), header)
         cfg = tg.replace(cfg, model=tg.SEEN_AS.get(cfg.eval.eval, lambda c: c.model)(cfg))
         return cfg, tg.build_from_artifact(cfg, tensors, tg.Numerics()), tg.stored_plan(cfg, header)
-    shrunk = dict(VOCAB_SIZE=VOCAB, EVAL_SEQ_LEN=32, EVAL_STRIDE=8, TRAIN_SEQ_LEN=32, EVAL_BATCH_TOKENS=64,
-                  TTT_CHUNK_TOKENS=48, TTT_LORA_CHUNK=8, TTT_LORA_DOCS=2, TTT_PHASE_DOCS=3, TTT_PHASES=2, TTT_EPOCHS=1,
-                  PREQUANT_EPOCHS=2, PREQUANT_LR=0.01, DEVICE="cpu")
+    shrunk = dict(
+        VOCAB_SIZE=VOCAB,
+        EVAL_SEQ_LEN=32,
+        EVAL_STRIDE=8,
+        TRAIN_SEQ_LEN=32,
+        EVAL_BATCH_TOKENS=64,
+        TTT_CHUNK_TOKENS=48,
+        TTT_LORA_CHUNK=8,
+        TTT_LORA_DOCS=2,
+        TTT_PHASE_DOCS=3,
+        TTT_PHASES=2,
+        TTT_EPOCHS=1,
+        PREQUANT_EPOCHS=2,
+        PREQUANT_LR=0.01,
+        DEVICE="cpu",
+    )
     preset = env.get("PRESET", "baseline")
     cfg = tg.load({k: str(v) for k, v in shrunk.items()} | env | {"PRESET": preset + "+tiny"})
     cfg = tg.replace(cfg, model=tg.SEEN_AS.get(cfg.eval.eval, lambda c: c.model)(cfg))
@@ -112,18 +152,26 @@ def subject(env: dict[str, str]) -> tuple[tg.Config, tg.GPT, tg.Plan]:
 def strategy_maker(cfg: tg.Config, model: tg.GPT, plan: tg.Plan, rt: tg.Runtime) -> Make:
     """A fresh copy of the model and a fresh strategy for each text; TTT=prequant trains the copy on that text first, as
     a run would have done."""
+
     def make(tokens: np.ndarray) -> tg.Fixed:
         mine = copy.deepcopy(model)
         if cfg.eval.ttt == "prequant" and not cfg.eval.compliant:
-            tuner = tg.FineTuner(mine, plan, tg.Numerics(), rt, lambda p: torch.optim.AdamW(p, weight_decay=0.0))
+            tuner = tg.FineTuner(
+                mine, plan, tg.Numerics(), rt, lambda p: torch.optim.AdamW(p, weight_decay=0.0)
+            )
             for _ in range(cfg.eval.prequant_epochs):
-                tuner.step(*tg.padded_rows(tokens, tg.cut(0, len(tokens) - 1, cfg.data.train_seq_len)),
-                           cfg.eval.prequant_lr)
+                tuner.step(
+                    *tg.padded_rows(tokens, tg.cut(0, len(tokens) - 1, cfg.data.train_seq_len)),
+                    cfg.eval.prequant_lr,
+                )
         return tg.strategy_of(cfg, rt, mine, tg.Numerics(), plan, cfg.eval.eval, cfg.eval.ttt)
+
     return make
 
 
-def uniform_error(cfg: tg.Config, model: tg.GPT, plan: tg.Plan, rt: tg.Runtime, tokens: np.ndarray) -> float:
+def uniform_error(
+    cfg: tg.Config, model: tg.GPT, plan: tg.Plan, rt: tg.Runtime, tokens: np.ndarray
+) -> float:
     """|bpb - log2(V) * tokens / bytes| of the same windows over a model whose output table is zero."""
     blank = copy.deepcopy(model)
     with torch.no_grad():
@@ -138,11 +186,22 @@ def probe(env: dict[str, str], length: int = LENGTH, **options) -> dict[str, Any
     """audit() of what a set of knobs describes. Raises UserError for bad knobs."""
     cfg, model, plan = subject(env)
     rt, tokens = tg.Runtime(cfg, {}), probe_text(length, cfg.data.vocab_size)
-    alone = cfg.eval.eval == "doc" and (cfg.eval.ttt == "none" or cfg.eval.ttt == "lora" and not cfg.eval.ttt_warm_a)
-    found = audit(strategy_maker(cfg, model, plan, rt), tokens, cfg.data.vocab_size, rt, isolated=alone, **options)
+    alone = cfg.eval.eval == "doc" and (
+        cfg.eval.ttt == "none" or cfg.eval.ttt == "lora" and not cfg.eval.ttt_warm_a
+    )
+    found = audit(
+        strategy_maker(cfg, model, plan, rt),
+        tokens,
+        cfg.data.vocab_size,
+        rt,
+        isolated=alone,
+        **options,
+    )
     found["uniform"] = uniform_error(cfg, model, plan, rt, tokens)
     found["flags"] += ["uniform"] * (bool(found["uniform"] > 1e-5))
-    return dict(strategy=tg.variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt), preset=cfg.preset) | found
+    return (
+        dict(strategy=tg.variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt), preset=cfg.preset) | found
+    )
 
 
 def main(args: list[str]) -> int:

@@ -9,6 +9,7 @@ SWEEP.json: {"base": {knob: value}, "seeds": [..], "reference": name, "variants"
 one whose clip is a multiple of sigma at all factors of its steps, any other at all numbers of bits. Knobs of the base
 may use {NAME} for an environment variable. The gap is what bits per byte rise above those of the trained weights.
 """
+
 import math
 import os
 import statistics
@@ -19,16 +20,22 @@ from pathlib import Path
 import study
 
 sys.path.insert(0, str(study.SCRIPT.parent))
-import train_gpt as tg  # noqa: E402
-
 import numpy as np  # noqa: E402
+
+import train_gpt as tg  # noqa: E402
 
 
 def points(spec: dict) -> list[tuple[str, float]]:
     """(variant, factor or bits) of everything that is measured on one model."""
-    by_sigma = {name: knobs.get("CLIP", spec["base"].get("CLIP", "")).startswith("sigma")
-                for name, knobs in spec["variants"].items()}
-    return [(name, x) for name in spec["variants"] for x in (spec["factors"] if by_sigma[name] else spec["bits"])]
+    by_sigma = {
+        name: knobs.get("CLIP", spec["base"].get("CLIP", "")).startswith("sigma")
+        for name, knobs in spec["variants"].items()
+    }
+    return [
+        (name, x)
+        for name in spec["variants"]
+        for x in (spec["factors"] if by_sigma[name] else spec["bits"])
+    ]
 
 
 def artifact(trainer: tg.Trainer, env: dict[str, str], variant: str, spec: dict, x: float) -> bytes:
@@ -54,13 +61,21 @@ def sweep(trainer: tg.Trainer, env: dict[str, str], spec: dict, seed: int, resul
 
     def bpb() -> float:
         numerics = trainer.numerics._replace(compile=False)
-        return tg.score_model(trainer.cfg, trainer.rt, trainer.model, numerics, trainer.data, "chunked",
-                              trainer.plans[trainer.plan]).bpb
+        return tg.score_model(
+            trainer.cfg,
+            trainer.rt,
+            trainer.model,
+            numerics,
+            trainer.data,
+            "chunked",
+            trainer.plans[trainer.plan],
+        ).bpb
 
     def put(weights):
         with tg.torch.no_grad():
             for name, p in trainer.model.exported().items():
                 p.copy_(weights[name])
+
     whole = bpb()
     for variant, x in points(spec):
         if (seed, variant, x) in known:
@@ -69,8 +84,15 @@ def sweep(trainer: tg.Trainer, env: dict[str, str], spec: dict, seed: int, resul
         blob = artifact(trainer, env, variant, spec, x)
         seconds = time.monotonic() - begin
         put({name: t.dequant() for name, t in tg.unpack_artifact(blob)[1].items()})
-        found = dict(seed=seed, variant=variant, x=x, bytes=len(blob), gap=bpb() - whole, trained=whole,
-                     seconds=round(seconds, 1))
+        found = dict(
+            seed=seed,
+            variant=variant,
+            x=x,
+            bytes=len(blob),
+            gap=bpb() - whole,
+            trained=whole,
+            seconds=round(seconds, 1),
+        )
         put(trained)
         study.append(results, found)
         print(f"seed {seed} {variant} {x}: {len(blob)} bytes, gap {found['gap']:.5f}", flush=True)
@@ -78,17 +100,21 @@ def sweep(trainer: tg.Trainer, env: dict[str, str], spec: dict, seed: int, resul
 
 def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
     """Train one model per seed through the script's own entry point, and sweep where it would export."""
-    for seed in spec["seeds"][share[0] - 1::share[1]]:
+    for seed in spec["seeds"][share[0] - 1 :: share[1]]:
         done = {(r["variant"], r["x"]) for r in study.read(results) if r["seed"] == seed}
         if set(points(spec)) <= done:
             continue
-        env = dict(os.environ) | study.filled(spec["base"]) | dict(SEED=str(seed), RUNS_DIR=str(scratch),
-                                                                   RUN_ID=f"sweep-{time.time_ns()}")
+        env = (
+            dict(os.environ)
+            | study.filled(spec["base"])
+            | dict(SEED=str(seed), RUNS_DIR=str(scratch), RUN_ID=f"sweep-{time.time_ns()}")
+        )
         export = tg.export
 
         def replacement(trainer: tg.Trainer) -> Path:
             sweep(trainer, env, spec, seed, results)
             return export(trainer)
+
         tg.export = replacement
         try:
             if code := tg.main([], env):
@@ -99,22 +125,32 @@ def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
 
 def curve(rows: list[dict], seed: int, variant: str) -> list[tuple[float, float]]:
     """(log bytes, log gap) of one variant on one model, by size; points that lost nothing count as a gap of 1e-6."""
-    return sorted((math.log(r["bytes"]), math.log(max(r["gap"], 1e-6))) for r in rows
-                  if (r["seed"], r["variant"]) == (seed, variant))
+    return sorted(
+        (math.log(r["bytes"]), math.log(max(r["gap"], 1e-6)))
+        for r in rows
+        if (r["seed"], r["variant"]) == (seed, variant)
+    )
 
 
 def table(spec: dict, rows: list[dict]) -> str:
     """Gap at the reference's bytes and bytes at its gap, for each of its points inside the other's range."""
     reference, seeds = spec["reference"], spec["seeds"]
     columns = sorted({r["x"] for r in rows if r["variant"] == reference})
-    lines = ["| variant | knobs | " + " | ".join(f"gap at the bytes of {reference} {x:g} | bytes at its gap"
-                                                 for x in columns) + " |", "|---|---|" + "---|---|" * len(columns)]
+    lines = [
+        "| variant | knobs | "
+        + " | ".join(f"gap at the bytes of {reference} {x:g} | bytes at its gap" for x in columns)
+        + " |",
+        "|---|---|" + "---|---|" * len(columns),
+    ]
     for variant, knobs in spec["variants"].items():
         cells = []
         for x in columns:
             gaps, ratios = [], []
             for seed in seeds:
-                at = next((r for r in rows if (r["seed"], r["variant"], r["x"]) == (seed, reference, x)), None)
+                at = next(
+                    (r for r in rows if (r["seed"], r["variant"], r["x"]) == (seed, reference, x)),
+                    None,
+                )
                 line = np.array(curve(rows, seed, variant))
                 if at is None or len(line) < 2:
                     continue
@@ -144,9 +180,21 @@ def plot(spec: dict, rows: list[dict]):
     for i, variant in enumerate(spec["variants"]):
         for j, seed in enumerate(spec["seeds"]):
             if line := curve(rows, seed, variant):
-                axis.plot(*np.exp(np.array(line)).T, marker="o", color=f"C{i % 10}", markersize=3, linewidth=1,
-                          linestyle="-" if i < 10 else "--", label=variant if not j else None)
-    axis.set(xscale="log", yscale="log", xlabel="bytes of the model", ylabel="bits per byte above the trained weights")
+                axis.plot(
+                    *np.exp(np.array(line)).T,
+                    marker="o",
+                    color=f"C{i % 10}",
+                    markersize=3,
+                    linewidth=1,
+                    linestyle="-" if i < 10 else "--",
+                    label=variant if not j else None,
+                )
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="bytes of the model",
+        ylabel="bits per byte above the trained weights",
+    )
     axis.legend(fontsize="small")
     return figure
 

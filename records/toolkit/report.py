@@ -1,13 +1,15 @@
 """One page about a run or a record: a single HTML file with its pictures inside, no script and nothing to load."""
+
 import html
 import io
 import json
 import math
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 from compare import read_documents
@@ -23,32 +25,46 @@ padding:.2rem .6rem;text-align:right}td:first-child,th:first-child{text-align:le
 @dataclass
 class Curve:
     """What one run said while it ran."""
+
     name: str
     log: Log
     train: list[tuple[int, float, float]] = field(default_factory=list)  # step, nats, seconds
-    validation: list[tuple[int, float]] = field(default_factory=list)    # step, bits per byte
-    ramps: list[dict[str, float]] = field(default_factory=list)          # of metrics.jsonl
-    last_step: int = 0                                                   # at which the run ends or would end
+    validation: list[tuple[int, float]] = field(default_factory=list)  # step, bits per byte
+    ramps: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl
+    last_step: int = 0  # at which the run ends or would end
     documents: np.ndarray | None = None
     artifact: Path | None = None
-    analysis: dict[str, Any] = field(default_factory=dict)               # what `analyze` left
+    analysis: dict[str, Any] = field(default_factory=dict)  # what `analyze` left
 
 
 def read_curve(log_path: Path, beside: dict[str, Path]) -> Curve:
     """A run's log, and what lies beside it: metrics, doc_loss, artifact."""
     text, _ = read_ends(log_path)
-    curve = Curve(log_path.stem if log_path.name != "log.txt" else log_path.parent.name, read_log(log_path))
+    curve = Curve(
+        log_path.stem if log_path.name != "log.txt" else log_path.parent.name, read_log(log_path)
+    )
     for step, limit, loss, spent, left in re.findall(
-            r"^step:(\d+)/(\d+) train_loss:(\S+) train_time:(\d+)ms \S+ \S+ left:(\d+)s", text, re.MULTILINE):
+        r"^step:(\d+)/(\d+) train_loss:(\S+) train_time:(\d+)ms \S+ \S+ left:(\d+)s",
+        text,
+        re.MULTILINE,
+    ):
         curve.train.append((int(step), float(loss), int(spent) / 1e3))
         if not curve.log.finished:
             pace = int(step) / max(int(spent), 1)
             curve.last_step = min(int(limit), int(step) + round(1e3 * int(left) * pace))
-    curve.validation = [(int(step), float(bpb)) for step, bpb in re.findall(
-        r"^step:(\d+)/\d+ val_loss:\S+ val_bpb:(\S+)", text, re.MULTILINE)]
+    curve.validation = [
+        (int(step), float(bpb))
+        for step, bpb in re.findall(
+            r"^step:(\d+)/\d+ val_loss:\S+ val_bpb:(\S+)", text, re.MULTILINE
+        )
+    ]
     curve.last_step = curve.last_step or (curve.train[-1][0] if curve.train else 0)
     if beside["metrics"].is_file():
-        lines = [json.loads(line) for line in read_ends(beside["metrics"])[0].splitlines() if line.endswith("}")]
+        lines = [
+            json.loads(line)
+            for line in read_ends(beside["metrics"])[0].splitlines()
+            if line.endswith("}")
+        ]
         curve.ramps = [line for line in lines if line.get("event") == "train"]
     if beside["documents"].is_file():
         curve.documents = read_documents(beside["documents"])
@@ -61,22 +77,42 @@ def read_curve(log_path: Path, beside: dict[str, Path]) -> Curve:
 def read_curves(folder: Path) -> list[Curve]:
     """The run of a run folder or every seed of a record. Raises ValueError when there is none."""
     if (folder / "log.txt").is_file():
-        return [read_curve(folder / "log.txt", dict(metrics=folder / "metrics.jsonl",
-                                                    documents=folder / "doc_loss.npy", artifact=folder / "model.golf",
-                                                    analysis=folder / "analysis.json"))]
+        return [
+            read_curve(
+                folder / "log.txt",
+                dict(
+                    metrics=folder / "metrics.jsonl",
+                    documents=folder / "doc_loss.npy",
+                    artifact=folder / "model.golf",
+                    analysis=folder / "analysis.json",
+                ),
+            )
+        ]
     logs = sorted(folder.glob("train_seed*.log"))
     if not logs:
         raise ValueError(f"{folder}: neither log.txt nor train_seed*.log")
     seeds = [p.stem.removeprefix("train_seed") for p in logs]
-    return [read_curve(p, dict(metrics=folder / f"metrics_seed{s}.jsonl", documents=folder / f"doc_loss_seed{s}.npy",
-                               artifact=folder / f"model_seed{s}.golf", analysis=folder / f"analysis_seed{s}.json"))
-            for p, s in zip(logs, seeds)]
+    return [
+        read_curve(
+            p,
+            dict(
+                metrics=folder / f"metrics_seed{s}.jsonl",
+                documents=folder / f"doc_loss_seed{s}.npy",
+                artifact=folder / f"model_seed{s}.golf",
+                analysis=folder / f"analysis_seed{s}.json",
+            ),
+        )
+        for p, s in zip(logs, seeds)
+    ]
 
 
 def projection(curve: Curve) -> tuple[np.ndarray, np.ndarray] | None:
     """Training loss to the end of the run: a straight line in log(step) through the second half of what there is."""
-    points = np.array([(s, loss) for s, loss, _ in curve.train if s * 2 >= curve.train[-1][0]]) \
-        if curve.train else np.zeros((0, 2))
+    points = (
+        np.array([(s, loss) for s, loss, _ in curve.train if s * 2 >= curve.train[-1][0]])
+        if curve.train
+        else np.zeros((0, 2))
+    )
     if len(points) < 3 or curve.last_step <= points[-1, 0]:
         return None
     slope, start = np.polyfit(np.log(points[:, 0]), points[:, 1], 1)
@@ -89,10 +125,18 @@ def draw_loss(axes, curves: list[Curve]) -> bool:
     twin = axes.twinx()
     for i, c in enumerate(curves):
         if c.train:
-            axes.plot([s for s, _, _ in c.train], [loss for _, loss, _ in c.train], color=f"C{i}", lw=1, label=c.name)
+            axes.plot(
+                [s for s, _, _ in c.train],
+                [loss for _, loss, _ in c.train],
+                color=f"C{i}",
+                lw=1,
+                label=c.name,
+            )
         if (line := projection(c)) is not None:
             axes.plot(*line, "--", color=f"C{i}", lw=1, label=f"{c.name}, projected")
-        twin.plot([s for s, _ in c.validation], [b for _, b in c.validation], "o", color=f"C{i}", ms=5)
+        twin.plot(
+            [s for s, _ in c.validation], [b for _, b in c.validation], "o", color=f"C{i}", ms=5
+        )
         if c.log.official:
             twin.plot([c.last_step], [c.log.official.bpb], "*", color=f"C{i}", ms=10)
     axes.set(xlabel="step", ylabel="training loss, nats (lines)", xscale="log")
@@ -118,7 +162,13 @@ def draw_phases(axes, curves: list[Curve]) -> bool:
     left = np.zeros(len(curves))
     for i, name in enumerate(names):
         width = np.array([c.log.phases.get(name, 0.0) for c in curves])
-        axes.barh([c.name for c in curves], width, left=left, color=f"C{i % 10}", label=f"{name} {width.max():.1f} s")
+        axes.barh(
+            [c.name for c in curves],
+            width,
+            left=left,
+            color=f"C{i % 10}",
+            label=f"{name} {width.max():.1f} s",
+        )
         left += width
     axes.set(xlabel="seconds")
     if names:
@@ -129,6 +179,7 @@ def draw_phases(axes, curves: list[Curve]) -> bool:
 def stored_bytes(path: Path) -> dict[str, float]:
     """Bytes of an artifact by role of its tensors: each stream is shared out by numbers of entries."""
     import train_gpt
+
     header, tensors = train_gpt.unpack_artifact(path.read_bytes())
     counts: dict[str, dict[str, int]] = {}
     for name, tensor in tensors.items():
@@ -139,8 +190,9 @@ def stored_bytes(path: Path) -> dict[str, float]:
     for key, _, _, size, _ in header["streams"]:
         for role, entries in counts[key].items():
             share = size * entries / max(1, sum(counts[key].values()))
-            found["row scales" if key == "scale" else role] = found.get(
-                "row scales" if key == "scale" else role, 0.0) + share
+            found["row scales" if key == "scale" else role] = (
+                found.get("row scales" if key == "scale" else role, 0.0) + share
+            )
     return found | {"header": path.stat().st_size - sum(found.values())}
 
 
@@ -148,7 +200,9 @@ def draw_bytes(axes, curves: list[Curve]) -> bool:
     c = curves[0]
     parts = {"code": float(max(c.log.code_bytes, default=0))}
     try:
-        parts |= stored_bytes(c.artifact) if c.artifact else {"model": float(c.log.model_bytes or 0)}
+        parts |= (
+            stored_bytes(c.artifact) if c.artifact else {"model": float(c.log.model_bytes or 0)}
+        )
     except ValueError:  # an artifact of another format
         parts["model"] = float(c.log.model_bytes or 0)
     left = 0.0
@@ -165,7 +219,14 @@ def draw_documents(axes, curves: list[Curve]) -> bool:
     for i, c in enumerate(curves):
         if c.documents is not None:
             kept = c.documents[c.documents[:, 1] > 0]
-            axes.scatter(kept[:, 1], kept[:, 0] / math.log(2) / kept[:, 1], s=4, color=f"C{i}", alpha=0.5, label=c.name)
+            axes.scatter(
+                kept[:, 1],
+                kept[:, 0] / math.log(2) / kept[:, 1],
+                s=4,
+                color=f"C{i}",
+                alpha=0.5,
+                label=c.name,
+            )
     axes.set(xlabel="bytes of the document", ylabel="bits per byte", xscale="log")
     return any(c.documents is not None for c in curves)
 
@@ -173,13 +234,22 @@ def draw_documents(axes, curves: list[Curve]) -> bool:
 def rounding_noise(path: Path) -> dict[str, float]:
     """Of each quantised matrix: deviation of rounding to its levels, relative to its weights; clipping not counted."""
     import train_gpt
+
     _, tensors = train_gpt.unpack_artifact(path.read_bytes())
     quantised = {name: t for name, t in tensors.items() if t.scale is not None}
-    steps = {name: t._replace(values=t.values.new_ones(t.values.shape), trellis=False, correction=None).dequant()
-             for name, t in quantised.items()}  # of each entry
-    return {name: float((steps[name].double().square().mean() / 12).sqrt()
-                        / t.dequant().double().square().mean().sqrt().clamp(min=1e-30))
-            for name, t in quantised.items()}
+    steps = {
+        name: t._replace(
+            values=t.values.new_ones(t.values.shape), trellis=False, correction=None
+        ).dequant()
+        for name, t in quantised.items()
+    }  # of each entry
+    return {
+        name: float(
+            (steps[name].double().square().mean() / 12).sqrt()
+            / t.dequant().double().square().mean().sqrt().clamp(min=1e-30)
+        )
+        for name, t in quantised.items()
+    }
 
 
 def draw_rounding(axes, curves: list[Curve]) -> bool:
@@ -188,8 +258,12 @@ def draw_rounding(axes, curves: list[Curve]) -> bool:
     except ValueError:  # an artifact of another format
         noise = {}
     axes.bar(range(len(noise)), list(noise.values()))
-    axes.set_xticks(range(len(noise)), [n.removesuffix(".weight") for n in noise], rotation=90,
-                    fontsize=max(3, min(8, 300 / max(1, len(noise)))))
+    axes.set_xticks(
+        range(len(noise)),
+        [n.removesuffix(".weight") for n in noise],
+        rotation=90,
+        fontsize=max(3, min(8, 300 / max(1, len(noise)))),
+    )
     axes.set(ylabel="rounding noise / weights")
     return bool(noise)
 
@@ -208,8 +282,12 @@ def draw_entropy(axes, curves: list[Curve]) -> bool:
     rows = curves[0].analysis.get("weights", {}).get("matrices", [])
     axes.bar(range(len(rows)), [8 * r["bytes"] / r["weights"] for r in rows], label="paid")
     axes.plot(range(len(rows)), [r["bits"] for r in rows], "k_", ms=8, label="entropy")
-    axes.set_xticks(range(len(rows)), [r["name"].removesuffix(".weight") for r in rows], rotation=90,
-                    fontsize=max(3, min(8, 300 / max(1, len(rows)))))
+    axes.set_xticks(
+        range(len(rows)),
+        [r["name"].removesuffix(".weight") for r in rows],
+        rotation=90,
+        fontsize=max(3, min(8, 300 / max(1, len(rows)))),
+    )
     axes.set(ylabel="bits per weight")
     axes.legend()
     return bool(rows)
@@ -217,6 +295,7 @@ def draw_entropy(axes, curves: list[Curve]) -> bool:
 
 def draw_seeds(axes, curves: list[Curve]) -> bool:
     from scipy import stats
+
     scores = [c.log.official.bpb for c in curves if c.log.official]
     if len(scores) < 2:
         return False
@@ -228,17 +307,25 @@ def draw_seeds(axes, curves: list[Curve]) -> bool:
 
 
 PICTURES: dict[str, tuple[Callable[..., bool], float]] = {  # title: (drawing, height in inches)
-    "Loss and score": (draw_loss, 4), "Learning rate, momentum, weight decay": (draw_ramps, 2.5),
-    "Where the time went": (draw_phases, 2.5), "Bytes": (draw_bytes, 2.2), "Quantisation by matrix": (draw_rounding, 3),
-    "Entropy of the levels": (draw_entropy, 3), "Loss by position": (draw_positions, 3),
-    "Documents": (draw_documents, 3), "Seeds": (draw_seeds, 2)}
+    "Loss and score": (draw_loss, 4),
+    "Learning rate, momentum, weight decay": (draw_ramps, 2.5),
+    "Where the time went": (draw_phases, 2.5),
+    "Bytes": (draw_bytes, 2.2),
+    "Quantisation by matrix": (draw_rounding, 3),
+    "Entropy of the levels": (draw_entropy, 3),
+    "Loss by position": (draw_positions, 3),
+    "Documents": (draw_documents, 3),
+    "Seeds": (draw_seeds, 2),
+}
 
 
 def picture(title: str, curves: list[Curve]) -> str:
     """One drawing as inline SVG; empty when there is nothing to draw. The same data give the same text."""
     import matplotlib
+
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
+
     draw, height = PICTURES[title]
     with matplotlib.rc_context({"svg.hashsalt": title, "svg.fonttype": "none", "font.size": 9}):
         figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
@@ -247,26 +334,41 @@ def picture(title: str, curves: list[Curve]) -> str:
             figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
         plt.close(figure)
     text = out.getvalue()
-    return text[text.index("<svg"):] if drawn else ""
+    return text[text.index("<svg") :] if drawn else ""
 
 
 def facts(curves: list[Curve]) -> str:
     """A table of what matters, one line per run."""
-    head = ["run", "bits per byte", "nats per token", "before quantisation", "steps", "training s", "bytes"]
+    head = [
+        "run",
+        "bits per byte",
+        "nats per token",
+        "before quantisation",
+        "steps",
+        "training s",
+        "bytes",
+    ]
 
     def cells(c: Curve) -> list[str]:
         g = c.log
-        return [c.name, f"{g.official.bpb:.4f}" if g.official else "unknown",
-                f"{g.official.loss:.4f}" if g.official else "unknown",
-                f"{g.before_quantisation.bpb:.4f}" if g.before_quantisation else "unknown", str(g.steps),
-                f"{g.train_seconds:.1f}" if g.train_seconds else "unknown",
-                f"{max(g.total_bytes):,}" if g.total_bytes else "unknown"]
+        return [
+            c.name,
+            f"{g.official.bpb:.4f}" if g.official else "unknown",
+            f"{g.official.loss:.4f}" if g.official else "unknown",
+            f"{g.before_quantisation.bpb:.4f}" if g.before_quantisation else "unknown",
+            str(g.steps),
+            f"{g.train_seconds:.1f}" if g.train_seconds else "unknown",
+            f"{max(g.total_bytes):,}" if g.total_bytes else "unknown",
+        ]
+
     return table([head, *map(cells, curves)])
 
 
 def table(rows: list[list[Any]]) -> str:
-    lines = ["<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-             for tag, cells in zip(["th"] + ["td"] * len(rows), rows)]
+    lines = [
+        "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+        for tag, cells in zip(["th"] + ["td"] * len(rows), rows)
+    ]
     return "<table>" + "".join(lines) + "</table>"
 
 
@@ -276,10 +378,14 @@ def report(folder: Path) -> str:
     name = html.escape(folder.resolve().name)
     body = [f"<h1>{name}</h1>", facts(curves)]
     if not all(c.log.finished for c in curves):
-        body.append('<p class="note">Not finished: dashed lines go on as the second half of the run did.</p>')
+        body.append(
+            '<p class="note">Not finished: dashed lines go on as the second half of the run did.</p>'
+        )
     for title in PICTURES:
         if drawn := picture(title, curves):
             body.append(f"<h2>{title}</h2>{drawn}")
-    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
-            f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
-            f"<style>{STYLE}</style></head><body>" + "\n".join(body) + "</body></html>\n")
+    return (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<style>{STYLE}</style></head><body>" + "\n".join(body) + "</body></html>\n"
+    )

@@ -2,6 +2,7 @@
 
 A folder appears whole or not at all: it is put together beside its place, judged by `check`, and then moved.
 """
+
 import ast
 import datetime
 import hashlib
@@ -25,18 +26,33 @@ from report import picture, read_curves, report
 CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600.0
 TRACKS = ("non_record_16mb", "10min_16mb")
 SMOKE_TOKENS = dict(train=30_000, val=3_000)  # of the runs' own text, for ./launch.sh +tiny
-OF_ONE_RUN = ("run_mode", "run_id", "runs_dir", "seed", "resume", "artifact", "data_path", "tokenizer_path")
-PICTURES = {"loss.svg": "Loss and score", "bytes.svg": "Bytes"}  # that a README shows; report.html has them all
+OF_ONE_RUN = (
+    "run_mode",
+    "run_id",
+    "runs_dir",
+    "seed",
+    "resume",
+    "artifact",
+    "data_path",
+    "tokenizer_path",
+)
+PICTURES = {
+    "loss.svg": "Loss and score",
+    "bytes.svg": "Bytes",
+}  # that a README shows; report.html has them all
 OF_A_MACHINE = ("device", "numerics", "attention", "compile", "threads")
 BLURB = "(No description.)"
-STATEMENTS = {True: "These are leaderboard conditions.",
-              False: "These are scaled-down runs, not leaderboard scores: another text, size or machine than the "
-                     "competition's."}
+STATEMENTS = {
+    True: "These are leaderboard conditions.",
+    False: "These are scaled-down runs, not leaderboard scores: another text, size or machine than the "
+    "competition's.",
+}
 
 
 @dataclass
 class Run:
     """One finished run folder."""
+
     folder: Path
     log: Log
     preset: str
@@ -46,15 +62,16 @@ class Run:
 @dataclass
 class Wanted:
     """What only a person can say about a record."""
+
     name: str
     track: str = TRACKS[0]
     author: str | None = None
     github_id: str | None = None
     blurb: str | None = None
     date: str | None = None
-    left_out: str | None = None   # why runs of the same configuration are not part of the record
+    left_out: str | None = None  # why runs of the same configuration are not part of the record
     keep_artifacts: bool = False
-    data: Path | None = None      # folder of the runs' shards, for smoke/
+    data: Path | None = None  # folder of the runs' shards, for smoke/
 
 
 def read_run(folder: Path) -> Run:
@@ -74,8 +91,13 @@ def same_setup(a: Run, b: Run) -> bool:
 
 
 def differing(a: Run, b: Run) -> list[str]:
-    return sorted(k for k in a.knobs.keys() | b.knobs.keys() if not FREE.fullmatch(k) and k not in OF_ONE_RUN
-                  and a.knobs.get(k, {}).get("value") != b.knobs.get(k, {}).get("value"))
+    return sorted(
+        k
+        for k in a.knobs.keys() | b.knobs.keys()
+        if not FREE.fullmatch(k)
+        and k not in OF_ONE_RUN
+        and a.knobs.get(k, {}).get("value") != b.knobs.get(k, {}).get("value")
+    )
 
 
 def refuse(runs: list[Run], script: bytes, wanted: Wanted):
@@ -83,27 +105,43 @@ def refuse(runs: list[Run], script: bytes, wanted: Wanted):
     first, wrong = runs[0], []
     digest = hashlib.sha256(script).hexdigest()
     seeds = [r.log.seed for r in runs]
-    wrong += [f"seed {s} stands for {seeds.count(s)} runs" for s in sorted(set(seeds)) if seeds.count(s) > 1]
+    wrong += [
+        f"seed {s} stands for {seeds.count(s)} runs"
+        for s in sorted(set(seeds))
+        if seeds.count(s) > 1
+    ]
     for run in runs:
         if names := differing(first, run):
-            wrong.append(f"{run.folder}: {', '.join(n.upper() for n in names[:6])} differ from {first.folder.name}")
+            wrong.append(
+                f"{run.folder}: {', '.join(n.upper() for n in names[:6])} differ from {first.folder.name}"
+            )
         if run.preset != first.preset:
             wrong.append(f"{run.folder}: preset {run.preset}, not {first.preset}")
         if run.log.code_sha256 != [digest]:
-            wrong.append(f"{run.folder}: made by code {', '.join(h[:12] for h in run.log.code_sha256)}, the script is "
-                         f"{digest[:12]}; name the right one with --script")
+            wrong.append(
+                f"{run.folder}: made by code {', '.join(h[:12] for h in run.log.code_sha256)}, the script is "
+                f"{digest[:12]}; name the right one with --script"
+            )
         for what in ("manifest", "val_tokens", "val_bytes", "coverage", "tokenizer_sha256"):
             if getattr(run.log, what) != getattr(first.log, what):
-                wrong.append(f"{run.folder}: {what} differs from {first.folder.name}: not the same text")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,48}", wanted.name, re.ASCII) or re.search(r"[01]\.\d{3}", wanted.name):
-        wrong.append(f"--name {wanted.name!r}: want at most 49 letters, digits, . _ + - and no score")
+                wrong.append(
+                    f"{run.folder}: {what} differs from {first.folder.name}: not the same text"
+                )
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,48}", wanted.name, re.ASCII) or re.search(
+        r"[01]\.\d{3}", wanted.name
+    ):
+        wrong.append(
+            f"--name {wanted.name!r}: want at most 49 letters, digits, . _ + - and no score"
+        )
     if wanted.date and not re.fullmatch(r"20\d\d-\d\d-\d\d", wanted.date):
         wrong.append(f"--date {wanted.date!r}: want YYYY-MM-DD")
     if wanted.track == "10min_16mb" and len(set(seeds)) < 3:
         wrong.append(f"{len(set(seeds))} seeds; a record of track 10min_16mb has at least 3")
     if (others := left_out(runs)) and not wanted.left_out:
-        wrong.append(f"runs of the same configuration are left out: {', '.join(others[:6])}; a record has every seed "
-                     "that was run, or says why with --left-out")
+        wrong.append(
+            f"runs of the same configuration are left out: {', '.join(others[:6])}; a record has every seed "
+            "that was run, or says why with --left-out"
+        )
     if wrong:
         raise ValueError("\n       ".join(wrong))
 
@@ -125,14 +163,24 @@ def seed_result(run: Run, wanted: Wanted) -> dict[str, Any]:
     """What one seed reached, and the files that show it."""
     g, before = run.log, run.log.before_quantisation
     result = dict(
-        val_bpb=g.official.bpb, val_loss=g.official.loss, pre_quant_val_bpb=before and before.bpb,
-        pre_quant_val_loss=before and before.loss, steps=g.steps,
+        val_bpb=g.official.bpb,
+        val_loss=g.official.loss,
+        pre_quant_val_bpb=before and before.bpb,
+        pre_quant_val_loss=before and before.loss,
+        steps=g.steps,
         train_time_ms=g.train_seconds and round(g.train_seconds * 1e3),
-        eval_time_ms=g.eval_seconds and round(g.eval_seconds * 1e3), artifact_bytes=max(g.total_bytes),
-        log=f"train_seed{g.seed}.log", log_sha256=g.sha256, artifact_sha256=g.artifact_sha256)
-    for name, what, keep in (("doc_loss.npy", "doc_loss", True), ("metrics.jsonl", "metrics", True),
-                             ("analysis.json", "analysis", True),
-                             ("model.golf", "artifact", wanted.keep_artifacts)):
+        eval_time_ms=g.eval_seconds and round(g.eval_seconds * 1e3),
+        artifact_bytes=max(g.total_bytes),
+        log=f"train_seed{g.seed}.log",
+        log_sha256=g.sha256,
+        artifact_sha256=g.artifact_sha256,
+    )
+    for name, what, keep in (
+        ("doc_loss.npy", "doc_loss", True),
+        ("metrics.jsonl", "metrics", True),
+        ("analysis.json", "analysis", True),
+        ("model.golf", "artifact", wanted.keep_artifacts),
+    ):
         if keep and (run.folder / name).is_file():
             kept = f"{Path(name).stem}_seed{g.seed}{Path(name).suffix}"
             result |= {what: kept, f"{what}_sha256": file_sha256(run.folder / name)}
@@ -152,7 +200,11 @@ def at_most(values: list[float | None], limit: float) -> bool | None:
 def hardware(log: Log) -> str:
     """Words for the machine of a log."""
     world, gpu = log.environment.get("world_size", "1"), log.environment.get("gpu", "none")
-    return f"{world}x{gpu}" if gpu != "none" else f"CPU, {log.environment.get('threads', '?')} threads x {world}"
+    return (
+        f"{world}x{gpu}"
+        if gpu != "none"
+        else f"CPU, {log.environment.get('threads', '?')} threads x {world}"
+    )
 
 
 def submission(runs: list[Run], script: bytes, wanted: Wanted, date: str) -> dict[str, Any]:
@@ -162,16 +214,29 @@ def submission(runs: list[Run], script: bytes, wanted: Wanted, date: str) -> dic
     several = len(runs) > 1
     worst = max(logs, key=lambda g: max(g.total_bytes))
     ttt = runs[0].knobs.get("ttt", {}).get("value")
-    phases = {name: round(max(g.phases.get(name, 0.0) for g in logs) * 1e3) for name in logs[0].phases}
+    phases = {
+        name: round(max(g.phases.get(name, 0.0) for g in logs) * 1e3) for name in logs[0].phases
+    }
     return dict(
-        author=wanted.author, github_id=wanted.github_id, name=wanted.name.replace("_", " "), date=date,
-        track=wanted.track, blurb=wanted.blurb, technique_summary=runs[0].preset, attribution=None,
-        val_bpb=statistics.mean(scores), val_loss=statistics.mean(losses),
+        author=wanted.author,
+        github_id=wanted.github_id,
+        name=wanted.name.replace("_", " "),
+        date=date,
+        track=wanted.track,
+        blurb=wanted.blurb,
+        technique_summary=runs[0].preset,
+        attribution=None,
+        val_bpb=statistics.mean(scores),
+        val_loss=statistics.mean(losses),
         val_bpb_std=statistics.stdev(scores) if several else None,
-        val_loss_std=statistics.stdev(losses) if several else None, seeds=[g.seed for g in logs],
+        val_loss_std=statistics.stdev(losses) if several else None,
+        seeds=[g.seed for g in logs],
         seed_results={str(r.log.seed): seed_result(r, wanted) for r in runs},
-        bytes_total=max(worst.total_bytes), bytes_code=len(script), bytes_model=worst.model_bytes,
-        hardware=hardware(logs[0]), pytorch_version=logs[0].environment.get("torch"),
+        bytes_total=max(worst.total_bytes),
+        bytes_code=len(script),
+        bytes_model=worst.model_bytes,
+        hardware=hardware(logs[0]),
+        pytorch_version=logs[0].environment.get("torch"),
         python_version=logs[0].environment.get("python"),
         wallclock_seconds=max((g.train_seconds for g in logs if g.train_seconds), default=None),
         eval_time_seconds=max((g.eval_seconds for g in logs if g.eval_seconds), default=None),
@@ -179,71 +244,131 @@ def submission(runs: list[Run], script: bytes, wanted: Wanted, date: str) -> dic
         compliance=dict(
             artifact_under_16mb=max(worst.total_bytes) <= CAP_BYTES,
             train_under_600s=at_most([g.train_seconds for g in logs], BUDGET_SECONDS),
-            eval_under_600s=at_most([g.eval_seconds for g in logs], BUDGET_SECONDS), score_first_ttt=None, no_slot=None,
-            no_etlb=None, no_ngram_cache=None, no_pre_quant_ttt=ttt and not any(g.noncompliant for g in logs),
-            three_seeds=len(runs) >= 3),
+            eval_under_600s=at_most([g.eval_seconds for g in logs], BUDGET_SECONDS),
+            score_first_ttt=None,
+            no_slot=None,
+            no_etlb=None,
+            no_ngram_cache=None,
+            no_pre_quant_ttt=ttt and not any(g.noncompliant for g in logs),
+            three_seeds=len(runs) >= 3,
+        ),
         evidence=dict(
-            schema=1, code_sha256=hashlib.sha256(script).hexdigest(), code_wrapped=unwrapped(script) != script,
-            data_manifest=logs[0].manifest, tokenizer_sha256=logs[0].tokenizer_sha256, val_tokens=logs[0].val_tokens,
-            val_bytes=logs[0].val_bytes, implied_bytes=round(logs[0].implied_bytes), scored_once=logs[0].scored_once,
-            coverage_sha256=logs[0].coverage, variant=logs[0].official.label.removeprefix("final:official variant:"),
-            model_params=logs[0].parameters, ttt=ttt, phases_ms=phases, left_out=wanted.left_out,
-            audits=[], statistics=None))
+            schema=1,
+            code_sha256=hashlib.sha256(script).hexdigest(),
+            code_wrapped=unwrapped(script) != script,
+            data_manifest=logs[0].manifest,
+            tokenizer_sha256=logs[0].tokenizer_sha256,
+            val_tokens=logs[0].val_tokens,
+            val_bytes=logs[0].val_bytes,
+            implied_bytes=round(logs[0].implied_bytes),
+            scored_once=logs[0].scored_once,
+            coverage_sha256=logs[0].coverage,
+            variant=logs[0].official.label.removeprefix("final:official variant:"),
+            model_params=logs[0].parameters,
+            ttt=ttt,
+            phases_ms=phases,
+            left_out=wanted.left_out,
+            audits=[],
+            statistics=None,
+        ),
+    )
 
 
 # launch.sh and smoke/.
 def set_by_overlay(script: bytes, overlay: str) -> set[str]:
     """Knobs that an overlay of a script's PRESETS sets, read from its text."""
     tree = parsed(unwrapped(script))
-    pairs = [(k, v) for n in ast.walk(tree) if isinstance(n, ast.Dict) for k, v in zip(n.keys, n.values)]
-    return {w.arg for k, v in pairs if isinstance(k, ast.Constant) and k.value == overlay
-            for w in ast.walk(v) if isinstance(w, ast.keyword) and w.arg}
+    pairs = [
+        (k, v) for n in ast.walk(tree) if isinstance(n, ast.Dict) for k, v in zip(n.keys, n.values)
+    ]
+    return {
+        w.arg
+        for k, v in pairs
+        if isinstance(k, ast.Constant) and k.value == overlay
+        for w in ast.walk(v)
+        if isinstance(w, ast.keyword) and w.arg
+    }
 
 
 def launch_script(runs: list[Run], tiny: set[str]) -> str:
     """A shell script with the exact settings. With an overlay, knobs that the overlay shrinks and those that belong to
     a machine are left to it."""
     first, shrinks = runs[0], tiny | set(OF_A_MACHINE)
-    typed = {k: v["value"] for k, v in first.knobs.items() if v["origin"] == "environment" and k not in OF_ONE_RUN}
+    typed = {
+        k: v["value"]
+        for k, v in first.knobs.items()
+        if v["origin"] == "environment" and k not in OF_ONE_RUN
+    }
 
     def lines(chosen: list[str]) -> list[str]:
         values = {k: int(typed[k]) if isinstance(typed[k], bool) else typed[k] for k in chosen}
         return [f"export {k.upper()}={shlex.quote(str(v))}" for k, v in values.items()]
-    fixed, own = lines([k for k in typed if k in shrinks]), lines([k for k in typed if k not in shrinks])
+
+    fixed, own = (
+        lines([k for k in typed if k in shrinks]),
+        lines([k for k in typed if k not in shrinks]),
+    )
     ranks = int(first.log.environment.get("world_size", 1))
-    start = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} train_gpt.py" if ranks > 1 \
+    start = (
+        f"-m torch.distributed.run --standalone --nproc_per_node={ranks} train_gpt.py"
+        if ranks > 1
         else "train_gpt.py"
+    )
     text = text_folder(first)
-    return "\n".join([
-        "#!/usr/bin/env bash",
-        "# The exact settings of these runs. Usage: ./launch.sh [SEED] [+OVERLAY], for example ./launch.sh +tiny",
-        "# The text is looked for in DATA_PATH, then where the runs had it; +tiny is content with smoke/.",
-        "set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")"', f"seed={first.log.seed} overlay=",
-        'for word in "$@"; do case "$word" in +*) overlay=$word ;; *) seed=$word ;; esac; done',
-        f'export PRESET="{first.preset}$overlay" SEED="$seed"', *own,
-        *(['if [ -z "$overlay" ]; then', *(f"  {line}" for line in fixed), "fi"] if fixed else []),
-        'if [ -z "${DATA_PATH:-}" ]; then',
-        '  if [ "$overlay" = +tiny ] && [ -d smoke ]; then export DATA_PATH=smoke',
-        *([f'  elif [ -f ../../../{text}/../../build_sample.py ]; then',
-           f'    "${{PYTHON:-python}}" ../../../{text}/../../build_sample.py > /dev/null',
-           f"    export DATA_PATH=../../../{text}"] if text.endswith("/sample_sp1024") else
-          [f"  elif [ -d ../../../{text} ]; then export DATA_PATH=../../../{text}"] if text else []),
-        '  else echo "error: set DATA_PATH to the folder of the shards" >&2; exit 2; fi', "fi",
-        f'if [ -n "$overlay" ]; then exec "${{PYTHON:-python}}" train_gpt.py; fi',
-        f'exec "${{PYTHON:-python}}" {start}', ""])
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            "# The exact settings of these runs. Usage: ./launch.sh [SEED] [+OVERLAY], for example ./launch.sh +tiny",
+            "# The text is looked for in DATA_PATH, then where the runs had it; +tiny is content with smoke/.",
+            "set -euo pipefail",
+            'cd "$(dirname "${BASH_SOURCE[0]}")"',
+            f"seed={first.log.seed} overlay=",
+            'for word in "$@"; do case "$word" in +*) overlay=$word ;; *) seed=$word ;; esac; done',
+            f'export PRESET="{first.preset}$overlay" SEED="$seed"',
+            *own,
+            *(
+                ['if [ -z "$overlay" ]; then', *(f"  {line}" for line in fixed), "fi"]
+                if fixed
+                else []
+            ),
+            'if [ -z "${DATA_PATH:-}" ]; then',
+            '  if [ "$overlay" = +tiny ] && [ -d smoke ]; then export DATA_PATH=smoke',
+            *(
+                [
+                    f"  elif [ -f ../../../{text}/../../build_sample.py ]; then",
+                    f'    "${{PYTHON:-python}}" ../../../{text}/../../build_sample.py > /dev/null',
+                    f"    export DATA_PATH=../../../{text}",
+                ]
+                if text.endswith("/sample_sp1024")
+                else [f"  elif [ -d ../../../{text} ]; then export DATA_PATH=../../../{text}"]
+                if text
+                else []
+            ),
+            '  else echo "error: set DATA_PATH to the folder of the shards" >&2; exit 2; fi',
+            "fi",
+            'if [ -n "$overlay" ]; then exec "${PYTHON:-python}" train_gpt.py; fi',
+            f'exec "${{PYTHON:-python}}" {start}',
+            "",
+        ]
+    )
 
 
 def text_folder(run: Run) -> str:
     """Where the run's log says that its shards lay in the repository; empty when they lay elsewhere."""
     text = run.folder.joinpath("log.txt").read_text(errors="replace")
-    found = re.search(r"^val_loader:shards pattern=(data/[\w./-]+)/fineweb_val_\*\.bin ", text, re.MULTILINE)
+    found = re.search(
+        r"^val_loader:shards pattern=(data/[\w./-]+)/fineweb_val_\*\.bin ", text, re.MULTILINE
+    )
     return found[1] if found and ".." not in found[1] else ""
 
 
 def write_smoke(data: Path, out: Path) -> bool:
     """A few tokens of the runs' own text and its tokenizer; False when the text is not at hand."""
     models = sorted(data.glob("*.model"))
-    if not all(any(data.glob(f"fineweb_{split}_*.bin")) for split in SMOKE_TOKENS) or len(models) != 1:
+    if (
+        not all(any(data.glob(f"fineweb_{split}_*.bin")) for split in SMOKE_TOKENS)
+        or len(models) != 1
+    ):
         return False
     out.mkdir()
     for split, count in SMOKE_TOKENS.items():
@@ -266,41 +391,97 @@ def seconds(milliseconds: float | None) -> str | None:
 
 
 def seed_table(s: dict[str, Any]) -> str:
-    lines = [row("seed", "steps", "ms/step", "bpb before quantisation", "**bpb**", "nats per token", "bytes",
-                 "training s", "evaluation s"), "|---" * 9 + "|"]
+    lines = [
+        row(
+            "seed",
+            "steps",
+            "ms/step",
+            "bpb before quantisation",
+            "**bpb**",
+            "nats per token",
+            "bytes",
+            "training s",
+            "evaluation s",
+        ),
+        "|---" * 9 + "|",
+    ]
     for seed, r in s["seed_results"].items():
         pace = r["train_time_ms"] and r["steps"] and f"{r['train_time_ms'] / r['steps']:.2f}"
-        lines.append(row(seed, r["steps"], pace, r["pre_quant_val_bpb"] and f"{r['pre_quant_val_bpb']:.4f}",
-                         f"**{r['val_bpb']:.6f}**", f"{r['val_loss']:.6f}", f"{r['artifact_bytes']:,}",
-                         seconds(r["train_time_ms"]), seconds(r["eval_time_ms"])))
+        lines.append(
+            row(
+                seed,
+                r["steps"],
+                pace,
+                r["pre_quant_val_bpb"] and f"{r['pre_quant_val_bpb']:.4f}",
+                f"**{r['val_bpb']:.6f}**",
+                f"{r['val_loss']:.6f}",
+                f"{r['artifact_bytes']:,}",
+                seconds(r["train_time_ms"]),
+                seconds(r["eval_time_ms"]),
+            )
+        )
     spread = f" ± {s['val_bpb_std']:.6f}" if s["val_bpb_std"] is not None else ""
-    return "\n".join([*lines, row("mean", "", "", "", f"**{s['val_bpb']:.6f}**{spread}", f"{s['val_loss']:.6f}",
-                                  f"{s['bytes_total']:,} (largest)", "", "")])
+    return "\n".join(
+        [
+            *lines,
+            row(
+                "mean",
+                "",
+                "",
+                "",
+                f"**{s['val_bpb']:.6f}**{spread}",
+                f"{s['val_loss']:.6f}",
+                f"{s['bytes_total']:,} (largest)",
+                "",
+                "",
+            ),
+        ]
+    )
 
 
 def headline(s: dict[str, Any]) -> str:
     spread = f" ± {s['val_bpb_std']:.4f}" if s["val_bpb_std"] is not None else ""
-    return (f"**{s['val_bpb']:.4f}{spread} bits per byte** ({s['evidence']['variant']}, {len(s['seeds'])} "
-            f"seed{'s' * (len(s['seeds']) > 1)}, {s['bytes_total']:,} bytes, {s['hardware']}, text of "
-            f"{s['evidence']['val_bytes']:,} bytes)")
+    return (
+        f"**{s['val_bpb']:.4f}{spread} bits per byte** ({s['evidence']['variant']}, {len(s['seeds'])} "
+        f"seed{'s' * (len(s['seeds']) > 1)}, {s['bytes_total']:,} bytes, {s['hardware']}, text of "
+        f"{s['evidence']['val_bytes']:,} bytes)"
+    )
 
 
 def settings(s: dict[str, Any]) -> str:
     e = s["evidence"]
-    phases = ", ".join(f"{name} {milliseconds / 1e3:.1f}" for name, milliseconds in e["phases_ms"].items())
-    return "\n".join([row("what", "value"), "|---|---|", row("preset", f"`{s['technique_summary']}`"),
-                      row("parameters", e["model_params"] and f"{e['model_params']:,}"),
-                      row("code bytes", f"{s['bytes_code']:,}{' (packed)' if e['code_wrapped'] else ''}"),
-                      row("model bytes", s["bytes_model"] and f"{s['bytes_model']:,}"),
-                      row("tokens scored", f"{e['val_tokens']:,}"), row("data manifest", f"`{e['data_manifest']}`"),
-                      row("seconds by phase (longest of the seeds)", phases),
-                      row("left out", e["left_out"] or "nothing"),
-                      row("torch, Python", f"{s['pytorch_version']}, {s['python_version']}")])
+    phases = ", ".join(
+        f"{name} {milliseconds / 1e3:.1f}" for name, milliseconds in e["phases_ms"].items()
+    )
+    return "\n".join(
+        [
+            row("what", "value"),
+            "|---|---|",
+            row("preset", f"`{s['technique_summary']}`"),
+            row("parameters", e["model_params"] and f"{e['model_params']:,}"),
+            row("code bytes", f"{s['bytes_code']:,}{' (packed)' if e['code_wrapped'] else ''}"),
+            row("model bytes", s["bytes_model"] and f"{s['bytes_model']:,}"),
+            row("tokens scored", f"{e['val_tokens']:,}"),
+            row("data manifest", f"`{e['data_manifest']}`"),
+            row("seconds by phase (longest of the seeds)", phases),
+            row("left out", e["left_out"] or "nothing"),
+            row("torch, Python", f"{s['pytorch_version']}, {s['python_version']}"),
+        ]
+    )
 
 
 def compliance(s: dict[str, Any]) -> str:
-    rule = dict(artifact_under_16mb="W1", train_under_600s="W2", eval_under_600s="W2", score_first_ttt="C3",
-                no_slot="C14", no_etlb="C15", no_ngram_cache="C6", no_pre_quant_ttt="C9", three_seeds="W6")
+    rule = dict(
+        artifact_under_16mb="W1",
+        train_under_600s="W2",
+        eval_under_600s="W2",
+        score_first_ttt="C3",
+        no_slot="C14",
+        no_etlb="C15",
+        no_ngram_cache="C6",
+        no_pre_quant_ttt="C9",
+        three_seeds="W6",
+    )
     shown = {True: "yes", False: "no", None: "unknown"}
     lines = [row("what", "rule", "holds"), "|---|---|---|"]
     lines += [row(name, rule[name], shown[value]) for name, value in s["compliance"].items()]
@@ -313,18 +494,27 @@ def statistics_text(s: dict[str, Any]) -> str:
     if not t:
         return "Compared with nothing yet: `python records/tools.py compare BASE THIS`."
     p = [f"p = {x:.2g}" if x is not None else "p unknown" for x in (t["p_any_gain"], t["p_value"])]
-    return (f"Gain over `{t['baseline']}`: {t['delta_bpb']:+.5f} bits per byte, {t['delta_nats_per_token']:+.5f} nats "
-            f"per token. {t['test']}, n = {t['n'][0]} and {t['n'][1]}: {p[0]} for any gain, {p[1]} for more than "
-            f"{t['margin_nats_per_token']} nats per token.")
+    return (
+        f"Gain over `{t['baseline']}`: {t['delta_bpb']:+.5f} bits per byte, {t['delta_nats_per_token']:+.5f} nats "
+        f"per token. {t['test']}, n = {t['n'][0]} and {t['n'][1]}: {p[0]} for any gain, {p[1]} for more than "
+        f"{t['margin_nats_per_token']} nats per token."
+    )
 
 
 def tables(s: dict[str, Any], names: list[str]) -> dict[str, str]:
     """Every generated part of a README."""
     pictures = [f"![{title}]({name})" for name, title in PICTURES.items() if name in names]
-    return dict(headline=headline(s), pictures="\n\n".join([*pictures, "More: [report.html](report.html)."]),
-                seeds=seed_table(s), settings=settings(s), compliance=compliance(s),
-                statistics=statistics_text(s), setup=f"Runs made on {s['hardware']} with torch {s['pytorch_version']}; "
-                "`pip install -r requirements.txt` first.", files="\n".join(f"- `{n}`" for n in names))
+    return dict(
+        headline=headline(s),
+        pictures="\n\n".join([*pictures, "More: [report.html](report.html)."]),
+        seeds=seed_table(s),
+        settings=settings(s),
+        compliance=compliance(s),
+        statistics=statistics_text(s),
+        setup=f"Runs made on {s['hardware']} with torch {s['pytorch_version']}; "
+        "`pip install -r requirements.txt` first.",
+        files="\n".join(f"- `{n}`" for n in names),
+    )
 
 
 def between_markers(text: str, parts: dict[str, str]) -> str:
@@ -340,7 +530,11 @@ def between_markers(text: str, parts: dict[str, str]) -> str:
 
 def file_names(folder: Path) -> list[str]:
     """What a README lists: every file but itself."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != "README.md")
+    return sorted(
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != "README.md"
+    )
 
 
 def refreshed(folder: Path) -> str:
@@ -354,12 +548,17 @@ def requirements(script: bytes, pinned: Path) -> str:
     """Lines of the repository's requirements that the script imports."""
     words = set(re.findall(r"\w+", unwrapped(script).decode("utf-8", "replace")))
     lines = pinned.read_text().splitlines() if pinned.is_file() else []
-    return "\n".join(n for n in lines if re.split(r"[=<>~ ]", n)[0].replace("-", "_") in words) + "\n"
+    return (
+        "\n".join(n for n in lines if re.split(r"[=<>~ ]", n)[0].replace("-", "_") in words) + "\n"
+    )
 
 
 def fill(folder: Path, runs: list[Run], script: bytes, wanted: Wanted, repository: Path):
     """Write every file of a record into an empty folder."""
-    write = {"train_gpt.py": script, "launch.sh": launch_script(runs, set_by_overlay(script, "tiny")).encode()}
+    write = {
+        "train_gpt.py": script,
+        "launch.sh": launch_script(runs, set_by_overlay(script, "tiny")).encode(),
+    }
     kept = {k: v for k, v in runs[0].knobs.items() if k not in OF_ONE_RUN}
     write["config.json"] = json.dumps(dict(preset=runs[0].preset, knobs=kept), indent=1).encode()
     write["requirements.txt"] = requirements(script, repository / "requirements.txt").encode()
@@ -370,8 +569,12 @@ def fill(folder: Path, runs: list[Run], script: bytes, wanted: Wanted, repositor
     (folder / "launch.sh").chmod(0o755)
     for run in runs:
         result = info["seed_results"][str(run.log.seed)]
-        for source, what in (("log.txt", "log"), ("doc_loss.npy", "doc_loss"), ("metrics.jsonl", "metrics"),
-                             ("analysis.json", "analysis")):
+        for source, what in (
+            ("log.txt", "log"),
+            ("doc_loss.npy", "doc_loss"),
+            ("metrics.jsonl", "metrics"),
+            ("analysis.json", "analysis"),
+        ):
             if what in result:
                 shutil.copyfile(run.folder / source, folder / result[what])
         if (run.folder / "model.golf").is_file():  # kept or not, the pictures need it
@@ -383,8 +586,11 @@ def fill(folder: Path, runs: list[Run], script: bytes, wanted: Wanted, repositor
     for path in () if wanted.keep_artifacts else folder.glob("model_seed*.golf"):
         path.unlink()
     template = Path(__file__).with_name("record.md").read_text()
-    filled = template.format(name=info["name"], blurb=wanted.blurb or BLURB,
-                             statement=STATEMENTS[wanted.track == "10min_16mb"])
+    filled = template.format(
+        name=info["name"],
+        blurb=wanted.blurb or BLURB,
+        statement=STATEMENTS[wanted.track == "10min_16mb"],
+    )
     (folder / "README.md").write_text(filled)
     (folder / "README.md").write_text(refreshed(folder))
 
@@ -415,7 +621,13 @@ def new(folders: list[Path], script: Path, records: Path, wanted: Wanted) -> Pat
         fill(folder, runs, code, wanted, script.resolve().parent)
         result = check(folder)
         if not result["passed"]:
-            raise ValueError("check fails: " + "; ".join(f"{f['rule']} {f['file']} {f['evidence']}"
-                                                         for f in result["findings"] if f["level"] == "fail"))
+            raise ValueError(
+                "check fails: "
+                + "; ".join(
+                    f"{f['rule']} {f['file']} {f['evidence']}"
+                    for f in result["findings"]
+                    if f["level"] == "fail"
+                )
+            )
         os.rename(folder, place)
     return place

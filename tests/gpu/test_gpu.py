@@ -1,16 +1,30 @@
 """What only a CUDA device can show; skipped without one. One command, under ten minutes: python -m pytest tests/gpu"""
+
 import re
 
 import pytest
 import torch
+from conftest import official, run_script
+from helpers import (
+    TECHNIQUES,
+    config,
+    distance,
+    exact_attention,
+    flattened,
+    random_batch,
+    random_model,
+    token_losses,
+)
 from torch._dynamo.utils import counters
 
 import train_gpt as tg
-from conftest import official, run_script
-from helpers import TECHNIQUES, config, distance, exact_attention, flattened, random_batch, random_model, token_losses
 
-pytestmark = [pytest.mark.gpu,
-              pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no usable CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="this machine has no usable CUDA device"
+    ),
+]
 CUDA = torch.device("cuda")
 
 
@@ -42,8 +56,11 @@ def take_steps(trainer: tg.Trainer, count: int) -> list[float]:
 
 # ---- Numbers ----
 @pytest.mark.parametrize("technique", TECHNIQUES)
-@pytest.mark.parametrize("mode, precision, tolerance", (
-    ("fp32", "highest", 3e-5), ("fp32", "high", 1e-2), ("bf16", "high", 3e-2)), ids=("fp32", "tf32", "bf16"))
+@pytest.mark.parametrize(
+    "mode, precision, tolerance",
+    (("fp32", "highest", 3e-5), ("fp32", "high", 1e-2), ("bf16", "high", 3e-2)),
+    ids=("fp32", "tf32", "bf16"),
+)
 def test_losses_on_cuda_equal_those_on_the_cpu(technique, mode, precision, tolerance):
     cfg = config(**TECHNIQUES[technique], num_layers=4)
     ids, targets = random_batch(cfg, 4, 200)
@@ -62,7 +79,9 @@ def test_losses_on_cuda_equal_those_on_the_cpu(technique, mode, precision, toler
 @pytest.mark.parametrize("length", (1, 100, 1024, 1100))
 def test_attention_on_cuda_equals_float64(kernel, heads, groups, length):
     torch.manual_seed(0)
-    inputs = [torch.randn(2, length, n, 64, device=CUDA).bfloat16() for n in (heads, groups, groups)]
+    inputs = [
+        torch.randn(2, length, n, 64, device=CUDA).bfloat16() for n in (heads, groups, groups)
+    ]
     inputs[0] *= 2
     leaves = [t.clone().requires_grad_() for t in inputs]
     exact = [t.double().requires_grad_() for t in inputs]
@@ -87,7 +106,9 @@ def test_training_grid_on_cuda_is_the_export_grid(bits, compile):
     used = tg.compiled(site, tg.Numerics(compile=compile))(w.to(CUDA)).cpu()
     stored = site.rule.fit(w)  # as the export does it, on the CPU
     off_grid = (used - stored.dequant()).abs() > 1e-6 * stored.scale.float()[:, None]
-    assert off_grid.float().mean() <= 1e-4, "division may round differently in a few borderline cases, no more"
+    assert off_grid.float().mean() <= 1e-4, (
+        "division may round differently in a few borderline cases, no more"
+    )
 
 
 @pytest.mark.parametrize("compile", (False, True), ids=("eager", "compiled"))
@@ -110,7 +131,9 @@ def test_muon_on_cuda_equals_the_cpu(kind):
         cfg = config(muon=kind, matrix_lr=1.0)
         rt = tg.Runtime(config(device=device), {})
         flat, optimiser = flattened(random_model(cfg).to(device), cfg, rt, torch.bfloat16)
-        flat.gradients.copy_(torch.randn(flat.gradients.shape, generator=torch.Generator().manual_seed(0)))
+        flat.gradients.copy_(
+            torch.randn(flat.gradients.shape, generator=torch.Generator().manual_seed(0))
+        )
         before = flat.weights.clone()
         optimiser.step(tg.full_speed(cfg) | dict(momentum=0.9))
         results.append((flat.weights - before).cpu())
@@ -140,28 +163,53 @@ def test_steps_leave_no_memory_behind(toy):
     take_steps(trainer, 6)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= settled + 4096
-    assert torch.cuda.max_memory_allocated() < settled + (256 << 20), "512 tokens of a 64-wide model"
+    assert torch.cuda.max_memory_allocated() < settled + (256 << 20), (
+        "512 tokens of a 64-wide model"
+    )
 
 
 # ---- Whole runs ----
 def test_shrunk_baseline_runs_end_to_end_alone_and_under_nccl(toy, tmp_path):
-    knobs = dict(PRESET="baseline+tiny", DATA_PATH=toy, DEVICE="cuda", ITERATIONS=40, RUNS_DIR=tmp_path)
+    knobs = dict(
+        PRESET="baseline+tiny", DATA_PATH=toy, DEVICE="cuda", ITERATIONS=40, RUNS_DIR=tmp_path
+    )
     alone = run_script(RUN_ID="alone", **knobs)
     bpb = official_bpb(alone)
     assert 1 < bpb < 4 and "numerics:bf16 attention:sdpa" in alone.out
     artifact = tmp_path / "alone" / "model.golf"
-    again = run_script(RUN_MODE="eval", ARTIFACT=artifact, **{k: v for k, v in knobs.items() if k != "RUNS_DIR"})
+    again = run_script(
+        RUN_MODE="eval", ARTIFACT=artifact, **{k: v for k, v in knobs.items() if k != "RUNS_DIR"}
+    )
     assert official_bpb(again) == pytest.approx(bpb, rel=1e-4)
-    on_cpu = run_script(RUN_MODE="eval", ARTIFACT=artifact, PRESET="baseline+tiny", DATA_PATH=toy, DEVICE="cpu",
-                        NUMERICS="fp32")
+    on_cpu = run_script(
+        RUN_MODE="eval",
+        ARTIFACT=artifact,
+        PRESET="baseline+tiny",
+        DATA_PATH=toy,
+        DEVICE="cpu",
+        NUMERICS="fp32",
+    )
     assert official_bpb(on_cpu) == pytest.approx(bpb, rel=1e-2)
     nccl = run_script(nproc=1, RUN_ID="nccl", **knobs)
     assert official_bpb(nccl) == pytest.approx(bpb, rel=2e-2) and "world_size:1" in nccl.out
 
 
 def test_full_size_baseline_compiles_and_fits_into_80_gb(toy, tmp_path):
-    done = run_script(PRESET="baseline", DATA_PATH=toy, DEVICE="cuda", ITERATIONS=5, WARMUP_STEPS=2, VAL_LOSS_EVERY=0,
-                      RUNS_DIR=tmp_path, RUN_ID="full", timeout=420)
-    assert 0 < official_bpb(done) < 6 and "compile:1" in done.out and "model_params:17059912" in done.out
+    done = run_script(
+        PRESET="baseline",
+        DATA_PATH=toy,
+        DEVICE="cuda",
+        ITERATIONS=5,
+        WARMUP_STEPS=2,
+        VAL_LOSS_EVERY=0,
+        RUNS_DIR=tmp_path,
+        RUN_ID="full",
+        timeout=420,
+    )
+    assert (
+        0 < official_bpb(done) < 6
+        and "compile:1" in done.out
+        and "model_params:17059912" in done.out
+    )
     reserved = int(re.search(r"peak memory allocated: \d+ MiB reserved: (\d+) MiB", done.out)[1])
     assert reserved < 75_000
