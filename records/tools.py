@@ -10,12 +10,17 @@
     python records/tools.py analyze RUN [NAME=VALUE]   where a run's loss lies and what its weights cost; for the report
     python records/tools.py table                      write the leaderboard of records/README.md anew
     python records/tools.py report DIR                 one HTML page with pictures about a run or a record
+    python records/tools.py probes [NAME=VALUE ...]    look for leaks in an evaluation of train_gpt.py, from outside
+    python records/tools.py ablate run SPEC            compare techniques on equal tokens, seed by seed
+    python records/tools.py quantisers run SPEC        compare quantisers on the same trained models: bytes against loss
+    python records/tools.py gains run SPEC             compare ways of scoring on the same artifacts
 
 Every command takes --help, and --json for machines. Exit code 0: done, nothing found; 1: a check failed; 2: a mistake
 in the input.
 """
 
 import argparse
+import inspect
 import json
 import signal
 import sys
@@ -23,12 +28,12 @@ from pathlib import Path
 
 RECORDS = Path(__file__).resolve().parent
 SCRIPT = RECORDS.parent / "train_gpt.py"
-sys.path[:0] = [str(RECORDS / "toolkit"), str(RECORDS.parent)]
+sys.path[:0] = [str(RECORDS), str(RECORDS.parent)]
 
 
 def pack(asked) -> int:
     """Write the wrapper of a script."""
-    import pack as tool
+    from toolkit import pack as tool
 
     if asked.out.resolve() == asked.script.resolve():
         raise ValueError(f"--out {asked.out}: is the script itself")
@@ -43,15 +48,15 @@ def pack(asked) -> int:
 
 def unpack(asked) -> int:
     """Print the innermost script of a wrapper."""
-    import pack as tool
+    from facts.wrappers import unwrapped
 
-    sys.stdout.buffer.write(tool.unwrapped(asked.file.read_bytes()))
+    sys.stdout.buffer.write(unwrapped(asked.file.read_bytes()))
     return 0
 
 
 def check(asked) -> int:
     """Judge a record folder by dated rules; nothing of it is executed. Exit code 1 when a binding rule is broken."""
-    import check as tool
+    from toolkit import check as tool
 
     result = tool.check(asked.folder)
     show(asked, result, tool.as_text(result))
@@ -60,18 +65,18 @@ def check(asked) -> int:
 
 def audit(asked) -> int:
     """Run a record's own code in fresh processes without a network; --write keeps the results in the folder. A folder
-    of another make needs --adapter: see records/toolkit/foreign.py."""
+    of another make needs --adapter: see records/toolkit/adapter.py."""
     if asked.adapter and (asked.data or asked.runs or asked.write):
         raise ValueError(
             "--adapter does not go with --data, --runs or --write: those are for folders that `new` made"
         )
-    import audit as tool
+    from toolkit import audit as tool
 
     signal.signal(
         signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
     )  # so that its processes end with it
     if asked.adapter:
-        from foreign import audit_foreign
+        from toolkit.adapter import audit_foreign
 
         found = audit_foreign(asked.folder, asked.adapter)
     else:
@@ -84,7 +89,7 @@ def audit(asked) -> int:
 
 def new(asked) -> int:
     """Make a record folder of finished runs of one configuration, one run folder per seed."""
-    import snapshot as tool
+    from toolkit import snapshot as tool
 
     wanted = tool.Wanted(**{f: getattr(asked, f) for f in tool.Wanted.__dataclass_fields__})
     place = tool.new(asked.runs, asked.script, asked.records, wanted)
@@ -94,7 +99,7 @@ def new(asked) -> int:
 
 def compare(asked) -> int:
     """Compare groups of runs: one-sided Welch with the 0.005-nat margin, power, paired documents; Holm for chains."""
-    import compare as tool
+    from toolkit import compare as tool
 
     results = tool.compare_all([asked.base, *asked.new], asked.paired, asked.margin)
     if asked.write:
@@ -105,7 +110,7 @@ def compare(asked) -> int:
 
 def analyze(asked) -> int:
     """Score a run's artifact token by token and read its weights; keeps analysis.json, which report and new use."""
-    from analyze import analyze as tool
+    from toolkit.analyze import analyze as tool
 
     found = tool(asked.run, dict(word.split("=", 1) for word in asked.knobs))
     text = json.dumps(found, indent=1)
@@ -116,7 +121,7 @@ def analyze(asked) -> int:
 
 def table(asked) -> int:
     """Write the leaderboard of records/README.md anew from the record folders."""
-    import table as tool
+    from toolkit import table as tool
 
     text = tool.refreshed(asked.records)
     (asked.records / "README.md").write_text(text)
@@ -126,12 +131,79 @@ def table(asked) -> int:
 
 def report(asked) -> int:
     """Write one self-contained HTML page about a run folder or a record folder."""
-    import report as tool
+    from toolkit import report as tool
 
     out = asked.out or asked.folder / "report.html"
     out.write_text(tool.report(asked.folder))
     show(asked, dict(report=str(out)), str(out))
     return 0
+
+
+def probes(asked) -> int:
+    """Probe an evaluation of train_gpt.py, of random weights or of ARTIFACT=FILE. Exit code 1 when something leaks."""
+    from toolkit.probes import probe
+
+    found = probe(dict(word.split("=", 1) for word in asked.knobs))
+    print(json.dumps(found, indent=1))
+    return int(bool(found["flags"]))
+
+
+def ablate(asked) -> int:
+    """Compare techniques on equal tokens: every variant, seed and text as a run of its own.
+
+    SPEC: {"base": {knob: value}, "texts": {name: {knob: value}}, "seeds": [..], "variants": {name: {knob: value}}}.
+    A variant is the base with some knobs changed; knobs of a text may use {NAME} for an environment variable.
+    `run` finishes what is missing in the folder of SPEC; `report` only writes table.md and plot.svg anew.
+    """
+    from toolkit import ablate as kind
+
+    return swept(asked, kind)
+
+
+def quantisers(asked) -> int:
+    """Compare quantisers on the same trained models: bytes against loss, several step sizes each.
+
+    SPEC: {"base": {knob: value}, "seeds": [..], "reference": name, "variants": {name: {knob: value}},
+    "factors": [..], "bits": [..]}. Every variant quantises, packs and scores the weights that a run of the base
+    ended with. Knobs of the base may use {NAME} for an environment variable.
+    `run` trains each seed once and finishes what is missing; `report` only writes table.md and plot.svg anew.
+    """
+    from toolkit import quantisers as kind
+
+    return swept(asked, kind)
+
+
+def gains(asked) -> int:
+    """Compare ways of scoring on the same trained models, document by document.
+
+    SPEC: {"base": {knob: value}, "seeds": [..], "variants": {name: {"against": name, "knobs": {knob: value}}}}.
+    A run of the base leaves one artifact per seed; every variant scores that very file in a process of its own.
+    `run` finishes what is missing; `report` only writes table.md and plot.svg anew.
+    """
+    from toolkit import scoring_gains as kind
+
+    return swept(asked, kind)
+
+
+def swept(asked, kind) -> int:
+    """Run what is missing of a specification, then write its table and plot."""
+    from toolkit.sweep import perform
+
+    table = perform(kind, asked.spec, asked.scratch, asked.share if asked.what == "run" else None)
+    show(asked, dict(table=str(asked.spec.with_name("table.md"))), table.rstrip("\n"))
+    return 0
+
+
+def part(text: str) -> tuple[int, int]:
+    """I/N of --share, or a complaint."""
+    words = text.split("/")
+    if (
+        len(words) == 2
+        and all(w.isdecimal() for w in words)
+        and 1 <= int(words[0]) <= int(words[1])
+    ):
+        return int(words[0]), int(words[1])
+    raise argparse.ArgumentTypeError(f"{text!r}: want I/N with 1 <= I <= N")
 
 
 def show(asked, result, text: str):
@@ -155,7 +227,10 @@ def arguments() -> argparse.ArgumentParser:
 
     def command(work, *names: str):
         sub = commands.add_parser(
-            work.__name__, help=work.__doc__.splitlines()[0], description=work.__doc__
+            work.__name__,
+            help=work.__doc__.splitlines()[0],
+            description=inspect.cleandoc(work.__doc__),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("--json", action="store_true", help="print JSON")
         sub.set_defaults(work=work)
@@ -236,12 +311,33 @@ def arguments() -> argparse.ArgumentParser:
     command(report, "folder").add_argument(
         "--out", type=Path, help="the page; else report.html in the folder"
     )
+    command(probes).add_argument(
+        "knobs",
+        nargs="*",
+        metavar="NAME=VALUE",
+        type=knob,
+        help="knobs of train_gpt.py, for example PRESET=phased_ttt EVAL=doc",
+    )
+    for work in (ablate, quantisers, gains):
+        sub = command(work)
+        sub.add_argument("what", choices=("run", "report"))
+        sub.add_argument("spec", type=Path, metavar="SPEC.json")
+        sub.add_argument(
+            "--scratch", type=Path, default=SCRIPT.parent / "runs", help="where run folders go"
+        )
+        sub.add_argument(
+            "--share",
+            default=(1, 1),
+            metavar="I/N",
+            type=part,
+            help="only the I-th of N equal parts, so that N processes can share the work",
+        )
     return parser
 
 
-def main() -> int:
+def main(args: list[str] | None = None) -> int:
     """Run one command; a mistake in the input is one line, never a traceback."""
-    asked = arguments().parse_args()
+    asked = arguments().parse_args(args)
     try:
         return asked.work(asked)
     except OSError as error:

@@ -10,8 +10,9 @@ from running import train
 
 import train_gpt as tg
 
-sys.path.insert(0, str(ROOT / "records" / "toolkit"))
-import analyze  # noqa: E402
+sys.path.insert(0, str(ROOT / "records"))
+import tools  # noqa: E402
+from toolkit import analyze  # noqa: E402
 
 
 def test_where_the_loss_lies():
@@ -105,7 +106,6 @@ def test_a_real_run_is_analysed(toy, tmp_path, capsys):
         r["bytes"] * 8 > 0.8 * r["weights"] * r["bits"] for r in found["weights"]["matrices"]
     )
     assert found["scaling"]["points"] >= 5
-    assert analyze.main([str(run.folder), f"DATA_PATH={toy}"]) == 0
+    assert tools.main(["analyze", str(run.folder), f"DATA_PATH={toy}"]) == 0
     assert json.loads(capsys.readouterr().out)["bpb"] == found["bpb"]
-    assert analyze.main([str(tmp_path)]) == 2 and "config.json" in capsys.readouterr().err
-    assert analyze.main([]) == 2
+    assert tools.main(["analyze", str(tmp_path)]) == 2 and "config.json" in capsys.readouterr().err

@@ -832,7 +832,7 @@ def test_logs_of_the_real_format_are_read():
     )
     found = runner.parse_log(lines, 512)
     assert found["finals"][0][1] == 1.25 and found["steps"] == 10 and found["val_tokens"] == 1000
-    real = (ROOT / "records" / "cpu_two_cores" / "default_run.log").read_text()
+    real = (ROOT / "records" / "evidence" / "cpu_two_cores" / "default_run.log").read_text()
     found = runner.parse_log(real, 8192)
     assert len(found["finals"]) == 1 and 1.5 < found["finals"][0][1] < 2.5 and found["steps"] > 50
     assert (

@@ -12,8 +12,9 @@ from helpers import ALONE, SYSTEMS, config, random_model
 
 import train_gpt as tg
 
-sys.path.insert(0, str(ROOT / "records" / "toolkit"))
-import probes  # noqa: E402
+sys.path.insert(0, str(ROOT / "records"))
+import tools  # noqa: E402
+from toolkit import probes  # noqa: E402
 
 # ---- Toy evaluators over bigram tables: text -> (loss of each token, how often it is scored), as rules_and_records.md
 V, CHUNK, RNG = 32, 16, np.random.default_rng(0)
@@ -354,7 +355,9 @@ def test_a_leak_across_documents_is_flagged():
 
 
 def test_the_command_prints_its_findings(capsys):
-    assert probes.main(["PRESET=baseline", "THREADS=1"]) == 0
+    assert tools.main(["probes", "PRESET=baseline", "THREADS=1"]) == 0
     assert json.loads(capsys.readouterr().out)["flags"] == []
-    assert probes.main(["TTT=lora"]) == 2 and "TTT=lora" in capsys.readouterr().err
-    assert probes.main(["quick"]) == 2 and "NAME=VALUE" in capsys.readouterr().err
+    assert tools.main(["probes", "TTT=lora"]) == 2 and "TTT=lora" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        tools.main(["probes", "quick"])
+    assert ended.value.code == 2 and "NAME=VALUE" in capsys.readouterr().err

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, clean_env, write_shard
 
-sys.path.insert(0, str(ROOT / "records" / "toolkit"))
-import ablate  # noqa: E402
+sys.path.insert(0, str(ROOT / "records"))
+from toolkit import ablate  # noqa: E402
 
 SPEC = dict(
     base=dict(A=1, B=2),
@@ -59,17 +59,18 @@ def test_a_failed_run_is_tried_again_and_the_last_word_counts(tmp_path):
         result("t", 1, "better", 1.5),
     ]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    found = ablate.read_results(tmp_path / "results.jsonl")
+    found = ablate.known(tmp_path / "results.jsonl")
     assert list(found) == [("t", 1, "better")] and found["t", 1, "better"]["bpb"] == 1.5
 
 
-def study(tool: str, spec: dict, folder: Path) -> list[dict]:
-    """Run a study to its end through its command line; returns all its results so far."""
+def sweep(verb: str, spec: dict, folder: Path) -> list[dict]:
+    """Run a sweep to its end through its command line; returns all its results so far."""
     (folder / "spec.json").write_text(json.dumps(spec))
     done = subprocess.run(
         [
             sys.executable,
-            str(ROOT / "records" / "toolkit" / tool),
+            str(ROOT / "records" / "tools.py"),
+            verb,
             "run",
             str(folder / "spec.json"),
             "--scratch",
@@ -99,7 +100,7 @@ def test_a_real_comparison_ends_in_a_table_and_a_plot(toy, tmp_path):
         seeds=[1, 2],
         variants=dict(narrow=dict(MLP_MULT=1), broken=dict(NUM_HEADS=3)),
     )
-    lines = study("ablate.py", spec, tmp_path)
+    lines = sweep("ablate", spec, tmp_path)
     assert len(lines) == 6 and sum("error" in r for r in lines) == 2
     assert all("NUM_HEADS=3" in r["error"] for r in lines if "error" in r)
     good = {ablate.identity(r): r["bpb"] for r in lines if "bpb" in r}
@@ -110,7 +111,7 @@ def test_a_real_comparison_ends_in_a_table_and_a_plot(toy, tmp_path):
         in table
     )
     assert "<svg" in (tmp_path / "plot.svg").read_text() and "nan" in table
-    assert len(study("ablate.py", spec, tmp_path)) == 8, "only the failed runs are repeated"
+    assert len(sweep("ablate", spec, tmp_path)) == 8, "only the failed runs are repeated"
 
 
 def test_every_committed_comparison_is_complete():
@@ -118,7 +119,7 @@ def test_every_committed_comparison_is_complete():
     for path in (ROOT / "records").glob("**/spec.json"):
         spec, results = (
             json.loads(path.read_text()),
-            ablate.read_results(path.with_name("results.jsonl")),
+            ablate.known(path.with_name("results.jsonl")),
         )
         missing = [
             (t, s, v)
@@ -154,7 +155,7 @@ def test_a_sweep_of_quantisers_measures_what_an_export_would(toy, tmp_path):
         bits=[3, 6],
         variants={"GPTQ": {}, "searched": dict(CLIP="search", ROUNDING="nearest")},
     )
-    rows = {(r["variant"], r["x"]): r for r in study("quantisers.py", spec, tmp_path)}
+    rows = {(r["variant"], r["x"]): r for r in sweep("quantisers", spec, tmp_path)}
     assert set(rows) == {("GPTQ", 1), ("GPTQ", 3), ("searched", 3), ("searched", 6)}
     assert (
         rows["GPTQ", 3]["bytes"] < rows["GPTQ", 1]["bytes"]
@@ -167,7 +168,7 @@ def test_a_sweep_of_quantisers_measures_what_an_export_would(toy, tmp_path):
         "| GPTQ |" in (tmp_path / "table.md").read_text()
         and "<svg" in (tmp_path / "plot.svg").read_text()
     )
-    assert len(study("quantisers.py", spec, tmp_path)) == 4, "nothing is measured twice"
+    assert len(sweep("quantisers", spec, tmp_path)) == 4, "nothing is measured twice"
 
 
 def test_gains_are_those_of_the_same_artifact_and_documents(toy, tmp_path):
@@ -193,7 +194,7 @@ def test_gains_are_those_of_the_same_artifact_and_documents(toy, tmp_path):
             "learning": dict(knobs=dict(EVAL="sliding", TTT="sgd", TTT_LR=0.01), against="chunks"),
         },
     )
-    rows = {(r["seed"], r["variant"]): r for r in study("gains.py", spec, tmp_path)}
+    rows = {(r["seed"], r["variant"]): r for r in sweep("gains", spec, tmp_path)}
     assert len(rows) == 6
     for r in rows.values():
         assert sum(r["nats"]) / math.log(2) / sum(r["bytes"]) == pytest.approx(r["bpb"], abs=2e-5)
@@ -213,4 +214,4 @@ def test_gains_are_those_of_the_same_artifact_and_documents(toy, tmp_path):
             and " ".join(f"{g:+.4f}" for g in gains) in line
         )
     assert "<svg" in (tmp_path / "plot.svg").read_text()
-    assert len(study("gains.py", spec, tmp_path)) == 6, "nothing is measured twice"
+    assert len(sweep("gains", spec, tmp_path)) == 6, "nothing is measured twice"

@@ -16,9 +16,9 @@ import pytest
 from conftest import ROOT
 from synthetic import RUNS, SCRIPT, TEXT_BYTES, TOKENS, Record, changed, last_changed, own_log
 
-sys.path.insert(0, str(ROOT / "records" / "toolkit"))
-import check  # noqa: E402
-import logs  # noqa: E402
+sys.path.insert(0, str(ROOT / "records"))
+from facts import logs  # noqa: E402
+from toolkit import check  # noqa: E402
 
 TOOLS = [sys.executable, str(ROOT / "records" / "tools.py")]
 

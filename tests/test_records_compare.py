@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import RUNS, TEXT_BYTES, TOKENS, Record, changed
 
-sys.path.insert(0, str(ROOT / "records" / "toolkit"))
-import compare  # noqa: E402
+sys.path.insert(0, str(ROOT / "records"))
+from facts import statistics  # noqa: E402
+from toolkit import compare  # noqa: E402
 
 TOOLS = [sys.executable, str(ROOT / "records" / "tools.py")]
 
@@ -25,12 +26,12 @@ TOOLS = [sys.executable, str(ROOT / "records" / "tools.py")]
     [(2.43592, 0.00296), (3.31968, 0.00217), (3.72663, 0.00194), (3.15715, 0.00228)],
 )
 def test_the_margin_is_worth_less_where_tokens_are_longer(bytes_per_token, bpb):
-    assert compare.margin_in_bpb(0.005, bytes_per_token) == pytest.approx(bpb, abs=5e-6)
+    assert statistics.margin_in_bpb(0.005, bytes_per_token) == pytest.approx(bpb, abs=5e-6)
 
 
 @pytest.mark.parametrize("n, gain", [(3, 0.00184), (5, 0.00110), (8, 0.00079)])
 def test_smallest_significant_gain_is_the_published_one(n, gain):
-    assert compare.smallest_significant(n, 0.0006) == pytest.approx(gain, abs=5e-6)
+    assert statistics.smallest_significant(n, 0.0006) == pytest.approx(gain, abs=5e-6)
 
 
 def test_welch_by_hand_and_its_rate_of_false_alarms():
@@ -41,7 +42,7 @@ def test_welch_by_hand_and_its_rate_of_false_alarms():
     draws = np.random.default_rng(0).standard_t(
         df, 300_000
     )  # the tail by simulation, not by the same library call
-    found = compare.welch(base, new, margin)
+    found = statistics.welch(base, new, margin)
     assert found["df"] == pytest.approx(df) and found["p"] == pytest.approx(
         (draws > t).mean(), abs=3e-3
     )
@@ -49,14 +50,14 @@ def test_welch_by_hand_and_its_rate_of_false_alarms():
     assert found["high"] - found["low"] == pytest.approx(2 * half, rel=0.01)
     rng = np.random.default_rng(1)
     alarms = [
-        compare.welch(rng.normal(margin, 1, 4), rng.normal(0, 1, 4), margin)["p"] < 0.1
+        statistics.welch(rng.normal(margin, 1, 4), rng.normal(0, 1, 4), margin)["p"] < 0.1
         for _ in range(700)
     ]
     assert 0.07 < np.mean(alarms) < 0.13
 
 
 def test_number_of_seeds_reaches_the_promised_power():
-    n = compare.seeds_needed(0.001, 0.0006, alpha=0.05)
+    n = statistics.seeds_needed(0.001, 0.0006, alpha=0.05)
     rng = np.random.default_rng(2)
 
     def power(n: int) -> float:
@@ -66,7 +67,10 @@ def test_number_of_seeds_reaches_the_promised_power():
         return ((a.mean(1) - b.mean(1)) / pooled > critical).mean()
 
     assert power(n) > 0.78 and power(n - 1) < 0.82
-    assert compare.seeds_needed(-0.001, 0.0006) is None and compare.seeds_needed(1e-7, 0.1) is None
+    assert (
+        statistics.seeds_needed(-0.001, 0.0006) is None
+        and statistics.seeds_needed(1e-7, 0.1) is None
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -81,7 +85,7 @@ def test_holm_against_its_definition(p):
                 return rank
         return len(known)
 
-    for x, adjusted in zip(p, compare.holm(p)):
+    for x, adjusted in zip(p, statistics.holm(p)):
         if x is None:
             assert adjusted is None
         elif adjusted < 1:
@@ -100,7 +104,7 @@ def documents(rng, n=400, gain=0.02, noise=0.01):
 def test_document_bootstrap_cancels_what_both_share():
     rng = np.random.default_rng(3)
     base, new = documents(rng)
-    found = compare.document_bootstrap(base, new)
+    found = statistics.document_bootstrap(base, new)
     assert found["gain"] == pytest.approx(
         (base[:, 0].sum() - new[:, 0].sum()) / math.log(2) / base[:, 1].sum()
     )
@@ -108,13 +112,13 @@ def test_document_bootstrap_cancels_what_both_share():
     d, w = (base - new)[:, 0] / math.log(2), base[:, 1]
     error = np.std(d - found["gain"] * w, ddof=1) / w.mean() / math.sqrt(len(w))
     assert (found["high"] - found["low"]) / 2 == pytest.approx(1.96 * error, rel=0.15)
-    assert found["p"] < 0.001 and compare.document_bootstrap(base, new, margin=0.04)["p"] > 0.99
+    assert found["p"] < 0.001 and statistics.document_bootstrap(base, new, margin=0.04)["p"] > 0.99
     with pytest.raises(ValueError, match="same documents"):
-        compare.document_bootstrap(base, new[:-1])
+        statistics.document_bootstrap(base, new[:-1])
     with pytest.raises(ValueError, match="same documents"):
-        compare.document_bootstrap(base, new * [1, 2])
+        statistics.document_bootstrap(base, new * [1, 2])
     with pytest.raises(ValueError, match="one document"):
-        compare.document_bootstrap(base[:1], new[:1])
+        statistics.document_bootstrap(base[:1], new[:1])
 
 
 def test_document_files_are_checked(tmp_path):
@@ -128,7 +132,7 @@ def test_document_files_are_checked(tmp_path):
     ):
         np.save(path, bad)
         with pytest.raises(ValueError):
-            compare.read_documents(path)
+            statistics.read_documents(path)
 
 
 def group(tmp_path, name: str, gain: float, **what) -> str:

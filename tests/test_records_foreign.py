@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "records" / "toolkit"))
-import audit  # noqa: E402
-import foreign  # noqa: E402
+sys.path.insert(0, str(ROOT / "records"))
+from toolkit import adapter as adapters  # noqa: E402
+from toolkit import audit  # noqa: E402
 
 TOOLS = [sys.executable, str(ROOT / "records" / "tools.py")]
 SCRIPT = '''"""A bigram table that learns chunk by chunk, as somebody else would write it."""
@@ -86,7 +86,7 @@ def folder(tmp_path: Path, script: str = SCRIPT) -> Path:
 def audited(tmp_path: Path, adapter: str, script: str = SCRIPT) -> dict[str, str]:
     """{audit: status}"""
     (tmp_path / "adapter.py").write_text(adapter)
-    found = foreign.audit_foreign(folder(tmp_path, script), f"{tmp_path / 'adapter.py'}:losses")
+    found = adapters.audit_foreign(folder(tmp_path, script), f"{tmp_path / 'adapter.py'}:losses")
     return {a["id"]: a["status"] for a in found} | {
         "details": "; ".join(a["detail"] for a in found)
     }
@@ -203,7 +203,7 @@ BROKEN = {  # what the last line must say
 @pytest.mark.parametrize("adapter", BROKEN, ids=lambda a: BROKEN[a][:24])
 def test_an_evaluation_that_breaks_down_fails(adapter, tmp_path, monkeypatch):
     """An import that is missing, too few losses, an error, an exit, nothing, a network, no end, a lost channel."""
-    monkeypatch.setattr(foreign, "SECONDS", 2 if "while" in adapter else 60)
+    monkeypatch.setattr(adapters, "SECONDS", 2 if "while" in adapter else 60)
     status = audited(tmp_path, adapter)
     assert status["evaluates"] == "fail" and BROKEN[adapter] in status["details"], status
 
@@ -226,7 +226,7 @@ def test_an_evaluation_that_breaks_down_fails(adapter, tmp_path, monkeypatch):
 def test_a_wrong_adapter_is_one_clear_error(adapter, named, message, tmp_path):
     (tmp_path / "adapter.py").write_text(adapter)
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        foreign.audit_foreign(folder(tmp_path), named.format(tmp_path / "adapter.py"))
+        adapters.audit_foreign(folder(tmp_path), named.format(tmp_path / "adapter.py"))
 
 
 def test_the_command_refuses_what_does_not_go_with_an_adapter(tmp_path):

@@ -21,12 +21,9 @@ from synthetic import Record
 
 import train_gpt
 
-sys.path.insert(0, str(ROOT / "records" / "toolkit"))
-import audit  # noqa: E402
-import check  # noqa: E402
-import report  # noqa: E402
-import snapshot  # noqa: E402
-import table  # noqa: E402
+sys.path.insert(0, str(ROOT / "records"))
+from facts.files import sha256_of  # noqa: E402
+from toolkit import audit, check, readme, report, snapshot, table  # noqa: E402
 
 TOOLS = [sys.executable, str(ROOT / "records" / "tools.py")]
 KNOBS = dict(
@@ -110,12 +107,12 @@ def test_it_passes_check_with_nothing_to_say(record):
 
 def test_the_readme_is_generated_from_the_submission(record):
     text = (record / "README.md").read_text()
-    assert text == snapshot.refreshed(record) and "not leaderboard scores" in text
+    assert text == readme.refreshed(record) and "not leaderboard scores" in text
     s = json.loads((record / "submission.json").read_text())
     for r in s["seed_results"].values():
         assert f"{r['val_bpb']:.6f}" in text
     with pytest.raises(ValueError, match="no marker"):
-        snapshot.between_markers(text.replace("<!-- generated: seeds -->", ""), dict(seeds="x"))
+        readme.between_markers(text.replace("<!-- generated: seeds -->", ""), dict(seeds="x"))
 
 
 def test_launch_repeats_the_run(record, runs, toy, tmp_path):
@@ -236,7 +233,7 @@ def test_a_comparison_is_put_into_the_record(record, tmp_path):
     s = json.loads((fresh / "submission.json").read_text())["evidence"]["statistics"]
     assert s["delta_bpb"] == pytest.approx(0.1 * snapshot_bpb(fresh), rel=1e-4) and s["n"] == [3, 3]
     text = (fresh / "README.md").read_text()
-    assert f"{s['delta_bpb']:+.5f} bits per byte" in text and text == snapshot.refreshed(fresh)
+    assert f"{s['delta_bpb']:+.5f} bits per byte" in text and text == readme.refreshed(fresh)
     assert check.check(fresh)["passed"]
 
 
@@ -404,7 +401,7 @@ def test_bytes_by_role_add_up_to_the_artifact(record):
 )
 def test_committed_records_pass_and_are_current(folder):
     assert check.check(folder.parent)["passed"]
-    assert (folder.parent / "README.md").read_text() == snapshot.refreshed(folder.parent)
+    assert (folder.parent / "README.md").read_text() == readme.refreshed(folder.parent)
 
 
 # audit: the same folder, executed.
@@ -432,7 +429,7 @@ def test_audit_confirms_a_record_and_writes_what_it_saw(record, tmp_path, monkey
     written = json.loads((folder / "submission.json").read_text())
     assert {a["id"] for a in written["evidence"]["audits"]} == set(status)
     assert written["compliance"]["no_slot"] == {"pass": True}.get(status.get("suffix_swap"))
-    assert (folder / "README.md").read_text() == snapshot.refreshed(folder) and check.check(folder)[
+    assert (folder / "README.md").read_text() == readme.refreshed(folder) and check.check(folder)[
         "findings"
     ] == []
 
@@ -507,7 +504,7 @@ def test_artifacts_that_stay_with_the_runs_are_known_by_their_hash(tmp_path, mon
         (tmp_path / name / "model.golf").write_bytes(content)
     stub_record(
         tmp_path / "record",
-        dict(artifact_sha256=snapshot.file_sha256(tmp_path / "mine" / "model.golf")),
+        dict(artifact_sha256=sha256_of(tmp_path / "mine" / "model.golf")),
         {},
     )
     runs, data = [tmp_path / "mine", tmp_path / "other"], tmp_path / "record" / "smoke"

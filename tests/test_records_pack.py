@@ -17,8 +17,9 @@ from running import made_once, train
 
 import train_gpt
 
-sys.path.insert(0, str(ROOT / "records" / "toolkit"))
-import pack  # noqa: E402
+sys.path.insert(0, str(ROOT / "records"))
+from facts import wrappers  # noqa: E402
+from toolkit import pack  # noqa: E402
 
 TOOLS = [sys.executable, str(ROOT / "records" / "tools.py")]
 
@@ -134,7 +135,7 @@ def test_the_wrapper_is_small_parses_and_reveals_the_minified_script(wrapper):
     shown = subprocess.run(
         [*TOOLS, "unpack", str(wrapper)], capture_output=True, check=True, timeout=60
     ).stdout
-    assert shown == pack.unwrapped(packed) and len(shown) < 0.6 * len(source)
+    assert shown == wrappers.unwrapped(packed) and len(shown) < 0.6 * len(source)
     names = {
         n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
     }
@@ -188,7 +189,7 @@ def raw_lzma(data: bytes) -> bytes:
 def test_foreign_wrappers_are_opened_and_never_executed(form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inner = INNER + b"#" + os.urandom(900).hex().encode()
-    assert pack.unwrapped(f"import os\n{FORMS[form](inner)}\n".encode()).startswith(INNER)
+    assert wrappers.unwrapped(f"import os\n{FORMS[form](inner)}\n".encode()).startswith(INNER)
     assert not os.path.exists("executed")
 
 
@@ -201,7 +202,7 @@ def test_a_bomb_and_nonsense_stay_closed():
         b"(" * 100_000,
         b"def broken(:\n",
     ):
-        assert pack.unwrapped(source) == source
+        assert wrappers.unwrapped(source) == source
 
 
 def test_a_mistake_is_one_line(tmp_path):

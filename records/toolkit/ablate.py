@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Compare techniques on equal tokens: every variant, seed and text as a run of its own, then a table and a plot.
 
-    python records/toolkit/ablate.py run SPEC.json         finish what is missing in the folder of SPEC.json
-    python records/toolkit/ablate.py report SPEC.json      write table.md and plot.svg from results.jsonl
+    python records/tools.py ablate run SPEC.json         finish what is missing in the folder of SPEC.json
+    python records/tools.py ablate report SPEC.json      write table.md and plot.svg from results.jsonl
 
 SPEC.json: {"base": {knob: value}, "texts": {name: {knob: value}}, "seeds": [..], "variants": {name: {knob: value}}}.
 A variant is the base with some knobs changed; knobs of a text may use {NAME} for an environment variable. Every
@@ -17,7 +16,7 @@ import statistics
 import time
 from pathlib import Path
 
-import study
+from . import sweep
 
 BASE = "base"
 
@@ -30,7 +29,7 @@ def wanted(spec: dict) -> list[dict]:
             text=text,
             seed=seed,
             variant=variant,
-            knobs=spec["base"] | study.filled(spec["texts"][text]) | variants[variant],
+            knobs=spec["base"] | sweep.filled(spec["texts"][text]) | variants[variant],
         )
         for seed in spec["seeds"]
         for text in spec["texts"]
@@ -42,9 +41,9 @@ def identity(run: dict) -> tuple:
     return run["text"], run["seed"], run["variant"]
 
 
-def read_results(path: Path) -> dict[tuple, dict]:
+def known(path: Path) -> dict[tuple, dict]:
     """Finished runs by identity; the last word on each counts."""
-    return {identity(r): r for r in study.read(path) if "bpb" in r}
+    return {identity(r): r for r in sweep.read(path) if "bpb" in r}
 
 
 def measure(run: dict, scratch: Path) -> dict:
@@ -54,9 +53,9 @@ def measure(run: dict, scratch: Path) -> dict:
         SEED=run["seed"], RUNS_DIR=folder.parent, RUN_ID=folder.name, STRICT_ENV=1
     )
     begin = time.monotonic()
-    done = study.launch(knobs)
+    done = sweep.launch(knobs)
     kept = dict(text=run["text"], seed=run["seed"], variant=run["variant"])
-    score = study.official(done.stdout)
+    score = sweep.official(done.stdout)
     if done.returncode or not score:
         return kept | dict(error=(done.stderr.strip().splitlines() or ["no score"])[-1][:300])
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -79,12 +78,12 @@ def measure(run: dict, scratch: Path) -> dict:
 
 def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
     """Append each missing result to results.jsonl as soon as it is known; share (i, n) is the i-th of n equal parts."""
-    finished, (part, parts) = read_results(results), share
+    finished, (part, parts) = known(results), share
     todo = [each for each in wanted(spec)[part - 1 :: parts] if identity(each) not in finished]
     for i, each in enumerate(todo):
         begin = time.monotonic()
         found = measure(each, scratch)
-        study.append(results, found)
+        sweep.append(results, found)
         left = (time.monotonic() - begin) * (len(todo) - i - 1) / 60
         print(
             f"{i + 1}/{len(todo)} {each['text']} seed {each['seed']} {each['variant']}: "
@@ -146,7 +145,7 @@ def plot(spec: dict, results: dict[tuple, dict]):
     """Difference to the base with its standard deviation, one panel per text."""
     texts = list(spec["texts"])
     order = sorted(spec["variants"], key=lambda v: -paired(results, texts[0], v)["mean"])
-    figure, axes = study.subplots(
+    figure, axes = sweep.subplots(
         1, len(texts), figsize=(5 * len(texts), 1 + 0.35 * len(order)), sharey=True, squeeze=False
     )
     for axis, text in zip(axes[0], texts):
@@ -162,7 +161,3 @@ def plot(spec: dict, results: dict[tuple, dict]):
         axis.axvline(0, color="0.2", linewidth=0.8)
         axis.set(title=text, xlabel="bits per byte minus base (left is better)")
     return figure
-
-
-if __name__ == "__main__":
-    study.main(__doc__, run, read_results, table, plot)

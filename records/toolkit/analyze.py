@@ -5,14 +5,12 @@ chunks, in fp32; everything else is read from what the run left: model.golf, doc
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg  # noqa: E402
+import train_gpt as tg
 
 LN2, DRAWS = float(np.log(2)), 400
 
@@ -227,15 +225,3 @@ def analyze(folder: Path, env: dict[str, str] | None = None) -> dict[str, Any]:
         weights=weights(folder / "model.golf"),
         scaling=scaling(events, knobs["train_batch_tokens"], final["bpb"] / final["loss"]),
     )
-
-
-def main(args: list[str]) -> int:
-    """analyze RUN [NAME=VALUE ...]: print the numbers as JSON; 2 when there is nothing to read."""
-    try:
-        if not args or "=" in args[0] or any("=" not in a for a in args[1:]):
-            raise tg.UserError("want the folder of a run, then knobs as NAME=VALUE")
-        print(json.dumps(analyze(Path(args[0]), dict(a.split("=", 1) for a in args[1:])), indent=1))
-        return 0
-    except tg.UserError as error:
-        print(*(f"error: {message}" for message in error.args), sep="\n", file=sys.stderr)
-        return 2

@@ -2,7 +2,7 @@
 
 Unlike `check` this runs the folder: its launch.sh on the text in smoke/, in a copy that lies alone in an empty place;
 then the artifact once more in a second process beside nothing but the script; then, where the artifacts and the text of
-the record are at hand, the claimed scores. The probes of a script of another make are in foreign.py. A folder of a
+the record are at hand, the claimed scores. The probes of a script of another make are in adapter.py. A folder of a
 stranger wants a machine that may be lost.
 """
 
@@ -20,10 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from check import CAP_BYTES
-from folder import Folder, read_folder
-from logs import Log, read_log
-from snapshot import OF_ONE_RUN, file_sha256, refreshed
+from facts.files import sha256_of
+from facts.folder import Folder, read_folder
+from facts.limits import ARTIFACT_BYTES
+from facts.logs import Log, read_log
+
+from .readme import refreshed
+from .snapshot import OF_ONE_RUN
 
 SECONDS = 600  # of one process; the whole audit of a shrunk run takes about one minute
 HEADER_BYTES = 1024  # of a shard
@@ -32,8 +35,8 @@ OFFLINE = Path(__file__).with_name("offline.py")
 # What runs in the probing process, and which audit each of its flags decides. A token takes every value in a model of
 # the same knobs with few tokens: with the thousand of the artifact it would take an hour where weights learn.
 PROBE = """import json, sys
-sys.path.insert(0, "records/toolkit")
-import probes
+sys.path[:0] = ["records", "."]
+from toolkit import probes
 ours = dict(DEVICE="cpu", THREADS="1", EVAL_BATCH_TOKENS="128")
 found = probes.probe(ours | dict(ARTIFACT="model.golf"), cuts=6, positions=0)
 small = probes.probe(json.load(open("knobs.json")) | ours, length=72, cuts=1, positions=2)
@@ -249,7 +252,7 @@ def recount(log: Log, script: Path, artifact: Path) -> dict[str, Any]:
     real, logged = script.stat().st_size + artifact.stat().st_size, max(log.total_bytes, default=0)
     return result(
         "artifact_recount",
-        real == logged and real <= CAP_BYTES,
+        real == logged and real <= ARTIFACT_BYTES,
         f"{real:,} bytes of files, {logged:,} logged",
         bytes=real,
     )
@@ -312,7 +315,7 @@ def claimed(
 ) -> Iterator[dict[str, Any]]:
     """Size and score of each artifact against its claim: of those in the record, else of those in run folders, known by
     their sha256; scores need the record's own text."""
-    elsewhere = {file_sha256(run / "model.golf"): run / "model.golf" for run in runs}
+    elsewhere = {sha256_of(run / "model.golf"): run / "model.golf" for run in runs}
     for seed, r in submission.get("seed_results", {}).items():
         kept, other = r.get("artifact"), elsewhere.pop(r.get("artifact_sha256"), None)
         artifact = place.folder / kept if kept else other
@@ -341,7 +344,7 @@ def claimed(
 
 
 def probes(place: Place, run: Path) -> list[dict[str, Any]]:
-    """Suffix swap, target swap and their kin (probes.py, perturb.py) on the record's own script and the artifact of
+    """Suffix swap, target swap and their kin (probes.py, text_probes.py) on the record's own script and the artifact of
     `run`, in a process of their own."""
     made = json.loads((run / "config.json").read_text())
     typed = {
@@ -351,7 +354,7 @@ def probes(place: Place, run: Path) -> list[dict[str, Any]]:
     }
     bare = place.top / "probed"
     (bare / "records" / "toolkit").mkdir(parents=True)
-    for name in ("probes.py", "perturb.py"):
+    for name in ("__init__.py", "probes.py", "text_probes.py"):
         shutil.copyfile(Path(__file__).with_name(name), bare / "records" / "toolkit" / name)
     shutil.copyfile(place.folder / "train_gpt.py", bare / "train_gpt.py")
     shutil.copyfile(run / "model.golf", bare / "model.golf")

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from folder import Folder, read_folder, read_json
-from logs import Log, different_knobs, is_result
+from facts.files import number, read_json
+from facts.folder import Folder, read_folder
+from facts.limits import ARTIFACT_BYTES, EVALUATION_SECONDS, TEXT_BYTES, TRAINING_SECONDS
+from facts.logs import Log, different_knobs, is_result
 
-CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600.0
-TEXT_BYTES = 151_080_891  # of the 50,000 validation documents
 BYTES_PER_TOKEN = {
     1024: (2.43592,),
     4096: (3.31968,),
@@ -99,15 +99,6 @@ def rules() -> list[dict[str, Any]]:
     return json.loads(Path(__file__).with_name("rules.json").read_text(encoding="utf-8"))
 
 
-def number(value: Any) -> float | None:
-    """A finite number, also when it was written as a text; else None."""
-    try:
-        value = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
-
-
 def officials(folder: Folder) -> list[float]:
     """Official score of each seed. A log of somebody else may end with another line than the one that counts: then the
     last kind of line that all seeds have and whose mean is the claim."""
@@ -130,13 +121,13 @@ def cap(folder: Folder) -> Findings:
     packed = 1.25 * len(lzma.compress(folder.inner))
     for g in folder.logs:
         total = max(g.total_bytes, default=(g.model_bytes or 0) + max(g.code_bytes, default=0))
-        fits = bool(folder.inner and g.model_bytes) and g.model_bytes + packed <= CAP_BYTES
-        if total > CAP_BYTES:
+        fits = bool(folder.inner and g.model_bytes) and g.model_bytes + packed <= ARTIFACT_BYTES
+        if total > ARTIFACT_BYTES:
             yield Finding(
                 f"{total:,} bytes logged" + ", with the script unpacked" * fits, g.name, not fits
             )
     for key in ("bytes_total", "artifact_bytes", "artifact_bytes_max"):
-        if (size := number(folder.submission.get(key))) and size > CAP_BYTES:
+        if (size := number(folder.submission.get(key))) and size > ARTIFACT_BYTES:
             yield Finding(f"{key} is {size:,.0f}", "submission.json")
 
 
@@ -145,7 +136,7 @@ def shipped_size(folder: Folder) -> Findings:
     models = [g.model_bytes for g in folder.seed_logs if g.model_bytes]
     models += [size for name, size in folder.files.items() if re.search(r"\.(golf|ptz)$", name)]
     total = len(folder.script) + max(models, default=0)
-    if models and folder.script and total > CAP_BYTES:
+    if models and folder.script and total > ARTIFACT_BYTES:
         yield Finding(
             f"shipped script {len(folder.script):,} + model {max(models):,} = {total:,} bytes"
         )
@@ -162,20 +153,20 @@ def late(folder: Folder, seconds: float | None, lo: float, hi: float = math.inf)
 
 def training_time(folder: Folder) -> Findings:
     for g in folder.seed_logs:
-        if late(folder, g.train_seconds, BUDGET_SECONDS + 1):
+        if late(folder, g.train_seconds, TRAINING_SECONDS + 1):
             yield Finding(f"training ended at {g.train_seconds:.3f} s", g.name, sure(folder))
 
 
 def last_step(folder: Folder) -> Findings:
     for g in folder.seed_logs:
-        if late(folder, g.train_seconds, BUDGET_SECONDS, BUDGET_SECONDS + 1):
+        if late(folder, g.train_seconds, TRAINING_SECONDS, TRAINING_SECONDS + 1):
             yield Finding(f"training ended at {g.train_seconds:.3f} s", g.name)
 
 
 def hessian_time(folder: Folder) -> Findings:
     for g in folder.seed_logs:
         if g.hessian_seconds and late(
-            folder, (g.train_seconds or 0) + g.hessian_seconds, BUDGET_SECONDS
+            folder, (g.train_seconds or 0) + g.hessian_seconds, TRAINING_SECONDS
         ):
             yield Finding(
                 f"training {g.train_seconds:.1f} s + Hessians {g.hessian_seconds:.1f} s", g.name
@@ -184,7 +175,7 @@ def hessian_time(folder: Folder) -> Findings:
 
 def evaluation_time(folder: Folder) -> Findings:
     for g in folder.seed_logs:
-        if late(folder, g.eval_seconds, BUDGET_SECONDS):
+        if late(folder, g.eval_seconds, EVALUATION_SECONDS):
             yield Finding(
                 f"the official evaluation took {g.eval_seconds:.1f} s", g.name, sure(folder)
             )
@@ -192,8 +183,8 @@ def evaluation_time(folder: Folder) -> Findings:
 
 def all_evaluations(folder: Folder) -> Findings:
     for g in folder.seed_logs:
-        if late(folder, g.all_eval_seconds, BUDGET_SECONDS) and not late(
-            folder, g.eval_seconds, BUDGET_SECONDS
+        if late(folder, g.all_eval_seconds, EVALUATION_SECONDS) and not late(
+            folder, g.eval_seconds, EVALUATION_SECONDS
         ):
             yield Finding(f"all evaluations took {g.all_eval_seconds:.1f} s", g.name)
 

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
-"""Probe an evaluation of train_gpt.py from outside: the probes of perturb.py on its score().
+"""Probe an evaluation of train_gpt.py from outside: the probes of text_probes.py on its score().
 
-    python records/toolkit/probes.py [NAME=VALUE ...]     knobs of train_gpt.py, e.g. PRESET=phased_ttt EVAL=doc
-    python records/toolkit/probes.py ARTIFACT=FILE [NAME=VALUE ...]   the model of a finished artifact
+    python records/tools.py probes [NAME=VALUE ...]     knobs of train_gpt.py, e.g. PRESET=phased_ttt EVAL=doc
+    python records/tools.py probes ARTIFACT=FILE [NAME=VALUE ...]   the model of a finished artifact
 
 Without ARTIFACT the preset is shrunk (+tiny, 17 tokens) and every weight is random, so that every technique matters.
 The probes see the loss of each target through the observer of score(). One probe needs the model itself:
@@ -12,22 +11,18 @@ uniform   a model without knowledge scores exactly log2(V) * tokens / bytes (fix
 
 import copy
 import hashlib
-import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-import perturb  # noqa: E402
-import torch  # noqa: E402
-from perturb import Seen, probe_text  # noqa: E402
+import train_gpt as tg
 
-import train_gpt as tg  # noqa: E402
+from . import text_probes
+from .text_probes import Seen, probe_text
 
 VOCAB, LENGTH = 17, 180  # of a shrunk model and of the text it is probed with
 Make = Callable[[np.ndarray], tg.Fixed]  # a text -> a fresh strategy that will score it
@@ -93,8 +88,8 @@ def audit(
     digest: Callable = state_digests,
     **options,
 ) -> dict[str, Any]:
-    """Every probe of the strategies of `make`; options as perturb.audit."""
-    return perturb.audit(
+    """Every probe of the strategies of `make`; options as text_probes.audit."""
+    return text_probes.audit(
         lambda x, digests: observe(make, x, rt, digest if digests else no_digest),
         tokens,
         vocab,
@@ -202,20 +197,3 @@ def probe(env: dict[str, str], length: int = LENGTH, **options) -> dict[str, Any
     return (
         dict(strategy=tg.variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt), preset=cfg.preset) | found
     )
-
-
-def main(args: list[str]) -> int:
-    """Print the findings as JSON; 1 when something is flagged, 2 for bad knobs."""
-    try:
-        if wrong := [a for a in args if "=" not in a]:
-            raise tg.UserError(f"{wrong[0]}: want NAME=VALUE")
-        found = probe(dict(a.split("=", 1) for a in args))
-    except tg.UserError as error:
-        print(*(f"error: {message}" for message in error.args), sep="\n", file=sys.stderr)
-        return 2
-    print(json.dumps(found, indent=1))
-    return int(bool(found["flags"]))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

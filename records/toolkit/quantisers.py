@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Compare quantisers on the same trained models: bytes against loss, several step sizes each, then a table and a plot.
 
-    python records/toolkit/quantisers.py run SWEEP.json       train each seed once and finish what is missing
-    python records/toolkit/quantisers.py report SWEEP.json    write table.md and plot.svg from results.jsonl
+    python records/tools.py quantisers run SWEEP.json       train each seed once and finish what is missing
+    python records/tools.py quantisers report SWEEP.json    write table.md and plot.svg from results.jsonl
 
 SWEEP.json: {"base": {knob: value}, "seeds": [..], "reference": name, "variants": {name: {knob: value}},
 "factors": [..], "bits": [..]}. Every variant quantises, packs and scores the weights that a run of the base ended with;
@@ -17,12 +16,13 @@ import sys
 import time
 from pathlib import Path
 
-import study
+import numpy as np
 
-sys.path.insert(0, str(study.SCRIPT.parent))
-import numpy as np  # noqa: E402
+import train_gpt as tg
 
-import train_gpt as tg  # noqa: E402
+from . import sweep
+
+known = sweep.read
 
 
 def points(spec: dict) -> list[tuple[str, float]]:
@@ -56,7 +56,7 @@ def artifact(trainer: tg.Trainer, env: dict[str, str], variant: str, spec: dict,
 
 def sweep(trainer: tg.Trainer, env: dict[str, str], spec: dict, seed: int, results: Path):
     """Measure every missing point on one trained model, appending each to results.jsonl as soon as it is known."""
-    known = {(r["seed"], r["variant"], r["x"]) for r in study.read(results)}
+    known = {(r["seed"], r["variant"], r["x"]) for r in sweep.read(results)}
     trained = {name: p.detach().clone() for name, p in trainer.model.exported().items()}
 
     def bpb() -> float:
@@ -94,19 +94,19 @@ def sweep(trainer: tg.Trainer, env: dict[str, str], spec: dict, seed: int, resul
             seconds=round(seconds, 1),
         )
         put(trained)
-        study.append(results, found)
+        sweep.append(results, found)
         print(f"seed {seed} {variant} {x}: {len(blob)} bytes, gap {found['gap']:.5f}", flush=True)
 
 
 def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
     """Train one model per seed through the script's own entry point, and sweep where it would export."""
     for seed in spec["seeds"][share[0] - 1 :: share[1]]:
-        done = {(r["variant"], r["x"]) for r in study.read(results) if r["seed"] == seed}
+        done = {(r["variant"], r["x"]) for r in sweep.read(results) if r["seed"] == seed}
         if set(points(spec)) <= done:
             continue
         env = (
             dict(os.environ)
-            | study.filled(spec["base"])
+            | sweep.filled(spec["base"])
             | dict(SEED=str(seed), RUNS_DIR=str(scratch), RUN_ID=f"sweep-{time.time_ns()}")
         )
         export = tg.export
@@ -176,7 +176,7 @@ def shown(values: list[float], digits: int) -> str:
 
 def plot(spec: dict, rows: list[dict]):
     """Gap against bytes, every variant a line per seed."""
-    figure, axis = study.subplots(figsize=(8, 5.5))
+    figure, axis = sweep.subplots(figsize=(8, 5.5))
     for i, variant in enumerate(spec["variants"]):
         for j, seed in enumerate(spec["seeds"]):
             if line := curve(rows, seed, variant):
@@ -197,7 +197,3 @@ def plot(spec: dict, rows: list[dict]):
     )
     axis.legend(fontsize="small")
     return figure
-
-
-if __name__ == "__main__":
-    study.main(__doc__, run, study.read, table, plot)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare import read_documents
-from logs import Log, read_ends, read_log
+from facts.limits import ARTIFACT_BYTES
+from facts.logs import Log, read_ends, read_log
+from facts.statistics import read_documents
 
-CAP_BYTES = 16_000_000
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}td,th{border:1px solid #ccc;
 padding:.2rem .6rem;text-align:right}td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}
@@ -209,8 +209,8 @@ def draw_bytes(axes, curves: list[Curve]) -> bool:
     for i, (name, size) in enumerate(sorted(parts.items(), key=lambda item: -item[1])):
         axes.barh([c.name], [size], left=left, color=f"C{i % 10}", label=f"{name} {size:,.0f}")
         left += size
-    axes.axvline(CAP_BYTES, color="red", lw=1)
-    axes.set(xlabel=f"bytes: {left:,.0f} of {CAP_BYTES:,} (red)")
+    axes.axvline(ARTIFACT_BYTES, color="red", lw=1)
+    axes.set(xlabel=f"bytes: {left:,.0f} of {ARTIFACT_BYTES:,} (red)")
     axes.legend(ncols=4, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.45))
     return left > 0
 

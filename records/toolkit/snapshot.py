@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from check import check
-from logs import FREE, Log, read_log
-from pack import parsed, unwrapped
-from report import picture, read_curves, report
+from facts.files import sha256_of
+from facts.limits import ARTIFACT_BYTES, EVALUATION_SECONDS, TRAINING_SECONDS
+from facts.logs import FREE, Log, read_log
+from facts.wrappers import parsed, unwrapped
 
-CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600.0
+from .check import check
+from .readme import PICTURES, refreshed
+from .report import picture, read_curves, report
+
 TRACKS = ("non_record_16mb", "10min_16mb")
 SMOKE_TOKENS = dict(train=30_000, val=3_000)  # of the runs' own text, for ./launch.sh +tiny
 OF_ONE_RUN = (
@@ -36,10 +39,6 @@ OF_ONE_RUN = (
     "data_path",
     "tokenizer_path",
 )
-PICTURES = {
-    "loss.svg": "Loss and score",
-    "bytes.svg": "Bytes",
-}  # that a README shows; report.html has them all
 OF_A_MACHINE = ("device", "numerics", "attention", "compile", "threads")
 BLURB = "(No description.)"
 STATEMENTS = {
@@ -183,13 +182,8 @@ def seed_result(run: Run, wanted: Wanted) -> dict[str, Any]:
     ):
         if keep and (run.folder / name).is_file():
             kept = f"{Path(name).stem}_seed{g.seed}{Path(name).suffix}"
-            result |= {what: kept, f"{what}_sha256": file_sha256(run.folder / name)}
+            result |= {what: kept, f"{what}_sha256": sha256_of(run.folder / name)}
     return result
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def at_most(values: list[float | None], limit: float) -> bool | None:
@@ -242,9 +236,9 @@ def submission(runs: list[Run], script: bytes, wanted: Wanted, date: str) -> dic
         eval_time_seconds=max((g.eval_seconds for g in logs if g.eval_seconds), default=None),
         step_stop=max((g.steps for g in logs if g.steps), default=None),
         compliance=dict(
-            artifact_under_16mb=max(worst.total_bytes) <= CAP_BYTES,
-            train_under_600s=at_most([g.train_seconds for g in logs], BUDGET_SECONDS),
-            eval_under_600s=at_most([g.eval_seconds for g in logs], BUDGET_SECONDS),
+            artifact_under_16mb=max(worst.total_bytes) <= ARTIFACT_BYTES,
+            train_under_600s=at_most([g.train_seconds for g in logs], TRAINING_SECONDS),
+            eval_under_600s=at_most([g.eval_seconds for g in logs], EVALUATION_SECONDS),
             score_first_ttt=None,
             no_slot=None,
             no_etlb=None,
@@ -379,168 +373,6 @@ def write_smoke(data: Path, out: Path) -> bool:
         (out / f"fineweb_{split}_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
     shutil.copyfile(models[0], out / models[0].name)
     return True
-
-
-# README.md: tables between markers, from submission.json and the files alone.
-def row(*cells) -> str:
-    return "| " + " | ".join("unknown" if c is None else str(c) for c in cells) + " |"
-
-
-def seconds(milliseconds: float | None) -> str | None:
-    return None if milliseconds is None else f"{milliseconds / 1e3:,.1f}"
-
-
-def seed_table(s: dict[str, Any]) -> str:
-    lines = [
-        row(
-            "seed",
-            "steps",
-            "ms/step",
-            "bpb before quantisation",
-            "**bpb**",
-            "nats per token",
-            "bytes",
-            "training s",
-            "evaluation s",
-        ),
-        "|---" * 9 + "|",
-    ]
-    for seed, r in s["seed_results"].items():
-        pace = r["train_time_ms"] and r["steps"] and f"{r['train_time_ms'] / r['steps']:.2f}"
-        lines.append(
-            row(
-                seed,
-                r["steps"],
-                pace,
-                r["pre_quant_val_bpb"] and f"{r['pre_quant_val_bpb']:.4f}",
-                f"**{r['val_bpb']:.6f}**",
-                f"{r['val_loss']:.6f}",
-                f"{r['artifact_bytes']:,}",
-                seconds(r["train_time_ms"]),
-                seconds(r["eval_time_ms"]),
-            )
-        )
-    spread = f" ± {s['val_bpb_std']:.6f}" if s["val_bpb_std"] is not None else ""
-    return "\n".join(
-        [
-            *lines,
-            row(
-                "mean",
-                "",
-                "",
-                "",
-                f"**{s['val_bpb']:.6f}**{spread}",
-                f"{s['val_loss']:.6f}",
-                f"{s['bytes_total']:,} (largest)",
-                "",
-                "",
-            ),
-        ]
-    )
-
-
-def headline(s: dict[str, Any]) -> str:
-    spread = f" ± {s['val_bpb_std']:.4f}" if s["val_bpb_std"] is not None else ""
-    return (
-        f"**{s['val_bpb']:.4f}{spread} bits per byte** ({s['evidence']['variant']}, {len(s['seeds'])} "
-        f"seed{'s' * (len(s['seeds']) > 1)}, {s['bytes_total']:,} bytes, {s['hardware']}, text of "
-        f"{s['evidence']['val_bytes']:,} bytes)"
-    )
-
-
-def settings(s: dict[str, Any]) -> str:
-    e = s["evidence"]
-    phases = ", ".join(
-        f"{name} {milliseconds / 1e3:.1f}" for name, milliseconds in e["phases_ms"].items()
-    )
-    return "\n".join(
-        [
-            row("what", "value"),
-            "|---|---|",
-            row("preset", f"`{s['technique_summary']}`"),
-            row("parameters", e["model_params"] and f"{e['model_params']:,}"),
-            row("code bytes", f"{s['bytes_code']:,}{' (packed)' if e['code_wrapped'] else ''}"),
-            row("model bytes", s["bytes_model"] and f"{s['bytes_model']:,}"),
-            row("tokens scored", f"{e['val_tokens']:,}"),
-            row("data manifest", f"`{e['data_manifest']}`"),
-            row("seconds by phase (longest of the seeds)", phases),
-            row("left out", e["left_out"] or "nothing"),
-            row("torch, Python", f"{s['pytorch_version']}, {s['python_version']}"),
-        ]
-    )
-
-
-def compliance(s: dict[str, Any]) -> str:
-    rule = dict(
-        artifact_under_16mb="W1",
-        train_under_600s="W2",
-        eval_under_600s="W2",
-        score_first_ttt="C3",
-        no_slot="C14",
-        no_etlb="C15",
-        no_ngram_cache="C6",
-        no_pre_quant_ttt="C9",
-        three_seeds="W6",
-    )
-    shown = {True: "yes", False: "no", None: "unknown"}
-    lines = [row("what", "rule", "holds"), "|---|---|---|"]
-    lines += [row(name, rule[name], shown[value]) for name, value in s["compliance"].items()]
-    lines += [row(f"audit {a['id']}", "", a["status"]) for a in s["evidence"]["audits"]]
-    return "\n".join(lines)
-
-
-def statistics_text(s: dict[str, Any]) -> str:
-    t = s["evidence"]["statistics"]
-    if not t:
-        return "Compared with nothing yet: `python records/tools.py compare BASE THIS`."
-    p = [f"p = {x:.2g}" if x is not None else "p unknown" for x in (t["p_any_gain"], t["p_value"])]
-    return (
-        f"Gain over `{t['baseline']}`: {t['delta_bpb']:+.5f} bits per byte, {t['delta_nats_per_token']:+.5f} nats "
-        f"per token. {t['test']}, n = {t['n'][0]} and {t['n'][1]}: {p[0]} for any gain, {p[1]} for more than "
-        f"{t['margin_nats_per_token']} nats per token."
-    )
-
-
-def tables(s: dict[str, Any], names: list[str]) -> dict[str, str]:
-    """Every generated part of a README."""
-    pictures = [f"![{title}]({name})" for name, title in PICTURES.items() if name in names]
-    return dict(
-        headline=headline(s),
-        pictures="\n\n".join([*pictures, "More: [report.html](report.html)."]),
-        seeds=seed_table(s),
-        settings=settings(s),
-        compliance=compliance(s),
-        statistics=statistics_text(s),
-        setup=f"Runs made on {s['hardware']} with torch {s['pytorch_version']}; "
-        "`pip install -r requirements.txt` first.",
-        files="\n".join(f"- `{n}`" for n in names),
-    )
-
-
-def between_markers(text: str, parts: dict[str, str]) -> str:
-    """A text with each part put between its markers. Raises ValueError when a marker is missing."""
-    for name, part in parts.items():
-        begin, end = f"<!-- generated: {name} -->\n", "<!-- end -->"
-        head, found, rest = text.partition(begin)
-        if not found or end not in rest:
-            raise ValueError(f"no marker for {name}")
-        text = f"{head}{begin}{part}\n{end}{rest.partition(end)[2]}"
-    return text
-
-
-def file_names(folder: Path) -> list[str]:
-    """What a README lists: every file but itself."""
-    return sorted(
-        str(p.relative_to(folder))
-        for p in folder.rglob("*")
-        if p.is_file() and p.name != "README.md"
-    )
-
-
-def refreshed(folder: Path) -> str:
-    """A record's README with its tables as submission.json says now."""
-    s = json.loads((folder / "submission.json").read_text())
-    return between_markers((folder / "README.md").read_text(), tables(s, file_names(folder)))
 
 
 # Putting it together.

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from snapshot import between_markers, row
+from .readme import between_markers, row
 
 EMPTY = "No record folders yet: `python records/tools.py new` makes one from finished runs."
 

@@ -32,12 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import perturb
-from audit import SECONDS, Place, end, environment, result, verdicts
-from folder import read_folder
-from pack import MAX_SOURCE_BYTES, parsed
+from facts.folder import read_folder
+from facts.wrappers import MAX_SOURCE_BYTES, parsed
 
-HOST = Path(__file__).with_name("foreign_host.py")
+from . import text_probes
+from .audit import SECONDS, Place, end, environment, result, verdicts
+
+HOST = Path(__file__).with_name("adapter_process.py")
 MAX_ANSWER = 1 << 26  # characters
 REPEATS = 1e-3  # nats: what two equal evaluations may differ by, and a mean from its losses
 
@@ -126,7 +127,7 @@ class Adapted:
                 )
         return answer["vocab"], answer["length"]
 
-    def look(self, tokens: np.ndarray, digests: bool) -> perturb.Seen:
+    def look(self, tokens: np.ndarray, digests: bool) -> text_probes.Seen:
         """One evaluation, for the probes. Raises Failed."""
         with contextlib.suppress(BrokenPipeError):  # reading will say why
             print(
@@ -162,7 +163,7 @@ class Adapted:
             raise Failed("its answer is not made of pieces (first target, losses, state)") from None
         self.states = self.states or any(marks)
         error = "a loss is no number" if np.isnan(losses[count > 0]).any() else ""
-        return perturb.Seen(losses, count, order, np.zeros(n, int), marks, error)
+        return text_probes.Seen(losses, count, order, np.zeros(n, int), marks, error)
 
 
 def printable(text: str) -> str:
@@ -174,9 +175,9 @@ def probed(adapted: Adapted, other: Adapted) -> Iterator[dict[str, Any]]:
     """Every probe of one adapter, seen in two processes. Raises ValueError and Failed."""
     vocab, length = adapted.sizes()
     other.sizes()
-    text = perturb.probe_text(length, vocab)
-    gap = perturb.moved(adapted.look(text, False).losses, other.look(text, False).losses)
-    found = perturb.audit(adapted.look, text, vocab, cuts=12, positions=2)
+    text = text_probes.probe_text(length, vocab)
+    gap = text_probes.moved(adapted.look(text, False).losses, other.look(text, False).losses)
+    found = text_probes.audit(adapted.look, text, vocab, cuts=12, positions=2)
     floor = max(gap, found["noise_floor"])
     yield result(
         "repeatable",

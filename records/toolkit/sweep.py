@@ -1,15 +1,22 @@
-"""What the studies of this folder have in common: a specification, results that outlive an interruption, a table and a
-plot beside it, and the command line. Used by ablate.py, quantisers.py and gains.py."""
+"""Many runs from one specification: results that outlive an interruption, then a table and a plot beside them.
 
-import argparse
+Used by ablate.py, quantisers.py and scoring_gains.py. Each of them has
+
+    run(spec, results, scratch, share)   append to results.jsonl what is missing of the I-th of N parts
+    known(results)                       read it
+    table(spec, found), plot(spec, found)
+"""
+
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from facts.files import write_atomic
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_gpt.py"
 
@@ -53,36 +60,21 @@ def subplots(*shape: int, **options):
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "study"
+    matplotlib.rcParams["svg.hashsalt"] = "study"  # the figures that are kept were drawn with it
     import matplotlib.pyplot as plt
 
     return plt.subplots(*shape, layout="constrained", **options)
 
 
-def main(about: str, run: Callable, known: Callable, table: Callable, plot: Callable):
-    """Command line of a study: run(spec, results.jsonl, scratch, (i, n)) adds what is missing of the i-th of n shares;
-    known(results.jsonl) reads it; table(spec, known) and plot(spec, known) make text and figure."""
-    parser = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("spec", type=Path)
-    parser.add_argument(
-        "--scratch", type=Path, default=SCRIPT.parent / "runs", help="where run folders go"
-    )
-    parser.add_argument(
-        "--share",
-        default="1/1",
-        metavar="I/N",
-        type=lambda s: tuple(map(int, s.split("/", 1))),
-        help="only the I-th of N equal parts, so that N processes can share the work",
-    )
-    asked = parser.parse_args()
-    spec, results = json.loads(asked.spec.read_text()), asked.spec.with_name("results.jsonl")
-    if asked.what == "run":
-        run(spec, results, asked.scratch, asked.share)
-    found = known(results)
-    text = table(spec, found)
-    asked.spec.with_name("table.md").write_text(text)
-    plot(spec, found).savefig(asked.spec.with_name("plot.svg"), metadata={"Date": None})
-    print(text, end="")
+def perform(kind: ModuleType, spec_file: Path, scratch: Path, share: tuple[int, int] | None) -> str:
+    """Do what is missing of a share of the runs (None: nothing), then write table.md and plot.svg beside the
+    specification. Returns the table."""
+    spec = json.loads(spec_file.read_text(encoding="utf-8"))
+    results = spec_file.with_name("results.jsonl")
+    if share is not None:
+        kind.run(spec, results, scratch, share)
+    found = kind.known(results)
+    text = kind.table(spec, found)
+    write_atomic(spec_file.with_name("table.md"), text)
+    kind.plot(spec, found).savefig(spec_file.with_name("plot.svg"), metadata={"Date": None})
+    return text

@@ -5,7 +5,6 @@ scripts are parsed as text.
 """
 
 import ast
-import json
 import os
 import re
 import stat
@@ -14,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from logs import Log, read_log
-from pack import MAX_SOURCE_BYTES, parsed, unwrapped
+from .files import read_json
+from .logs import Log, read_log
+from .wrappers import MAX_SOURCE_BYTES, parsed, unwrapped
 
 MAX_FILES, MAX_DEPTH, MAX_LOGS = 2000, 4, 40
-MAX_JSON_BYTES = 1 << 20
 NOT_LOGS = re.compile(
     r"requirements.*\.txt|.*readme.*|license.*|vocab.*\.txt|.*\.model\.txt", re.IGNORECASE
 )
@@ -96,30 +95,6 @@ def entries(top: Path, depth: int = 0) -> Iterator[tuple[str, os.DirEntry]]:
                 yield from (
                     (f"{entry.name}/{name}", e) for name, e in entries(Path(entry.path), depth + 1)
                 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a file. Raises ValueError for anything that is not modest, plain JSON."""
-
-    def refuse(text: str):
-        raise ValueError(f"{text} is no JSON")
-
-    def whole_number(text: str) -> int:
-        if len(text) > 30:
-            raise ValueError("a number of more than 30 digits")
-        return int(text)
-
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path.stat().st_size:,} bytes")
-    try:
-        value = json.loads(
-            path.read_text(encoding="utf-8-sig"), parse_constant=refuse, parse_int=whole_number
-        )
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("no object")
-    return value
 
 
 def read_scripts(folder: Folder):

@@ -1,6 +1,6 @@
 """Answer texts with losses: the process in which the adapter of a script of another make runs; nothing here judges.
 
-    python foreign_host.py ADAPTER FUNCTION      in the folder of the script
+    python adapter_process.py ADAPTER FUNCTION      in the folder of the script
 
 First comes a line about the adapter. Then each line of standard input, {"tokens": [...], "digests": bool}, is answered
 with one line: {"pieces": [[first target, [nats, ...], digest of the state], ...], "whole": bool, "mean": nats or null}.

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """What a way of scoring gains on the same trained models, document by document: then a table and a plot.
 
-    python records/toolkit/gains.py run SPEC.json       train each seed once and score what is missing
-    python records/toolkit/gains.py report SPEC.json    write table.md and plot.svg from results.jsonl
+    python records/tools.py gains run SPEC.json       train each seed once and score what is missing
+    python records/tools.py gains report SPEC.json    write table.md and plot.svg from results.jsonl
 
 SPEC.json: {"base": {knob: value}, "seeds": [..], "variants": {name: {"against": name, "knobs": {knob: value}}}}. A run
 of the base leaves one artifact per seed; every variant scores that very file in a process of its own. Gains are taken
@@ -17,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import study
-from compare import document_bootstrap
+from facts.statistics import document_bootstrap
+
+from . import sweep
 
 
 def launch(knobs: dict[str, Any]) -> str:
     """Run the script to its end; returns what it printed. Exits with its message when it failed."""
-    done = study.launch(knobs)
+    done = sweep.launch(knobs)
     if done.returncode:
-        sys.exit(done.stderr.strip() or f"{study.SCRIPT.name} ended with code {done.returncode}")
+        sys.exit(done.stderr.strip() or f"{sweep.SCRIPT.name} ended with code {done.returncode}")
     return done.stdout
 
 
@@ -34,7 +34,7 @@ def trained(spec: dict, seed: int, scratch: Path) -> Path:
     folder = scratch / f"gains-seed{seed}"
     if not (folder / "model.golf").exists():
         launch(
-            study.filled(spec["base"])
+            sweep.filled(spec["base"])
             | dict(SEED=seed, RUNS_DIR=scratch, RUN_ID=folder.name, RESUME="auto", STRICT_ENV=1)
         )
     return folder / "model.golf"
@@ -43,10 +43,10 @@ def trained(spec: dict, seed: int, scratch: Path) -> Path:
 def measure(spec: dict, seed: int, name: str, artifact: Path) -> dict[str, Any]:
     """Score one artifact in one way: bits per byte, seconds, inputs read and nats of each document."""
     data = {
-        k: v for k, v in study.filled(spec["base"]).items() if k in ("DATA_PATH", "TOKENIZER_PATH")
+        k: v for k, v in sweep.filled(spec["base"]).items() if k in ("DATA_PATH", "TOKENIZER_PATH")
     }
     text = launch(data | dict(RUN_MODE="eval", ARTIFACT=artifact) | spec["variants"][name]["knobs"])
-    scored, _, bpb = study.official(text)
+    scored, _, bpb = sweep.official(text)
     cost = re.search(r"^score:\S+ .*forward_tokens:(\d+)", text, re.MULTILINE)
     seconds = re.search(r"^phase:eval start_ms:(\d+) end_ms:(\d+)", text, re.MULTILINE)
     documents = np.load(artifact.with_suffix(f".{scored}.doc_loss.npy"))
@@ -64,7 +64,7 @@ def measure(spec: dict, seed: int, name: str, artifact: Path) -> dict[str, Any]:
 
 def known(path: Path) -> dict[tuple[int, str], dict]:
     """Results by seed and variant."""
-    return {(r["seed"], r["variant"]): r for r in study.read(path)}
+    return {(r["seed"], r["variant"]): r for r in sweep.read(path)}
 
 
 def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
@@ -74,7 +74,7 @@ def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
         for name in spec["variants"]:
             if (seed, name) not in finished:
                 found = measure(spec, seed, name, trained(spec, seed, scratch))
-                study.append(results, found)
+                sweep.append(results, found)
                 print(
                     f"seed {seed} {name}: {found['bpb']:.5f} bpb, {found['seconds']:.0f} s",
                     flush=True,
@@ -129,7 +129,7 @@ def table(spec: dict, results: dict[tuple[int, str], dict]) -> str:
 def plot(spec: dict, results: dict[tuple[int, str], dict]):
     """Gains with their intervals; a dot per seed."""
     found = {name: g for name in reversed(spec["variants"]) if (g := gain(spec, results, name))}
-    figure, axis = study.subplots(figsize=(8, 1 + 0.4 * len(found)))
+    figure, axis = sweep.subplots(figsize=(8, 1 + 0.4 * len(found)))
     for i, g in enumerate(found.values()):
         axis.barh(
             i,
@@ -147,7 +147,3 @@ def plot(spec: dict, results: dict[tuple[int, str], dict]):
         xlabel="gain in bits per byte (right is better)",
     )
     return figure
-
-
-if __name__ == "__main__":
-    study.main(__doc__, run, known, table, plot)
