@@ -43,7 +43,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from timeit import repeat
@@ -3928,26 +3928,71 @@ def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Te
     return sums
 
 
-class InputWatch:
+class StepHook:
+    """What a technique does around a training step beside its part in the forward; by itself, nothing.
+    Knobs reach it through STEP_HOOKS (section 10), so that the training loop names no technique."""
+
+    def before_step(self, ramps: dict[str, float]):
+        """Set what changes during the run; also called with the values at which the model is scored."""
+
+    def after_backward(self, ids: Tensor, targets: Tensor, plan: Plan):
+        """See the rows of one micro-batch, (rows,T) each and never padding, when its gradients are known."""
+
+    def before_update(self):
+        """All micro-batches of this rank have been seen, the weights have not changed. May communicate."""
+
+
+class InputWatch(StepHook):
     """For Newton-Muon: every MUON_REFRESH steps, look at what the matrices read and invert its running mean, damped by
     a fifth of the mean eigenvalue (the paper's damping is not known to us)."""
 
     def __init__(self, model: GPT, optimiser: Optimiser):
         self.model, self.optimiser = model, optimiser
+        self.seen = 0  # tokens of this rank in this step
+        self.sums: dict[nn.Parameter, Tensor] = {}  # of outer products over these tokens
+
+    def due(self) -> bool:
+        """Whether this step looks."""
+        return self.optimiser.hyper.step % self.optimiser.cfg.muon_refresh == 0
+
+    def before_step(self, ramps: dict[str, float]):
+        self.seen = 0
+        self.sums = {}
+
+    def after_backward(self, ids: Tensor, targets: Tensor, plan: Plan):
+        if not self.due():
+            return
+        self.seen += ids.numel()
+        for p, mean in second_moments(self.model, ids, plan).items():
+            total = mean * ids.numel()
+            self.sums[p] = self.sums[p] + total if p in self.sums else total
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor, plan: Plan):
-        o = self.optimiser
-        if o.hyper.step % o.cfg.muon_refresh:
+    def before_update(self):
+        if not self.due():
             return
-        moments = second_moments(self.model, ids, plan)
+        o = self.optimiser
+        seen = o.rt.all_reduce(torch.tensor(float(self.seen), device=o.flat.weights.device))
         for bank in o.flat.banks:
-            fresh = o.rt.all_reduce(torch.stack([moments[p] for p in bank.params]))[bank.mine]
+            width = bank.weights.size(2)
+            none = torch.zeros(width, width, device=bank.weights.device)
+            total = o.rt.all_reduce(torch.stack([self.sums.get(p, none) for p in bank.params]))
+            fresh = (total / seen)[bank.mine]
             k = bank.state.setdefault("inputs", fresh.clone()).lerp_(fresh, 1 - o.cfg.muon_beta2)
-            eye = torch.eye(k.size(-1), device=k.device)
+            eye = torch.eye(width, device=k.device)
             mean = k.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
             k = torch.where(mean > 0, k / mean.clamp(min=1e-30), eye)
             bank.state["inverse"] = torch.linalg.inv(k + 0.2 * eye)
+
+
+class LoopStrength(StepHook):
+    """Lets gated extra passes of a loop grow from nothing. Knob: LOOP_RAMP_STEPS."""
+
+    def __init__(self, model: GPT):
+        self.model = model
+
+    def before_step(self, ramps: dict[str, float]):
+        self.model.loop_strength.fill_(ramps["loop"])
 
 
 class Progress(NamedTuple):
@@ -4642,6 +4687,17 @@ def attach_qat(model: GPT, cfg: QuantConfig) -> dict[nn.Parameter, FakeQuant]:
                 attached[module.weight] = QAT[cfg.qat](rule).to(module.weight.device)
                 module.weight_sites.append(attached[module.weight])
     return attached
+
+
+class QatStrength(StepHook):
+    """Switches all fake quantisers on as the run goes on."""
+
+    def __init__(self, sites: Iterable[FakeQuant]):
+        self.sites = list(sites)
+
+    def before_step(self, ramps: dict[str, float]):
+        for site in self.sites:
+            site.on.fill_(ramps["qat"])
 
 
 def entropy_price(qat: dict[nn.Parameter, FakeQuant], cfg: QuantConfig) -> Tensor:
@@ -6282,7 +6338,7 @@ class Trainer:
     def __init__(self, cfg: Config, rt: Runtime, data: Data, model: GPT, numerics: Numerics):
         self.cfg, self.rt, self.data, self.model, self.numerics = cfg, rt, data, model, numerics
         self.plans, self.plan, self.loss = plans(cfg.model), 0, compiled(model.forward, numerics)
-        self.qat = attach_qat(model, cfg.quant)
+        self.qat = attach_qat(model, cfg.quant)  # for its prices alone
         self.prices = [functools.partial(entropy_price, self.qat, cfg.quant)] * (
             cfg.quant.qat_entropy > 0
         )
@@ -6290,9 +6346,7 @@ class Trainer:
         self.optimiser = Optimiser(
             self.flat, cfg.optim, rt, numerics.dtype, cfg.model.tie_embeddings
         )
-        self.watchers = [InputWatch(model, self.optimiser)] * (
-            input_whitening in self.optimiser.stages
-        )
+        self.hooks = [hook for make in STEP_HOOKS if (hook := make(self)) is not None]
         self.averager = AVERAGERS[cfg.optim.averaging](self.flat.weights, cfg.optim)
         needs_scores = self.averager.needs_scores or cfg.quant.allocation == "loss"
         self.held_out = data.train.hold_out(cfg.optim.held_out_tokens) if needs_scores else None
@@ -6318,38 +6372,44 @@ class Trainer:
         left = max(0.0, min(budget - elapsed, (o.iterations - step) * cost if cost else budget))
         return Progress(step, min(1.0, max(elapsed / budget, step / o.iterations)), left, cost)
 
-    def micro_batches(self, rows: np.ndarray, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(ids, targets), rows cut to `length`, always as many of them; missing ones are padded with targets that give
-        no loss. A pass is never larger than the smallest step's share of a rank."""
-        size = min(
-            -(-self.loader.rows_of(self.cfg.optim.batch_ramp_start) // self.rt.world),
-            max(1, self.cfg.system.micro_batch_tokens // self.cfg.data.train_seq_len),
-        )
-        for lo in range(0, max(1, len(rows)), size):  # a rank without rows joins in all the same
-            part = torch.from_numpy(rows[lo : lo + size].astype(np.int64))
+    def micro_batches(self, rows: np.ndarray, length: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Cut rows (n, T + 1) into passes of equal size, at most MICRO_BATCH_TOKENS each, and these into rows of
+        `length`: (ids, targets, real rows), ids and targets int64 on the device. As few passes as possible, and
+        n / passes rows in each: fewer than one row per pass is padding, whose targets give no loss. A rank without
+        rows has no pass."""
+        limit = max(1, self.cfg.system.micro_batch_tokens // self.cfg.data.train_seq_len)
+        passes = -(-len(rows) // limit)
+        size = -(-len(rows) // max(1, passes))
+        for first in range(0, len(rows), max(1, size)):
+            part = torch.from_numpy(rows[first : first + size].astype(np.int64))
             ids = torch.zeros(size, part.size(1) - 1, dtype=torch.int64)
             targets = torch.full_like(ids, -100)
-            ids[: len(part)], targets[: len(part)] = part[:, :-1], part[:, 1:]
-            yield tuple(
-                x.view(-1, length).to(self.rt.device, non_blocking=True) for x in (ids, targets)
+            ids[: len(part)] = part[:, :-1]
+            targets[: len(part)] = part[:, 1:]
+            real = len(part) * (ids.size(1) // length)
+            yield (
+                ids.view(-1, length).to(self.rt.device, non_blocking=True),
+                targets.view(-1, length).to(self.rt.device, non_blocking=True),
+                real,
             )
 
     def step(self, rows: np.ndarray, ramps: dict[str, float]) -> Tensor:
         """One optimiser update from this rank's rows; returns the mean loss of the whole batch (0-D, on the device)."""
-        for site in self.qat.values():
-            site.on.fill_(ramps["qat"])
-        self.model.loop_strength.fill_(ramps["loop"])
+        for hook in self.hooks:
+            hook.before_step(ramps)
         self.plan = int(ramps["plan"])
         self.flat.gradients.zero_()
         share = 1 / (self.loader.rows_of(ramps["batch"]) * self.cfg.data.train_seq_len)
-        for ids, targets in self.micro_batches(rows, int(ramps["row"])):
+        for ids, targets, real in self.micro_batches(rows, int(ramps["row"])):
             objective, nats = self.loss(ids, targets, self.plans[self.plan])
             (objective * share).backward()
             self.flat.rest[-1] += nats * share
+            for hook in self.hooks:
+                hook.after_backward(ids[:real], targets[:real], self.plans[self.plan])
         for price in self.prices:
             (price() * (ramps["qat"] > 0) / self.rt.world).backward()
-        for watch in self.watchers:
-            watch(ids, self.plans[self.plan])
+        for hook in self.hooks:
+            hook.before_update()
         self.optimiser.step(ramps)
         if self.plan < len(self.plans) - 1:
             self.model.tie_repeats()
@@ -6375,11 +6435,15 @@ class Trainer:
     def observe_inputs(self, tokens: int) -> Hessians:
         """Second moments of what each matrix reads, over at least so many tokens of all ranks. A tied embedding is read
         twice, by the head and row by row as input: all inputs alike are added to what the head reads."""
-        seen, sums = 0, collections.Counter()
+        none = torch.zeros(0, self.loader.seq, dtype=torch.int64, device=self.rt.device)
+        seen = 0
+        sums = second_moments(
+            self.model, none, self.plans[self.plan]
+        )  # zeros, on a rank without rows too
         while seen < tokens:
             rows = CALIBRATIONS[self.cfg.quant.calibration](self, seen, tokens - seen)
-            for ids, targets in self.micro_batches(rows, self.loader.seq):
-                ids = ids[targets[:, 0] >= 0]
+            for ids, _, real in self.micro_batches(rows, self.loader.seq):
+                ids = ids[:real]
                 for p, moment in second_moments(self.model, ids, self.plans[self.plan]).items():
                     sums[p] = sums[p] + moment * ids.numel()
             seen += (
@@ -6419,7 +6483,7 @@ class Trainer:
         )
         starts = np.arange(self.rt.rank, rows, self.rt.world)[:, None] * length
         total = torch.zeros((), dtype=torch.float64)
-        for ids, targets in self.micro_batches(
+        for ids, targets, _ in self.micro_batches(
             self.held_out[starts + np.arange(length + 1)], length
         ):
             total += self.loss(ids, targets, self.plans[self.plan])[1].cpu()
@@ -6542,11 +6606,14 @@ class Trainer:
                 f"train_time:{elapsed * 1e3:.0f}ms step_avg:{average:.2f}ms tok/s:{speed:.0f} left:{left:.0f}s"
             )
 
+    def rest_hooks(self):
+        """Let the model be what the artifact will be: no fake quantisation, loops at full strength."""
+        for hook in self.hooks:
+            hook.before_step(full_speed(self.cfg) | dict(qat=0.0))
+
     def validate(self, elapsed: float):
         """The competition's validation line: chunked score of the live weights without fake quantisation."""
-        for site in self.qat.values():
-            site.on.zero_()
-        self.model.loop_strength.fill_(1.0)  # as the artifact will be scored
+        self.rest_hooks()
         numerics = self.numerics._replace(
             compile=self.numerics.compile and self.rt.device.type == "cuda"
         )
@@ -6628,8 +6695,7 @@ class Trainer:
     def observe(self):
         """See what the quantiser asks for; what reads training text does so before the training clock stops."""
         q = self.cfg.quant
-        for site in self.qat.values():
-            site.on.zero_()
+        self.rest_hooks()
         with self.clock.paused() if q.calibration == "self" else contextlib.nullcontext():
             self.hessians = self.observe_inputs(q.calibration_tokens * q.sees_inputs)
         self.harms = HARMS[q.allocation](self)
@@ -6724,6 +6790,12 @@ def written_rows(trainer: Trainer, seen: int, wanted: int) -> np.ndarray:
     return ids.cpu().numpy().astype(np.uint16)
 
 
+# What hooks into each step: made once from a trainer, None when its technique is off
+STEP_HOOKS: tuple[Callable[[Trainer], StepHook | None], ...] = (
+    lambda t: QatStrength(t.qat.values()) if t.qat else None,
+    lambda t: LoopStrength(t.model) if t.cfg.model.loop_ramp_steps else None,
+    lambda t: InputWatch(t.model, t.optimiser) if input_whitening in t.optimiser.stages else None,
+)
 CALIBRATIONS: dict[str, Callable[[Trainer, int, int], np.ndarray]] = {
     "train": lambda trainer, seen, wanted: trainer.loader.next(trainer.rt.rank, trainer.rt.world),
     "self": written_rows,

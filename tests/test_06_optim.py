@@ -450,7 +450,8 @@ def test_newton_muon_whitens_by_what_each_matrix_reads():
         assert distance(k, z.T @ z / ids.numel()) < 1e-5 if p in inputs else not k.any()
     assert not any(m._forward_pre_hooks for m in model.modules()), "no hook stays"
     watch = tg.InputWatch(model, optimiser)
-    watch(ids, plan)
+    watch.after_backward(ids, ids, plan)
+    watch.before_update()
     for bank in flat.banks:
         for p, inverse in zip(bank.params, bank.state["inverse"]):
             k = moments[p].double() / moments[p].trace() * p.size(1)
@@ -463,7 +464,9 @@ def test_newton_muon_whitens_by_what_each_matrix_reads():
     before = [bank.state["inverse"].clone() for bank in flat.banks]
     for step in range(1, 11):  # refreshed every tenth step
         optimiser.hyper.step = step
-        watch(random_batch(cfg, 4, 32, seed=step)[0], plan)
+        watch.before_step({})
+        watch.after_backward(*random_batch(cfg, 4, 32, seed=step), plan)
+        watch.before_update()
         same = [torch.equal(a, bank.state["inverse"]) for a, bank in zip(before, flat.banks)]
         assert all(same) if step < 10 else not any(same)
 
@@ -752,7 +755,9 @@ def test_a_step_of_every_variant_moves_all_weights_and_lowers_the_loss(kind):
         loss = model(ids, targets, plan)[0] / ids.numel()
         loss.backward()
         for watch in watchers:
-            watch(ids, plan)
+            watch.before_step({})
+            watch.after_backward(ids, targets, plan)
+            watch.before_update()
         optimiser.step(ramps())
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -165,6 +166,52 @@ def test_a_step_does_not_depend_on_the_micro_batch(tokens, toy):
     assert watch(parts, float) == pytest.approx(want, rel=1e-5)
     moved = (whole.flat.weights - make_trainer(toy).flat.weights).norm()
     assert (whole.flat.weights - parts.flat.weights).norm() < 1e-3 * moved
+
+
+def passes_of(preset: str, world: int, rows: int, held_out: int) -> tuple[int, int]:
+    """Tokens that all ranks compute in a step of so many rows and in one look at the held-out text; a rank's pass is
+    checked to be no larger than MICRO_BATCH_TOKENS, or one row."""
+    cfg = train_gpt.load({"PRESET": preset, "DEVICE": "cpu", "ALLOW_NONCOMPLIANT": "1"})
+    seq, shapes, computed = cfg.data.train_seq_len, set(), [0, 0]
+    for rank in range(world):
+        rt = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
+        rt.all_reduce = lambda x: x
+        trainer = SimpleNamespace(cfg=cfg, rt=rt, plans=[()], plan=0, limit=None)
+        trainer.micro_batches = partial(train_gpt.Trainer.micro_batches, trainer)
+        trainer.held_out = np.zeros(held_out, np.uint16)
+
+        def loss(ids, targets, plan):
+            computed[1] += ids.numel()
+            return None, (targets >= 0).sum()
+
+        trainer.loss = loss
+        mine = np.zeros((len(range(rank, rows, world)), seq + 1), np.uint16)
+        for ids, targets, real in trainer.micro_batches(mine, seq):
+            computed[0] += ids.numel()
+            shapes.add((rank, ids.shape))
+            assert ids.numel() <= max(seq, cfg.system.micro_batch_tokens)
+            assert int((targets >= 0).sum()) == real * seq
+        train_gpt.Trainer.held_out_loss(trainer)
+    assert len(shapes) <= world, "one shape for each rank, so that nothing compiles again"
+    return tuple(computed)
+
+
+@pytest.mark.parametrize("preset", [n for n in train_gpt.PRESETS if n not in ("cpu", "tiny")])
+def test_hardly_anything_that_is_computed_is_padding(preset):
+    """Finding M2: on eight ranks 48 rows were computed as 2 x 32, and 4 held-out rows were padded to 32."""
+    cfg = train_gpt.load({"PRESET": preset, "DEVICE": "cpu", "ALLOW_NONCOMPLIANT": "1"})
+    seq, rows = cfg.data.train_seq_len, cfg.data.train_batch_tokens // cfg.data.train_seq_len
+    wasted = []
+    for world in (1, 2, 4, 8):
+        for held in (cfg.optim.held_out_tokens, 4 * seq + 1):
+            want = rows * seq, (held - 1) // seq * seq
+            got = passes_of(preset, world, rows, held)
+            wasted += [
+                (preset, world, name, a / b)
+                for name, a, b in zip(("step", "held out"), got, want)
+                if a > 1.02 * b or a < b
+            ]
+    assert not wasted
 
 
 # ---- crashes
