@@ -1346,6 +1346,219 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
     ),
 ]
 SPECIAL_ENV = ("PRESET",)  # read by load() itself, not a field
+# Variables of published scripts: name, our knob, values; after a colon, why not. Without values they are the same.
+# `a=b` reads their a as our b; `a=b>c` only turns our b into c; `*x` multiplies by x, `*` multiplies what we have.
+# A dash for the knob: no counterpart, but the values listed (`any`: all of them) are what happens here anyway, and so
+# is every value beside `X?`, another variable that is set too.
+PUBLISHED = """
+CASEOPS_ENABLED caseops
+COMPILE compile 0=off 1=on
+COMPILE_MODEL compile 0=off 1=on
+USE_COMPILE compile 0=off 1=on
+DATA_DIR - DATA_PATH? : set DATA_PATH
+DATASETS_DIR - : set DATA_PATH
+TRAIN_FILES - : set DATA_PATH
+VAL_FILES - : set DATA_PATH
+ARTIFACT_DIR - : set RUNS_DIR and RUN_ID
+CHECKPOINT_DIR - : set RUNS_DIR and RUN_ID
+MODEL_SAVE_PATH - : set RUNS_DIR and RUN_ID
+RESUME_FROM - : set RUN_ID and RESUME=auto
+GRAD_ACCUM_STEPS - : passes follow from MICRO_BATCH_TOKENS
+VAL_BATCH_SIZE - any
+VAL_BATCH_TOKENS - any
+EVAL_BATCH_SEQS - any
+SW_EVAL_BATCH - any
+VAL_DOC_FRACTION - 1 : the whole text is scored
+VAL_MAX_TOKENS - 0 : the whole text is scored
+EVAL_INCLUDE_TAIL - 1 : the tail is scored
+EVAL_TEMP - 1
+EMBEDDING_DIM model_dim
+MLP_HIDDEN - 0 : set MLP_MULT
+NEGATIVE_SLOPE leaky_slope
+SKIP_GATES_ENABLED skips 1=gated 0=gated>unet
+PARALLEL_RESIDUAL parallel 0=none 1=none>A
+PARALLEL_RESIDUAL_START parallel_start
+PARALLEL_START_LAYER parallel_start
+PARALLEL_FINAL_LANE - mean
+RECUR_LAYERS - : set NUM_LOOPS, LOOP_START and LOOP_END
+RECUR_START_STEP loop_at_step
+LOOP_PHASE2_AT loop_rest_at
+UNTIE_LOOP_MLPS - 0
+REPEAT_UNTIE_MLP - none
+DISABLE_LAYER0_ATTN - 0
+DTG_ENABLED - 0
+CANON_AC_LAYERS -
+DEPTH_LORA_RANK - 0
+SMEAR_GATE smear_gate 0=none 1=B
+USE_SMEARGATE smear_gate 0=none 1=B
+SMEAR_GATE_ENABLED smear_gate 0=none 1=D
+SMEAR_GATE_BOS_FIX smear_gate 0=D>C 1=C>D
+SMEAR_GATE_WIDTH - 12
+GATE_WINDOW - 12
+GATE_WIDTH - 12
+SPARSE_ATTN_GATE_ENABLED output_gate 1=sparse 0=sparse>none
+SPARSE_ATTN_GATE_SCALE output_gate_scale
+SPARSE_ATTN_GATE_INIT_STD - 0
+GATED_ATTN_ENABLED output_gate 1=dense 0=dense>none
+GATED_ATTN_INIT_STD - 0.005
+GATED_ATTN_QUANT_GATE - 0 : gates are stored as fp16
+GATED_ATTENTION output_gate 1=bias 0=bias>none
+ATTN_OUT_GATE_ENABLED output_gate 1=out 0=out>none
+GATE_ATTN_OUT output_gate 1=out 0=out>none
+ATTN_OUT_GATE_SRC - proj
+GATE_ATTN_SRC - proj
+GATED_XSA - 0 : XSA has no gate
+ROPE_TRAIN_SEQ_LEN rope_train_len
+ROPE_YARN rope_scaling 0=ntk>none 1=ntk
+EVAL_NTK_ALPHA - 0
+BIGRAM_VOCAB_SIZE bigram_buckets
+BIGRAM_HASH_BUCKETS bigram_buckets
+BIGRAM_HASH_DIM bigram_dim
+USE_BIGRAM_HASH bigram_buckets 1=0>4096 0=0
+TRIGRAM - 0
+VE_ENABLED value_embed_last_n 1=0>2 0=0
+VE_DIM value_embed_dim
+VE_LAYERS value_embed_last_n 9,10=2 : set VALUE_EMBED_LAST_N
+VALUE_RESIDUAL value_residual 0=none 1=mix
+USE_ORTHO_INIT init 1=orthogonal 0=default
+FUSED_CE_ENABLED softcap 1=shifted 0=tanh
+ASYM_LOGIT_RESCALE - 0 : the two caps are never trained where they were published
+ASYMMETRIC_LOGIT - 0 : the two caps are never trained where they were published
+MTP_NUM_HEADS objective 0=mtp>ce : set OBJECTIVE=mtp and MTP_HEADS
+MTP_LOSS_WEIGHT mtp_weight
+TRAIN_SEQ_SCHEDULE - : SEQ_RAMP_START doubles the length of rows
+TRAIN_SEQ_SCHEDULE_MODE - : SEQ_RAMP_FRAC counts as the learning rate does
+SEQ_CHANGE_WARMUP_STEPS - 0
+MUON_BACKEND_STEPS muon_steps
+MUON_ROW_NORMALIZE muon 1=muon>muoneq_r 1=muon_polar>muoneq_r_polar 0=muoneq_r>muon 0=muoneq_r_polar>muon_polar
+MUON_EQ_R muon 1=muon>muoneq_r 1=muon_polar>muoneq_r_polar 0=muoneq_r>muon 0=muoneq_r_polar>muon_polar
+POLAR_EXPRESS muon 1=muon>muon_polar 1=muoneq_r>muoneq_r_polar 0=muon_polar>muon 0=muoneq_r_polar>muoneq_r
+USE_POLAR_EXPRESS muon 1=muon>muon_polar 1=muoneq_r>muoneq_r_polar 0=muon_polar>muon 0=muoneq_r_polar>muoneq_r
+MUON_WEIGHT_DECAY muon_wd
+ADAM_WEIGHT_DECAY adam_wd
+CAUTIOUS_WD - 0
+WD_TAPER_START_FRAC wd_taper_at
+WD_TAPER_FINAL_MULT wd_taper_to
+BLOCK_LARS_TRUST - 0
+GPTQ_RESERVE_SECONDS reserve_seconds
+GPTQ_RESERVE_MS reserve_seconds *0.001
+SWA_ENABLED averaging 1=none>swa 0=swa>none
+SWA_START_FRAC swa_start
+EMA_ENABLED averaging 1=ema 0=ema>none
+LAWA_ENABLED - 0
+QAT qat 0=none 1=ste
+QAT_ENABLED qat 0=none 1=none>ste
+QAT_FRACTION qat_start_frac
+LATE_QAT_THRESHOLD - 0 : set QAT=ste and QAT_START_FRAC, a part of the run
+LATE_QAT - 0 : set QAT=ste and QAT_START_FRAC, a part of the run
+QUANT_BITS matrix_bits
+QUANT_BITS_MLP mlp_bits
+QUANT_BITS_EMBED embed_bits
+FP16_EMBED_EXPORT embed_bits 1=16 0=16>8
+INT4_LAYERS -
+INT5_LAYERS -
+INT6_LAYERS -
+LOOP_LAYER_BITS - 0
+LOOP_LAYER_CLIP_SIGMAS - 0
+ATTN_CLIP_SIGMAS matrix_clip_sigmas
+GPTQ_CLIP_SIGMAS matrix_clip_sigmas
+GPTQ_EMBED_CLIP_SIGMAS embed_clip_sigmas
+HESSIAN_CLIP_LAMBDA - 0
+GPTQ_ENABLED rounding 1=gptq 0=gptq>nearest
+USE_GPTQ rounding 1=gptq 0=gptq>nearest
+GPTQ_LITE clip 1=search 0=search>quantile
+GPTQ_CALIBRATION_BATCHES calibration_tokens *98304
+GPTQ_CALIB_BATCHES calibration_tokens *98304
+GPTQ_CALIB_SAMPLES calibration_tokens *2048
+GPTQ_NUM_SEQS calibration_tokens *2048
+GPTQ_AR_SELFGEN calibration 1=self 0=train
+GPTQ_GEN_TEMP - 0.8
+GPTQ_TEMPERATURE - 0.8
+GPTQ_BLOCK_SIZE - any
+GPTQ_BATCH_SIZE - any
+GPTQ_DAMP - 0.01
+GPTQ_ALL_REDUCE - 1
+PRUNE_RATIO prune_share
+LQER_ENABLED lqer_rank 1=0>4 0=0
+LQER_TOP_K lqer_top
+LQER_FACTOR_BITS - 4
+LQER_ASYM_ENABLED - 0 : both factors have 4 bits here
+LQER_ASYM_GROUP - : both factors have 4 bits and a step per row here
+LQER_GROUP_SIZE - any
+AWQ_LITE_ENABLED - 0
+AWQ_LITE_BITS - : AWQ-lite is not built
+AWQ_LITE_GROUP_TOP_K - : AWQ-lite is not built
+AWQ_LITE_GROUP_SIZE - : AWQ-lite is not built
+COMPRESSOR codec brotli=brotli_shuffle lzma=lzma zlib=zlib zstd=zstd pergroup=rans
+USE_BROTLI codec 1=brotli_shuffle 0=brotli_shuffle>zlib
+USE_LZMA codec 1=lzma 0=lzma>zlib
+USE_ZSTD codec 1=zstd 0=zstd>zlib
+ZSTD_LEVEL - 22
+TARGET_MB - : set ARTIFACT_BUDGET_BYTES and FIT_BUDGET
+SLIDING_WINDOW_ENABLED eval 1=chunked>sliding 0=sliding>chunked
+TTT_ENABLED ttt 0=none 1=none>sgd
+PHASED_TTT_ENABLED ttt 1=phased 0=phased>lora
+PHASED_TTT_PREFIX_DOCS ttt_phase_docs
+PHASED_TTT_NUM_PHASES ttt_phases
+TTT_ONLY_EVAL - 0 : set RUN_MODE=eval and ARTIFACT
+TTT_EVAL_ONLY - 0 : set RUN_MODE=eval and ARTIFACT
+EVAL_ONLY_PATH - : set RUN_MODE=eval and ARTIFACT
+TTT_EVAL_SEQ_LEN eval_seq_len
+TTT_EVAL_BATCHES -
+TTT_CHUNK_SIZE ttt_lora_chunk
+TTT_BATCH_SIZE ttt_lora_docs
+TTT_BATCH_SEQS - 32
+TTT_GRAD_STEPS - 1
+TTT_GRAD_CLIP - 1
+TTT_UPDATE_EVERY - 1
+TTT_FREEZE_BLOCKS - 0 : all weights learn
+TTT_OPTIMIZER - adam sgd
+TTT_BETA1 - 0
+TTT_BETA2 ttt_lora_beta2
+TTT_WEIGHT_DECAY ttt_lora_wd
+TTT_LOCAL_LR_MULT ttt_lora_lr *
+TTT_LORA_EMA_DECAY - 0
+TTT_WARM_START_A ttt_warm_a
+TTT_MASK - all none : every site has an adapter
+TTT_Q_LORA - 1 : every site has an adapter
+TTT_K_LORA - 1 : every site has an adapter
+TTT_V_LORA - 1 : every site has an adapter
+TTT_O_LORA - 1 : every site has an adapter
+TTT_MLP_LORA - 1 : every site has an adapter
+TTT_SHORT_SCORE_FIRST_ENABLED - 0 : documents of any length have TTT_LORA_CHUNK
+TTT_SHORT_DOC_LEN - : documents of any length have TTT_LORA_CHUNK
+TTT_SHORT_CHUNK_SIZE - : documents of any length have TTT_LORA_CHUNK
+TTT_SHORT_SCORE_FIRST_STEPS - : documents of any length have TTT_LORA_CHUNK
+GLOBAL_TTT_LR ttt_lr
+GLOBAL_TTT_MOMENTUM ttt_momentum
+GLOBAL_TTT_EPOCHS ttt_epochs
+GLOBAL_TTT_CHUNK_TOKENS ttt_chunk_tokens
+GLOBAL_TTT_BATCH_SEQS - 32
+GLOBAL_TTT_WARMUP_START_LR - 0
+GLOBAL_TTT_WARMUP_CHUNKS - 0
+GLOBAL_TTT_GRAD_CLIP - 1
+GLOBAL_TTT_RESPECT_DOC_BOUNDARIES - 1
+PREQUANT_TTT_ENABLED ttt 1=prequant 0=prequant>none
+PREQUANT_TTT_LR prequant_lr
+PREQUANT_TTT_EPOCHS prequant_epochs
+PREQUANT_TTT_BATCH_SEQS prequant_rows
+PREQUANT_TTT_FREEZE_BLOCKS - 0 : all weights learn
+PREQUANT_TTT_GRAD_CLIP - 1
+PREQUANT_TTT_COSINE_DECAY - 1
+PREQUANT_ONLY - 0
+SLOT_ENABLED - 0 : it learns from what it then scores, which is not admissible
+ETLB_ENABLED - 0
+NGRAM_TILT_ENABLED - 0
+NGRAM_HINT_PRECOMPUTE_OUTSIDE - 0
+TOKEN_ORDER - : NGRAM_TILT is not built
+TOKEN_THRESHOLD - : NGRAM_TILT is not built
+TOKEN_BOOST - 0 : NGRAM_TILT is not built
+WITHIN_TAU - any
+WITHIN_BOOST - 0 : not admissible
+WORD_TAU - any
+WORD_BOOST - 0 : not admissible
+AGREE_ADD_BOOST - 0 : not admissible
+"""
 ALIASES = {  # names that people type out of habit
     "LR": "MATRIX_LR",
     "LEARNING_RATE": "MATRIX_LR",
@@ -1360,6 +1573,11 @@ ALIASES = {  # names that people type out of habit
     "WEIGHT_DECAY": "MUON_WD",
     "GRAD_CLIP": "GRAD_CLIP_NORM",
 }
+# What launchers, schedulers and libraries set, although it begins like a knob of ours.
+NOT_OURS = set(
+    "GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE "
+    "RANK MAX_JOBS USE_FLASH_ATTENTION".split()
+)
 
 
 def pick_device(env: dict[str, str]) -> str:
@@ -1401,45 +1619,147 @@ def allowed(f) -> str:
     return f"{f.metadata['lo']:,} to {f.metadata['hi']:,}".replace(",", " ")
 
 
+def published_rules() -> dict[str, tuple[str, list[str], str]]:
+    """PUBLISHED as {variable: (our knob or a dash, values, why not)}."""
+    rules = {}
+    for line in PUBLISHED.strip().splitlines():
+        entry, _, why = line.partition(" :")
+        name, knob, *pairs = entry.split()
+        rules[name] = knob, pairs, why
+    return rules
+
+
+def same_text(a: str, b: str) -> bool:
+    """Whether two texts are equal, as numbers if both are."""
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return a == b
+
+
+def read_published(text: str, knob: str, pairs: list[str], values: dict[str, Any]) -> str | None:
+    """What a knob becomes when a published variable has this text, given all values so far; None = it stays.
+    Raises LookupError when no pair of its line in PUBLISHED has the value."""
+    if knob == "-":
+        if pairs == ["any"] or not text or any(same_text(text, pair) for pair in pairs):
+            return None
+        raise LookupError
+    if not pairs:
+        return text
+    if pairs[0].startswith("*"):
+        factor = float(pairs[0][1:] or values[knob])
+        number = float(text) * factor
+        return str(round(number) if type(values[knob]) is int else number)
+    meant = [pair.partition("=")[2] for pair in pairs if same_text(text, pair.partition("=")[0])]
+    for change in meant:
+        was, turn, becomes = change.rpartition(">")
+        if not turn or was == str(values[knob]):
+            return becomes
+    if not meant:
+        raise LookupError
+    return None
+
+
+def translate(
+    env: dict[str, str], values: dict[str, Any] | None = None
+) -> tuple[dict[str, str], list[str], dict[str, str]]:
+    """Variables of published scripts in our words, given all values so far (the defaults).
+    Returns {OUR_NAME: text}, a line for each that cannot be honoured, and {OUR_NAME: THEIR_NAME}."""
+    values = values or {name: f.default for name, (_, f) in KNOBS.items()}
+    ours, notes, heard = {}, [], {}
+    for name, (knob, pairs, why) in published_rules().items():
+        text, own = env.get(name), name.lower() == knob
+        if text is None or own and not any(text == pair.partition("=")[0] for pair in pairs):
+            continue
+        try:
+            read = read_published(text, knob, pairs, values)
+        except (LookupError, ValueError):
+            if not any(pair[:-1] in env for pair in pairs if pair.endswith("?")):
+                reason = f":{why}" if why else ""
+                notes.append(f"{name}={text} has no counterpart and was ignored{reason}")
+            continue
+        if read is None:
+            continue
+        said = env.get(knob.upper(), read)
+        if not own and pairs != ["*"] and not same_text(said, read):
+            notes.append(f"{knob.upper()}={said} gives way to {name}={text}")
+        ours[knob.upper()], heard[knob.upper()] = read, name
+        with contextlib.suppress(UserError):  # whoever uses the text says what is wrong with it
+            values = values | {knob: parse_knob(knob, read)}
+    return ours, notes, heard
+
+
+def preset_values(preset: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """All values and where each comes from, before anybody's wishes. Raises UserError for an unknown preset."""
+    values = {name: f.default for name, (_, f) in KNOBS.items()}
+    origins = dict.fromkeys(values, "default")
+    for part in preset.split("+"):
+        if part not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise UserError(
+                f"PRESET={preset}: unknown preset {part!r}; want one of {known}, joined by +"
+            )
+        for name, value in PRESETS[part].items():
+            values[name] = value(values) if callable(value) else value
+            origins[name] = part
+    return values, origins
+
+
+def set_knobs(values: dict, origins: dict, texts: dict[str, str], origin: str) -> dict[str, str]:
+    """Parse {knob: text} into values and origins; returns {knob: error} for what cannot be parsed."""
+    errors = {}
+    for name, text in texts.items():
+        try:
+            values[name], origins[name] = parse_knob(name, text), origin
+        except UserError as error:
+            errors[name] = str(error)
+    return errors
+
+
+def broken_rules(values: dict[str, Any], wrong: Iterable[str]) -> list[str]:
+    """The messages of all RULES that the values break, but for those that name a knob that is wrong already."""
+    shown = values | dict(codecs=", ".join(available_packings()))
+    broken = [message.format(**shown) for rule, message in RULES if rule(values)]
+    return [text for text in broken if not any(f"{name.upper()}=" in text for name in wrong)]
+
+
 def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
     """Resolve default < preset < stored (an artifact's own values) < environment; what made its score is final.
     Raises UserError that lists every bad knob, rule and, under STRICT_ENV=1, every warning at once. Before an
     artifact is read (RUN_MODE=eval, nothing stored) the rules wait for its values."""
-    preset = env.get("PRESET") or DEFAULT_PRESET[pick_device(env)]
-    values = {name: f.default for name, (_, f) in KNOBS.items()}
-    origins, errors, wrong = dict.fromkeys(values, "default"), [], []
-    for part in preset.split("+"):
-        if part not in PRESETS:
-            errors.append(
-                f"PRESET={preset}: unknown preset {part!r}; want one of {', '.join(PRESETS)}, joined by +"
-            )
-        for name, value in PRESETS.get(part, {}).items():
-            values[name], origins[name] = value(values) if callable(value) else value, part
-    for name, value in (stored or {}).items():
-        values[name], origins[name] = parse_knob(name, str(value)), "artifact"
+    preset, errors = env.get("PRESET") or DEFAULT_PRESET[pick_device(env)], []
+    try:
+        values, origins = preset_values(preset)
+    except UserError as error:
+        errors.append(str(error))
+        values, origins = preset_values("baseline")
+    set_knobs(
+        values, origins, {name: str(value) for name, value in (stored or {}).items()}, "artifact"
+    )
     # The environment may change how an artifact is scored and its budget, nothing else that it stores.
     final = {name for name in stored or {} if KNOBS[name][0] != "eval"} - {"artifact_budget_bytes"}
-    for name in values:
-        if (text := env.get(name.upper())) is not None and name not in final:
-            try:
-                values[name], origins[name] = parse_knob(name, text), "environment"
-            except ValueError as error:
-                errors.append(str(error))
-                wrong.append(f"{name.upper()}=")
+    own = {name: env[name.upper()] for name in values if name.upper() in env}
+    free = {name: text for name, text in own.items() if name not in final}
+    wrong = set_knobs(values, origins, free, "environment")
+    theirs, notes, heard = translate(env, values)
+    free = {name.lower(): text for name, text in theirs.items() if name.lower() not in final}
+    wrong = {k: v for k, v in wrong.items() if k not in free}
+    wrong |= set_knobs(values, origins, free, "environment")
+    errors += [
+        f"{heard[name.upper()]}: {text}" if name.upper() in heard else text
+        for name, text in wrong.items()
+    ]
     if values["run_mode"] == "eval" and not values["artifact"]:
         errors.append("RUN_MODE=eval needs ARTIFACT=<path of a .golf file>")
     if values["run_mode"] != "eval" or stored:
-        shown = values | dict(codecs=", ".join(available_packings()))
-        broken_rules = [message.format(**shown) for broken, message in RULES if broken(values)]
-        errors += [
-            message for message in broken_rules if not any(name in message for name in wrong)
+        errors += broken_rules(values, wrong)
+    notes += misspelt(env) + ineffective(values, origins, heard)
+    if values["run_mode"] == "eval":
+        notes += [
+            f"{name.upper()} has no effect: the artifact's own {name.upper()}={values[name]} is scored"
+            for name in values
+            if name in final and (name.upper() in env or name.upper() in theirs)
         ]
-    notes = misspelt(env) + ineffective(values, origins)
-    notes += [
-        f"{name.upper()} has no effect: the artifact's own {name.upper()}={values[name]} is scored"
-        for name in values
-        if values["run_mode"] == "eval" and name in final and name.upper() in env
-    ]
     if values["strict_env"]:
         errors += notes
     if errors:
@@ -1448,35 +1768,31 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
     return Config(**parts, preset=preset, origins=origins, notes=tuple(notes))
 
 
+def families(names: Iterable[str]) -> set[str]:
+    """First words that at least two names share, such as TTT."""
+    first = collections.Counter(name.split("_")[0] for name in names if "_" in name)
+    return {word for word, count in first.items() if count > 1}
+
+
 def misspelt(env: dict[str, str]) -> list[str]:
     """A warning for each environment variable that looks like a knob but is none."""
+    published = published_rules()
     known = [n.upper() for n in KNOBS] + list(SPECIAL_ENV)
-    torchrun = {
-        "GROUP_RANK",
-        "GROUP_WORLD_SIZE",
-        "ROLE_RANK",
-        "ROLE_NAME",
-        "ROLE_WORLD_SIZE",
-        "LOCAL_RANK",
-        "RANK",
-    }
+    ours = families([*known, *published])
     notes = []
-    for name in sorted(set(env) - set(known) - torchrun):
-        near = (
-            [ALIASES[name]]
-            if name in ALIASES
-            else difflib.get_close_matches(name.upper(), known, 1, 0.84)
-        )
-        family = name.startswith(
-            ("MUON_", "EVAL_", "QAT_", "TRAIN_", "BIGRAM_", "EMA_", "ADAM_", "WARMDOWN_", "TTT_")
-        )
-        if near or family:
+    for name in sorted(set(env) - set(known) - set(published) - NOT_OURS):
+        near = difflib.get_close_matches(name.upper(), known, 1, 0.84)
+        if name in ALIASES:
+            near = [ALIASES[name]]
+        if near or name.split("_")[0] in ours:
             hint = f"; did you mean {near[0]}?" if near else "; see --help"
             notes.append(f"{name} is not a knob and was ignored{hint}")
     return notes
 
 
-def ineffective(values: dict[str, Any], origins: dict[str, str]) -> list[str]:
+def ineffective(
+    values: dict[str, Any], origins: dict[str, str], heard: dict[str, str]
+) -> list[str]:
     """A warning for each knob of the environment that the rest of the configuration makes meaningless."""
     notes = []
     for name, (_, f) in KNOBS.items():
@@ -1485,7 +1801,8 @@ def ineffective(values: dict[str, Any], origins: dict[str, str]) -> list[str]:
             if not OPERATORS[op](
                 values[other], want.split(",") if op == "in" else parse_knob(other, want)
             ):
-                notes.append(f"{name.upper()} has no effect unless {other.upper()} {op} {want}")
+                said = heard.get(name.upper(), name.upper())
+                notes.append(f"{said} has no effect unless {other.upper()} {op} {want}")
     return notes
 
 
