@@ -606,8 +606,8 @@ class QuantConfig:
     rounding: str = knob(
         "nearest",
         "levels: each the nearest; each making up for the errors before it, as seen by the "
-        "matrix's inputs; the same with steps by column; also by the best path of a trellis; -1, 0, 1",
-        choices=("nearest", "gptq", "water", "trellis", "ternary"),
+        "matrix's inputs; the same with steps by column; also by the best path of a trellis",
+        choices=("nearest", "gptq", "water", "trellis"),
         source="arXiv 2210.17323, 2603.04956",
     )
     calibration: str = knob(
@@ -644,8 +644,8 @@ class QuantConfig:
     codec: str = knob(
         "zlib",
         "compressor of the artifact; rans = the entropy coder of this script, made for levels; "
-        "base3 = five ternary levels per byte, then lzma; best = the smallest for each stream, slowly",
-        choices=("zlib", "lzma", "zstd", "brotli", "brotli_shuffle", "base3", "rans", "best"),
+        "best = the smallest for each stream, slowly",
+        choices=("zlib", "lzma", "zstd", "brotli", "brotli_shuffle", "rans", "best"),
     )
     scale_bits: int = knob(
         10, "mantissa bits of the rows' fp16 scales; fewer take less room", 1, 10, unit="bits"
@@ -1323,10 +1323,6 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
     (
         lambda v: v["qat"] != "none" and v["rounding"] in ("water", "trellis"),
         "QAT={qat} needs a grid that is known in training, which ROUNDING={rounding} has not",
-    ),
-    (
-        lambda v: v["qat"] == "soft" and v["rounding"] == "ternary",
-        "QAT=soft knows no ROUNDING=ternary; use QAT=ste",
     ),
     (
         lambda v: v["codec"] not in available_packings(),
@@ -4677,19 +4673,6 @@ class RoundToNearest(NamedTuple):
         return QTensor(levels.view_as(w).to(torch.int8), scale.half())
 
 
-class Ternary(RoundToNearest):
-    """Levels -1, 0 and 1: nearest to multiples of the mean magnitude, with the step of least squares, which undoes the
-    shrinkage. Source: record of 03-24."""
-
-    def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
-        """As RoundToNearest.fit; bits and clip mean nothing."""
-        runs = self.runs(w)
-        levels = (runs / runs.abs().mean(1, keepdim=True).clamp(min=1e-30)).round().clamp(-1, 1)
-        steps = (runs * levels).sum(1) / levels.abs().sum(1).clamp(min=1)
-        scale = rounded_mantissa(steps.clamp(2**-14, 49152), self.scale_bits)
-        return QTensor(levels.view_as(w).to(torch.int8), scale.half())
-
-
 def own_grid(rule: Cast | RoundToNearest) -> Cast | RoundToNearest:
     """The rule without making up for errors: known before anything is, and of as many bytes."""
     return RoundToNearest(*rule) if isinstance(rule, GPTQ) else rule
@@ -4867,13 +4850,7 @@ class Trellis(Water):
         return survivors[torch.arange(len(rest), device=rest.device), cost.argmin(1)]
 
 
-ROUNDINGS = {
-    "nearest": RoundToNearest,
-    "gptq": GPTQ,
-    "water": Water,
-    "trellis": Trellis,
-    "ternary": Ternary,
-}
+ROUNDINGS = {"nearest": RoundToNearest, "gptq": GPTQ, "water": Water, "trellis": Trellis}
 
 
 def best_quantile(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tensor:
@@ -5318,27 +5295,6 @@ def shuffled(data: bytes, back: bool = False) -> bytes:
     return out.tobytes()
 
 
-TRITS = np.array([1, 3, 9, 27, 81], np.uint8)
-
-
-def trits(data: bytes) -> bytes:
-    """Levels -1, 0 and 1, one per byte, as five digits of base 3 per byte after a byte that counts the missing ones;
-    anything else as it is after 255."""
-    a = np.frombuffer(data, np.int8)
-    if a.size and np.abs(a.astype(np.int16)).max() > 1:
-        return b"\xff" + data
-    digits = np.pad(a + 1, (0, -len(a) % 5)).reshape(-1, 5).astype(np.uint8)
-    return bytes([-len(a) % 5]) + (digits @ TRITS).tobytes()
-
-
-def untrits(data: bytes) -> bytes:
-    """Inverse of trits."""
-    if data[:1] in (b"", b"\xff"):
-        return data[1:]
-    digits = np.frombuffer(data, np.uint8)[1:, None] // TRITS % 3
-    return (digits.ravel()[: digits.size - data[0]].astype(np.int8) - 1).tobytes()
-
-
 LZMA = dict(
     format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 )
@@ -5363,12 +5319,6 @@ CODECS = {
         brotli,
     ),
     "rans": Codec(6, rans_pack, rans_unpack),
-    "base3": Codec(
-        7,
-        lambda b: lzma.compress(trits(b), **LZMA),
-        lambda b, n: untrits(lzma.LZMADecompressor(**LZMA).decompress(b, n + 1))[:n],
-        lzma,
-    ),
 }
 
 
@@ -5381,7 +5331,6 @@ class Packing(NamedTuple):
 
 
 PACKINGS = {name: Packing((name,), (name,)) for name in CODECS} | {
-    "base3": Packing(("base3",), ("lzma",)),
     "rans": Packing(("rans",), ("rans", "lzma"), ("rows", "columns")),
     "best": Packing(tuple(CODECS), tuple(CODECS), ("rows", "columns")),
 }

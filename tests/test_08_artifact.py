@@ -73,14 +73,6 @@ def scalar_rans(data: bytes) -> bytes:
     return b"".join(map(bytes, out))
 
 
-def ternary_digits(data: bytes) -> bytes:
-    """Five digits of base 3 per byte, least first, without the missing ones that the first byte counts; 255: raw."""
-    if data[:1] == b"\xff":
-        return data[1:]
-    digits = [byte // 3**i % 3 - 1 for byte in data[1:] for i in range(5)]
-    return b"".join(struct.pack("b", d) for d in digits[: len(digits) - data[0]])
-
-
 UNPACK = {
     1: zlib.decompress,
     2: lambda b: lzma.decompress(b, **LZMA2),
@@ -88,7 +80,6 @@ UNPACK = {
     3: lambda b: zstandard.ZstdDecompressor().decompress(b),
     5: lambda b: unshuffle(brotli.decompress(b)),
     6: scalar_rans,
-    7: lambda b: ternary_digits(lzma.decompress(b, **LZMA2)),
 }
 
 
