@@ -566,23 +566,13 @@ class QuantConfig:
     )
     qat: str = knob(
         "none",
-        "train the block matrices through the export grid: straight-through gradients, or rounding "
-        "that hardens gradually",
-        choices=("none", "ste", "soft"),
+        "train the block matrices through the export grid by straight-through gradients (ste)",
+        choices=("none", "ste"),
         needs="matrix_bits < 16",
-        source="PRs 66, 1089",
+        source="PR 66",
     )
     qat_start_frac: float = knob(
         0.0, "part of the run after which the grid is switched on", 0, 1, needs="qat != none"
-    )
-    qat_entropy: float = knob(
-        0.0,
-        "price of a bit of entropy per weight while the grid is on",
-        0,
-        10,
-        unit="nats",
-        needs="qat != none",
-        source="PR 1385",
     )
     clip: str = knob(
         "quantile",
@@ -4940,36 +4930,6 @@ class FakeQuant(nn.Module):
         """The values that the export would store."""
         return self.rule.fit(w).dequant()
 
-    def entropy(self, w: Tensor) -> Tensor:
-        """Bits per weight of the levels of w (m,n) that a static coder pays, 0-D. A weight between two levels counts
-        for both by nearness, which is differentiable; needs memory for a few numbers per weight."""
-        top = self.rule.top
-        units = (self.rule.runs(w) / self.rule.scale(w.detach())[:, None]).clamp(
-            -top, top
-        ).flatten() + top
-        below = units.detach().floor().clamp(max=2 * top - 1)
-        share, level = units - below, below.long()
-        counts = (
-            w.new_zeros(2 * top + 1).index_add(0, level, 1 - share).index_add(0, level + 1, share)
-        )
-        p = counts / w.numel()
-        return -(p * p.clamp(min=1e-12).log2()).sum()
-
-
-class SoftRound(FakeQuant):
-    """Rounding that hardens: between two levels of the export grid a sigmoid of slope 1 to 16, through which the
-    gradient flows. Source: PR 1089. Knob: QAT."""
-
-    def forward(self, w: Tensor) -> Tensor:
-        scale, shape = self.rule.scale(w.detach())[:, None], w.shape
-        units = (self.rule.runs(w) / scale).clamp(-self.rule.top, self.rule.top)
-        below = units.detach().floor()
-        soft = (below + torch.sigmoid((1 + 15 * self.on) * (units - below - 0.5))) * scale
-        return torch.where(self.on > 0, soft.view(shape), w)
-
-
-QAT = {"ste": FakeQuant, "soft": SoftRound}
-
 
 def attach_qat(model: GPT, cfg: QuantConfig) -> dict[nn.Parameter, FakeQuant]:
     """Give every block matrix its fake quantiser; returns them so that the training loop can switch them."""
@@ -4978,7 +4938,7 @@ def attach_qat(model: GPT, cfg: QuantConfig) -> dict[nn.Parameter, FakeQuant]:
         if isinstance(module, Linear) and module.weight.quant in LEARNED_GRID:
             rule = QUANTISERS[module.weight.quant](cfg)
             if not isinstance(rule, Cast):
-                attached[module.weight] = QAT[cfg.qat](rule).to(module.weight.device)
+                attached[module.weight] = FakeQuant(rule).to(module.weight.device)
                 module.weight_sites.append(attached[module.weight])
     return attached
 
@@ -4992,12 +4952,6 @@ class QatStrength(StepHook):
     def before_step(self, ramps: dict[str, float]):
         for site in self.sites:
             site.on.fill_(ramps["qat"])
-
-
-def entropy_price(qat: dict[nn.Parameter, FakeQuant], cfg: QuantConfig) -> Tensor:
-    """QAT_ENTROPY times the mean bits per weight of all matrices under training-time quantisation, 0-D."""
-    weights = sum(p.numel() for p in qat)
-    return cfg.qat_entropy * sum(site.entropy(p) * (p.numel() / weights) for p, site in qat.items())
 
 
 Hessians = dict[nn.Parameter, Tensor]
@@ -6604,10 +6558,7 @@ class Trainer:
     def __init__(self, cfg: Config, rt: Runtime, data: Data, model: GPT, numerics: Numerics):
         self.cfg, self.rt, self.data, self.model, self.numerics = cfg, rt, data, model, numerics
         self.plans, self.plan, self.loss = plans(cfg.model), 0, compiled(model.forward, numerics)
-        self.qat = attach_qat(model, cfg.quant)  # for its prices alone
-        self.prices = [functools.partial(entropy_price, self.qat, cfg.quant)] * (
-            cfg.quant.qat_entropy > 0
-        )
+        self.qat = attach_qat(model, cfg.quant)
         self.flat = FlatParameters(model, rt)
         self.optimiser = Optimiser(
             self.flat, cfg.optim, rt, numerics.dtype, cfg.model.tie_embeddings
@@ -6672,8 +6623,6 @@ class Trainer:
             self.flat.rest[-1] += nats * share
             for hook in self.hooks:
                 hook.after_backward(ids[:real], targets[:real], self.plans[self.plan])
-        for price in self.prices:
-            (price() * (ramps["qat"] > 0) / self.rt.world).backward()
         for hook in self.hooks:
             hook.before_update()
         self.optimiser.step(ramps)

@@ -687,75 +687,6 @@ def test_written_text_follows_the_model_and_not_the_ranks(toy, tmp_path):
     assert abs(float((surprise - mean).sum())) < 4 * float(spread)
 
 
-# ---- Training towards the grid ----
-def test_soft_rounding_hardens_into_the_export_grid():
-    w, upstream = awkward().requires_grad_(), torch.randn(40, 96)
-    rule = tg.RoundToNearest(6, QUANTILE, 0.0)
-    site, stored = tg.SoftRound(rule), rule.fit(w.detach())
-    assert torch.equal(site(w), w), "off"
-    for on in (1e-6, 0.5, 1.0):
-        site.on.fill_(on)
-        scale = rule.scale(w.detach()).double()[:, None]
-        y = (w.detach().double() / scale).clamp(-31, 31)
-        want = scale * (y.floor() + torch.sigmoid((1 + 15 * on) * (y - y.floor() - 0.5)))
-        torch.testing.assert_close(site(w).double(), want, rtol=1e-5, atol=1e-6)
-    site.on.fill_(1e6)
-    units = w.detach() / stored.scale.float()[:, None]
-    clear = ((units - units.floor() - 0.5).abs() > 1e-4) & (units.abs() < 31)
-    assert torch.equal(site(w)[clear], stored.dequant()[clear]), "bit for bit, but for ties"
-    site.on.fill_(0.3)
-    v = torch.randn(2, 9, dtype=torch.float64).float().requires_grad_()
-    site(v).backward(upstream[:2, :9])
-    assert v.grad.isfinite().all() and v.grad.abs().max() > 0
-    y = v.detach() / rule.scale(v.detach())[:, None]
-    s = torch.sigmoid(5.5 * (y - y.floor() - 0.5))
-    inside = y.abs() < 31
-    torch.testing.assert_close(
-        v.grad[inside], (upstream[:2, :9] * 5.5 * s * (1 - s))[inside], rtol=1e-3, atol=1e-5
-    )
-
-
-def test_entropy_of_soft_levels_is_the_static_coders_and_its_gradient_is_right():
-    rule = tg.RoundToNearest(4, QUANTILE, 0.0, 10, "sigma", 4.0)
-    site = tg.FakeQuant(rule)
-    w = torch.randn(300, 40)
-    on_grid = rule.fit(w).dequant()
-    fixed = type(
-        "Rule", (), dict(top=7, runs=lambda self, w: w, scale=lambda self, _, s=rule.scale(w): s)
-    )()
-    site.rule = fixed
-    p = np.unique(rule.fit(w).values, return_counts=True)[1] / w.numel()
-    assert float(site.entropy(on_grid)) == pytest.approx(-(p * np.log2(p)).sum(), abs=1e-4)
-    x = w.clone().requires_grad_()
-    site.entropy(x).backward()
-    for i, j in ((0, 0), (7, 3), (299, 39)):
-        step = torch.zeros_like(w)
-        step[i, j] = 1e-2 * float(rule.scale(w)[i])
-        double = [float(site.entropy((w + sign * step).double())) for sign in (1, -1)]
-        slope = (double[0] - double[1]) / (2 * float(step[i, j]))
-        assert float(x.grad[i, j]) == pytest.approx(slope, rel=0.05, abs=1e-7)
-
-
-def test_a_price_on_entropy_makes_levels_cheaper(toy, tmp_path):
-    sizes = {}
-    for price in (0, 1):
-        knobs = dict(
-            QAT="ste",
-            QAT_ENTROPY=price,
-            MATRIX_BITS=4,
-            ITERATIONS=40,
-            CODEC="rans",
-            COMPILE="off",
-            SEED=5,
-            SCALE_FLOOR=0.5,
-            MATRIX_LR=0.1,
-        )
-        done = train(toy, tmp_path, f"p{price}", **knobs)
-        assert done.code == 0, done.err
-        sizes[price] = (done.folder / "model.golf").stat().st_size
-    assert sizes[1] < 0.97 * sizes[0]
-
-
 # ---- Filling the budget ----
 class Log:
     """A runtime that remembers what it logged."""
@@ -1013,8 +944,7 @@ def test_measured_harm_is_the_loss_that_rounding_costs(toy, tmp_path):
         ),
         dict(ROUNDING="water", CLIP="sigma", CALIBRATION="self", LQER_RANK=2, CODEC="best"),
         dict(
-            QAT="soft",
-            QAT_START_FRAC=0.3,
+            QAT="none",
             MATRIX_BITS=5,
             FIT_BUDGET="bits",
             ALLOCATION="loss",
