@@ -576,9 +576,9 @@ class QuantConfig:
     )
     clip: str = knob(
         "quantile",
-        "what becomes a row's largest level: a quantile of its magnitudes, the best of five, "
-        "a multiple of its standard deviation, or that weighted by the inputs' size",
-        choices=("quantile", "search", "sigma", "sigma_hessian"),
+        "what becomes a row's largest level: the 0.9999984 quantile of its magnitudes, the best of "
+        "five quantiles (search), or a multiple of its standard deviation (sigma)",
+        choices=("quantile", "search", "sigma"),
         source="PRs 374, 1394",
     )
     clip_quantile: float = knob(0.9999984, "that quantile", 0.5, 1, needs="clip == quantile")
@@ -616,9 +616,9 @@ class QuantConfig:
     lqer_top: int = knob(3, "matrices that get one", 1, 10_000, needs="lqer_rank > 0")
     allocation: str = knob(
         "tag",
-        "what divides precision among matrices: their tag alone, the error of what comes out "
-        "of them, or the loss that their errors cost",
-        choices=("tag", "hessian", "loss"),
+        "what divides precision among matrices: their tag alone, or the loss on held-out training "
+        "text that the rounding of each costs",
+        choices=("tag", "loss"),
     )
     fit_budget: str = knob(
         "none",
@@ -645,12 +645,7 @@ class QuantConfig:
     @property
     def sees_inputs(self) -> bool:
         """Whether anything looks at what matrices read."""
-        return (
-            self.rounding in ("gptq", "water", "trellis")
-            or self.clip == "sigma_hessian"
-            or self.allocation == "hessian"
-            or self.lqer_rank > 0
-        )
+        return self.rounding != "nearest" or self.lqer_rank > 0
 
 
 @dataclass(frozen=True)
@@ -1295,20 +1290,16 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
         "EMBED_INIT=svd counts VOCAB_SIZE={vocab_size} squared pairs; want at most 16 384 tokens",
     ),
     (
-        lambda v: v["fit_budget"] == "steps" and v["clip"] not in ("sigma", "sigma_hessian"),
-        "FIT_BUDGET=steps needs CLIP=sigma or sigma_hessian, not CLIP={clip}",
+        lambda v: v["fit_budget"] == "steps" and v["clip"] != "sigma",
+        "FIT_BUDGET=steps needs CLIP=sigma, not CLIP={clip}",
     ),
     (
         lambda v: v["fit_budget"] in ("bits", "prune") and v["rounding"] not in ("nearest", "gptq"),
         "FIT_BUDGET={fit_budget} needs ROUNDING=nearest or gptq, not ROUNDING={rounding}",
     ),
     (
-        lambda v: (
-            v["allocation"] != "tag"
-            and v["fit_budget"] != "bits"
-            and v["clip"] not in ("sigma", "sigma_hessian")
-        ),
-        "ALLOCATION={allocation} needs CLIP=sigma or sigma_hessian, not CLIP={clip}, or FIT_BUDGET=bits",
+        lambda v: v["allocation"] != "tag" and v["fit_budget"] != "bits" and v["clip"] != "sigma",
+        "ALLOCATION={allocation} needs CLIP=sigma, not CLIP={clip}, or FIT_BUDGET=bits",
     ),
     (
         lambda v: v["qat"] != "none" and v["rounding"] in ("water", "trellis"),
@@ -4855,15 +4846,6 @@ def best_quantile(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Te
     return clips.gather(0, error.argmin(0, keepdim=True))[0]
 
 
-def sigma_hessian(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tensor:
-    """Multiples of the standard deviation, larger where a row's weights meet large inputs. Source: record of 04-06."""
-    clip = CLIPS["sigma"](rule, w, None)
-    if hessian is None or not hessian.any():
-        return clip
-    met = (w.abs() * hessian.diagonal()).mean(1)
-    return clip * (1 + 0.175 * (met / met.mean() - 1))
-
-
 # (rule, w (m,n), Hessian (n,n) or None) -> clip of each row (m,)
 CLIPS: dict[str, Callable[[RoundToNearest, Tensor, Tensor | None], Tensor]] = {
     "quantile": lambda rule, w, hessian: row_quantile(w.abs(), rule.quantile),
@@ -4871,7 +4853,6 @@ CLIPS: dict[str, Callable[[RoundToNearest, Tensor, Tensor | None], Tensor]] = {
     "sigma": lambda rule, w, hessian: (
         rule.sigmas * (w.std(1) if w.size(1) > 1 else w.abs().amax(1))
     ),
-    "sigma_hessian": sigma_hessian,
 }
 
 
@@ -5031,16 +5012,6 @@ def rescaled(rule: Cast | RoundToNearest, factor: float) -> Cast | RoundToNeares
         bits += 1
     clip = step * (2 ** (bits - 1) - 1)
     return rule._replace(bits=bits, sigmas=rule.sigmas * clip, floor=rule.floor * clip)
-
-
-def output_errors(model: GPT, cfg: QuantConfig, hessians: Hessians) -> dict[str, float]:
-    """What the rounding of each matrix does to its outputs, summed over them, by its name."""
-    harms = {}
-    for name, p in model.exported().items():
-        rule, h = QUANTISERS[p.quant](cfg), hessians.get(p)
-        if not isinstance(rule, Cast) and h is not None and h.any():
-            harms[name] = weighted_error(p.detach().float(), rule.fit(p.detach().float(), h), h)
-    return harms
 
 
 def allocated(
@@ -7018,7 +6989,6 @@ CALIBRATIONS: dict[str, Callable[[Trainer, int, int], np.ndarray]] = {
 # ALLOCATION -> what the rounding of each matrix costs; empty = not known
 HARMS: dict[str, Callable[[Trainer], dict[str, float]]] = {
     "tag": lambda trainer: {},
-    "hessian": lambda t: output_errors(t.model, t.cfg.quant, t.hessians),
     "loss": Trainer.observe_harms,
 }
 

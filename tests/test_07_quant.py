@@ -377,16 +377,9 @@ def test_gptq_is_rounding_where_inputs_are_alike_or_unknown():
 def test_clips_equal_their_formulas():
     w, h = random_rows(1, 500), inputs(500)
     rows = w.double().numpy()
-    sigma = 12.85 * rows.std(1, ddof=1)
-    met = (np.abs(rows) * np.diag(h)).mean(1)
-    want = dict(sigma=sigma, sigma_hessian=sigma * (1 + 0.175 * (met / met.mean() - 1)))
-    for clip, values in want.items():
-        np.testing.assert_allclose(
-            tg.CLIPS[clip](grid("nearest", 6, clip, 12.85), w, h), values, rtol=1e-4
-        )
     np.testing.assert_allclose(
-        tg.CLIPS["sigma_hessian"](grid("nearest", 6, "sigma_hessian", 12.85), w, None),
-        sigma,
+        tg.CLIPS["sigma"](grid("nearest", 6, "sigma", 12.85), w, h),
+        12.85 * rows.std(1, ddof=1),
         rtol=1e-4,
     )
     for hessian in (None, h):
@@ -939,9 +932,7 @@ def test_measured_harm_is_the_loss_that_rounding_costs(toy, tmp_path):
 @pytest.mark.parametrize(
     "knobs",
     (
-        dict(
-            ROUNDING="trellis", CLIP="sigma", FIT_BUDGET="steps", ALLOCATION="hessian", CODEC="rans"
-        ),
+        dict(ROUNDING="trellis", CLIP="sigma", FIT_BUDGET="steps", ALLOCATION="loss", CODEC="rans"),
         dict(ROUNDING="water", CLIP="sigma", CALIBRATION="self", LQER_RANK=2, CODEC="best"),
         dict(
             QAT="none",

@@ -28,7 +28,7 @@ known = sweep.read
 def points(spec: dict) -> list[tuple[str, float]]:
     """(variant, factor or bits) of everything that is measured on one model."""
     by_sigma = {
-        name: knobs.get("CLIP", spec["base"].get("CLIP", "")).startswith("sigma")
+        name: knobs.get("CLIP", spec["base"].get("CLIP", "")) == "sigma"
         for name, knobs in spec["variants"].items()
     }
     return [
@@ -42,14 +42,12 @@ def artifact(trainer: tg.Trainer, env: dict[str, str], variant: str, spec: dict,
     """The trained weights as one point of a variant stores them."""
     knobs = {k: str(v) for k, v in spec["variants"][variant].items()}
     quant = tg.load(env | knobs).quant
-    if not quant.clip.startswith("sigma"):
+    if quant.clip != "sigma":
         quant = tg.load(env | knobs | dict(MATRIX_BITS=str(int(x)))).quant
     harms = trainer.harms if quant.allocation == "loss" else {}
-    if quant.allocation == "hessian":
-        harms = tg.output_errors(trainer.model, quant, trainer.hessians)
     p = tg.Packer(trainer.model, quant, trainer.hessians, harms, dict(spec=variant))
     rules = p.rules()
-    if quant.clip.startswith("sigma"):
+    if quant.clip == "sigma":
         rules = {name: tg.rescaled(rule, x) for name, rule in rules.items()}
     return p.blob(p.tensors(rules))
 
