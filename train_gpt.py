@@ -595,9 +595,10 @@ class QuantConfig:
     embed_clip_sigmas: float = knob(20.0, "that of embeddings and tables", 0.5, 100, unit="sigmas")
     rounding: str = knob(
         "nearest",
-        "levels: each the nearest; each making up for the errors before it, as seen by the "
-        "matrix's inputs; the same with steps by column; also by the best path of a trellis",
-        choices=("nearest", "gptq", "water", "trellis"),
+        "how a weight becomes a level: the nearest one; one that makes up for the errors of earlier "
+        "columns as the matrix's inputs weigh them (gptq); or also by the best path of a trellis, "
+        "with steps by column",
+        choices=("nearest", "gptq", "trellis"),
         source="arXiv 2210.17323, 2603.04956",
     )
     calibration: str = knob(
@@ -1302,7 +1303,7 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
         "ALLOCATION={allocation} needs CLIP=sigma, not CLIP={clip}, or FIT_BUDGET=bits",
     ),
     (
-        lambda v: v["qat"] != "none" and v["rounding"] in ("water", "trellis"),
+        lambda v: v["qat"] != "none" and v["rounding"] == "trellis",
         "QAT={qat} needs a grid that is known in training, which ROUNDING={rounding} has not",
     ),
     (
@@ -4739,23 +4740,6 @@ class GPTQ(RoundToNearest):
         return self.top
 
 
-class Water(GPTQ):
-    """GPTQ whose columns have steps of their own, in proportion to how well later columns make up for an error: what an
-    entropy coder pays for a column is then what the column is worth, within 0.255 bit per weight of the
-    rate-distortion bound whatever the inputs. Source: WaterSIC, arXiv 2603.04956."""
-
-    reach = 127  # an entropy coder asks no price for levels that are not used
-
-    def order(self, hessian: Tensor) -> Tensor:
-        return torch.arange(len(hessian), device=hessian.device)
-
-    def columns(self, u: Tensor, units: Tensor) -> Tensor:
-        """Their geometric mean is 1, so they cost no bits, unless some must be larger lest a level be out of reach."""
-        d = u.diagonal()
-        factors = torch.maximum(d / d.log().mean().exp(), units.abs().amax(0) / (0.8 * self.reach))
-        return rounded_mantissa(factors.clamp(2**-14, 49152), self.scale_bits).half()
-
-
 STATES, CHECKS = (
     16,
     (0o23, 0o04),
@@ -4792,13 +4776,24 @@ def half_steps(levels: Tensor, state: Tensor | None = None) -> tuple[Tensor, Ten
     return out, state
 
 
-class Trellis(Water):
-    """The same on a grid that is finer by half while levels cost what whole steps cost: the path through a trellis
-    decides which half of the points a level may mean, and the best path is searched, each survivor with corrections of
-    its own. Takes two thirds of the 0.25 bit that scalar levels leave above the rate-distortion bound.
-    Source: trellis-coded quantisation, Marcellin and Fischer 1990."""
+class Trellis(GPTQ):
+    """GPTQ whose columns have steps of their own, in proportion to how well later columns make up for an error, so that
+    what an entropy coder pays for a column is what the column is worth; on a grid that is finer by half while levels
+    cost what whole steps cost: the path through a trellis decides which half of the points a level may mean, and the
+    best path is searched, each survivor with corrections of its own.
+    Sources: WaterSIC, arXiv 2603.04956; trellis-coded quantisation, Marcellin and Fischer 1990."""
 
     BLOCK, AHEAD = 64, 16
+    reach = 127  # an entropy coder asks no price for levels that are not used
+
+    def order(self, hessian: Tensor) -> Tensor:
+        return torch.arange(len(hessian), device=hessian.device)
+
+    def columns(self, u: Tensor, units: Tensor) -> Tensor:
+        """Their geometric mean is 1, so they cost no bits, unless some must be larger lest a level be out of reach."""
+        d = u.diagonal()
+        factors = torch.maximum(d / d.log().mean().exp(), units.abs().amax(0) / (0.8 * self.reach))
+        return rounded_mantissa(factors.clamp(2**-14, 49152), self.scale_bits).half()
 
     def units(self, levels: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         return half_steps(levels, state)
@@ -4831,7 +4826,7 @@ class Trellis(Water):
         return survivors[torch.arange(len(rest), device=rest.device), cost.argmin(1)]
 
 
-ROUNDINGS = {"nearest": RoundToNearest, "gptq": GPTQ, "water": Water, "trellis": Trellis}
+ROUNDINGS = {"nearest": RoundToNearest, "gptq": GPTQ, "trellis": Trellis}
 
 
 def best_quantile(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tensor:
