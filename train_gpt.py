@@ -608,9 +608,6 @@ class QuantConfig:
         source="PR 1019",
     )
     calibration_tokens: int = knob(65_536, "how much of it", 8, 2**26, unit="tokens")
-    prune_share: float = knob(
-        0.0, "smallest weights of each quantised matrix that become zero beforehand", 0, 0.95
-    )
     lqer_rank: int = knob(
         0, "rank of a correction of the worst rounding errors; 0 = none", 0, 64, source="PR 1797"
     )
@@ -627,9 +624,6 @@ class QuantConfig:
         "bits where they help most; small levels set to zero until it fits",
         choices=("none", "steps", "bits", "prune"),
         source="PR 1089",
-    )
-    prune_levels: int = knob(
-        2, "largest level that may be set to zero to fit", 1, 127, needs="fit_budget != none"
     )
     scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 = the published int8 exports", 0, 1)
     codec: str = knob(
@@ -4933,12 +4927,6 @@ class QatStrength(StepHook):
 Hessians = dict[nn.Parameter, Tensor]
 
 
-def pruned(w: Tensor, share: float) -> Tensor:
-    """w without its smallest entries. Source: record of 03-20. Knob: PRUNE_SHARE."""
-    count = int(share * w.numel())
-    return w.masked_fill(w.abs() <= w.abs().flatten().kthvalue(count).values, 0) if count else w
-
-
 def weighted_error(w: Tensor, t: QTensor, hessian: Tensor | None) -> float:
     """What the errors of t do to the outputs of w: tr(E H E^T), or of all inputs alike."""
     e = w - t.dequant()
@@ -4975,7 +4963,6 @@ def quantise(
         if isinstance(rules[name], Cast):
             tensors[name] = rules[name].fit(w)
             continue
-        w = pruned(w, cfg.prune_share)
         tensors[name] = t = rules[name].fit(w, h)
         if cfg.lqer_rank and min(w.shape) > cfg.lqer_rank:
             better = corrected(w, t, h, cfg.lqer_rank)
@@ -5550,8 +5537,11 @@ def fit_bits(p: Packer) -> tuple[bytes, str]:
     return blob, f"{count} packings, {int(x)} of {len(order)} promotions by a bit"
 
 
+SMALL_LEVELS = 2  # the largest that may become zero to fit; PR 1089
+
+
 def fit_zeros(p: Packer) -> tuple[bytes, str]:
-    """Levels of at most PRUNE_LEVELS become zero, those first whose loss hurts the outputs least. Source: PR 609."""
+    """Small levels become zero, those first whose loss hurts the outputs least. Source: PR 609."""
     whole, by_name, costs = p.tensors(p.rules()), p.model.exported(), {}
     for name, t in whole.items():
         if by_name[name].quant in LEARNED_GRID and t.scale is not None:
@@ -5559,7 +5549,7 @@ def fit_zeros(p: Packer) -> tuple[bytes, str]:
             error = t.values.float() * run_steps(t.scale.float(), t.values)
             cost = error.square() * (h.diagonal().cpu() if h is not None else 1)
             costs[name] = cost.masked_fill(
-                (t.values == 0) | (t.values.abs() > p.cfg.prune_levels), math.inf
+                (t.values == 0) | (t.values.abs() > SMALL_LEVELS), math.inf
             ).flatten()
     every = torch.cat(list(costs.values()) or [torch.zeros(0)])
     candidates, ranked = int(every.isfinite().sum()), every.argsort(stable=True)

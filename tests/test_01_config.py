@@ -304,7 +304,6 @@ INEFFECTIVE = [
     ("WD_TAPER_TO", 0.1, {}, dict(MUON_WD=0.1, WD_TAPER_AT=0.5)),
     ("CLIP_QUANTILE", 0.9, dict(CLIP="sigma"), {}),
     ("LQER_TOP", 1, {}, dict(LQER_RANK=2)),
-    ("PRUNE_LEVELS", 1, {}, dict(FIT_BUDGET="prune")),
     ("SWA_TEMPERATURE", 0.1, {}, dict(AVERAGING="iw_swa")),
     ("RESERVE_SECONDS", 5, dict(MAX_WALLCLOCK_SECONDS=0), {}),
     ("EVAL_ROPE_SCALING", "yarn", {}, dict(EVAL="long", EVAL_SEQ_LEN=2048)),

@@ -637,16 +637,6 @@ def test_the_worst_matrices_get_the_corrections():
         assert torch.equal(t.values, without[name].values)
 
 
-@quick
-@given(seeds, st.floats(0, 0.9))
-def test_pruning_takes_the_smallest_weights(seed, share):
-    w = random_rows(seed, 50)
-    kept = tg.pruned(w, share)
-    count = int(share * w.numel())
-    assert int((kept == 0).sum()) == count and torch.equal(kept[kept != 0], w[kept != 0])
-    assert not count or w.abs()[kept == 0].max() <= w.abs()[kept != 0].min()
-
-
 def test_written_text_follows_the_model_and_not_the_ranks(toy, tmp_path):
     cfg = config("prequant_ttt+tiny", data_path=toy, train_batch_tokens=64 * 40, logit_softcap=5.0)
     rt = tg.Runtime(cfg, {})
@@ -941,7 +931,6 @@ def test_measured_harm_is_the_loss_that_rounding_costs(toy, tmp_path):
         dict(
             MATRIX_BITS=6,
             QAT="ste",
-            PRUNE_SHARE=0.03,
             SCALE_GROUP=-1,
             FIT_BUDGET="prune",
             CODEC="zstd",
