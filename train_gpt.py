@@ -43,7 +43,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from timeit import repeat
@@ -3660,6 +3660,9 @@ class Bank:
         self.norms[self.norms == 0] = (
             weights.size(1) / 3
         ) ** 0.5  # what the framework's default would have drawn
+        self.joined: dict[
+            int, Tensor
+        ] = {}  # plan -> (K,1,1), 0 for a matrix that it does not reach
         self.state: dict[str, Tensor] = {}
 
 
@@ -4028,7 +4031,7 @@ def decoupled(w: Tensor, u: Tensor, lr: float, wd: float, norms: Tensor):
 
 def cautious_decay(w: Tensor, u: Tensor, lr: float, wd: float, norms: Tensor):
     """Shrink only weights that the update shrinks too, as modded-nanogpt does."""
-    w.sub_(w * (u * w > 0), alpha=lr * wd).sub_(u, alpha=lr)
+    w.sub_(w * (u * w > 0) * wd, alpha=lr).sub_(u, alpha=lr)
 
 
 def fixed_norm(w: Tensor, u: Tensor, lr: float, wd: float, norms: Tensor):
@@ -4054,7 +4057,9 @@ class Optimiser:
         rt: Runtime,
         dtype: torch.dtype,
         tied: bool = True,
+        reach: Sequence[dict[nn.Parameter, Tensor]] = (),
     ):
+        """`reach`: what reached() says of each plan; without it every plan reaches every parameter."""
         self.flat, self.cfg, self.rt = flat, cfg, rt
         self.stages, self.decay = (
             MUON[cfg.muon] + (cautious,) * cfg.muon_cautious,
@@ -4068,7 +4073,15 @@ class Optimiser:
         }
         if set(flat.vectors) != set(self.groups):
             raise RuntimeError("a parameter's `opt` tag belongs to no optimiser group")
-        self.vector_state: dict[str, dict[str, Tensor]] = {tag: {} for tag in self.groups}
+        self.parts: dict[str, list[AdamPart]] = {}
+        for tag in self.groups:
+            params = [p for p in flat.params if p.opt == tag]
+            self.parts[tag] = adam_parts(params, *flat.vectors[tag], reach)
+        for bank in flat.banks:
+            for i, found in enumerate(reach):
+                joined = torch.stack([found[p].any() for p in bank.params])
+                if not joined.all():
+                    bank.joined[i] = joined[:, None, None].float()
 
     @torch.no_grad()
     def step(self, ramps: dict[str, float]):
@@ -4095,13 +4108,15 @@ class Optimiser:
     def step_vectors(self, ramps: dict[str, float]):
         """AdamW, or AdEMAMix, for all but matrices."""
         for tag, group in self.groups.items():
-            weights, gradient = self.flat.vectors[tag]
-            gradient.add_(weights, alpha=self.cfg.adam_l2)
             lr = group.lr * ramps["lr"]
-            update = group.rule(
-                gradient, self.vector_state[tag], replace(self.hyper, betas=group.betas)
-            )
-            weights.mul_(1 - lr * group.wd).sub_(update, alpha=lr)
+            for part in self.parts[tag]:
+                if ramps["plan"] in part.idle:
+                    continue
+                part.gradient.add_(part.weights, alpha=self.cfg.adam_l2)
+                hp = replace(self.hyper, betas=group.betas, step=part.steps)
+                update = group.rule(part.gradient, part.state, hp)
+                part.weights.mul_(1 - lr * group.wd).sub_(update, alpha=lr)
+                part.steps += 1
 
     def direction(self, bank: Bank) -> Tensor:
         """The update of this rank's share of a bank, (share,m,n) in the dtype that travels."""
@@ -4114,13 +4129,12 @@ class Optimiser:
     def apply(self, bank: Bank, update: Tensor, landed: Callable[[], Any], ramps: dict[str, float]):
         """Change the weights of a whole bank, the same on every rank."""
         landed()
-        self.decay(
-            bank.weights,
-            update[: len(bank.weights)].float(),
-            self.cfg.matrix_lr * ramps["lr"],
-            self.cfg.muon_wd * ramps["wd"],
-            bank.norms,
-        )
+        update = update[: len(bank.weights)].float()
+        wd = self.cfg.muon_wd * ramps["wd"]
+        joined = bank.joined.get(ramps["plan"])
+        if joined is not None:
+            update, wd = update * joined, wd * joined
+        self.decay(bank.weights, update, self.cfg.matrix_lr * ramps["lr"], wd, bank.norms)
 
     def state_dict(self) -> dict[str, Any]:
         """The same on any number of ranks; every rank must call it."""
@@ -4133,7 +4147,12 @@ class Optimiser:
                 landed()
                 full[name] = gathered[: len(bank.weights)]
             banks.append(full)
-        return dict(step=self.hyper.step, banks=banks, vectors=self.vector_state)
+        parts = [
+            dict(steps=part.steps, state=part.state)
+            for tag in self.parts
+            for part in self.parts[tag]
+        ]
+        return dict(step=self.hyper.step, banks=banks, parts=parts)
 
     def load_state_dict(self, state: dict[str, Any]):
         device = self.flat.weights.device
@@ -4142,12 +4161,57 @@ class Optimiser:
             bank.state = {
                 name: value[bank.mine].to(device, copy=True) for name, value in full.items()
             }
-        self.vector_state = {
-            tag: {
-                name: value.to(device, copy=True) for name, value in state["vectors"][tag].items()
+        parts = [part for tag in self.parts for part in self.parts[tag]]
+        for part, saved in zip(parts, state["parts"], strict=True):
+            part.steps = saved["steps"]
+            part.state = {
+                name: value.to(device, copy=True) for name, value in saved["state"].items()
             }
-            for tag in self.groups
-        }
+
+
+def reached(model: GPT, plan: Plan) -> dict[nn.Parameter, Tensor]:
+    """Which elements of each parameter the loss of a plan depends on: bool, in the shape of the parameter. A loss of
+    NaN sent backward turns the gradient of all that it touches into NaN, also where the true gradient is zero, and
+    leaves the rest at zero. Scalars are judged one by one (rows of skip weights and of loop gates join with their
+    slots), matrices and tables as a whole: a row of a table that no token of a batch reads has a gradient, zero."""
+    ids = torch.arange(16, device=model.embed.device).unsqueeze(0) % len(model.embed)
+    params = list(model.parameters())
+    with torch.enable_grad():
+        loss = model(ids, ids, plan)[0] * math.nan
+    found = {}
+    for p, gradient in zip(params, torch.autograd.grad(loss, params, allow_unused=True)):
+        touched = torch.zeros_like(p, dtype=torch.bool) if gradient is None else gradient.isnan()
+        found[p] = touched if p.opt == "scalar" else touched.any().expand_as(p)
+    return found
+
+
+class AdamPart:
+    """A contiguous part of one tag's vector whose elements the same plans reach. It stands still, without decay and
+    without counting steps, while the plan does not reach it, as the framework's Adam skips what has no gradient."""
+
+    def __init__(self, weights: Tensor, gradient: Tensor, idle: frozenset[int]):
+        self.weights, self.gradient = weights, gradient
+        self.idle = idle  # indices of the plans that do not reach it
+        self.steps = 0  # updates done before; bias correction counts from the first
+        self.state: dict[str, Tensor] = {}
+
+
+def adam_parts(
+    params: list[nn.Parameter], weights: Tensor, gradients: Tensor, reach: Sequence[dict]
+) -> list[AdamPart]:
+    """One tag's flat weights and gradients, those of `params` in order, cut where the plans that reach them change.
+    `reach` has what reached() says of each plan; without it every plan reaches everything."""
+    codes = torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
+    for i, found in enumerate(reach):
+        codes += torch.cat([~found[p].flatten() for p in params]).long() << i
+    values, lengths = torch.unique_consecutive(codes, return_counts=True)
+    parts, begin = [], 0
+    for code, length in zip(values.tolist(), lengths.tolist()):
+        idle = frozenset(i for i in range(len(reach)) if code >> i & 1)
+        part = slice(begin, begin + length)
+        parts.append(AdamPart(weights[part], gradients[part], idle))
+        begin += length
+    return parts
 
 
 class AdamGroup(NamedTuple):
@@ -6516,8 +6580,9 @@ class Trainer:
         self.plans, self.plan, self.loss = plans(cfg.model), 0, compiled(model.forward, numerics)
         self.qat = attach_qat(model, cfg.quant)
         self.flat = FlatParameters(model, rt)
+        reach = [reached(model, plan) for plan in self.plans]
         self.optimiser = Optimiser(
-            self.flat, cfg.optim, rt, numerics.dtype, cfg.model.tie_embeddings
+            self.flat, cfg.optim, rt, numerics.dtype, cfg.model.tie_embeddings, reach
         )
         self.hooks = [hook for make in STEP_HOOKS if (hook := make(self)) is not None]
         self.averager = AVERAGERS[cfg.optim.averaging](self.flat.weights, cfg.optim)

@@ -893,6 +893,187 @@ def test_a_parameter_without_an_optimiser_is_refused():
         flattened(model, config())
 
 
+# ---- Parameters that a plan does not reach ----
+GATE_SPY = """
+import torch, train_gpt
+step, run = train_gpt.Optimiser.step, train_gpt.Trainer.run
+def spying_run(self):
+    train_gpt.Optimiser.trainer = self
+    return run(self)
+def spying_step(self, ramps):
+    trainer = getattr(train_gpt.Optimiser, "trainer", None)
+    named = [(n, p) for n, p in trainer.model.named_parameters() if p.opt == "scalar"] if trainer else []
+    before = {n: (p.detach().clone(), p.grad.clone()) for n, p in named}
+    step(self, ramps)
+    if trainer:
+        content = dict(before=before, after={n: p.detach().clone() for n, p in named}, lr=ramps["lr"])
+        torch.save(content, trainer.rt.folder / f"{trainer.step_number}.pt")
+train_gpt.Optimiser.step, train_gpt.Trainer.run = spying_step, spying_run
+"""
+
+
+def spied(tmp_path, spy: str):
+    """A script that runs train_gpt.py with some of its methods wrapped."""
+    script = tmp_path / "spied.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt\n{spy}\n"
+        "sys.exit(train_gpt.main(sys.argv[1:], train_gpt.environment()))\n"
+    )
+    return script
+
+
+@pytest.mark.parametrize(
+    "decay", (dict(ADAM_L2=0.095, ADAM_WD=0), dict(ADAM_L2=0, ADAM_WD=0.5)), ids=("l2", "decoupled")
+)
+def test_a_late_loop_finds_its_gates_as_they_started(decay, toy, tmp_path):
+    """Finding M1: loop gates fell by a whole learning-rate step per update before their loop began, because Adam
+    normalises the decay of what has no gradient. A run's gates equal, gate for gate, those of the framework's Adam that
+    were frozen until then: exactly 1 until the loop begins, moments and their bias correction from there."""
+    done = train(
+        toy,
+        tmp_path,
+        "late",
+        script=spied(tmp_path, GATE_SPY),
+        PRESET="depth_recurrent+tiny",
+        ITERATIONS=9,
+        LOOP_AT_STEP=5,
+        QAT="none",
+        AVERAGING="none",
+        SCALAR_LR=0.02,
+        **decay,
+    )
+    assert done.code == 0, done.err
+    history = [torch.load(done.folder / f"{i}.pt", weights_only=True) for i in range(9)]
+    for name, (start, _) in history[0]["before"].items():
+        frozen = 5 if name == "loop_gates" else 0
+        theirs = nn.Parameter(start.clone())
+        kind = torch.optim.Adam if decay["ADAM_L2"] else torch.optim.AdamW
+        wd = decay["ADAM_L2"] or decay["ADAM_WD"]
+        reference = kind([theirs], lr=0.02, betas=(0.9, 0.999), weight_decay=wd)
+        for i, seen in enumerate(history):
+            reference.param_groups[0]["lr"] = 0.02 * seen["lr"]
+            if i >= frozen:
+                theirs.grad = seen["before"][name][1]
+                reference.step()
+            torch.testing.assert_close(seen["after"][name], theirs.detach(), rtol=1e-5, atol=1e-7)
+            if i < frozen:
+                assert torch.equal(seen["after"][name], torch.ones_like(start)), (i, name)
+    moved = history[-1]["after"]["loop_gates"]
+    assert (moved != 1).all(), "and they do move once the loop has begun"
+
+
+def trainer_of(toy, **knobs) -> tg.Trainer:
+    """A trainer of a small model, before its first step."""
+    cfg = config(data_path=toy, **knobs)
+    rt = tg.Runtime(cfg, {})
+    torch.manual_seed(0)
+    model = tg.GPT(cfg.model, cfg.data.vocab_size, tg.Numerics(), cfg.optim)
+    return tg.Trainer(cfg, rt, tg.open_data(cfg, rt), model, tg.Numerics())
+
+
+def test_rows_of_skips_and_lanes_join_with_their_plan_and_resume_so(toy):
+    """Finding M1, its kind: a row of skip weights or gates joins when a plan has its slot; what no plan reaches never
+    moves; a checkpoint from before or after the join continues bit for bit."""
+    knobs = dict(
+        num_layers=4, num_loops=2, loop_start=1, loop_end=1, loop_at_step=4, skips="gated",
+        parallel="D", parallel_start=3, scalar_lr=0.02, adam_wd=0.5, adam_l2=0.1, muon_wd=0.3,
+    )  # fmt: skip
+    trainer = trainer_of(toy, **knobs)
+    counts = [sum(len(slot.skips) for slot in plan) for plan in trainer.plans]
+    assert len(counts) == 2 and counts[0] < counts[1]
+    model = trainer.model
+    parameters = dict(model.named_parameters())
+    pieces = {}  # (name, row) -> (the framework's copy, its optimiser)
+    for name, p in parameters.items():
+        if p.opt == "scalar":
+            rows = p.detach() if name.startswith("skip_") else p.detach().unsqueeze(0)
+            for i, row in enumerate(rows):
+                copied = nn.Parameter(row.clone())
+                # L2 and decoupled decay at once: the framework's AdamW on a gradient with L2 added
+                pieces[name, i] = copied, torch.optim.AdamW([copied], 0.02, (0.9, 0.95), 1e-8, 0.5)
+    saved = {}
+    for step in range(8):
+        if step in (3, 6):
+            saved[step] = copy.deepcopy(trainer.state())
+        plan = int(step >= 4)
+        rows, update = trainer.loader.next(0, 1), trainer.optimiser.step
+
+        def spying(ramps, plan=plan, update=update):
+            for (name, i), (copied, reference) in pieces.items():
+                p = parameters[name]
+                late = name.startswith("skip_") and i >= counts[0]
+                never = "routing" in name and not name.startswith("blocks.3.")
+                if never or late and plan == 0:
+                    continue
+                g = p.grad[i] if name.startswith("skip_") else p.grad
+                copied.grad = (g + 0.1 * copied.detach()).clone()
+                reference.step()
+            update(ramps)
+
+        trainer.optimiser.step = spying
+        trainer.step(rows, tg.full_speed(trainer.cfg) | dict(momentum=0.9, plan=plan))
+        trainer.optimiser.step = update
+        for (name, i), (copied, _) in pieces.items():
+            p = parameters[name].detach()
+            p = p[i] if name.startswith("skip_") else p
+            torch.testing.assert_close(
+                p, copied.detach(), rtol=1e-4, atol=1e-6, msg=f"{step} {name}"
+            )
+        if step == 3:
+            assert (model.skip_weights[counts[0] :] == 1).all()
+    for begin, state in saved.items():
+        other = trainer_of(toy, **knobs)
+        other.restore(state)
+        for step in range(begin, 8):
+            other.step(
+                other.loader.next(0, 1),
+                tg.full_speed(other.cfg) | dict(momentum=0.9, plan=int(step >= 4)),
+            )
+        assert torch.equal(other.flat.weights, trainer.flat.weights)
+
+
+@pytest.mark.parametrize("decay", tg.DECAYS)
+def test_a_matrix_outside_the_plan_stands_still(decay):
+    """Finding M1 for Muon: a matrix that a plan does not reach keeps its weights under every decay, and its momentum
+    and second moments begin when it joins."""
+    for kind in ("muon", "normuon", "rmnp"):
+        knobs = dict(
+            muon=kind, matrix_lr=0.1, muon_wd=0.5, muon_decay=decay, scalar_lr=0.1, adam_wd=1
+        )
+        module = tagged()
+        cfg = config(**knobs)
+        flat = tg.FlatParameters(module, ALONE)
+        outside = {module.matrices[2], module.vector}
+        reach = [
+            {p: torch.full(p.shape, p not in outside or late) for p in module.parameters()}
+            for late in (False, True)
+        ]
+        optimiser = tg.Optimiser(flat, cfg.optim, ALONE, torch.float32, True, reach)
+        start = [p.detach().clone() for p in module.parameters()]
+        for _ in range(3):
+            flat.gradients.normal_()
+            for p in outside:
+                p.grad.zero_()
+            optimiser.step(ramps(plan=0))
+        for p, before in zip(module.parameters(), start):
+            assert torch.equal(p, before) == (p in outside) or decay == "fixed_norm"
+            if p in outside:
+                torch.testing.assert_close(p.detach(), before)
+        flat.gradients.normal_()
+        fresh = tagged_optimiser(**knobs)
+        with torch.no_grad():
+            for p, q in zip(module.parameters(), fresh[0].parameters()):
+                q.copy_(p)
+                q.grad.copy_(p.grad)
+        for mine, theirs in zip(flat.banks, fresh[1].banks):
+            theirs.norms.copy_(mine.norms)
+        optimiser.step(ramps(plan=1))
+        fresh[2].step(ramps(plan=1))
+        for p, q in zip(module.parameters(), fresh[0].parameters()):
+            if p in outside:
+                torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
 # ---- Ramps ----
 def at(
     step: int = 0, frac: float = 0.0, remaining: float = 0.0, step_cost: float = 0.0
