@@ -230,7 +230,7 @@ class ModelConfig:
         128, "width of the value embedding", 1, 4096, needs="value_embed_last_n > 0"
     )
     value_residual: str = knob(
-        "none", "how later blocks use the first block's values", choices=("none", "add", "mix")
+        "none", "mix the values of later blocks with the first block's", choices=("none", "mix")
     )
     smear_gate: str = knob(
         "none",
@@ -2979,16 +2979,14 @@ class KeepValue(Site):
 
 
 class ValueResidual(Site):
-    """v <- first * v0 + own * v with v0 of block 0; first and own are sigmoid(0) and 1 ("add"), or 1/2 each ("mix").
-    Sources: PR 569, PR 486. Knob: VALUE_RESIDUAL."""
+    """Mix the values with those of block 0 by two learned weights, 1/2 each at the start. Source: PR 486. Knob:
+    VALUE_RESIDUAL."""
 
     def build(self, cfg: ModelConfig, layer: int):
-        add = cfg.value_residual == "add"
-        self.weights = scalar(1 + (not add), value=0.0 if add else 0.5)
-        self.shares = (lambda w: (torch.sigmoid(w), 1.0)) if add else (lambda w: w)
+        self.weights = scalar(2, value=0.5)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
-        first, own = self.shares(self.weights.to(v.dtype))
+        first, own = self.weights.to(v.dtype)
         return q, k, first * context.kept[0] + own * v
 
 

@@ -19,7 +19,7 @@ TECHNIQUES = {
     "bigram": dict(bigram_buckets=64),
     "engram": dict(engram_buckets=64, engram_dim=4),
     "value_embed": dict(value_embed_last_n=2, value_embed_dim=8),
-    **{f"value_residual {form}": dict(value_residual=form) for form in ("add", "mix")},
+    "value_residual": dict(value_residual="mix"),
     **{
         f"output_gate {form}": dict(output_gate=form) for form in ("out", "bias", "dense", "sparse")
     },

@@ -103,11 +103,7 @@ def attended(n, w, layer, c, ids, first):
         v = v + named(w, name, "amount") * w["value_sites.0.scale"] * second
     if c.value_residual != "none" and layer:
         weights = named(w, name, ".weights")
-        v = (
-            v + sigmoid(weights) * first[0]
-            if c.value_residual == "add"
-            else weights[0] * first[0] + weights[1] * v
-        )
+        v = weights[0] * first[0] + weights[1] * v
     if layer == 0:
         first.append(v)
     for h in range(c.num_heads):
@@ -332,7 +328,7 @@ SHAPES = (
             loop_start=0,
             loop_end=1,
             num_layers=3,
-            value_residual="add",
+            value_residual="mix",
         ),
     }
 )
