@@ -292,9 +292,6 @@ class ModelConfig:
     loop_ramp_steps: int = knob(
         0, "steps over which gated passes grow from nothing", 0, 10**6, needs="loop_gates == 1"
     )
-    loop_untied_mlp: bool = knob(
-        False, "extra passes have their own MLP", source="PR 1204", needs="num_loops > 0"
-    )
     parallel: str = knob(
         "none",
         "attention beside the MLP: A one stream, B two, C and D two with learned routing, in "
@@ -2823,7 +2820,6 @@ class Context(NamedTuple):
         list[Tensor] | tuple[()]
     ) = ()  # values (B,T,G,D) of the first block, appended by KeepValue
     slot: int = 0  # place in the plan
-    version: int = 0  # which of its MLPs a block uses there
 
 
 class Site(nn.Module):
@@ -3229,7 +3225,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """One stored layer: residual sites, attention, then the MLP on its result, each branch scaled per channel.
-    Takes and returns the lanes of the residual stream, each (B,T,C), here one. Version 1 uses the repeats' MLP."""
+    Takes and returns the lanes of the residual stream, each (B,T,C), here one."""
 
     lanes, skip_lanes = 1, 1  # lanes that it carries, and those that receive skips
 
@@ -3240,8 +3236,6 @@ class Block(nn.Module):
             sites("input", cfg, layer),
         )
         self.attn, self.mlp = Attention(cfg, layer, kernel), MLPS[cfg.mlp](cfg, layer)
-        repeats = cfg.num_loops and cfg.loop_untied_mlp and cfg.loop_start <= layer <= cfg.loop_end
-        self.repeat_mlp = nn.ModuleList([MLPS[cfg.mlp](cfg, layer)] if repeats else [])
         keep = {"C": [1.1**0.5], "D": [1.1]}.get(
             cfg.parallel, []
         )  # in every block, as published; few have lanes
@@ -3270,8 +3264,8 @@ class Block(nn.Module):
 
     def feed(self, x: Tensor, context: Context) -> Tensor:
         """What the MLP adds to a stream."""
-        n, mlp = through(self.input_sites, norm(x)), (self.mlp, *self.repeat_mlp)[context.version]
-        return self.mlp_scale.to(x.dtype) * through(self.mlp_sites, mlp(n), n, context.slot)
+        n = through(self.input_sites, norm(x))
+        return self.mlp_scale.to(x.dtype) * through(self.mlp_sites, self.mlp(n), n, context.slot)
 
     def forward(self, lanes: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
         x = self.mixed(lanes[0], context)
@@ -3338,7 +3332,6 @@ class Slot(NamedTuple):
     gates: tuple[
         tuple[int, int], ...
     ] = ()  # (extra pass, block of the loop) whose gate scales what it changes
-    version: int = 0  # which of its MLPs
 
 
 Plan = tuple[Slot, ...]
@@ -3351,7 +3344,7 @@ def schedule(cfg: ModelConfig, loops: int | None = None) -> Plan:
     loops = cfg.num_loops if loops is None else loops
     segment = range(cfg.loop_start, cfg.loop_end + 1) if cfg.num_loops else range(0)
     repeats = [
-        Slot(b, gates=((i, b - cfg.loop_start),) * cfg.loop_gates, version=int(cfg.loop_untied_mlp))
+        Slot(b, gates=((i, b - cfg.loop_start),) * cfg.loop_gates)
         for i in range(loops)
         for b in segment
     ]
@@ -3434,12 +3427,6 @@ class GPT(nn.Module):
         self.mtp_heads = param((further, vocab, cfg.model_dim), zero, "head", "drop")
         self.register_buffer("byte_weights", torch.ones(vocab), persistent=False)
         INITS[cfg.init](self)
-        self.tie_repeats()
-
-    def tie_repeats(self):
-        """While a loop has not begun, the repeats' own MLPs follow those that they will part from."""
-        for mlp, source in ((mlp, block.mlp) for block in self.blocks for mlp in block.repeat_mlp):
-            mlp.load_state_dict(source.state_dict())
 
     def exported(self) -> dict[str, nn.Parameter]:
         """The parameters that belong to the artifact, by name."""
@@ -3461,7 +3448,7 @@ class GPT(nn.Module):
                 lanes = (*joined, *lanes[block.skip_lanes :])
             entered, lanes = (
                 lanes,
-                block(lanes, context._replace(slot=number, version=slot.version)),
+                block(lanes, context._replace(slot=number)),
             )
             for gate in slot.gates:
                 strength = (self.loop_gates[gate] * self.loop_strength).to(self.dtype)
@@ -3514,9 +3501,7 @@ def flops_per_token(model: GPT, plan: Plan, seq: int) -> float:
         + model.mtp_heads.numel()
         + linears(model.embed_sites, model.value_sites, model.head_sites)
     )
-    used = sum(
-        linears(model.blocks[s.block]) - linears(model.blocks[s.block].repeat_mlp) for s in plan
-    )
+    used = sum(linears(model.blocks[s.block]) for s in plan)
     return 6 * (outside + used) + 12 * len(plan) * model.cfg.model_dim * keys
 
 
@@ -6645,8 +6630,6 @@ class Trainer:
         for hook in self.hooks:
             hook.before_update()
         self.optimiser.step(ramps)
-        if self.plan < len(self.plans) - 1:
-            self.model.tie_repeats()
         self.averager.update(self.step_number + 1, ramps["lr"])
         return self.flat.rest[-1].clone()
 

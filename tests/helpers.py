@@ -45,7 +45,6 @@ TECHNIQUES = {
         loop_ramp_steps=3,
         skip_pairs="around_loop",
     ),
-    "untied_loops": dict(num_loops=1, loop_start=0, loop_end=1, loop_untied_mlp=1),
     **{f"skips {form}": dict(skips=form) for form in ("sigmoid", "gated")},
     "one_skip": dict(max_skips=1, num_layers=5),
     **{f"parallel {form}": dict(parallel=form, parallel_start=2) for form in "ABCD"},

@@ -279,7 +279,6 @@ INEFFECTIVE = [
             ("LOOP_AT_STEP", 9),
             ("LOOP_REST_AT", 0.5),
             ("LOOP_GATES", 1),
-            ("LOOP_UNTIED_MLP", 1),
         )
     ),
     ("LOOP_RAMP_STEPS", 9, dict(NUM_LOOPS=1), dict(NUM_LOOPS=1, LOOP_GATES=1)),

@@ -185,10 +185,9 @@ def fed(n, w, name, layer, c):
     return u @ w[f"{name}.down.weight"].T
 
 
-def applied(lanes, w, i, c, ids, x0, first, repeat):
+def applied(lanes, w, i, c, ids, x0, first):
     """One block on its lanes, from the table of forms."""
     block, scale = f"blocks.{i}.", (i + 1) ** -0.5 if c.ln_scale else 1.0
-    name = block + ("repeat_mlp.0" if repeat and c.loop_untied_mlp else "mlp")
 
     def mixed(x):
         mix = named(w, block + "residual", "mix") if c.x0_mix != "none" else (1, 0)
@@ -198,7 +197,7 @@ def applied(lanes, w, i, c, ids, x0, first, repeat):
         return w[block + "attn_scale"] * attended(scale * rms(x), w, i, c, ids, first)
 
     def mlp(x):
-        return w[block + "mlp_scale"] * fed(scale * rms(x), w, name, i, c)
+        return w[block + "mlp_scale"] * fed(scale * rms(x), w, block + "mlp", i, c)
 
     form = c.parallel if i >= c.parallel_start else "none"
     u = mixed(lanes[0])
@@ -255,7 +254,7 @@ def reference_losses(model, ids, targets):
                 lanes, join = lanes * 2, join * 2
             lanes = join if c.parallel == "C" else join[:1] + lanes[1:]
             joined += 1
-        before, lanes = lanes, applied(lanes, w, b, c, ids, x0, first, n > 0)
+        before, lanes = lanes, applied(lanes, w, b, c, ids, x0, first)
         if n and c.loop_gates:
             lanes = [
                 old + w["loop_gates"][n - 1, b - c.loop_start] * (new - old)

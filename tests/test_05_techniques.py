@@ -180,20 +180,6 @@ def test_recurrence_of_no_extra_pass_is_no_recurrence():
     )
 
 
-def test_untied_repeats_begin_as_copies_and_then_differ():
-    tied, untied = random_model(config(**LOOPED)), random_model(config(**LOOPED, loop_untied_mlp=1))
-    assert sum(len(b.repeat_mlp) for b in untied.blocks) == 2
-    theirs = dict(tied.named_parameters())
-    with torch.no_grad():
-        for name, p in untied.named_parameters():
-            if name in theirs:
-                p.copy_(theirs[name])
-    ids, targets = random_batch(config(), 2, 20)
-    assert not torch.equal(token_losses(untied, ids, targets), token_losses(tied, ids, targets))
-    untied.tie_repeats()
-    assert torch.equal(token_losses(untied, ids, targets), token_losses(tied, ids, targets))
-
-
 def test_lanes_of_form_d_with_identity_routing_are_two_independent_streams():
     cfg = config(num_layers=3, parallel="D", parallel_start=0, skips="none")
     model = random_model(cfg)
@@ -559,25 +545,6 @@ def test_a_run_scores_with_the_plan_that_it_ended_with(steps, plan, toy, tmp_pat
     for bad in (2, -1, "0", None, 0.5):
         with pytest.raises(tg.UserError, match="plan"):
             tg.stored_plan(cfg, header | {"plan": bad})
-
-
-def test_repeats_stay_tied_until_the_loop_begins(toy, tmp_path):
-    for steps, tied in ((3, True), (6, False)):
-        done = train(
-            toy,
-            tmp_path,
-            f"untied{steps}",
-            PRESET="baseline+tiny",
-            NUM_LOOPS=1,
-            LOOP_UNTIED_MLP=1,
-            LOOP_AT_STEP=3,
-            ITERATIONS=steps,
-            MATRIX_BITS=16,
-        )
-        assert done.code == 0, done.err
-        _, tensors = tg.unpack_artifact((done.folder / "model.golf").read_bytes())
-        pair = [tensors[f"blocks.1.{name}.up.weight"].values for name in ("mlp", "repeat_mlp.0")]
-        assert torch.equal(*pair) == tied
 
 
 @pytest.mark.parametrize("preset", SYSTEMS)
