@@ -294,10 +294,9 @@ class ModelConfig:
     )
     parallel: str = knob(
         "none",
-        "attention beside the MLP: A one stream, B two, C and D two with learned routing, in "
-        "turn or at once",
-        choices=("none", "A", "B", "C", "D"),
-        source="PRs 1412, 1334, 1204, 1530",
+        "attention beside the MLP: A on one stream, B on two, D on two with learned routing",
+        choices=("none", "A", "B", "D"),
+        source="PRs 1412, 1334, 1530",
     )
     parallel_start: int = knob(7, "first parallel block", 0, 63, needs="parallel != none")
     softcap: str = knob(
@@ -1260,9 +1259,7 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
     ),
     (
         lambda v: (
-            v["num_loops"]
-            and v["parallel"] in ("B", "C", "D")
-            and v["parallel_start"] <= v["loop_end"]
+            v["num_loops"] and v["parallel"] in ("B", "D") and v["parallel_start"] <= v["loop_end"]
         ),
         "PARALLEL_START={parallel_start} must be larger than LOOP_END={loop_end}: two lanes cannot be looped",
     ),
@@ -3227,7 +3224,7 @@ class Block(nn.Module):
     """One stored layer: residual sites, attention, then the MLP on its result, each branch scaled per channel.
     Takes and returns the lanes of the residual stream, each (B,T,C), here one."""
 
-    lanes, skip_lanes = 1, 1  # lanes that it carries, and those that receive skips
+    lanes = 1  # lanes that it carries; skips join the first
 
     def __init__(self, cfg: ModelConfig, layer: int, kernel: Callable):
         super().__init__()
@@ -3236,12 +3233,9 @@ class Block(nn.Module):
             sites("input", cfg, layer),
         )
         self.attn, self.mlp = Attention(cfg, layer, kernel), MLPS[cfg.mlp](cfg, layer)
-        keep = {"C": [1.1**0.5], "D": [1.1]}.get(
-            cfg.parallel, []
-        )  # in every block, as published; few have lanes
-        self.routing = nn.ParameterList(
-            p for k in keep for p in (scalar(2, value=k), scalar(2, 2, value=1.0))
-        )
+        self.routing = nn.ParameterList()
+        if cfg.parallel == "D":  # in every block, as published; few have lanes
+            self.routing.extend([scalar(2, value=1.1), scalar(2, 2, value=1.0)])
         self.attn_scale, self.mlp_scale = (
             scalar(cfg.model_dim, value=1.0),
             scalar(cfg.model_dim, value=1.0),
@@ -3291,23 +3285,8 @@ class LanesB(Block):
         return x + self.attend(x, context), lanes[1] + self.feed(lanes[1], context)
 
 
-class LanesC(Block):
-    """Form C: each branch writes into both raw lanes by learned amounts, attention before the MLP. Source: PR 1204."""
-
-    lanes, skip_lanes = 2, 2
-
-    def forward(self, lanes: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
-        keep, write = (
-            w.to(lanes[0].dtype) for w in self.routing
-        )  # by branch; by branch and lane written into
-        added = self.attend(self.mixed(lanes[0], context), context)
-        lanes = tuple(keep[0] * lane + write[0, i] * added for i, lane in enumerate(lanes))
-        added = self.feed(self.mixed(lanes[1], context), context)
-        return tuple(keep[1] * lane + write[1, i] * added for i, lane in enumerate(lanes))
-
-
 class LanesD(Block):
-    """Form D: as C, but both branches read before either writes, the MLP its lane as it is. Source: PR 1530."""
+    """Form D: each branch writes into both raw lanes by learned amounts; the MLP reads its lane as it is. PR 1530."""
 
     lanes = 2
 
@@ -3321,7 +3300,7 @@ class LanesD(Block):
         )
 
 
-PARALLEL = {"none": Block, "A": ParallelBlock, "B": LanesB, "C": LanesC, "D": LanesD}
+PARALLEL = {"none": Block, "A": ParallelBlock, "B": LanesB, "D": LanesD}
 
 
 class Slot(NamedTuple):
@@ -3441,11 +3420,7 @@ class GPT(nn.Module):
             block = self.blocks[slot.block]
             lanes = lanes * (block.lanes // len(lanes))  # one stream enters both lanes
             for weight, source in slot.skips:
-                joined = [
-                    self.skip(self, weight, lane, outputs[source])
-                    for lane in lanes[: block.skip_lanes]
-                ]
-                lanes = (*joined, *lanes[block.skip_lanes :])
+                lanes = (self.skip(self, weight, lanes[0], outputs[source]), *lanes[1:])
             entered, lanes = (
                 lanes,
                 block(lanes, context._replace(slot=number)),

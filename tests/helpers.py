@@ -47,7 +47,7 @@ TECHNIQUES = {
     ),
     **{f"skips {form}": dict(skips=form) for form in ("sigmoid", "gated")},
     "one_skip": dict(max_skips=1, num_layers=5),
-    **{f"parallel {form}": dict(parallel=form, parallel_start=2) for form in "ABCD"},
+    **{f"parallel {form}": dict(parallel=form, parallel_start=2) for form in "ABD"},
     "leaky_relu2": dict(mlp="leaky_relu2", leaky_slope=0.3),
     "partial_rope": dict(rope_dims=8),
     "no_skips": dict(skips="none"),

@@ -210,13 +210,7 @@ def applied(lanes, w, i, c, ids, x0, first):
     if form == "B":
         return [u + attn(u), b + mlp(b)]
     keep, write = w[block + "routing.0"], w[block + "routing.1"]
-    u = mixed(a)
-    if form == "C":
-        branch = attn(u)
-        a, b = keep[0] * a + write[0, 0] * branch, keep[0] * b + write[0, 1] * branch
-        branch = mlp(mixed(b))
-        return [keep[1] * a + write[1, 0] * branch, keep[1] * b + write[1, 1] * branch]
-    attention, feed = attn(u), mlp(b)
+    attention, feed = attn(mixed(a)), mlp(b)
     return [
         keep[0] * a + write[0, 0] * attention + write[1, 0] * feed,
         keep[1] * b + write[0, 1] * attention + write[1, 1] * feed,
@@ -249,10 +243,10 @@ def reference_losses(model, ids, targets):
                     lane + (sigmoid(weight) if c.skips == "sigmoid" else weight) * s
                     for lane in lanes
                 ]
-            two = c.parallel in ("B", "C", "D") and b >= c.parallel_start
+            two = c.parallel in ("B", "D") and b >= c.parallel_start
             if two and len(lanes) == 1:  # the stream has split before the skip joins
                 lanes, join = lanes * 2, join * 2
-            lanes = join if c.parallel == "C" else join[:1] + lanes[1:]
+            lanes = join[:1] + lanes[1:]
             joined += 1
         before, lanes = lanes, applied(lanes, w, b, c, ids, x0, first)
         if n and c.loop_gates:
@@ -300,7 +294,7 @@ SHAPES = (
     | {
         **{
             f"two blocks of form {form}": dict(parallel=form, parallel_start=1, num_layers=3)
-            for form in "ABCD"
+            for form in "ABD"
         },
         "gated loop of two blocks": dict(
             num_loops=2,
@@ -412,9 +406,7 @@ def test_gradients_reach_every_parameter(technique):
         assert (rows != 0).any() if p.opt in ("embed", "table") else (rows != 0).any(1).all(), name
 
 
-@pytest.mark.parametrize(
-    "technique", [t for t in TECHNIQUES if t not in ("phase", "parallel C", "parallel D")]
-)
+@pytest.mark.parametrize("technique", [t for t in TECHNIQUES if t not in ("phase", "parallel D")])
 def test_every_block_is_the_identity_at_the_start(technique):
     cfg = config(**TECHNIQUES[technique])
     torch.manual_seed(0)
