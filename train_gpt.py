@@ -214,14 +214,12 @@ class ModelConfig:
     xsa_last_n: int = knob(
         0, "top blocks whose heads drop their own value", 0, 64, source="arXiv 2603.09078"
     )
-    output_gate: str = knob(
-        "none",
-        "gate on each head's output by 12 or (bias, dense) all channels of the token",
-        choices=("none", "out", "bias", "dense", "sparse"),
-        source="PRs 1667, 549, 1736, 1787",
-    )
     output_gate_scale: float = knob(
-        1.0, "steepness of the sparse gate", 0.01, 10, needs="output_gate == sparse"
+        0.0,
+        "steepness of a gate on each head's output, read from 12 channels of the token; 0 = no gate",
+        0,
+        10,
+        source="PR 1787",
     )
     value_embed_last_n: int = knob(
         0, "top blocks that add a second embedding to their values", 0, 64, source="PR 374"
@@ -1010,7 +1008,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         qk_gain_init=5.0,
         skips="gated",
         smear_gate="D",
-        output_gate="sparse",
         output_gate_scale=0.5,
         softcap="shifted",
         num_loops=2,
@@ -3061,26 +3058,16 @@ class XSA(Site):
 
 
 class OutputGate(Site):
-    """Scale each head's output by token: peak * sigmoid(scale * W n + bias), W reading every channel or the first 12.
-    Sources: PR 1667 (out), PR 549 (bias), PR 1736 (dense), PR 1787 (sparse). Knobs: OUTPUT_GATE, OUTPUT_GATE_SCALE."""
+    """Scale each head's output by sigmoid(steepness * W n), one half at the start; W reads the first 12 channels of the
+    token, n. Source: PR 1787. Knob: OUTPUT_GATE_SCALE."""
 
     def build(self, cfg: ModelConfig, layer: int):
-        form, bias = cfg.output_gate, scalar(cfg.num_heads, value=4.0)
-        self.width = cfg.model_dim if form in ("dense", "bias") else GATE_DIMS
-        self.peak, self.scale = (
-            1.0 + (form == "out"),
-            cfg.output_gate_scale if form == "sparse" else 1.0,
-        )
-        self.gate = Linear(
-            self.width, cfg.num_heads, normal(0.005) if form == "dense" else zero, "scalar", "keep"
-        )
-        self.bias = (
-            bias if form == "bias" else nn.Buffer(torch.zeros(cfg.num_heads), persistent=False)
-        )
+        self.steepness = cfg.output_gate_scale
+        self.gate = Linear(GATE_DIMS, cfg.num_heads, zero, "scalar", "keep")
 
     def forward(self, y: Tensor, v: Tensor, n: Tensor) -> Tensor:
-        z = self.scale * self.gate(n[..., : self.width].contiguous()) + self.bias.to(n.dtype)
-        return y * (self.peak * torch.sigmoid(z)).unsqueeze(-1)
+        z = self.steepness * self.gate(n[..., :GATE_DIMS].contiguous())
+        return y * torch.sigmoid(z).unsqueeze(-1)
 
 
 # residual sites: (x (B,T,C), x0 (B,T,C)) -> (B,T,C)
@@ -3181,7 +3168,7 @@ SITES: dict[str, list[tuple[Callable, Callable[[ModelConfig, int], bool]]]] = {
     ],
     "attn_out": [
         (XSA, lambda c, i: i >= c.num_layers - c.xsa_last_n),
-        (OutputGate, lambda c, i: c.output_gate != "none"),
+        (OutputGate, lambda c, i: c.output_gate_scale > 0),
     ],
     "residual": [(X0Mix, lambda c, i: c.x0_mix != "none")],
     "input": [(LNScale, lambda c, i: c.ln_scale)],

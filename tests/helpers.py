@@ -20,9 +20,7 @@ TECHNIQUES = {
     "engram": dict(engram_buckets=64, engram_dim=4),
     "value_embed": dict(value_embed_last_n=2, value_embed_dim=8),
     "value_residual": dict(value_residual="mix"),
-    **{
-        f"output_gate {form}": dict(output_gate=form) for form in ("out", "bias", "dense", "sparse")
-    },
+    "output_gate": dict(output_gate_scale=0.7),
     "window": dict(attention_window=5),
     "doc_attention": dict(doc_attention=1),
     "ntk": dict(rope_scaling="ntk", rope_train_len=8),

@@ -266,7 +266,6 @@ INEFFECTIVE = [
     ("LEAKY_SLOPES", "0", dict(NUM_LAYERS=1), dict(MLP="leaky_relu2", NUM_LAYERS=1)),
     ("ROPE_TRAIN_LEN", 64, {}, dict(ROPE_SCALING="yarn")),
     ("MAX_SKIPS", 1, dict(SKIPS="none"), {}),
-    ("OUTPUT_GATE_SCALE", 0.5, {}, dict(OUTPUT_GATE="sparse")),
     ("PARALLEL_START", 5, {}, dict(PARALLEL="A")),
     ("VALUE_EMBED_DIM", 8, {}, dict(VALUE_EMBED_LAST_N=1)),
     ("SKIP_PAIRS", "around_loop", dict(SKIPS="none", NUM_LOOPS=1), dict(NUM_LOOPS=1)),

@@ -88,10 +88,8 @@ def gate(n, w, layer, c):
     """(T,H): what each head's output is multiplied by."""
     weight = named(w, f"blocks.{layer}.attn.out_sites", "gate.weight")
     z = n[:, : weight.shape[1]] @ weight.T
-    assert weight.shape == (c.num_heads, {"out": 12, "sparse": 12}.get(c.output_gate, c.model_dim))
-    if c.output_gate == "bias":
-        z = z + named(w, f"blocks.{layer}.attn.out_sites", ".bias")
-    return (2 if c.output_gate == "out" else 1) * sigmoid(c.output_gate_scale * z)
+    assert weight.shape == (c.num_heads, 12)
+    return sigmoid(c.output_gate_scale * z)
 
 
 def attended(n, w, layer, c, ids, first):
@@ -120,7 +118,7 @@ def attended(n, w, layer, c, ids, first):
                 / (values * values).sum(-1, keepdims=True)
                 * values
             )
-        if c.output_gate != "none":
+        if c.output_gate_scale:
             y = y * gate(n, w, layer, c)[:, [h]]
         heads.append(y)
     return np.concatenate(heads, -1) @ w[f"{name}proj.weight"].T

@@ -406,7 +406,7 @@ def test_documents_cost_a_quarter_of_sliding():
         dict(),
         dict(
             SMEAR_GATE="D",
-            OUTPUT_GATE="sparse",
+            OUTPUT_GATE_SCALE=1,
             DOC_ATTENTION=1,
             NUM_LOOPS=2,
             LOOP_START=1,

@@ -179,7 +179,7 @@ def written_out(cfg, model, tokens, documents, initial) -> np.ndarray:
         dict(),
         LOOPED
         | dict(
-            OUTPUT_GATE="sparse",
+            OUTPUT_GATE_SCALE=1,
             SMEAR_GATE="D",
             XSA_LAST_N=2,
             LN_SCALE=1,
