@@ -178,13 +178,13 @@ class ModelConfig:
         0, "width of the token table, projected to MODEL_DIM and back; 0 = MODEL_DIM", 0, 4096
     )
     tie_embeddings: bool = knob(True, "use the token table as output head too")
-    mlp: str = knob("relu2", "MLP activation", choices=("relu2", "leaky_relu2", "swiglu"))
     mlp_mult: float = knob(2.0, "MLP hidden width as a multiple of MODEL_DIM", 0.25, 16)
     leaky_slope: float = knob(
-        0.5, "slope below zero", 0, 1, source="PR 493", needs="mlp == leaky_relu2"
-    )
-    leaky_slopes: str = knob(
-        "", "slopes per block, joined by commas, instead", needs="mlp == leaky_relu2"
+        0.0,
+        "slope below zero of the MLP's leaky relu, which is then squared; 0 = relu squared",
+        0,
+        1,
+        source="PR 493",
     )
     positions: str = knob(
         "rotary", "how attention learns distances, if at all", choices=("rotary", "none")
@@ -343,10 +343,6 @@ class ModelConfig:
     @property
     def rotary_dims(self) -> int:
         return self.rope_dims or self.head_dim
-
-    def slope(self, layer: int) -> float:
-        """Slope below zero of one block's MLP."""
-        return float(self.leaky_slopes.split(",")[layer]) if self.leaky_slopes else self.leaky_slope
 
 
 @dataclass(frozen=True)
@@ -797,7 +793,7 @@ def at_most(**limits: float) -> dict[str, Callable[[dict], float]]:
 # What every later record shares: 11 layers, 2048-token rows, a sliding window.
 LATE = dict(
     num_layers=11,
-    mlp="leaky_relu2",
+    leaky_slope=0.5,
     mlp_mult=4.0,
     rope_dims=16,
     xsa_last_n=11,
@@ -884,7 +880,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # tokenizer and its score was no bits per byte: neither is copied.
     "depth_recurrent": dict(
         num_layers=8,
-        mlp="leaky_relu2",
+        leaky_slope=0.5,
         mlp_mult=3.0,
         positions="none",
         qk_gain_init=5.0,
@@ -1069,7 +1065,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         checkpoint_every=30.0,
         reserve_seconds=2.0,
         rope_train_len=512,
-        leaky_slopes="",
         loop_start=1,
         loop_end=2,
         loop_at_step=0,
@@ -1122,7 +1117,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         engram_dim=8,
         value_embed_dim=16,
         rope_train_len=64,
-        leaky_slopes="",
         loop_start=1,
         loop_end=1,
         parallel_start=2,
@@ -1237,15 +1231,6 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
         "competition does not admit; set ALLOW_NONCOMPLIANT=1 to do it all the same, or PREQUANT_TEXT=train",
     ),
     (lambda v: v["bigram_buckets"] == 1, "BIGRAM_BUCKETS=1: want 0 (off) or at least 2"),
-    (
-        lambda v: (
-            v["leaky_slopes"]
-            and not re.fullmatch(
-                r"-?\d*\.?\d+(,-?\d*\.?\d+){%d}" % (v["num_layers"] - 1), v["leaky_slopes"]
-            )
-        ),
-        "LEAKY_SLOPES={leaky_slopes!r}: want NUM_LAYERS={num_layers} numbers joined by commas",
-    ),
     (
         lambda v: v["num_loops"] and not v["loop_start"] <= v["loop_end"] < v["num_layers"],
         "LOOP_START={loop_start} to LOOP_END={loop_end} are not blocks of NUM_LAYERS={num_layers}",
@@ -3111,41 +3096,20 @@ class MupLogits(LNScale):
 
 
 # mlp: (B,T,C) -> (B,T,C)
-class ReluSquaredMLP(nn.Module):
-    """Up-projection, max(0, u)^2, down-projection that starts at zero."""
+class MLP(nn.Module):
+    """Up-projection, leaky relu, square (positive on both sides), down-projection that starts at zero. Source: PR 493.
+    Knobs: MLP_MULT, LEAKY_SLOPE."""
 
-    def __init__(self, cfg: ModelConfig, layer: int = 0):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.up = Linear(cfg.model_dim, cfg.mlp_dim, quant="mlp")
         self.down = Linear(cfg.mlp_dim, cfg.model_dim, zero, quant="mlp")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)).square())
-
-
-class LeakyReluSquaredMLP(ReluSquaredMLP):
-    """As above with leaky relu, then square: positive on both sides. Source: PR 493. Knobs: LEAKY_SLOPE(S)."""
-
-    def __init__(self, cfg: ModelConfig, layer: int = 0):
-        super().__init__(cfg, layer)
-        self.slope = cfg.slope(layer)
+        self.slope = cfg.leaky_slope
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.leaky_relu(self.up(x), self.slope).square())
 
 
-class SwiGLU(ReluSquaredMLP):
-    """Up-projection gated by silu of a second one; half as many parameters again at equal MLP_MULT."""
-
-    def __init__(self, cfg: ModelConfig, layer: int = 0):
-        super().__init__(cfg, layer)
-        self.gate = Linear(cfg.model_dim, cfg.mlp_dim, quant="mlp")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-MLPS = {"relu2": ReluSquaredMLP, "leaky_relu2": LeakyReluSquaredMLP, "swiglu": SwiGLU}
 # site -> techniques in order of application, each with the condition under which block `i` has it
 SITES: dict[str, list[tuple[Callable, Callable[[ModelConfig, int], bool]]]] = {
     "embed": [
@@ -3219,7 +3183,7 @@ class Block(nn.Module):
             sites("residual", cfg, layer),
             sites("input", cfg, layer),
         )
-        self.attn, self.mlp = Attention(cfg, layer, kernel), MLPS[cfg.mlp](cfg, layer)
+        self.attn, self.mlp = Attention(cfg, layer, kernel), MLP(cfg)
         self.routing = nn.ParameterList()
         if cfg.parallel == "D":  # in every block, as published; few have lanes
             self.routing.extend([scalar(2, value=1.1), scalar(2, 2, value=1.0)])

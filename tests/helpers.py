@@ -32,7 +32,6 @@ TECHNIQUES = {
     "factored": dict(embed_dim=24),
     "untied": dict(tie_embeddings=0),
     "shifted": dict(softcap="shifted"),
-    "swiglu": dict(mlp="swiglu"),
     "mup": dict(mup_base_width=32),
     "loops": dict(num_loops=2, loop_start=1, loop_end=1),
     "gated_loops": dict(
@@ -46,10 +45,10 @@ TECHNIQUES = {
     **{f"skips {form}": dict(skips=form) for form in ("sigmoid", "gated")},
     "one_skip": dict(max_skips=1, num_layers=5),
     **{f"parallel {form}": dict(parallel=form, parallel_start=2) for form in "ABD"},
-    "leaky_relu2": dict(mlp="leaky_relu2", leaky_slope=0.3),
+    "leaky_relu2": dict(leaky_slope=0.3),
     "partial_rope": dict(rope_dims=8),
     "no_skips": dict(skips="none"),
-    "all": dict(xsa_last_n=1, smear_gate="B", bigram_buckets=64, mlp="leaky_relu2", rope_dims=8),
+    "all": dict(xsa_last_n=1, smear_gate="B", bigram_buckets=64, leaky_slope=0.5, rope_dims=8),
 }
 
 

@@ -260,10 +260,8 @@ def test_a_usual_environment_raises_no_warning():
 
 
 INEFFECTIVE = [
-    ("LEAKY_SLOPE", 0.3, {}, dict(MLP="leaky_relu2")),
     ("BIGRAM_DIM", 8, {}, dict(BIGRAM_BUCKETS=64)),
     ("ENGRAM_DIM", 8, {}, dict(ENGRAM_BUCKETS=64)),
-    ("LEAKY_SLOPES", "0", dict(NUM_LAYERS=1), dict(MLP="leaky_relu2", NUM_LAYERS=1)),
     ("ROPE_TRAIN_LEN", 64, {}, dict(ROPE_SCALING="yarn")),
     ("MAX_SKIPS", 1, dict(SKIPS="none"), {}),
     ("PARALLEL_START", 5, {}, dict(PARALLEL="A")),

@@ -172,14 +172,10 @@ def embedded(ids, w, c):
     return x
 
 
-def fed(n, w, name, layer, c):
+def fed(n, w, name, c):
     """One MLP."""
     u = n @ w[f"{name}.up.weight"].T
-    if c.mlp == "swiglu":
-        g = n @ w[f"{name}.gate.weight"].T
-        return (g * sigmoid(g) * u) @ w[f"{name}.down.weight"].T
-    slopes = [float(x) for x in c.leaky_slopes.split(",") if x] or [c.leaky_slope] * c.num_layers
-    u = np.where(u > 0, u, (slopes[layer] if c.mlp == "leaky_relu2" else 0) * u) ** 2
+    u = np.where(u > 0, u, c.leaky_slope * u) ** 2
     return u @ w[f"{name}.down.weight"].T
 
 
@@ -195,7 +191,7 @@ def applied(lanes, w, i, c, ids, x0, first):
         return w[block + "attn_scale"] * attended(scale * rms(x), w, i, c, ids, first)
 
     def mlp(x):
-        return w[block + "mlp_scale"] * fed(scale * rms(x), w, block + "mlp", i, c)
+        return w[block + "mlp_scale"] * fed(scale * rms(x), w, block + "mlp", c)
 
     form = c.parallel if i >= c.parallel_start else "none"
     u = mixed(lanes[0])
@@ -302,7 +298,6 @@ SHAPES = (
             skip_pairs="around_loop",
             num_layers=4,
         ),
-        "slopes": dict(mlp="leaky_relu2", leaky_slopes="-0.1,0.2,.9", num_layers=3),
         "lanes after a loop": dict(
             parallel="D",
             parallel_start=3,
@@ -598,9 +593,8 @@ def test_qk_gain_scales_queries_and_bounds_attention_logits():
 
 
 def test_leaky_relu_squared_is_positive_on_both_sides():
-    cfg = tg.ModelConfig(model_dim=16, mlp_mult=1.0, mlp="leaky_relu2", leaky_slope=0.5)
-    for kind, negative in (("leaky_relu2", 1.0), ("relu2", 0.0)):
-        mlp = tg.MLPS[kind](cfg)
+    for slope, negative in ((0.5, 1.0), (0.0, 0.0)):
+        mlp = tg.MLP(tg.ModelConfig(model_dim=16, mlp_mult=1.0, leaky_slope=slope))
         with torch.no_grad():
             mlp.up.weight.copy_(torch.eye(16))
             mlp.down.weight.copy_(torch.eye(16))

@@ -26,7 +26,7 @@ RICH = dict(
     BIGRAM_BUCKETS=32,
     XSA_LAST_N=2,
     ROPE_DIMS=4,
-    MLP="leaky_relu2",
+    LEAKY_SLOPE=0.5,
 )
 
 
@@ -646,7 +646,7 @@ def test_a_fresh_process_repeats_the_official_line(trained):
     [
         dict(),
         dict(PRESET="mlp3x_seq4096+cpu"),
-        dict(PRESET="baseline+tiny", NUM_LAYERS=4, MODEL_DIM=128, MLP="leaky_relu2"),
+        dict(PRESET="baseline+tiny", NUM_LAYERS=4, MODEL_DIM=128, LEAKY_SLOPE=0.5),
         dict(
             LOGIT_SOFTCAP=5,
             ROPE_BASE=100,
