@@ -232,10 +232,10 @@ class ModelConfig:
     )
     smear_gate: str = knob(
         "none",
-        "mix each embedding with the one before: A, C, D raw, B normalised, C, D by token, "
-        "D within documents",
-        choices=("none", "A", "B", "C", "D"),
-        source="PRs 65, 162, 1667, 1851",
+        "mix each embedding with that of the token before: B by channel, after normalisation; C by a gate that reads the "
+        "token; D as C, but never across the beginning of a document",
+        choices=("none", "B", "C", "D"),
+        source="PRs 162, 1667, 1851",
     )
     bigram_buckets: int = knob(
         0, "rows of the hashed bigram embedding; 0 = off", 0, 2**20, source="PR 162"
@@ -2881,20 +2881,12 @@ class EmbedNorm(Site):
 class SmearGate(Site):
     """Blend with the position before by a per-channel gate, half and half at start. PR 162. Knob: SMEAR_GATE=B."""
 
-    sign, start = -1.0, 0.0  # the token's own share is sigmoid(sign * gate)
-
     def build(self, cfg: ModelConfig, layer: int):
-        self.gate = scalar(cfg.model_dim, value=self.start)
+        self.gate = scalar(cfg.model_dim)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        own = torch.sigmoid(self.sign * self.gate).to(x.dtype)
+        own = torch.sigmoid(-self.gate).to(x.dtype)
         return own * x + (1 - own) * before(x)
-
-
-class SmearGateA(SmearGate):
-    """As B on the raw embedding, the token's own share being 0.953 at start. Source: PR 65."""
-
-    sign, start = 1.0, 3.0
 
 
 class SmearGateC(Site):
@@ -3116,7 +3108,6 @@ SITES: dict[str, list[tuple[Callable, Callable[[ModelConfig, int], bool]]]] = {
         (lambda c, i: Linear(c.embed_dim, c.model_dim), lambda c, i: c.embed_dim > 0),
         (BigramHash, lambda c, i: c.bigram_buckets > 0),
         (EngramLite, lambda c, i: c.engram_buckets > 0),
-        (SmearGateA, lambda c, i: c.smear_gate == "A"),
         (SmearGateC, lambda c, i: c.smear_gate == "C"),
         (SmearGateD, lambda c, i: c.smear_gate == "D"),
         (EmbedNorm, lambda c, i: True),

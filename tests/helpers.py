@@ -15,7 +15,7 @@ SYSTEMS = [name for name in tg.PRESETS if name not in (*OVERLAYS, "champion")]
 TECHNIQUES = {
     "plain": {},
     "xsa": dict(xsa_last_n=2),
-    **{f"smear_gate {form}": dict(smear_gate=form) for form in "ABCD"},
+    **{f"smear_gate {form}": dict(smear_gate=form) for form in "BCD"},
     "bigram": dict(bigram_buckets=64),
     "engram": dict(engram_buckets=64, engram_dim=4),
     "value_embed": dict(value_embed_last_n=2, value_embed_dim=8),

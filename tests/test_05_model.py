@@ -152,9 +152,6 @@ def embedded(ids, w, c):
     if c.engram_buckets:
         found = w["embed_sites.0.table"][engram_rows(ids, c.engram_buckets)].reshape(len(ids), -1)
         x = x + sigmoid(w["embed_sites.0.gate"]) * (found @ w["embed_sites.0.proj.weight"].T)
-    if c.smear_gate == "A":
-        own = sigmoid(named(w, "embed_sites", ".gate"))
-        x = own * x + (1 - own) * previous(x)
     if c.smear_gate in ("C", "D"):
         share = named(w, "embed_sites", ".strength") * sigmoid(
             x[:, :12] @ named(w, "embed_sites", "gate.weight").T
