@@ -521,15 +521,9 @@ class OptimConfig:
     )
     objective: str = knob(
         "ce",
-        "what is minimised: cross-entropy, or weighted by bytes, focal, with a z-loss, with "
-        "multi-token prediction; the log reports nats",
-        choices=("ce", "byte", "focal", "z", "mtp"),
-    )
-    focal_gamma: float = knob(
-        2.0, "power of (1 - p) that multiplies a loss", 0, 10, needs="objective == focal"
-    )
-    z_weight: float = knob(
-        1e-4, "weight of the squared log-partition", 0, 1, needs="objective == z"
+        "what is minimised: cross-entropy, the same weighted by bytes, or with multi-token prediction; the log reports "
+        "nats",
+        choices=("ce", "byte", "mtp"),
     )
     mtp_heads: int = knob(
         1, "further tokens predicted by heads that are not exported", 1, 8, needs="objective == mtp"
@@ -3428,18 +3422,6 @@ def byte_weighted(model: GPT, nats: Tensor, targets: Tensor, z: Tensor, h: Tenso
     return (model.byte_weights[targets.clamp(min=0)] * nats).sum()
 
 
-def focal(model: GPT, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
-    """Nats times (1 - p)^FOCAL_GAMMA: easy tokens count less. Source: PR 1233."""
-    return (nats * (1 - torch.exp(-nats)).clamp(min=1e-6) ** model.optim.focal_gamma).sum()
-
-
-def with_z_loss(model: GPT, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
-    """Add Z_WEIGHT times the squared log-partition of the capped logits."""
-    cap = model.cfg.logit_softcap
-    partition = torch.logsumexp(cap * torch.tanh(z.float() / cap), -1)
-    return nats.sum() + model.optim.z_weight * (partition.square() * (targets >= 0)).sum()
-
-
 def multi_token(model: GPT, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor) -> Tensor:
     """Add MTP_WEIGHT times the mean loss of heads that predict one, two, ... tokens further. Source: PR 549."""
     count, further = (targets >= 0).sum(), []
@@ -3453,8 +3435,6 @@ def multi_token(model: GPT, nats: Tensor, targets: Tensor, z: Tensor, h: Tensor)
 OBJECTIVES = {
     "ce": lambda model, nats, targets, z, h: nats.sum(),
     "byte": byte_weighted,
-    "focal": focal,
-    "z": with_z_loss,
     "mtp": multi_token,
 }
 

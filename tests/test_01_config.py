@@ -280,8 +280,6 @@ INEFFECTIVE = [
     ),
     ("LOOP_RAMP_STEPS", 9, dict(NUM_LOOPS=1), dict(NUM_LOOPS=1, LOOP_GATES=1)),
     ("EMBED_LR", 0.1, {}, dict(TIE_EMBEDDINGS=0)),
-    ("FOCAL_GAMMA", 1, {}, dict(OBJECTIVE="focal")),
-    ("Z_WEIGHT", 0.1, {}, dict(OBJECTIVE="z")),
     ("MTP_HEADS", 2, {}, dict(OBJECTIVE="mtp")),
     ("MTP_WEIGHT", 0.1, {}, dict(OBJECTIVE="mtp")),
     ("EMA_DECAY", 0.9, {}, dict(AVERAGING="ema")),
