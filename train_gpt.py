@@ -312,9 +312,8 @@ class ModelConfig:
     )
     embed_init: str = knob(
         "normal",
-        "token table: noise, noise of a power-law spectrum, or singular vectors of the "
-        "training text's token pairs",
-        choices=("normal", "overtone", "svd"),
+        "initial token table: noise, or the singular vectors of the training text's token pairs",
+        choices=("normal", "svd"),
     )
     tied_embed_init_std: float = knob(
         0.005, "standard deviation of the initial token embedding", 1e-5, 1
@@ -3308,9 +3307,7 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.dtype, self.cross_entropy = cfg, numerics.dtype, SOFTCAPS[cfg.softcap]
         width = cfg.embed_dim or cfg.model_dim
-        self.embed = param(
-            (vocab, width), EMBED_INITS[cfg.embed_init](cfg.tied_embed_init_std), "embed", "embed"
-        )
+        self.embed = param((vocab, width), normal(cfg.tied_embed_init_std), "embed", "embed")
         self.output = (
             self.embed if cfg.tie_embeddings else param((vocab, width), zero, "head", "embed")
         )
@@ -3476,23 +3473,6 @@ INITS: dict[str, Callable[[GPT], Any]] = {
     "mimetic": mimetic_init,
     "mimetic_rows": lambda m: mimetic_init(m, rows=True),
 }
-
-
-def overtone(std: float) -> Callable[[Tensor], Any]:
-    """Gaussian table whose k-th singular value is replaced by the first one / sqrt(k)."""
-
-    def init(t: Tensor):
-        u, s, v = torch.linalg.svd(t.normal_(0, std), full_matrices=False)
-        t.copy_(u * (s[0] * torch.arange(1, len(s) + 1, device=t.device) ** -0.5) @ v)
-
-    return init
-
-
-EMBED_INITS = {
-    "normal": normal,
-    "overtone": overtone,
-    "svd": normal,
-}  # svd: replaced when the data is known
 
 
 @torch.no_grad()
