@@ -174,9 +174,6 @@ class ModelConfig:
     model_dim: int = knob(512, "residual width C", 16, 4096)
     num_heads: int = knob(8, "query heads H", 1, 64)
     num_kv_heads: int = knob(4, "key/value heads G; must divide NUM_HEADS", 1, 64)
-    embed_dim: int = knob(
-        0, "width of the token table, projected to MODEL_DIM and back; 0 = MODEL_DIM", 0, 4096
-    )
     tie_embeddings: bool = knob(True, "use the token table as output head too")
     mlp_mult: float = knob(2.0, "MLP hidden width as a multiple of MODEL_DIM", 0.25, 16)
     leaky_slope: float = knob(
@@ -1072,7 +1069,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             xsa_last_n=4,
             mlp_mult=2,
             attention_window=128,
-            embed_dim=128,
             value_embed_last_n=2,
             ttt_chunk_tokens=8192,
             ttt_lora_rank=16,
@@ -1129,7 +1125,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             rope_dims=16,
             xsa_last_n=2,
             attention_window=32,
-            embed_dim=32,
             value_embed_last_n=2,
             num_loops=2,
             mup_base_width=64,
@@ -3098,7 +3093,6 @@ class MLP(nn.Module):
 # site -> techniques in order of application, each with the condition under which block `i` has it
 SITES: dict[str, list[tuple[Callable, Callable[[ModelConfig, int], bool]]]] = {
     "embed": [
-        (lambda c, i: Linear(c.embed_dim, c.model_dim), lambda c, i: c.embed_dim > 0),
         (BigramHash, lambda c, i: c.bigram_buckets > 0),
         (EngramLite, lambda c, i: c.engram_buckets > 0),
         (SmearGateC, lambda c, i: c.smear_gate == "C"),
@@ -3122,7 +3116,6 @@ SITES: dict[str, list[tuple[Callable, Callable[[ModelConfig, int], bool]]]] = {
     "input": [(LNScale, lambda c, i: c.ln_scale)],
     "head": [
         (MupLogits, lambda c, i: c.mup_base_width > 0),
-        (lambda c, i: Linear(c.model_dim, c.embed_dim), lambda c, i: c.embed_dim > 0),
     ],
 }
 
@@ -3306,10 +3299,13 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.cfg, self.dtype, self.cross_entropy = cfg, numerics.dtype, SOFTCAPS[cfg.softcap]
-        width = cfg.embed_dim or cfg.model_dim
-        self.embed = param((vocab, width), normal(cfg.tied_embed_init_std), "embed", "embed")
+        self.embed = param(
+            (vocab, cfg.model_dim), normal(cfg.tied_embed_init_std), "embed", "embed"
+        )
         self.output = (
-            self.embed if cfg.tie_embeddings else param((vocab, width), zero, "head", "embed")
+            self.embed
+            if cfg.tie_embeddings
+            else param((vocab, cfg.model_dim), zero, "head", "embed")
         )
         self.embed_sites, self.head_sites = sites("embed", cfg), sites("head", cfg)
         self.logit_sites = nn.ModuleList()  # as out_sites, for the output table

@@ -29,7 +29,6 @@ TECHNIQUES = {
     "no_x0": dict(x0_mix="none"),
     "phase": dict(x0_mix="phase"),
     "ln_scale": dict(ln_scale=1),
-    "factored": dict(embed_dim=24),
     "untied": dict(tie_embeddings=0),
     "shifted": dict(softcap="shifted"),
     "mup": dict(mup_base_width=32),

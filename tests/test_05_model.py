@@ -141,8 +141,6 @@ def engram_rows(ids, buckets):
 
 def embedded(ids, w, c):
     x = w["embed"][ids]
-    if c.embed_dim:
-        x = x @ w["embed_sites.0.weight"].T
     if c.bigram_buckets:
         last = c.bigram_buckets - 1
         rows = [last] + [bucket(a, b, last) for a, b in zip(ids, ids[1:])]
@@ -252,8 +250,6 @@ def reference_losses(model, ids, targets):
         share = w["lane_share"] if c.parallel == "B" else 0.5
         x = share * lanes[0] + (1 - share) * lanes[1]
     h = rms(x) * (c.mup_base_width / c.model_dim if c.mup_base_width else 1)
-    if c.embed_dim:
-        h = h @ w["head_sites.0.weight"].T
     logits = c.logit_softcap * np.tanh(
         h @ w["embed" if c.tie_embeddings else "output"].T / c.logit_softcap
     )

@@ -423,7 +423,7 @@ def test_the_default_of_mousse_is_steepest_descent_bounded_in_whitened_coordinat
 
 
 def test_newton_muon_whitens_by_what_each_matrix_reads():
-    cfg = config(muon="newton_muon", num_loops=1, loop_start=1, loop_end=1, embed_dim=24)
+    cfg = config(muon="newton_muon", num_loops=1, loop_start=1, loop_end=1)
     model, (ids, targets) = random_model(cfg), random_batch(cfg, 4, 32)
     flat, optimiser = flattened(model, cfg)
     plan, inputs = tg.schedule(cfg.model), {}
