@@ -246,8 +246,9 @@ class ModelConfig:
     engram_dim: int = knob(
         32, "width of each hashed n-gram embedding", 1, 1024, needs="engram_buckets > 0"
     )
-    x0_mix: str = knob(
-        "plain", "blend of the embedding into each block", choices=("none", "plain", "phase")
+    x0_mix: bool = knob(
+        True,
+        "blend the embedding into the stream before each block, by learned amounts per channel",
     )
     ln_scale: bool = knob(
         False, "damp the normalised input of block i by 1/sqrt(i + 1)", source="PR 315"
@@ -874,7 +875,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         mlp_mult=3.0,
         positions="none",
         qk_gain_init=5.0,
-        x0_mix="none",
+        x0_mix=False,
         skip_pairs="around_loop",
         num_loops=8,
         loop_start=2,
@@ -3037,18 +3038,11 @@ class OutputGate(Site):
 
 # residual sites: (x (B,T,C), x0 (B,T,C)) -> (B,T,C)
 class X0Mix(Site):
-    """Learned per-channel blend of the residual stream with the embedding: the identity at start ("plain"), or from
-    mostly the embedding in the first block to mostly the stream in the last ("phase"). Knob: X0_MIX."""
+    """Learned blend, per channel, of the residual stream with the embedding: all stream at the start. Knob: X0_MIX."""
 
     def build(self, cfg: ModelConfig, layer: int):
-        depth = layer / max(1, cfg.num_layers - 1)
-        own = {"plain": 1.0, "phase": 1 / (1 + math.exp(-3 * (depth - 0.5)))}[cfg.x0_mix]
-        self.mix = param(
-            (2, cfg.model_dim),
-            lambda t: t.copy_(torch.tensor([[own], [1 - own]])),
-            "scalar",
-            "keep",
-        )
+        start = torch.tensor([[1.0], [0.0]])
+        self.mix = param((2, cfg.model_dim), lambda t: t.copy_(start), "scalar", "keep")
 
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:
         mix = self.mix.to(x.dtype)
@@ -3112,7 +3106,7 @@ SITES: dict[str, list[tuple[Callable, Callable[[ModelConfig, int], bool]]]] = {
         (XSA, lambda c, i: i >= c.num_layers - c.xsa_last_n),
         (OutputGate, lambda c, i: c.output_gate_scale > 0),
     ],
-    "residual": [(X0Mix, lambda c, i: c.x0_mix != "none")],
+    "residual": [(X0Mix, lambda c, i: c.x0_mix)],
     "input": [(LNScale, lambda c, i: c.ln_scale)],
     "head": [
         (MupLogits, lambda c, i: c.mup_base_width > 0),

@@ -179,7 +179,7 @@ def applied(lanes, w, i, c, ids, x0, first):
     block, scale = f"blocks.{i}.", (i + 1) ** -0.5 if c.ln_scale else 1.0
 
     def mixed(x):
-        mix = named(w, block + "residual", "mix") if c.x0_mix != "none" else (1, 0)
+        mix = named(w, block + "residual", "mix") if c.x0_mix else (1, 0)
         return mix[0] * x + mix[1] * x0
 
     def attn(x):
@@ -392,7 +392,7 @@ def test_gradients_reach_every_parameter(technique):
         assert (rows != 0).any() if p.opt in ("embed", "table") else (rows != 0).any(1).all(), name
 
 
-@pytest.mark.parametrize("technique", [t for t in TECHNIQUES if t not in ("phase", "parallel D")])
+@pytest.mark.parametrize("technique", [t for t in TECHNIQUES if t != "parallel D"])
 def test_every_block_is_the_identity_at_the_start(technique):
     cfg = config(**TECHNIQUES[technique])
     torch.manual_seed(0)

@@ -319,11 +319,9 @@ def test_mimetic_start_undoes_values_head_by_head(rows):
             )
 
 
-def test_phase_start_and_uniform_start():
-    model = tg.GPT(config(num_layers=5, x0_mix="phase", init="uniform").model, 50, tg.Numerics())
-    for i, block in enumerate(model.blocks):
-        own = 1 / (1 + math.exp(-3 * (i / 4 - 0.5)))
-        assert torch.allclose(block.residual_sites[0].mix[:, 0], torch.tensor([own, 1 - own]))
+def test_uniform_start():
+    model = tg.GPT(config(num_layers=5, init="uniform").model, 50, tg.Numerics())
+    for block in model.blocks:
         for weight in (block.attn.proj.weight, block.mlp.down.weight):
             bound = weight.size(1) ** -0.5
             assert weight.abs().max() <= bound
