@@ -279,9 +279,6 @@ class ModelConfig:
     loop_at_step: int = knob(
         0, "step at which loops begin, instead; 0 = off", 0, 10**8, needs="num_loops > 0"
     )
-    loop_rest_at: float = knob(
-        0.0, "part of the run with one extra pass at most; 0 = off", 0, 1, needs="num_loops > 1"
-    )
     loop_gates: bool = knob(
         False, "learned strength of each extra pass of each block", needs="num_loops > 0"
     )
@@ -3264,9 +3261,9 @@ def schedule(cfg: ModelConfig, loops: int | None = None) -> Plan:
 
 
 def loop_counts(cfg: ModelConfig) -> list[int]:
-    """Extra passes of each phase of a run: none, then (LOOP_REST_AT) one, then all."""
+    """Extra passes of each phase of a run: none, then all."""
     late = cfg.num_loops > 0 and (cfg.loop_at_step > 0 or cfg.enable_looping_at > 0)
-    return [0] * late + [1] * (cfg.num_loops > 1 and cfg.loop_rest_at > 0) + [cfg.num_loops]
+    return [0] * late + [cfg.num_loops]
 
 
 def plans(cfg: ModelConfig) -> tuple[Plan, ...]:
@@ -4284,10 +4281,7 @@ def batch_share(p: Progress, cfg: OptimConfig) -> float:
 def plan_index(p: Progress, cfg: ModelConfig) -> int:
     """Which of plans() a step uses."""
     begun = p.step >= cfg.loop_at_step if cfg.loop_at_step else p.frac >= cfg.enable_looping_at
-    loops = (
-        0 if not begun else 1 if cfg.num_loops > 1 and p.frac < cfg.loop_rest_at else cfg.num_loops
-    )
-    return loop_counts(cfg).index(loops)
+    return loop_counts(cfg).index(cfg.num_loops if begun else 0)
 
 
 def loop_strength(p: Progress, cfg: ModelConfig) -> float:

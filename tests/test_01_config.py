@@ -274,7 +274,6 @@ INEFFECTIVE = [
             ("LOOP_END", 6),
             ("ENABLE_LOOPING_AT", 0.5),
             ("LOOP_AT_STEP", 9),
-            ("LOOP_REST_AT", 0.5),
             ("LOOP_GATES", 1),
         )
     ),

@@ -125,7 +125,6 @@ def test_plan_of_a_step_follows_time_or_step():
     points = [(0, 0.0), (10, 0.34), (11, 0.36), (20, 0.7), (30, 1.0)]
     assert indices({}, points) == ([0, 0, 1, 1, 1], 2)
     assert indices(dict(loop_at_step=11), points) == ([0, 0, 1, 1, 1], 2)
-    assert indices(dict(loop_rest_at=0.65), points) == ([0, 0, 1, 2, 2], 3)
     assert indices(dict(enable_looping_at=0), points) == ([0] * 5, 1)
     assert [tg.plan_index(tg.Progress(9, f, 0, 0), tg.ModelConfig()) for f in (0, 1)] == [0, 0]
 
