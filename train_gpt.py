@@ -261,12 +261,10 @@ class ModelConfig:
     )
     skip_pairs: str = knob(
         "half",
-        "what skips connect: halves of the slot list, or the blocks around the loop",
-        choices=("half", "around_loop"),
+        "what skips connect: the halves of the slot list, the same with no more skips than without loops, or the blocks "
+        "around the loop",
+        choices=("half", "as_unlooped", "around_loop"),
         needs="skips != none",
-    )
-    max_skips: int = knob(
-        0, "most skips, the innermost first; 0 = all", 0, 64, needs="skips != none"
     )
     num_loops: int = knob(
         0, "extra passes over blocks LOOP_START to LOOP_END", 0, 32, source="PR 1394"
@@ -950,7 +948,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         smear_gate="B",
         value_embed_last_n=2,
         value_embed_dim=44,
-        max_skips=5,
+        skip_pairs="as_unlooped",
         num_loops=1,
         loop_at_step=3000,
         parallel="B",
@@ -3250,11 +3248,13 @@ def schedule(cfg: ModelConfig, loops: int | None = None) -> Plan:
     slots = (
         [Slot(b) for b in range(first)] + repeats + [Slot(b) for b in range(first, cfg.num_layers)]
     )
-    half = len(slots) // 2
-    push, pop = {"half": (half, half), "around_loop": (segment.start, first + len(repeats))}[
-        cfg.skip_pairs
-    ]
-    pairs = min(push, len(slots) - pop, cfg.max_skips or len(slots)) if cfg.skips != "none" else 0
+    half, around = len(slots) // 2, cfg.skip_pairs == "around_loop"
+    push, pop = (first - len(segment), first + len(repeats)) if around else (half, half)
+    pairs = min(push, len(slots) - pop)
+    if cfg.skip_pairs == "as_unlooped":
+        pairs = min(pairs, cfg.num_layers // 2)
+    if cfg.skips == "none":
+        pairs = 0
     for j in range(pairs):
         slots[pop + j] = slots[pop + j]._replace(skips=((j, push - 1 - j),))
     return tuple(slots)
@@ -6895,7 +6895,7 @@ def parameter_report(model: GPT, cfg: Config, rt: Runtime):
     rt.log("parameters " + " ".join(f"{role}:{n}" for role, n in roles.items()))
     for i, plan in enumerate(plans(cfg.model)):
         blocks = [str(slot.block) for slot in plan]
-        blocks.insert(len(plan) // 2 if cfg.model.skip_pairs == "half" else len(plan), "/")
+        blocks.insert(len(plan) // 2 if cfg.model.skip_pairs != "around_loop" else len(plan), "/")
         skips = " ".join(
             f"{source}>{target}" for target, slot in enumerate(plan) for _, source in slot.skips
         )

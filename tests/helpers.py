@@ -41,7 +41,7 @@ TECHNIQUES = {
         skip_pairs="around_loop",
     ),
     **{f"skips {form}": dict(skips=form) for form in ("sigmoid", "gated")},
-    "one_skip": dict(max_skips=1, num_layers=5),
+    "few_skips": dict(skip_pairs="as_unlooped", num_loops=2, loop_start=0, loop_end=1),
     **{f"parallel {form}": dict(parallel=form, parallel_start=2) for form in "ABD"},
     "leaky_relu2": dict(leaky_slope=0.3),
     "partial_rope": dict(rope_dims=8),

@@ -263,7 +263,6 @@ INEFFECTIVE = [
     ("BIGRAM_DIM", 8, {}, dict(BIGRAM_BUCKETS=64)),
     ("ENGRAM_DIM", 8, {}, dict(ENGRAM_BUCKETS=64)),
     ("ROPE_TRAIN_LEN", 64, {}, dict(ROPE_SCALING="yarn")),
-    ("MAX_SKIPS", 1, dict(SKIPS="none"), {}),
     ("PARALLEL_START", 5, {}, dict(PARALLEL="A")),
     ("VALUE_EMBED_DIM", 8, {}, dict(VALUE_EMBED_LAST_N=1)),
     ("SKIP_PAIRS", "around_loop", dict(SKIPS="none", NUM_LOOPS=1), dict(NUM_LOOPS=1)),

@@ -211,6 +211,7 @@ def reference_losses(model, ids, targets):
     c, w = model.cfg, {name: p.detach().double().numpy() for name, p in model.named_parameters()}
     x0 = embedded(ids, w, c)
     lanes, stack, first, joined = [x0], [], [], 0
+    limit = c.num_layers // 2 if c.skip_pairs == "as_unlooped" else 99
     segment = list(range(c.loop_start, c.loop_end + 1)) if c.num_loops else []
     walk = [(b, 0) for b in range(c.num_layers) if not segment or b <= c.loop_end]
     walk += [(b, n + 1) for n in range(c.num_loops) for b in segment]
@@ -222,7 +223,7 @@ def reference_losses(model, ids, targets):
             if around
             else (i < len(walk) // 2, i >= len(walk) // 2)
         )
-        if pops and stack and c.skips != "none" and joined < (c.max_skips or 99):
+        if pops and stack and c.skips != "none" and joined < limit:
             s, weight = stack.pop(), w["skip_weights"][joined]
             if c.skips == "gated":
                 g = sigmoid(w["skip_gates"][joined])
