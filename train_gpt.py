@@ -190,20 +190,8 @@ class ModelConfig:
         0, "leading dims of each head that rotate; 0 = all", 0, 512, source="PR 315"
     )
     rope_base: float = knob(10000.0, "rotary base", 10, 1e7)
-    rope_scaling: str = knob(
-        "none",
-        "how frequencies slow down in rows longer than ROPE_TRAIN_LEN",
-        choices=("none", "ntk", "yarn"),
-        source="arXiv 2309.00071",
-    )
-    rope_train_len: int = knob(
-        1024, "longest row not scaled", 8, 65536, needs="rope_scaling != none"
-    )
     qk_gain_init: float = knob(
         1.5, "initial per-head inverse temperature of attention", 0.1, 20, source="PR 1125"
-    )
-    attention_window: int = knob(
-        0, "keys that a query sees, its own included; 0 = all before it", 0, 65536
     )
     doc_attention: bool = knob(
         False, "attention stops at the beginning of the document", source="PR 1530"
@@ -623,22 +611,15 @@ class QuantConfig:
 class EvalConfig:
     eval: str = knob(
         "chunked",
-        "how the official score is taken: disjoint chunks of TRAIN_SEQ_LEN; windows of "
-        "EVAL_SEQ_LEN that advance by EVAL_STRIDE over the text (sliding), inside documents (doc), or "
-        "longer than in training (long); one pass that carries keys and values (stream)",
-        choices=("chunked", "sliding", "doc", "long", "stream"),
+        "how the official score is taken: disjoint chunks of TRAIN_SEQ_LEN, or windows of EVAL_SEQ_LEN that advance by "
+        "EVAL_STRIDE over the whole text (sliding) or inside each document (doc)",
+        choices=("chunked", "sliding", "doc"),
     )
     eval_seq_len: int = knob(
         1024, "window of the evaluation", 2, 65536, unit="tokens", needs="eval != chunked"
     )
     eval_stride: int = knob(
         64, "tokens scored per window", 1, 65536, unit="tokens", needs="eval != chunked"
-    )
-    eval_rope_scaling: str = knob(
-        "ntk",
-        "how positions reach beyond the training length",
-        needs="eval == long",
-        choices=("none", "ntk", "yarn"),
     )
     eval_batch_tokens: int = knob(
         131_072, "tokens of one evaluation batch on a rank", 1, 2**24, unit="tokens"
@@ -1050,7 +1031,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         val_loss_every=0,
         checkpoint_every=30.0,
         reserve_seconds=2.0,
-        rope_train_len=512,
         loop_start=1,
         loop_end=2,
         loop_at_step=0,
@@ -1064,7 +1044,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             rope_dims=64,
             xsa_last_n=4,
             mlp_mult=2,
-            attention_window=128,
             value_embed_last_n=2,
             ttt_chunk_tokens=8192,
             ttt_lora_rank=16,
@@ -1101,7 +1080,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         bigram_dim=16,
         engram_dim=8,
         value_embed_dim=16,
-        rope_train_len=64,
         loop_start=1,
         loop_end=1,
         parallel_start=2,
@@ -1120,7 +1098,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             engram_buckets=128,
             rope_dims=16,
             xsa_last_n=2,
-            attention_window=32,
             value_embed_last_n=2,
             num_loops=2,
             mup_base_width=64,
@@ -1180,21 +1157,17 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
         "HELD_OUT_TOKENS={held_out_tokens} must be larger than TRAIN_SEQ_LEN={train_seq_len}",
     ),
     (
-        lambda v: v["eval"] in ("sliding", "doc", "long") and v["eval_stride"] > v["eval_seq_len"],
+        lambda v: v["eval"] in ("sliding", "doc") and v["eval_stride"] > v["eval_seq_len"],
         "EVAL_STRIDE={eval_stride} is larger than EVAL_SEQ_LEN={eval_seq_len}",
-    ),
-    (
-        lambda v: v["eval"] == "long" and v["eval_seq_len"] <= v["train_seq_len"],
-        "EVAL=long: EVAL_SEQ_LEN={eval_seq_len} is not longer than TRAIN_SEQ_LEN={train_seq_len}",
     ),
     (
         lambda v: (
             v["eval"]
-            not in {"lora": "doc", "phased": "doc", "sgd": "chunked sliding long"}.get(
+            not in {"lora": "doc", "phased": "doc", "sgd": "chunked sliding"}.get(
                 v["ttt"], v["eval"]
             )
         ),
-        "EVAL={eval} does not go with TTT={ttt}: sgd needs chunked, sliding or long, lora and phased need doc",
+        "EVAL={eval} does not go with TTT={ttt}: sgd needs chunked or sliding, lora and phased need doc",
     ),
     (
         lambda v: (
@@ -1232,13 +1205,6 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
     (
         lambda v: v["skip_pairs"] == "around_loop" and not v["num_loops"],
         "SKIP_PAIRS=around_loop needs NUM_LOOPS of at least 1",
-    ),
-    (
-        lambda v: (
-            "ntk" in (v["rope_scaling"], v["eval"] == "long" and v["eval_rope_scaling"])
-            and (v["rope_dims"] or v["model_dim"] // v["num_heads"]) < 4
-        ),
-        "ROPE_SCALING=ntk needs at least 4 rotating dims, ROPE_DIMS={rope_dims}",
     ),
     (
         lambda v: v["embed_init"] == "svd" and v["vocab_size"] > 16_384,
@@ -2504,20 +2470,15 @@ BOS = 1  # the id that begins each document
 
 
 def visible_keys(ids: Tensor, model: ModelConfig) -> Tensor | None:
-    """(1 or B,T,T) bool, true where a query (row) may read a key; None = all before it, which kernels do best.
-    Knobs: ATTENTION_WINDOW, DOC_ATTENTION (positions stay those of the row: rotation sees only distances)."""
-    if not (model.attention_window or model.doc_attention):
+    """(B,T,T) bool, true where a query (row) may read a key; None = all before it, which kernels do best.
+    Knob: DOC_ATTENTION (positions stay those of the row: rotation sees only distances)."""
+    if not model.doc_attention:
         return None
-    position = torch.arange(ids.size(1), device=ids.device)
-    distance = position[:, None] - position
-    visible = ((distance >= 0) & (distance < (model.attention_window or ids.size(1))))[None]
-    document = (ids == BOS).cumsum(1) * int(model.doc_attention)
-    return visible & (document[:, :, None] == document[:, None])
+    document = (ids == BOS).cumsum(1)
+    return (document[:, :, None] == document[:, None]).tril()
 
 
-def sdpa_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, window: int = 0
-) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """Causal attention by the stock kernel. q (B,T,H,D), k and v (B,T,G,D), visible as above -> (B,T,H,D)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     mask = None if visible is None else visible[:, None]
@@ -2526,12 +2487,9 @@ def sdpa_attention(
     ).transpose(1, 2)
 
 
-def blocked_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, window: int = 0
-) -> Tensor:
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """Exact causal attention in row blocks, softmax in fp32; faster than the stock CPU kernel. Shapes as above.
-    The g = H/G query heads of one key/value head are folded into rows, so keys and values are never repeated; keys
-    before the `window` of a whole block are skipped."""
+    The g = H/G query heads of one key/value head are folded into rows, so keys and values are never repeated."""
     (B, T, H, D), G = q.shape, k.size(2)
     g, size = H // G, max(128, -(-T // 8))
     q = (q * D**-0.5).transpose(1, 2).reshape(B * G, g, T, D)
@@ -2539,20 +2497,18 @@ def blocked_attention(
     future = torch.ones(min(size, T), min(size, T), dtype=torch.bool, device=q.device).triu(1)
     out = []
     for lo in range(0, T, size):
-        hi, first = min(lo + size, T), max(0, lo - window + 1) if window else 0
-        n, keys = hi - lo, hi - first
+        hi = min(lo + size, T)
+        n = hi - lo
         scores = torch.bmm(
-            q[:, :, lo:hi].reshape(B * G, g * n, D), k[:, first:hi].transpose(1, 2)
+            q[:, :, lo:hi].reshape(B * G, g * n, D), k[:, :hi].transpose(1, 2)
         ).float()
         hidden = (
-            F.pad(future[:n, :n], (lo - first, 0))
-            if visible is None
-            else ~visible[:, None, lo:hi, first:hi]
+            F.pad(future[:n, :n], (lo, 0)) if visible is None else ~visible[:, None, lo:hi, :hi]
         )
         weights = (
-            scores.view(B, H, n, keys).masked_fill(hidden, float("-inf")).softmax(-1).to(v.dtype)
+            scores.view(B, H, n, hi).masked_fill(hidden, float("-inf")).softmax(-1).to(v.dtype)
         )
-        out.append(torch.bmm(weights.view(B * G, g * n, keys), v[:, first:hi]).view(B * G, g, n, D))
+        out.append(torch.bmm(weights.view(B * G, g * n, hi), v[:, :hi]).view(B * G, g, n, D))
     return torch.cat(out, 2).view(B, H, T, D).transpose(1, 2)
 
 
@@ -2777,7 +2733,7 @@ class Context(NamedTuple):
 
     ids: Tensor  # (B,T) int64
     x0: Tensor  # (B,T,C) normalised embedding
-    visible: Tensor | None = None  # (1 or B,T,T) bool, see visible_keys
+    visible: Tensor | None = None  # (B,T,T) bool, see visible_keys
     values: tuple[Tensor, ...] = ()  # (B,T,G*D) each, what the value sites made of the ids
     kept: (
         list[Tensor] | tuple[()]
@@ -2948,42 +2904,22 @@ class QKNorm(Site):
         return norm(q), norm(k), v
 
 
-# Frequencies of rows that are `ratio` times too long; r = 2i/R of each, so r[1] = 2/R
-ROPE_SCALINGS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "none": lambda frequency, r, ratio: frequency,
-    # base * ratio^(R/(R-2)): the slowest frequency turns as far over the long row as it did over the short one
-    "ntk": lambda frequency, r, ratio: frequency * ratio ** (-r / (1 - r[1])),
-    # the lower three quarters gradually slow down, to 1/ratio. Source: arXiv 2309.00071
-    "yarn": lambda frequency, r, ratio: (
-        frequency / (((r - 0.25) / 0.75).clamp(0, 1) * (ratio - 1) + 1)
-    ),
-}
-
-
 class Rotary(Site):
     """Rotate the first R dims of queries and keys by position, pairing dim i with i + R/2; the rest passes through.
-    Source: PR 315 (partial). Knobs: POSITIONS, ROPE_*."""
+    Source: PR 315 (partial). Knobs: ROPE_*."""
 
     def build(self, cfg: ModelConfig, layer: int):
-        self.dims, self.length, self.scaling = (
-            cfg.rotary_dims,
-            cfg.rope_train_len,
-            ROPE_SCALINGS[cfg.rope_scaling],
-        )
-        self.place: tuple[int, int] | None = (
-            None  # (first position, length of the whole row) of a Writer's part
-        )
+        self.dims = cfg.rotary_dims
+        self.place: int | None = None  # first position of a Writer's part
         frequency = cfg.rope_base ** (
             -torch.arange(0, self.dims, 2, dtype=torch.float64) / self.dims
         )
         self.register_buffer("frequency", frequency.float(), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
-        r = torch.arange(0, self.dims, 2, device=q.device) / self.dims
-        first, whole = self.place or (0, q.size(1))
-        frequency = self.scaling(self.frequency, r, max(1.0, whole / self.length))
+        first = self.place or 0
         position = torch.arange(first, first + q.size(1), device=q.device, dtype=torch.float32)
-        angle = position[:, None] * frequency
+        angle = position[:, None] * self.frequency
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # (T,1,R/2), fp32
         return self.rotate(q, cos, sin), self.rotate(k, cos, sin), v
 
@@ -3133,7 +3069,7 @@ class Attention(nn.Module):
         )
         for site in self.qkv_sites:
             q, k, v = site(q, k, v, context)
-        y = self.kernel(q, k, v, context.visible, self.cfg.attention_window)
+        y = self.kernel(q, k, v, context.visible)
         return self.proj(through(self.out_sites, y, v, x).flatten(2))
 
 
@@ -3389,8 +3325,7 @@ def flops_per_token(model: GPT, plan: Plan, seq: int) -> float:
             if isinstance(m, Linear)
         )
 
-    window = min(model.cfg.attention_window or seq, seq)
-    keys = window - window**2 / (2 * seq)  # on average; the first rows see fewer
+    keys = seq / 2  # on average
     outside = (
         model.output.numel()
         + model.mtp_heads.numel()
@@ -5733,15 +5668,14 @@ class Windows(NamedTuple):
 class DocumentWindows(NamedTuple):
     """The same rule inside each document: no window crosses a border. A document's first `size` targets have one
     context whatever the stride, so one window scores them all; only what lies deeper slides. Short documents are padded
-    to a quarter, half or three quarters of a window, unless a row's length stretches its positions (`steps` = 1)."""
+    to a quarter, half or three quarters of a window."""
 
     size: int
     stride: int
-    steps: int = 4
 
     @property
     def widths(self) -> list[int]:
-        return [-(-self.size * i // self.steps) for i in range(1, self.steps + 1)]
+        return [-(-self.size * i // 4) for i in range(1, 5)]
 
     def width(self, inputs: int) -> int:
         """The narrowest row that holds so many inputs."""
@@ -5767,51 +5701,10 @@ class DocumentWindows(NamedTuple):
         return [batch._replace(lane=i) for i, batch in enumerate(found)]
 
 
-class StreamWindows(NamedTuple):
-    """One pass: rows of four windows, of which the first repeats the end of the row before, whose keys and values are
-    carried over (see Carry); each target sees `size` tokens through every layer. The text is cut into up to LANES
-    streams of at least 16 windows, each beginning with one window of plain context."""
-
-    size: int
-
-    def batches(self, borders: np.ndarray, budget: int) -> list[Batch]:
-        targets, width, found = int(borders[-1]), 4 * self.size, []
-        cuts = (
-            np.linspace(0, targets, max(1, min(LANES, targets // (16 * self.size))) + 1)
-            .astype(int)
-            .tolist()
-        )
-        for lane, (first, end) in enumerate(itertools.pairwise(cuts)):
-            for part in range(targets):
-                start = max(0, first - self.size)
-                last = min(start + width, end)
-                found.append(
-                    Batch(np.array([[start, first, last - first]]), 1, width, width, lane, part)
-                )
-                if (first := last) == end:
-                    break
-        return found
-
-
-STRATEGIES: dict[str, Callable[[Config], Windows | DocumentWindows | StreamWindows]] = {
+STRATEGIES: dict[str, Callable[[Config], Windows | DocumentWindows]] = {
     "chunked": lambda c: Windows(c.data.train_seq_len, c.data.train_seq_len),
     "sliding": lambda c: Windows(c.eval.eval_seq_len, c.eval.eval_stride),
-    "doc": lambda c: DocumentWindows(
-        c.eval.eval_seq_len, c.eval.eval_stride, 1 + 3 * (c.model.rope_scaling == "none")
-    ),
-    "long": lambda c: Windows(c.eval.eval_seq_len, c.eval.eval_stride),
-    "stream": lambda c: StreamWindows(c.eval.eval_seq_len),
-}
-# How a strategy sees the model: the same weights, other positions or another reach
-SEEN_AS: dict[str, Callable[[Config], ModelConfig]] = {
-    "long": lambda c: replace(
-        c.model, rope_scaling=c.eval.eval_rope_scaling, rope_train_len=c.data.train_seq_len
-    ),
-    "stream": lambda c: replace(
-        c.model,
-        rope_train_len=4 * c.model.rope_train_len,
-        attention_window=min(c.eval.eval_seq_len, c.model.attention_window or c.eval.eval_seq_len),
-    ),
+    "doc": lambda c: DocumentWindows(c.eval.eval_seq_len, c.eval.eval_stride),
 }
 
 
@@ -6120,43 +6013,6 @@ class DocumentLoRA(Fixed):
             self.optimiser.step()
 
 
-class Carry(nn.Module):
-    """Output site of keys and values in a stream: what a row repeats of the row before is replaced by what was computed
-    there, in every slot, so that nothing is ever computed with less context than the window gives."""
-
-    def __init__(self, size: int, width: int, slots: list[int]):
-        super().__init__()
-        self.index, self.size = {slot: i for i, slot in enumerate(slots)}, size
-        self.register_buffer("kept", torch.zeros(len(slots), 1, size, width), persistent=False)
-        self.register_buffer("on", torch.zeros(()), persistent=False)
-
-    def forward(self, y: Tensor, x: Tensor, slot: int) -> Tensor:
-        kept = self.kept[self.index[slot]]
-        y = torch.cat(
-            [torch.where(self.on > 0, kept.to(y.dtype), y[:, : self.size]), y[:, self.size :]], 1
-        )
-        kept.copy_(y[:, -self.size :])
-        return y
-
-
-class Streaming(Fixed):
-    """The fixed predictor of EVAL=stream."""
-
-    def rounds(self, borders: np.ndarray, ledger: Ledger) -> Iterator[list[Batch]]:
-        for block, slots in self.slots():
-            for linear in (block.attn.k, block.attn.v):
-                self.attach(
-                    linear.out_sites, Carry(self.windows.size, self.model.cfg.kv_dim, slots)
-                )
-        yield from super().rounds(borders, ledger)
-        self.detach()
-
-    def losses(self, batch: Batch, ids: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
-        for _, carry in self.attached:
-            carry.on.fill_(batch.part > 0)
-        return super().losses(batch, ids, targets, rows)
-
-
 LEARNERS = {
     "none": Fixed,
     "prequant": Fixed,
@@ -6312,16 +6168,15 @@ def prequant(trainer: "Trainer", text: np.ndarray | None):
 def variant(c: EvalConfig, kind: str, ttt: str = "none") -> str:
     """What a score is called: how it was taken and what was learnt."""
     stride = c.ttt_lora_chunk if ttt in ("lora", "phased") else c.eval_stride
-    size = {"chunked": "", "stream": f"_{c.eval_seq_len}"}.get(kind, f"_{c.eval_seq_len}_{stride}")
-    return kind + size + f"_{c.eval_rope_scaling}" * (kind == "long") + f"+{ttt}" * (ttt != "none")
+    windows = kind if kind == "chunked" else f"{kind}_{c.eval_seq_len}_{stride}"
+    return windows if ttt == "none" else f"{windows}+{ttt}"
 
 
 def strategy_of(
     cfg: Config, rt: Runtime, model: GPT, numerics: Numerics, plan: Plan, kind: str, ttt: str
 ) -> Fixed:
     """A strategy's windows and what learns from them, for one model."""
-    learner = Streaming if kind == "stream" else LEARNERS[ttt]
-    return learner(STRATEGIES[kind](cfg), cfg, rt, model, numerics, plan)
+    return LEARNERS[ttt](STRATEGIES[kind](cfg), cfg, rt, model, numerics, plan)
 
 
 def score_model(
@@ -6810,9 +6665,7 @@ class Writer:
         for block in model.blocks:
             block.attn.kernel = self.attend
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, window: int
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         """Shapes as in sdpa_attention; zeros for all but the last position."""
         kept, self.slot = self.kept[self.slot], (self.slot + 1) % len(self.plan)
         kept[:, :, self.at] = torch.stack([k[:, -1], v[:, -1]])
@@ -6829,7 +6682,7 @@ class Writer:
             ids.new_ones(1, 1, at + 1).bool() if visible is None else visible[:, -1:],
         )
         for rotary in self.rotaries:
-            rotary.place = first, self.kept.size(3)
+            rotary.place = first
         return self.model.logits(self.model.hidden(ids[:, first : at + 1], self.plan)[:, -1])
 
     def close(self):
@@ -6954,13 +6807,8 @@ def official_score(
         numerics = artifact_numerics(cfg, rt, header)
         apply_numerics(numerics, rt)
         with blamed_on(path):
-            plan, seen_as = (
-                stored_plan(cfg, header),
-                SEEN_AS.get(cfg.eval.eval, lambda c: c.model)(cfg),
-            )
-            model = build_from_artifact(replace(cfg, model=seen_as), tensors, numerics).to(
-                rt.device
-            )
+            plan = stored_plan(cfg, header)
+            model = build_from_artifact(cfg, tensors, numerics).to(rt.device)
     with rt.phase("eval"):
         begin = time.monotonic()
         result = score_model(cfg, rt, model, numerics, data, cfg.eval.eval, plan, cfg.eval.ttt)

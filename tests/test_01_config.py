@@ -262,7 +262,6 @@ def test_a_usual_environment_raises_no_warning():
 INEFFECTIVE = [
     ("BIGRAM_DIM", 8, {}, dict(BIGRAM_BUCKETS=64)),
     ("ENGRAM_DIM", 8, {}, dict(ENGRAM_BUCKETS=64)),
-    ("ROPE_TRAIN_LEN", 64, {}, dict(ROPE_SCALING="yarn")),
     ("PARALLEL_START", 5, {}, dict(PARALLEL="A")),
     ("VALUE_EMBED_DIM", 8, {}, dict(VALUE_EMBED_LAST_N=1)),
     ("SKIP_PAIRS", "around_loop", dict(SKIPS="none", NUM_LOOPS=1), dict(NUM_LOOPS=1)),
@@ -298,7 +297,6 @@ INEFFECTIVE = [
     ("LQER_TOP", 1, {}, dict(LQER_RANK=2)),
     ("SWA_TEMPERATURE", 0.1, {}, dict(AVERAGING="iw_swa")),
     ("RESERVE_SECONDS", 5, dict(MAX_WALLCLOCK_SECONDS=0), {}),
-    ("EVAL_ROPE_SCALING", "yarn", {}, dict(EVAL="long", EVAL_SEQ_LEN=2048)),
     *(
         (f"TTT_{name}", value, dict(TTT="lora", EVAL="doc"), dict(TTT="sgd"))
         for name, value in (("LR", 0.1), ("MOMENTUM", 0), ("EPOCHS", 2), ("CHUNK_TOKENS", 4096))

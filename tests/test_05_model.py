@@ -51,13 +51,7 @@ def previous(x, steps=1):
 
 def frequencies(length, c):
     R = c.rotary_dims
-    base, ratio = c.rope_base, max(1.0, length / c.rope_train_len)
-    if c.rope_scaling == "ntk":
-        base *= ratio ** (R / (R - 2))
-    theta = base ** (-2 * np.arange(R // 2) / R)
-    if c.rope_scaling == "yarn":
-        theta /= 1 + (ratio - 1) * np.clip((2 * np.arange(R // 2) / R - 0.25) / 0.75, 0, 1)
-    return theta * (c.positions == "rotary")
+    return c.rope_base ** (-2 * np.arange(R // 2) / R) * (c.positions == "rotary")
 
 
 def rotated(x, c):
@@ -72,15 +66,7 @@ def readable(ids, c):
     """(T,T): position i may read position j; by counting."""
     document = np.cumsum(ids == 1) if c.doc_attention else np.zeros(len(ids))
     return np.array(
-        [
-            [
-                j <= i
-                and (not c.attention_window or i - j < c.attention_window)
-                and document[i] == document[j]
-                for j in range(len(ids))
-            ]
-            for i in range(len(ids))
-        ]
+        [[j <= i and document[i] == document[j] for j in range(len(ids))] for i in range(len(ids))]
     )
 
 
@@ -673,7 +659,7 @@ def test_flops_of_the_baseline_by_hand():
 
 
 def test_flops_equal_what_torch_counts(monkeypatch):
-    def dense(q, k, v, visible, window):
+    def dense(q, k, v, visible):
         k, v = (x.repeat_interleave(q.size(2) // k.size(2), 2).transpose(1, 2) for x in (k, v))
         return (q.transpose(1, 2) @ k.mT).tril().softmax(-1).matmul(v).transpose(1, 2)
 

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import Batch, DocumentWindows, StreamWindows, Windows, schedule, score
+from train_gpt import Batch, DocumentWindows, Windows, schedule, score
 
 VOCAB = 61
 RICH = dict(
@@ -301,7 +301,7 @@ def test_the_losses_of_all_possible_targets_form_a_distribution(rt, model, text)
         assert total == pytest.approx(1, abs=1e-5)
 
 
-# ---- Inside documents, and as a stream ----
+# ---- Inside documents ----
 
 
 def with_documents(length: int, seed: int = 3) -> np.ndarray:
@@ -398,82 +398,6 @@ def test_documents_cost_a_quarter_of_sliding():
         for kind, windows in (("doc", DocumentWindows(2048, 64)), ("sliding", Windows(2048, 64)))
     }
     assert cost["sliding"] > 4 * cost["doc"], cost
-
-
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        dict(),
-        dict(
-            SMEAR_GATE="D",
-            OUTPUT_GATE_SCALE=1,
-            DOC_ATTENTION=1,
-            NUM_LOOPS=2,
-            LOOP_START=1,
-            LOOP_END=1,
-        ),
-        dict(
-            VALUE_RESIDUAL="mix",
-            VALUE_EMBED_LAST_N=2,
-            ENGRAM_BUCKETS=16,
-            ROPE_SCALING="ntk",
-            ROPE_TRAIN_LEN=8,
-        ),
-    ],
-    ids=str,
-)
-def test_a_stream_equals_one_long_row_with_a_window(rt, knobs):
-    """Every stream against a single forward over it and its one window of plain context, 3 new windows to a row."""
-    cfg = config(**RICH | dict(EVAL="stream", EVAL_SEQ_LEN=12) | knobs)
-    trained_for, cfg = (
-        cfg.model.rope_train_len,
-        train_gpt.replace(cfg, model=train_gpt.SEEN_AS["stream"](cfg)),
-    )
-    model, tokens = exact_model(cfg), with_documents(700)
-    plan, recorder = schedule(cfg.model), Recorder(699)
-    score(
-        tokens,
-        np.ones(699),
-        train_gpt.Streaming(StreamWindows(12), cfg, rt, model, train_gpt.Numerics(), plan),
-        rt,
-        recorder,
-    )
-    assert (recorder.seen == 1).all()
-    cuts, ids = [0, 233, 466, 699], torch.from_numpy(tokens.astype(np.int64))
-    for a, b in zip(cuts, cuts[1:]):
-        start = max(0, a - 12)
-        long = train_gpt.GPT(
-            train_gpt.replace(cfg.model, rope_train_len=trained_for * (b - start) / 12),
-            VOCAB,
-            train_gpt.Numerics(),
-        ).double()  # stretched as a row of one window would be
-        long.load_state_dict(model.state_dict())
-        long.dtype = torch.float64
-        nll = long.losses(long.hidden(ids[None, start:b], plan), ids[None, start + 1 : b + 1])[
-            0, a - start :
-        ]
-        assert np.abs(recorder.losses[a:b] - nll.detach().numpy()).max() < 1e-5
-    assert not any(len(m.out_sites) for m in model.modules() if isinstance(m, train_gpt.Linear)), (
-        "left as it was"
-    )
-
-
-def test_longer_windows_stretch_the_positions(rt):
-    """EVAL=long scores the same weights as a model whose base is the stretched one, by the published formula."""
-    cfg = config(
-        **RICH | dict(TRAIN_SEQ_LEN=16, EVAL="long", EVAL_SEQ_LEN=32, EVAL_STRIDE=8, ROPE_BASE=100)
-    )
-    seen = train_gpt.SEEN_AS["long"](cfg)
-    assert (seen.rope_scaling, seen.rope_train_len) == ("ntk", 16)
-    model = random_model(train_gpt.replace(cfg, model=seen))
-    by_hand = random_model(
-        train_gpt.replace(cfg, model=train_gpt.replace(cfg.model, rope_base=100 * 2 ** (4 / 2)))
-    )
-    text = with_documents(200)
-    a, b = (banked(bind(m), text, train_gpt.STRATEGIES["long"](cfg), rt) for m in (model, by_hand))
-    assert np.abs(a - b).max() < 1e-4
-    plain = banked(bind(random_model(cfg)), text, Windows(32, 8), rt)
-    assert np.abs(a - plain).max() > 1e-2
 
 
 # ---- score() is its own auditor ----
@@ -680,8 +604,6 @@ def test_another_way_of_scoring_has_another_name_and_score(trained, evaluate):
         dict(EVAL="sliding", EVAL_STRIDE=16),
         dict(EVAL="sliding", EVAL_SEQ_LEN=48, EVAL_STRIDE=16),
         dict(EVAL="doc", EVAL_STRIDE=8),
-        dict(EVAL="long", EVAL_SEQ_LEN=96),
-        dict(EVAL="stream"),
         dict(EVAL="sliding", TTT="sgd", TTT_CHUNK_TOKENS=512, TTT_LR=0.05),
     ):
         line = official(evaluate(**knobs))
@@ -692,11 +614,9 @@ def test_another_way_of_scoring_has_another_name_and_score(trained, evaluate):
         "sliding_64_16",
         "sliding_48_16",
         "doc_64_8",
-        "long_96_32_ntk",
-        "stream_64",
         "sliding_64_32+sgd",
     ]
-    assert len({line["val_loss"] for line in found.values()}) == 8
+    assert len({line["val_loss"] for line in found.values()}) == 6
     assert len({(line["tokens"], line["bytes"]) for line in found.values()}) == 1
 
 

@@ -348,7 +348,6 @@ JOBS = {
     "chunked": SMALL,
     "sliding": SMALL | dict(EVAL="sliding", EVAL_SEQ_LEN=32, EVAL_STRIDE=8),
     "doc": SMALL | dict(EVAL="doc", EVAL_SEQ_LEN=32, EVAL_STRIDE=8),
-    "stream": SMALL | dict(EVAL="stream", EVAL_SEQ_LEN=8),
     "sgd": SMALL
     | dict(
         EVAL="sliding", EVAL_SEQ_LEN=32, EVAL_STRIDE=8, TTT="sgd", TTT_CHUNK_TOKENS=128, TTT_LR=0.1
@@ -363,9 +362,7 @@ def all_jobs(rt: tg.Runtime) -> dict[str, list[str]]:
     found = {}
     for name, knobs in JOBS.items():
         cfg = config(**knobs)
-        model = random_model(
-            tg.replace(cfg, model=tg.SEEN_AS.get(cfg.eval.eval, lambda c: c.model)(cfg))
-        )
+        model = random_model(cfg)
         data = tg.Data(None, documents(700), np.ones(699, np.int16), "", {})
         result = tg.score_model(
             cfg, rt, model, tg.Numerics(), data, cfg.eval.eval, tg.schedule(cfg.model), cfg.eval.ttt
@@ -439,7 +436,7 @@ def test_training_on_the_test_set_must_be_asked_for_twice(corpus, tmp_path):
         (dict(TTT="lora"), "EVAL=chunked does not go with TTT=lora"),
         (dict(TTT="phased", EVAL="sliding"), "EVAL=sliding does not go with TTT=phased"),
         (dict(TTT="sgd", EVAL="doc"), "EVAL=doc does not go"),
-        (dict(TTT="sgd", EVAL="stream"), "EVAL=stream does not go"),
+        (dict(TTT="sgd", EVAL="doc"), "EVAL=doc does not go"),
         (dict(TTT="sgd", TTT_CHUNK_TOKENS=32), "TTT_CHUNK_TOKENS=32"),
         (dict(EVAL="long"), "EVAL_SEQ_LEN=64"),
     ],

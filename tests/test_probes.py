@@ -264,8 +264,6 @@ FEW = dict(cuts=2, positions=1)
             if config(name).eval.compliant
         ),
         (dict(PRESET="turbo_engram", EVAL="doc", DOC_ATTENTION=1), []),
-        (dict(PRESET="turbo_engram", EVAL="stream", EVAL_SEQ_LEN=8), []),
-        (dict(PRESET="turbo_engram", EVAL="long", TRAIN_SEQ_LEN=8, EVAL_SEQ_LEN=16), []),
         (dict(PRESET="turbo_engram", EVAL="chunked", TTT="sgd", TTT_LR=0.05), []),
         (
             dict(PRESET="turbo_engram", EVAL="doc", TTT="lora", SMEAR_GATE="D", TTT_LORA_LR=0.01),

@@ -118,7 +118,6 @@ def subject(env: dict[str, str]) -> tuple[tg.Config, tg.GPT, tg.Plan]:
         rt = tg.Runtime(tg.load(env | {"RUN_MODE": "eval"}), {})
         header, tensors = tg.read_artifact(Path(path), rt)
         cfg = tg.artifact_config(env | {"RUN_MODE": "eval"}, Path(path), header)
-        cfg = tg.replace(cfg, model=tg.SEEN_AS.get(cfg.eval.eval, lambda c: c.model)(cfg))
         return cfg, tg.build_from_artifact(cfg, tensors, tg.Numerics()), tg.stored_plan(cfg, header)
     shrunk = dict(
         VOCAB_SIZE=VOCAB,
@@ -138,7 +137,6 @@ def subject(env: dict[str, str]) -> tuple[tg.Config, tg.GPT, tg.Plan]:
     )
     preset = env.get("PRESET", "baseline")
     cfg = tg.load({k: str(v) for k, v in shrunk.items()} | env | {"PRESET": preset + "+tiny"})
-    cfg = tg.replace(cfg, model=tg.SEEN_AS.get(cfg.eval.eval, lambda c: c.model)(cfg))
     model = tg.GPT(cfg.model, cfg.data.vocab_size, tg.Numerics())
     random_weights(model)
     return cfg, model, tg.schedule(cfg.model)
