@@ -183,11 +183,12 @@ class ModelConfig:
         1,
         source="PR 493",
     )
-    positions: str = knob(
-        "rotary", "how attention learns distances, if at all", choices=("rotary", "none")
-    )
     rope_dims: int = knob(
-        0, "leading dims of each head that rotate; 0 = all", 0, 512, source="PR 315"
+        0,
+        "leading dims of each head that rotate by position; 0 = all, -1 = none: attention learns no distances",
+        -1,
+        512,
+        source="PR 315",
     )
     rope_base: float = knob(10000.0, "rotary base", 10, 1e7)
     qk_gain_init: float = knob(
@@ -225,9 +226,6 @@ class ModelConfig:
     bigram_buckets: int = knob(
         0, "rows of the hashed bigram embedding; 0 = off", 0, 2**20, source="PR 162"
     )
-    bigram_dim: int = knob(
-        128, "width of the hashed bigram embedding", 1, 4096, needs="bigram_buckets > 0"
-    )
     engram_buckets: int = knob(
         0, "rows of each of four hashed n-gram embeddings; 0 = off", 0, 2**20, source="PR 1089"
     )
@@ -260,16 +258,19 @@ class ModelConfig:
     loop_start: int = knob(3, "first looped block", 0, 63, needs="num_loops > 0")
     loop_end: int = knob(5, "last looped block", 0, 63, needs="num_loops > 0")
     enable_looping_at: float = knob(
-        0.35, "part of the run after which loops begin", 0, 1, needs="num_loops > 0"
-    )
-    loop_at_step: int = knob(
-        0, "step at which loops begin, instead; 0 = off", 0, 10**8, needs="num_loops > 0"
-    )
-    loop_gates: bool = knob(
-        False, "learned strength of each extra pass of each block", needs="num_loops > 0"
+        0.35,
+        "when loops begin: after this part of the run if at most 1, else at this step; 0 = at once",
+        0,
+        10**8,
+        needs="num_loops > 0",
     )
     loop_ramp_steps: int = knob(
-        0, "steps over which gated passes grow from nothing", 0, 10**6, needs="loop_gates == 1"
+        0,
+        "steps over which each extra pass grows from nothing, by a learned gate; 0 = no gates, whole passes at once",
+        0,
+        10**6,
+        unit="steps",
+        needs="num_loops > 0",
     )
     parallel: str = knob(
         "none",
@@ -322,7 +323,7 @@ class ModelConfig:
 
     @property
     def rotary_dims(self) -> int:
-        return self.rope_dims or self.head_dim
+        return max(0, self.rope_dims or self.head_dim)
 
 
 @dataclass(frozen=True)
@@ -849,15 +850,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_layers=8,
         leaky_slope=0.5,
         mlp_mult=3.0,
-        positions="none",
+        rope_dims=-1,
         qk_gain_init=5.0,
         x0_mix=False,
         skip_pairs="around_loop",
         num_loops=8,
         loop_start=2,
         loop_end=4,
-        loop_at_step=3000,
-        loop_gates=True,
+        enable_looping_at=3000.0,
         loop_ramp_steps=20,
         parallel="A",
         parallel_start=5,
@@ -931,7 +931,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         value_embed_dim=44,
         skip_pairs="as_unlooped",
         num_loops=1,
-        loop_at_step=3000,
+        enable_looping_at=3000.0,
         parallel="B",
         table_lr=0.03,
         embed_wd=0.095,
@@ -1033,7 +1033,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         reserve_seconds=2.0,
         loop_start=1,
         loop_end=2,
-        loop_at_step=0,
+        enable_looping_at=0.35,
         parallel_start=3,
         ema_decay=0.95,
         swa_every=5,
@@ -1077,7 +1077,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         val_loss_every=0,
         compile="off",
         reserve_seconds=0.0,
-        bigram_dim=16,
         engram_dim=8,
         value_embed_dim=16,
         loop_start=1,
@@ -1101,7 +1100,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             value_embed_last_n=2,
             num_loops=2,
             mup_base_width=64,
-            loop_at_step=3,
+            enable_looping_at=3.0,
             loop_ramp_steps=3,
             adam_l2=0.001,
         ),
@@ -1131,12 +1130,19 @@ RULES: list[tuple[Callable[[dict], Any], str]] = [
         "NUM_HEADS={num_heads} is not divisible by NUM_KV_HEADS={num_kv_heads}",
     ),
     (
-        lambda v: v["model_dim"] % v["num_heads"] == 0 and v["model_dim"] // v["num_heads"] % 2,
+        lambda v: (
+            v["rope_dims"] == 0
+            and v["model_dim"] % v["num_heads"] == 0
+            and v["model_dim"] // v["num_heads"] % 2
+        ),
         "MODEL_DIM={model_dim} over NUM_HEADS={num_heads} must be even for rotary positions",
     ),
     (
-        lambda v: v["rope_dims"] % 2 or v["rope_dims"] > v["model_dim"] // v["num_heads"],
-        "ROPE_DIMS={rope_dims} must be even and at most MODEL_DIM={model_dim} over NUM_HEADS={num_heads}",
+        lambda v: (
+            v["rope_dims"] > 0
+            and (v["rope_dims"] % 2 or v["rope_dims"] > v["model_dim"] // v["num_heads"])
+        ),
+        "ROPE_DIMS={rope_dims} must be -1, or even and at most MODEL_DIM={model_dim} over NUM_HEADS={num_heads}",
     ),
     (
         lambda v: v["run_mode"] != "eval" and v["train_batch_tokens"] % v["train_seq_len"],
@@ -2768,11 +2774,13 @@ GATE_DIMS = 12  # leading channels that the small gates read
 
 # embed sites: (x (B,T,C), ids (B,T)) -> (B,T,C)
 class BigramHash(Site):
-    """Add a learned vector for the hashed pair (previous token, token); identity at start. PR 162. Knobs: BIGRAM_*."""
+    """Add a learned vector for the hashed pair (previous token, token); identity at start. PR 162. Knob: BIGRAM_BUCKETS."""
+
+    WIDTH = 128
 
     def build(self, cfg: ModelConfig, layer: int):
-        self.table = param((cfg.bigram_buckets, cfg.bigram_dim), constant(0.0), "table", "embed")
-        self.proj = Linear(cfg.bigram_dim, cfg.model_dim)
+        self.table = param((cfg.bigram_buckets, self.WIDTH), constant(0.0), "table", "embed")
+        self.proj = Linear(self.WIDTH, cfg.model_dim)
         self.scale = param((1,), constant(0.05), "scalar", "keep")
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
@@ -3030,7 +3038,7 @@ SITES: dict[str, list[tuple[Callable, Callable[[ModelConfig, int], bool]]]] = {
         (KeepValue, lambda c, i: c.value_residual != "none" and i == 0),
         (ValueResidual, lambda c, i: c.value_residual != "none" and i > 0),
         (QKNorm, lambda c, i: True),
-        (Rotary, lambda c, i: c.positions == "rotary"),
+        (Rotary, lambda c, i: c.rotary_dims > 0),
         (QKGain, lambda c, i: True),
     ],
     "attn_out": [
@@ -3176,7 +3184,7 @@ def schedule(cfg: ModelConfig, loops: int | None = None) -> Plan:
     loops = cfg.num_loops if loops is None else loops
     segment = range(cfg.loop_start, cfg.loop_end + 1) if cfg.num_loops else range(0)
     repeats = [
-        Slot(b, gates=((i, b - cfg.loop_start),) * cfg.loop_gates)
+        Slot(b, gates=((i, b - cfg.loop_start),) * (cfg.loop_ramp_steps > 0))
         for i in range(loops)
         for b in segment
     ]
@@ -3198,7 +3206,7 @@ def schedule(cfg: ModelConfig, loops: int | None = None) -> Plan:
 
 def loop_counts(cfg: ModelConfig) -> list[int]:
     """Extra passes of each phase of a run: none, then all."""
-    late = cfg.num_loops > 0 and (cfg.loop_at_step > 0 or cfg.enable_looping_at > 0)
+    late = cfg.num_loops > 0 and cfg.enable_looping_at > 0
     return [0] * late + [cfg.num_loops]
 
 
@@ -3250,7 +3258,7 @@ class GPT(nn.Module):
         count = max(sum(len(slot.skips) for slot in plan) for plan in plans(cfg))
         self.skip, self.skip_weights = SKIPS[cfg.skips], scalar(count, cfg.model_dim, value=1.0)
         self.skip_gates = scalar(count * (cfg.skips == "gated"), cfg.model_dim)
-        gated = cfg.loop_gates and cfg.num_loops
+        gated = cfg.loop_ramp_steps and cfg.num_loops
         self.loop_gates = scalar(
             *(cfg.num_loops, cfg.loop_end + 1 - cfg.loop_start) if gated else (0,), value=1.0
         )
@@ -4215,13 +4223,15 @@ def batch_share(p: Progress, cfg: OptimConfig) -> float:
 
 def plan_index(p: Progress, cfg: ModelConfig) -> int:
     """Which of plans() a step uses."""
-    begun = p.step >= cfg.loop_at_step if cfg.loop_at_step else p.frac >= cfg.enable_looping_at
+    begun = (p.frac if cfg.enable_looping_at <= 1 else p.step) >= cfg.enable_looping_at
     return loop_counts(cfg).index(cfg.num_loops if begun else 0)
 
 
 def loop_strength(p: Progress, cfg: ModelConfig) -> float:
     """Linear from 0 to 1 over LOOP_RAMP_STEPS steps after looping begins (by time: at the average pace so far)."""
-    start = cfg.loop_at_step or cfg.enable_looping_at * p.step / max(p.frac, 1e-9)
+    start = cfg.enable_looping_at
+    if start <= 1:
+        start *= p.step / max(p.frac, 1e-9)
     return (
         min(1.0, max(0.0, p.step + 1 - start) / cfg.loop_ramp_steps) if cfg.loop_ramp_steps else 1.0
     )

@@ -260,7 +260,6 @@ def test_a_usual_environment_raises_no_warning():
 
 
 INEFFECTIVE = [
-    ("BIGRAM_DIM", 8, {}, dict(BIGRAM_BUCKETS=64)),
     ("ENGRAM_DIM", 8, {}, dict(ENGRAM_BUCKETS=64)),
     ("PARALLEL_START", 5, {}, dict(PARALLEL="A")),
     ("VALUE_EMBED_DIM", 8, {}, dict(VALUE_EMBED_LAST_N=1)),
@@ -271,11 +270,9 @@ INEFFECTIVE = [
             ("LOOP_START", 2),
             ("LOOP_END", 6),
             ("ENABLE_LOOPING_AT", 0.5),
-            ("LOOP_AT_STEP", 9),
-            ("LOOP_GATES", 1),
+            ("LOOP_RAMP_STEPS", 9),
         )
     ),
-    ("LOOP_RAMP_STEPS", 9, dict(NUM_LOOPS=1), dict(NUM_LOOPS=1, LOOP_GATES=1)),
     ("EMBED_LR", 0.1, {}, dict(TIE_EMBEDDINGS=0)),
     ("MTP_HEADS", 2, {}, dict(OBJECTIVE="mtp")),
     ("MTP_WEIGHT", 0.1, {}, dict(OBJECTIVE="mtp")),

@@ -51,7 +51,7 @@ def previous(x, steps=1):
 
 def frequencies(length, c):
     R = c.rotary_dims
-    return c.rope_base ** (-2 * np.arange(R // 2) / R) * (c.positions == "rotary")
+    return c.rope_base ** (-2 * np.arange(R // 2) / R)
 
 
 def rotated(x, c):
@@ -225,7 +225,7 @@ def reference_losses(model, ids, targets):
             lanes = join[:1] + lanes[1:]
             joined += 1
         before, lanes = lanes, applied(lanes, w, b, c, ids, x0, first)
-        if n and c.loop_gates:
+        if n and c.loop_ramp_steps:
             lanes = [
                 old + w["loop_gates"][n - 1, b - c.loop_start] * (new - old)
                 for old, new in zip(before, lanes)
@@ -274,7 +274,7 @@ SHAPES = (
             num_loops=2,
             loop_start=1,
             loop_end=2,
-            loop_gates=1,
+            loop_ramp_steps=3,
             skip_pairs="around_loop",
             num_layers=4,
         ),
@@ -354,8 +354,8 @@ def test_every_parameter_carries_the_tags_of_its_role():
     d, layers = c.model_dim, c.num_layers
     assert roles == {
         ("embed", "embed"): cfg.data.vocab_size * d,
-        ("table", "embed"): c.bigram_buckets * c.bigram_dim,
-        ("matrix", "matrix"): layers * (2 * d * d + 2 * c.kv_dim * d) + c.bigram_dim * d,
+        ("table", "embed"): c.bigram_buckets * 128,
+        ("matrix", "matrix"): layers * (2 * d * d + 2 * c.kv_dim * d) + 128 * d,
         ("matrix", "mlp"): layers * 2 * c.mlp_dim * d,
         ("scalar", "keep"): layers * (4 * d + c.num_heads)
         + (layers // 2) * d
@@ -522,10 +522,10 @@ def test_smear_gate_blends_with_the_token_before():
 
 def visible_hash(buckets: int) -> tg.BigramHash:
     """A bigram site whose output is the row that it looked up."""
-    site = tg.BigramHash(tg.ModelConfig(model_dim=16, bigram_buckets=buckets, bigram_dim=1), 0)
+    site = tg.BigramHash(tg.ModelConfig(model_dim=16, bigram_buckets=buckets), 0)
     with torch.no_grad():
-        site.table.copy_(torch.arange(buckets)[:, None])
-        site.proj.weight.fill_(1.0)
+        site.table[:, 0] = torch.arange(buckets)
+        site.proj.weight.zero_()[:, 0] = 1.0
         site.scale.fill_(1.0)
     return site
 
@@ -545,7 +545,7 @@ def test_bigram_rows_are_the_published_hash(buckets):
 
 
 def test_bigram_is_the_identity_at_the_start():
-    cfg = config(bigram_buckets=64, bigram_dim=8).model
+    cfg = config(bigram_buckets=64).model
     x, ids = torch.randn(2, 6, cfg.model_dim), torch.randint(1024, (2, 6))
     assert torch.equal(tg.BigramHash(cfg, 0)(x, ids), x)
 

@@ -124,19 +124,17 @@ def test_plan_of_a_step_follows_time_or_step():
 
     points = [(0, 0.0), (10, 0.34), (11, 0.36), (20, 0.7), (30, 1.0)]
     assert indices({}, points) == ([0, 0, 1, 1, 1], 2)
-    assert indices(dict(loop_at_step=11), points) == ([0, 0, 1, 1, 1], 2)
+    assert indices(dict(enable_looping_at=11), points) == ([0, 0, 1, 1, 1], 2)
     assert indices(dict(enable_looping_at=0), points) == ([0] * 5, 1)
     assert [tg.plan_index(tg.Progress(9, f, 0, 0), tg.ModelConfig()) for f in (0, 1)] == [0, 0]
 
 
 def test_loop_ramp_rises_over_its_steps():
-    cfg = config(num_loops=1, num_layers=9, loop_gates=1, loop_ramp_steps=4, loop_at_step=100).model
+    cfg = config(num_loops=1, num_layers=9, loop_ramp_steps=4, enable_looping_at=100).model
     assert [
         tg.loop_strength(tg.Progress(s, 0.5, 0, 0), cfg) for s in (99, 100, 101, 103, 104, 500)
     ] == [0, 0.25, 0.5, 1, 1, 1]
-    cfg = config(
-        num_loops=1, num_layers=9, loop_gates=1, loop_ramp_steps=4, enable_looping_at=0.5
-    ).model
+    cfg = config(num_loops=1, num_layers=9, loop_ramp_steps=4, enable_looping_at=0.5).model
     by_time = [
         tg.loop_strength(tg.Progress(s, s / 200, 0, 0), cfg) for s in (99, 100, 101, 103, 200)
     ]
@@ -158,7 +156,7 @@ def same_weights(model: tg.GPT, source: tg.GPT):
 
 def test_recurrence_of_no_extra_pass_is_no_recurrence():
     looped, plain = (
-        random_model(config(**LOOPED, loop_gates=1)),
+        random_model(config(**LOOPED, loop_ramp_steps=1)),
         random_model(config(num_layers=4), seed=9),
     )
     same_weights(plain, looped)
@@ -166,7 +164,7 @@ def test_recurrence_of_no_extra_pass_is_no_recurrence():
     want = token_losses(plain, ids, targets)
     got = looped.losses(looped.hidden(ids, tg.schedule(looped.cfg, 0)), targets)
     assert torch.equal(got, want)
-    none = tg.schedule(config(**LOOPED, loop_gates=1, skips="none").model)
+    none = tg.schedule(config(**LOOPED, loop_ramp_steps=1, skips="none").model)
     with torch.no_grad():
         looped.loop_strength.zero_()
     silent = looped.losses(looped.hidden(ids, none), targets)
