@@ -355,14 +355,13 @@ def bench_evaluation(seconds: float) -> dict[str, object]:
         ("sliding", "none"),
         ("chunked", "none"),
         ("doc", "none"),
-        ("stream", "none"),
         ("doc", "lora"),
         ("sliding", "sgd"),
     ]:
         cfg = tg.load(base | dict(EVAL=kind, TTT=ttt, EVAL_SEQ_LEN="512", EVAL_STRIDE="64"))
         rt = tg.Runtime(cfg, {})
         torch.manual_seed(0)
-        model = tg.GPT(tg.SEEN_AS.get(kind, lambda c: c.model)(cfg), 1024, tg.Numerics())
+        model = tg.GPT(cfg.model, 1024, tg.Numerics())
         strategy, begin = (
             tg.strategy_of(cfg, rt, model, tg.Numerics(), tg.schedule(cfg.model), kind, ttt),
             time.time(),

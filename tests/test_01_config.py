@@ -13,7 +13,7 @@ import train_gpt
 from train_gpt import KNOBS, PRESETS, UserError, load
 
 # any text, checked where it is used
-TEXT_KNOBS = {"run_id", "runs_dir", "artifact", "data_path", "tokenizer_path", "leaky_slopes"}
+TEXT_KNOBS = {"run_id", "runs_dir", "artifact", "data_path", "tokenizer_path"}
 META = {name: f.metadata for name, (_, f) in KNOBS.items()}
 KIND = {name: type(f.default) for name, (_, f) in KNOBS.items()}
 

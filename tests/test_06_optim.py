@@ -1286,12 +1286,12 @@ def test_every_mid_run_switch_really_switches_compiled_code(toy, tmp_path):
     switches = {
         "QAT": dict(QAT="ste", QAT_START_FRAC=0.5),
         "ROWS": dict(SEQ_RAMP_START=32, SEQ_RAMP_FRAC=0.5),
-        "LOOP": dict(NUM_LOOPS=1, LOOP_START=1, LOOP_END=1, LOOP_AT_STEP=3),
+        "LOOP": dict(NUM_LOOPS=1, LOOP_START=1, LOOP_END=1, ENABLE_LOOPING_AT=3),
     }
     without = {
         "QAT": dict(QAT="none"),
         "ROWS": dict(SEQ_RAMP_START=32, SEQ_RAMP_FRAC=1.0),
-        "LOOP": dict(NUM_LOOPS=1, LOOP_START=1, LOOP_END=1, LOOP_AT_STEP=10**6),
+        "LOOP": dict(NUM_LOOPS=1, LOOP_START=1, LOOP_END=1, ENABLE_LOOPING_AT=10**6),
     }
     for name, knobs in switches.items():
         compiled = knobs | dict(

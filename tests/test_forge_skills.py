@@ -70,9 +70,9 @@ def test_the_space_and_the_forecast_come_from_the_real_script(tmp_path):
     described = space.describe(SCRIPT, env)
     s = space.Space.build(described, load_skills(SKILLS), env)
     assert s.knobs["NUM_LAYERS"].base == 3 and s.knobs["MATRIX_LR"].base == 0.04
-    assert s.normal(dict(BIGRAM_DIM=64)) == {}, "no effect without BIGRAM_BUCKETS"
-    assert s.normal(dict(BIGRAM_DIM=64, BIGRAM_BUCKETS=4096)) == dict(
-        BIGRAM_BUCKETS="4096", BIGRAM_DIM="64"
+    assert s.normal(dict(ENGRAM_DIM=64)) == {}, "no effect without ENGRAM_BUCKETS"
+    assert s.normal(dict(ENGRAM_DIM=64, ENGRAM_BUCKETS=4096)) == dict(
+        ENGRAM_BUCKETS="4096", ENGRAM_DIM="64"
     )
     tokens = s.resolve(dict(TRAIN_BATCH_TOKENS="2048"), dict(tokens=8192, steps=16))
     assert tokens["ITERATIONS"] == "4", "a larger batch gets fewer steps on a rung of tokens"

@@ -19,7 +19,7 @@ BOTH = dict(
     num_heads=8,
     num_kv_heads=4,
     vocab_size=1024,
-    mlp="relu2",
+    leaky_slope=0.0,
     rope_base=10_000.0,
     rope_dims=0,
     qk_gain_init=1.5,
@@ -91,7 +91,7 @@ PUBLISHED = {
 }
 # What makes a system itself: an overlay may shrink it but not change these.
 IDENTITY = (
-    "mlp",
+    "leaky_slope",
     "skips",
     "skip_pairs",
     "smear_gate",
@@ -101,15 +101,13 @@ IDENTITY = (
     "averaging",
     "eval",
     "parallel",
-    "output_gate",
+    "output_gate_scale",
     "doc_attention",
     "x0_mix",
     "ln_scale",
     "init",
     "embed_init",
     "objective",
-    "positions",
-    "loop_gates",
 )
 
 
