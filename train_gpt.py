@@ -33,7 +33,6 @@ import math
 import operator
 import os
 import platform
-import re
 import resource
 import signal
 import socket
@@ -1279,14 +1278,15 @@ EVAL_TEMP - 1
 EMBEDDING_DIM model_dim
 MLP_HIDDEN - 0 : set MLP_MULT
 NEGATIVE_SLOPE leaky_slope
+MLP leaky_slope relu2=0.0 leaky_relu2=0.0>0.5
 SKIP_GATES_ENABLED skips 1=gated 0=gated>unet
 PARALLEL_RESIDUAL parallel 0=none 1=none>A
 PARALLEL_RESIDUAL_START parallel_start
 PARALLEL_START_LAYER parallel_start
 PARALLEL_FINAL_LANE - mean
 RECUR_LAYERS - : set NUM_LOOPS, LOOP_START and LOOP_END
-RECUR_START_STEP loop_at_step
-LOOP_PHASE2_AT loop_rest_at
+RECUR_START_STEP enable_looping_at
+LOOP_PHASE2_AT - 0 : loops begin with all their passes
 UNTIE_LOOP_MLPS - 0
 REPEAT_UNTIE_MLP - none
 DISABLE_LAYER0_ATTN - 0
@@ -1300,24 +1300,24 @@ SMEAR_GATE_BOS_FIX smear_gate 0=D>C 1=C>D
 SMEAR_GATE_WIDTH - 12
 GATE_WINDOW - 12
 GATE_WIDTH - 12
-SPARSE_ATTN_GATE_ENABLED output_gate 1=sparse 0=sparse>none
 SPARSE_ATTN_GATE_SCALE output_gate_scale
+SPARSE_ATTN_GATE_ENABLED output_gate_scale 1=0.0>1.0 0=0.0
 SPARSE_ATTN_GATE_INIT_STD - 0
-GATED_ATTN_ENABLED output_gate 1=dense 0=dense>none
+GATED_ATTN_ENABLED - 0 : set OUTPUT_GATE_SCALE, the gate of the last leaders
 GATED_ATTN_INIT_STD - 0.005
 GATED_ATTN_QUANT_GATE - 0 : gates are stored as fp16
-GATED_ATTENTION output_gate 1=bias 0=bias>none
-ATTN_OUT_GATE_ENABLED output_gate 1=out 0=out>none
-GATE_ATTN_OUT output_gate 1=out 0=out>none
+GATED_ATTENTION - 0 : set OUTPUT_GATE_SCALE, the gate of the last leaders
+ATTN_OUT_GATE_ENABLED - 0 : set OUTPUT_GATE_SCALE, the gate of the last leaders
+GATE_ATTN_OUT - 0 : set OUTPUT_GATE_SCALE, the gate of the last leaders
 ATTN_OUT_GATE_SRC - proj
 GATE_ATTN_SRC - proj
 GATED_XSA - 0 : XSA has no gate
-ROPE_TRAIN_SEQ_LEN rope_train_len
-ROPE_YARN rope_scaling 0=ntk>none 1=ntk
+ROPE_TRAIN_SEQ_LEN - : positions are never rescaled here; set ROPE_BASE
+ROPE_YARN - 0 : positions are never rescaled here; set ROPE_BASE
 EVAL_NTK_ALPHA - 0
 BIGRAM_VOCAB_SIZE bigram_buckets
 BIGRAM_HASH_BUCKETS bigram_buckets
-BIGRAM_HASH_DIM bigram_dim
+BIGRAM_HASH_DIM - 128
 USE_BIGRAM_HASH bigram_buckets 1=0>4096 0=0
 TRIGRAM - 0
 VE_ENABLED value_embed_last_n 1=0>2 0=0
