@@ -101,8 +101,8 @@ def knob(
     source: str = "",
     needs: str = "",
 ):
-    """Declare a configuration field. `needs` is "<field> <op> <value>", of several values joined by commas if the
-    operator is "in": setting the knob without it has no effect."""
+    """Declare a configuration field. Without what it `needs`, setting it has no effect: alternatives joined by " or ",
+    each of conditions joined by " and ", each "<field> <op> <value>", of values joined by commas after "in"."""
     meta = dict(
         doc=doc, lo=lo, hi=hi, choices=tuple(choices), unit=unit, source=source, needs=needs
     )
@@ -248,7 +248,7 @@ class ModelConfig:
         "what skips connect: the halves of the slot list, the same with no more skips than without loops, or the blocks "
         "around the loop",
         choices=("half", "as_unlooped", "around_loop"),
-        needs="skips != none",
+        needs="skips != none and num_loops > 0",
     )
     num_loops: int = knob(
         0, "extra passes over blocks LOOP_START to LOOP_END", 0, 32, source="PR 1394"
@@ -399,12 +399,22 @@ class OptimConfig:
         "row_col",
         "what turbo_muon and muon_plus make equal after orthogonalisation, in turn",
         choices=("col", "row", "col_row", "row_col"),
+        needs="muon in turbo_muon,muon_plus",
     )
     muon_beta2: float = knob(
-        0.95, "decay of the second moments of normuon, mousse, newton_muon", 0, 0.99999
+        0.95,
+        "decay of the second moments of normuon, mousse, newton_muon",
+        0,
+        0.99999,
+        needs="muon in normuon,mousse,newton_muon",
     )
     muon_refresh: int = knob(
-        10, "steps between two inversions of mousse, newton_muon", 1, 10**6, unit="steps"
+        10,
+        "steps between two inversions of mousse, newton_muon",
+        1,
+        10**6,
+        unit="steps",
+        needs="muon in mousse,newton_muon",
     )
     mousse: str = knob(
         "inverse",
@@ -436,28 +446,66 @@ class OptimConfig:
         1.0, "part of the run after which MUON_WD changes linearly", 0, 1, needs="muon_wd > 0"
     )
     wd_taper_to: float = knob(0.5, "its multiplier at the end", 0, 10, needs="wd_taper_at < 1")
-    tied_embed_lr: float = knob(0.05, "AdamW learning rate of the tied embedding", 0, 10)
+    tied_embed_lr: float = knob(
+        0.05, "AdamW learning rate of the tied embedding", 0, 10, needs="tie_embeddings == 1"
+    )
     embed_lr: float = knob(
         0.6, "AdamW learning rate of an untied token table", 0, 10, needs="tie_embeddings < 1"
     )
-    head_lr: float = knob(0.008, "AdamW learning rate of untied and of multi-token heads", 0, 10)
-    table_lr: float = knob(0.05, "AdamW learning rate of hashed and value tables", 0, 10)
+    head_lr: float = knob(
+        0.008,
+        "AdamW learning rate of untied and of multi-token heads",
+        0,
+        10,
+        needs="tie_embeddings < 1 or objective == mtp",
+    )
+    table_lr: float = knob(
+        0.05,
+        "AdamW learning rate of hashed and value tables",
+        0,
+        10,
+        needs="bigram_buckets > 0 or engram_buckets > 0 or value_embed_last_n > 0",
+    )
     scalar_lr: float = knob(0.04, "AdamW learning rate of gains, scales, mixes and gates", 0, 10)
     adam_wd: float = knob(0.0, "decoupled weight decay of the AdamW groups", 0, 10)
     embed_wd: float = knob(-1.0, "that of token embeddings; -1 = ADAM_WD", -1, 10)
-    head_wd: float = knob(-1.0, "that of heads; -1 = ADAM_WD", -1, 10)
-    table_wd: float = knob(-1.0, "that of tables; -1 = ADAM_WD", -1, 10)
+    head_wd: float = knob(
+        -1.0, "that of heads; -1 = ADAM_WD", -1, 10, needs="tie_embeddings < 1 or objective == mtp"
+    )
+    table_wd: float = knob(
+        -1.0,
+        "that of tables; -1 = ADAM_WD",
+        -1,
+        10,
+        needs="bigram_buckets > 0 or engram_buckets > 0 or value_embed_last_n > 0",
+    )
     adam_l2: float = knob(
         0.0, "weight decay inside the gradient of the AdamW groups, as plain Adam has it", 0, 10
     )
     beta1: float = knob(0.9, "AdamW beta1", 0, 0.9999)
     embed_beta1: float = knob(0.0, "that of token embeddings; 0 = BETA1", 0, 0.9999)
-    head_beta1: float = knob(0.0, "that of heads; 0 = BETA1", 0, 0.9999)
-    table_beta1: float = knob(0.0, "that of tables; 0 = BETA1", 0, 0.9999)
+    head_beta1: float = knob(
+        0.0, "that of heads; 0 = BETA1", 0, 0.9999, needs="tie_embeddings < 1 or objective == mtp"
+    )
+    table_beta1: float = knob(
+        0.0,
+        "that of tables; 0 = BETA1",
+        0,
+        0.9999,
+        needs="bigram_buckets > 0 or engram_buckets > 0 or value_embed_last_n > 0",
+    )
     beta2: float = knob(0.95, "AdamW beta2", 0, 0.99999)
     embed_beta2: float = knob(0.0, "that of token embeddings; 0 = BETA2", 0, 0.99999)
-    head_beta2: float = knob(0.0, "that of heads; 0 = BETA2", 0, 0.99999)
-    table_beta2: float = knob(0.0, "that of tables; 0 = BETA2", 0, 0.99999)
+    head_beta2: float = knob(
+        0.0, "that of heads; 0 = BETA2", 0, 0.99999, needs="tie_embeddings < 1 or objective == mtp"
+    )
+    table_beta2: float = knob(
+        0.0,
+        "that of tables; 0 = BETA2",
+        0,
+        0.99999,
+        needs="bigram_buckets > 0 or engram_buckets > 0 or value_embed_last_n > 0",
+    )
     adam_eps: float = knob(1e-8, "AdamW epsilon", 1e-12, 1e-2)
     ademamix: str = knob(
         "none",
@@ -465,8 +513,20 @@ class OptimConfig:
         choices=("none", "embed", "scalar", "all"),
         source="arXiv 2409.03137",
     )
-    ademamix_alpha: float = knob(2.0, "weight of the slow momentum at the end, from 0", 0, 100)
-    ademamix_beta3: float = knob(0.999, "its decay at the end, from BETA1", 0.01, 0.99999)
+    ademamix_alpha: float = knob(
+        2.0,
+        "weight of the slow momentum at the end, from 0",
+        0,
+        100,
+        needs="ademamix != none or muon == ademamix",
+    )
+    ademamix_beta3: float = knob(
+        0.999,
+        "its decay at the end, from BETA1",
+        0.01,
+        0.99999,
+        needs="ademamix != none or muon == ademamix",
+    )
     grad_clip_norm: float = knob(0.0, "bound of the norm of the reduced gradient; 0 = off", 0, 1e6)
     averaging: str = knob(
         "none",
@@ -478,10 +538,22 @@ class OptimConfig:
         0.997, "decay per step", 0, 0.99999, needs="averaging == ema", source="PR 287"
     )
     swa_start: float = knob(
-        0.2, "snapshots begin when the learning rate is below this part of its peak", 0, 1.01
+        0.2,
+        "snapshots begin when the learning rate is below this part of its peak",
+        0,
+        1.01,
+        needs="averaging in swa,iw_swa,soup",
     )
-    swa_every: int = knob(50, "steps between snapshots", 1, 10**6, unit="steps")
-    swa_snapshots: int = knob(8, "how many snapshots iw_swa and soup keep, the last ones", 1, 100)
+    swa_every: int = knob(
+        50, "steps between snapshots", 1, 10**6, unit="steps", needs="averaging in swa,iw_swa,soup"
+    )
+    swa_snapshots: int = knob(
+        8,
+        "how many snapshots iw_swa and soup keep, the last ones",
+        1,
+        100,
+        needs="averaging in iw_swa,soup",
+    )
     swa_temperature: float = knob(
         0.003,
         "difference of loss that divides a weight by e",
@@ -497,6 +569,7 @@ class OptimConfig:
         8,
         10**8,
         unit="tokens",
+        needs="averaging in iw_swa,soup or allocation == loss",
     )
     objective: str = knob(
         "ce",
@@ -551,11 +624,30 @@ class QuantConfig:
         -1,
         65536,
     )
-    matrix_clip_sigmas: float = knob(12.85, "that multiple for attention", 0.5, 100, unit="sigmas")
-    mlp_clip_sigmas: float = knob(
-        0.0, "that of the MLP; 0 = MATRIX_CLIP_SIGMAS", 0, 100, unit="sigmas"
+    matrix_clip_sigmas: float = knob(
+        12.85,
+        "that multiple for attention",
+        0.5,
+        100,
+        unit="sigmas",
+        needs="clip == sigma",
     )
-    embed_clip_sigmas: float = knob(20.0, "that of embeddings and tables", 0.5, 100, unit="sigmas")
+    mlp_clip_sigmas: float = knob(
+        0.0,
+        "that of the MLP; 0 = MATRIX_CLIP_SIGMAS",
+        0,
+        100,
+        unit="sigmas",
+        needs="clip == sigma",
+    )
+    embed_clip_sigmas: float = knob(
+        20.0,
+        "that of embeddings and tables",
+        0.5,
+        100,
+        unit="sigmas",
+        needs="clip == sigma and embed_bits < 16",
+    )
     rounding: str = knob(
         "nearest",
         "how a weight becomes a level: the nearest one; one that makes up for the errors of earlier "
@@ -569,8 +661,16 @@ class QuantConfig:
         "what shows the inputs of matrices: training text, or text of the model's own",
         choices=("train", "self"),
         source="PR 1019",
+        needs="rounding != nearest or lqer_rank > 0",
     )
-    calibration_tokens: int = knob(65_536, "how much of it", 8, 2**26, unit="tokens")
+    calibration_tokens: int = knob(
+        65_536,
+        "how much of it",
+        8,
+        2**26,
+        unit="tokens",
+        needs="rounding != nearest or lqer_rank > 0",
+    )
     lqer_rank: int = knob(
         0, "rank of a correction of the worst rounding errors; 0 = none", 0, 64, source="PR 1797"
     )
@@ -712,13 +812,7 @@ GROUPS = dict(
     system=SystemConfig,
 )
 KNOBS = {f.name: (group, f) for group, cls in GROUPS.items() for f in fields(cls)}
-OPERATORS = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    ">": operator.gt,
-    "in": lambda a, b: a in b,
-}
+OPERATORS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt}
 
 
 @dataclass(frozen=True)
@@ -1381,7 +1475,7 @@ GPTQ_BLOCK_SIZE - any
 GPTQ_BATCH_SIZE - any
 GPTQ_DAMP - 0.01
 GPTQ_ALL_REDUCE - 1
-PRUNE_RATIO prune_share
+PRUNE_RATIO - 0 : set FIT_BUDGET=prune
 LQER_ENABLED lqer_rank 1=0>4 0=0
 LQER_TOP_K lqer_top
 LQER_FACTOR_BITS - 4
@@ -1643,6 +1737,7 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
     final = {name for name in stored or {} if KNOBS[name][0] != "eval"} - {"artifact_budget_bytes"}
     own = {name: env[name.upper()] for name in values if name.upper() in env}
     free = {name: text for name, text in own.items() if name not in final}
+    before = dict(values)
     wrong = set_knobs(values, origins, free, "environment")
     theirs, notes, heard = translate(env, values)
     free = {name.lower(): text for name, text in theirs.items() if name.lower() not in final}
@@ -1656,7 +1751,7 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
         errors.append("RUN_MODE=eval needs ARTIFACT=<path of a .golf file>")
     if values["run_mode"] != "eval" or stored:
         errors += broken_rules(values, wrong)
-    notes += misspelt(env) + ineffective(values, origins, heard)
+    notes += misspelt(env) + ineffective(values, before, heard)
     if values["run_mode"] == "eval":
         notes += [
             f"{name.upper()} has no effect: the artifact's own {name.upper()}={values[name]} is scored"
@@ -1693,19 +1788,36 @@ def misspelt(env: dict[str, str]) -> list[str]:
     return notes
 
 
-def ineffective(
-    values: dict[str, Any], origins: dict[str, str], heard: dict[str, str]
-) -> list[str]:
-    """A warning for each knob of the environment that the rest of the configuration makes meaningless."""
+def holds(condition: str, values: dict[str, Any]) -> bool:
+    """Whether "<field> <op> <value>" is true of what acts: a field that has no effect counts as its default."""
+    name, op, want = condition.split()
+    value = values[name] if acts(name, values) else KNOBS[name][1].default
+    if op == "in":
+        return str(value) in want.split(",")
+    return OPERATORS[op](value, parse_knob(name, want))
+
+
+def acts(name: str, values: dict[str, Any]) -> bool:
+    """Whether a knob has an effect beside these values."""
+    needs = KNOBS[name][1].metadata["needs"]
+    return not needs or any(
+        all(holds(condition, values) for condition in way.split(" and "))
+        for way in needs.split(" or ")
+    )
+
+
+def shown_needs(needs: str) -> str:
+    """What a knob needs, as a person sets it."""
+    return " ".join(word.upper() if word in KNOBS else word for word in needs.split())
+
+
+def ineffective(values: dict[str, Any], before: dict[str, Any], heard: dict[str, str]) -> list[str]:
+    """A warning for each knob that differs from `before`, the values without the environment, and has no effect."""
     notes = []
     for name, (_, f) in KNOBS.items():
-        if f.metadata["needs"] and origins[name] == "environment":
-            other, op, want = f.metadata["needs"].split()
-            if not OPERATORS[op](
-                values[other], want.split(",") if op == "in" else parse_knob(other, want)
-            ):
-                said = heard.get(name.upper(), name.upper())
-                notes.append(f"{said} has no effect unless {other.upper()} {op} {want}")
+        if values[name] != before[name] and not acts(name, values):
+            said = heard.get(name.upper(), name.upper())
+            notes.append(f"{said} has no effect unless {shown_needs(f.metadata['needs'])}")
     return notes
 
 
@@ -1724,7 +1836,7 @@ def help_text(markdown: bool) -> str:
             extra = "".join(
                 [
                     f" [{m['unit']}]" if m["unit"] else "",
-                    f"; needs {m['needs'].upper()}" if m["needs"] else "",
+                    f"; needs {shown_needs(m['needs'])}" if m["needs"] else "",
                     f"; source: {m['source']}" if m["source"] else "",
                 ]
             )

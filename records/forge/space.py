@@ -221,22 +221,24 @@ class Space:
 
 
 def holds(needs: str, values: dict[str, str]) -> bool:
-    """Whether a `needs` rule of the script, "<field> <op> <value>", is met."""
-    if not needs:
-        return True
-    name, op, want = needs.split()
+    """Whether a `needs` rule of the script is met: ways joined by " or ", each of conditions joined by " and "."""
+    return not needs or any(
+        all(is_met(condition, values) for condition in way.split(" and "))
+        for way in needs.split(" or ")
+    )
+
+
+def is_met(condition: str, values: dict[str, str]) -> bool:
+    """Whether "<field> <op> <value>" is true of these texts, as numbers if both sides are."""
+    name, op, want = condition.split()
     have = str(values.get(name.upper(), ""))
     if op == "in":
         return have in want.split(",")
     try:
         a, b = (float({"True": 1, "False": 0}.get(x, x)) for x in (have, want))
     except ValueError:
-        a, b = have, want
-    return (
-        {"==": a == b, "!=": a != b, "<": a < b, ">": a > b}[op]
-        if type(a) is type(b)
-        else op == "!="
-    )
+        return {"==": have == want, "!=": have != want}.get(op, False)
+    return {"==": a == b, "!=": a != b, "<": a < b, ">": a > b}[op]
 
 
 def make_knob(name: str, skill: str, want: dict, described: dict) -> Knob:
