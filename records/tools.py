@@ -47,10 +47,19 @@ def pack(asked) -> int:
 
 
 def unpack(asked) -> int:
-    """Print the innermost script of a wrapper."""
-    from facts.wrappers import unwrapped
+    """Print the innermost script of a wrapper. Code in files beside it is found; nothing is run."""
+    from facts.files import read_bounded
+    from facts.wrappers import MAX_SOURCE_BYTES, unwrapped
 
-    sys.stdout.buffer.write(unwrapped(asked.file.read_bytes()))
+    def beside(name: str) -> bytes | None:
+        path = asked.file.with_name(name)
+        if path.is_symlink() or not path.is_file():
+            return None
+        return read_bounded(path, MAX_SOURCE_BYTES)
+
+    sys.stdout.buffer.write(
+        unwrapped(read_bounded(asked.file, MAX_SOURCE_BYTES), asked.file.name, beside)
+    )
     return 0
 
 

@@ -70,7 +70,12 @@ class Run:
             f"final_int6_sliding_window_exact val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f} "
             f"eval_time:{self.evaluation * 1e3:.0f}ms"
         ]
-        if self.dialect == "spaced":
+        if self.dialect == "assigned":
+            knobs = dict(seed=self.seed, vocab_size=8192, matrix_lr=0.022, iterations=20000)
+            knobs |= {f"option_{i}": i for i in range(8)} | self.knobs
+            head = [" ".join(f"{k}={v}" for k, v in knobs.items()), "params:35944536 L:10 d:768"]
+            middle = [f"step:4900/20000 {before} train_time:{self.train * 1e3:.0f}ms zero_frac:0.3"]
+        elif self.dialect == "spaced":
             knobs = (
                 dict(seed=self.seed, vocab_size=8192, train_shards=80, matrix_lr=0.022) | self.knobs
             )

@@ -34,6 +34,22 @@ def wrapped(source: str) -> str:
     return f"import lzma,base64\nexec(lzma.decompress(base64.b85decode({packed!r})))\n"
 
 
+NEWER = (
+    'import os\nnames = ["a"]\nprint(f"{", ".join(names)}: {"\\n".join(names)!r:>{len("ab")}}")\n'
+)
+
+
+def aliased(source: str) -> str:
+    """The wrapper of most late records: raw LZMA2 in base 85, modules under short names, two lines."""
+    filters = [dict(id=lzma.FILTER_LZMA2)]
+    data = lzma.compress(source.encode() + noise(), lzma.FORMAT_RAW, filters=filters)
+    return (
+        "import lzma as L,base64 as B\n"
+        f'exec(L.decompress(B.b85decode("{base64.b85encode(data).decode()}"),'
+        'format=L.FORMAT_RAW,filters=[{"id":L.FILTER_LZMA2}]))\n'
+    )
+
+
 def findings(record: Record, tmp_path) -> set[tuple[str, str]]:
     """{(rule, level)} of a folder."""
     return {(f["rule"], f["level"]) for f in check.check(record.write(tmp_path))["findings"]}
@@ -44,8 +60,8 @@ def with_line(line: str) -> str:
     return SCRIPT + f"    if not torch:\n        {line}\n"
 
 
-def scripted(text: str, **more) -> Record:
-    return Record(tuple(replace(r, script=text) for r in RUNS), text, **more)
+def scripted(text: str, dialect: str = "spaced", **more) -> Record:
+    return Record(changed(script=text, dialect=dialect), text, **more)
 
 
 LONG = SCRIPT + "# a long explanation\n" * 6000
@@ -111,6 +127,22 @@ PLANTED = {
         "contested",
     ),
     "bytes_total from nowhere": (Record(submission=dict(bytes_total=15_000_000)), "E4", "warn"),
+    "helper module over the cap": (  # Finding R2
+        scripted(
+            "import ngram_tilt\n" + SCRIPT,
+            files={"ngram_tilt.py": "import math\n" + "# x\n" * 30_000},
+        ),
+        "C25",
+        "contested",
+    ),
+    "kernel source over the cap": (  # Finding R2
+        scripted(
+            SCRIPT.replace("import os", "import os\nKERNEL = 'ngram/kernel.cpp'"),
+            files={"ngram/kernel.cpp": "// x\n" * 30_000},
+        ),
+        "C25",
+        "contested",
+    ),
     "source compiled at run time": (
         scripted(with_line("torch.utils.cpp_extension.load_inline('k')")),
         "C25",
@@ -119,6 +151,29 @@ PLANTED = {
     "side file executed": (
         scripted(with_line("exec(open('decoder.bin').read())")),
         "C25",
+        "contested",
+    ),
+    "defect in a raw LZMA2 wrapper": (  # Finding R2
+        scripted(aliased(with_line("etlb_enabled = 1"))),
+        "C15",
+        "contested",
+    ),
+    "defect in a script of Python 3.12": (  # Finding R2
+        scripted(aliased(NEWER + with_line("load_dataset('more')"))),
+        "W3",
+        "warn",
+    ),
+    "defect in a sibling that runs": (  # Finding R2
+        scripted(
+            'exec(open(__file__.replace("train_gpt.py", "decoded.py")).read())\n',
+            files={"decoded.py": with_line("slot_steps = 8")},
+        ),
+        "C14",
+        "contested",
+    ),
+    "defect in a helper module": (  # Finding R2
+        scripted("import helper\n" + SCRIPT, files={"helper.py": "slot_steps = 8\n"}),
+        "C14",
         "contested",
     ),
     # Time.
@@ -130,6 +185,24 @@ PLANTED = {
     "late by a fifth of a second": (Record(last_changed(evaluation=600.2)), "W2", "fail"),
     "passes together too slow": (Record(last_changed(other_evaluation=200.0)), "O3", "open"),
     # Provenance.
+    "headline on a step line only": (  # Finding R1
+        Record(changed(before=1.0702), submission=dict(val_bpb=1.0702)),
+        "E1",
+        "fail",
+    ),
+    "headline of no decimals": (Record(submission=dict(val_bpb=1)), "E1", "fail"),  # Finding R1
+    "headline of two decimals": (Record(submission=dict(val_bpb=1.09)), "E1", "fail"),
+    "no author": (Record(submission=dict(author=None)), "W8", "fail"),  # Finding R1
+    "loss in bits per byte": (  # Finding R3
+        Record(submission=dict(val_loss=1.0811)),
+        "E13",
+        "warn",
+    ),
+    "wrong bytes in key=value logs": (  # Finding R3
+        Record(changed(dialect="assigned", ratio=SP8192 * 1.063)),
+        "W7",
+        "fail",
+    ),
     "headline not in the logs": (Record(submission=dict(val_bpb=1.0702)), "E1", "fail"),
     "seed result not in its log": (
         Record(submission=dict(seed_results={"42": dict(val_bpb=1.07)})),
@@ -276,6 +349,21 @@ PLANTED = {
 WRAPPED = wrapped(SCRIPT)
 CLEAN = {
     "spaced dialect": Record(),
+    "key=value dialect": scripted(
+        SCRIPT + "".join(f"# option_{i}\n" for i in range(8)), dialect="assigned"
+    ),
+    "UTF-16 logs with time stamps": Record(  # Finding R3
+        files={
+            f"train_seed{r.seed}.log": "\n".join(
+                f"1776142360.538 {line}" for line in r.log().split("\n")
+            ).encode("utf-16")
+            for r in RUNS
+        }
+    ),
+    "raw LZMA2 wrapper": scripted(aliased(NEWER + SCRIPT)),
+    "headline whose last digit is 0": Record(
+        (replace(RUNS[0], bpb=1.0800), *changed(bpb=1.0801)[1:]), submission=dict(val_bpb=1.08)
+    ),
     "baseline dialect": Record(changed(dialect="baseline")),
     "no token count": Record(changed(count_shown=False)),
     "vocabulary of 1,024": Record(
@@ -367,7 +455,7 @@ def own(tmp_path, script=SCRIPT.encode(), **odd) -> Path:
     (folder / "submission.json").write_text(
         json.dumps(
             dict(
-                author=None,
+                author="A. Uthor",
                 github_id=None,
                 name="Own",
                 date="2026-11-21",
@@ -408,6 +496,111 @@ def test_own_text_is_no_leaderboard_score(tmp_path):
     )
     found = {(f["rule"], f["level"]) for f in check.check(moved)["findings"]}
     assert ("W7", "fail") in found and ("W6", "warn") in found
+
+
+@pytest.mark.parametrize(
+    "record, why",
+    [
+        (
+            Record((), track="track_non_record_16mb", submission=dict(val_bpb=1.2)),
+            "no log with a score",
+        ),
+        (
+            Record(
+                (),
+                track="track_non_record_16mb",
+                files={"train.log": b"\x89PNG" + bytes(range(256)) * 40},
+            ),
+            "no log with a score",
+        ),
+        (Record(submission=dict(val_bpb=None)), "claims no val_bpb"),
+        (
+            scripted("import key\nexec(key.open(open('train_gpt.bin').read()))\n"),
+            "could not be opened",
+        ),
+    ],
+)
+def test_what_cannot_be_told_is_no_pass(record, why, tmp_path):
+    """Finding R1: a folder with no readable log said PASS."""
+    result = check.check(record.write(tmp_path))
+    text = check.as_text(result)
+    assert not result["passed"] and result["verdict"] == "cannot tell", result
+    assert why in text.splitlines()[-1] and "PASS" not in text
+
+
+HOSTILE_JSON = {
+    "huge float": '{"bytes_total": 1e999}',
+    "huge integer": '{"bytes_total": 1' + "0" * 5000 + "}",
+    "NaN": '{"val_bpb": NaN}',
+    "deep": '{"a": ' + "[" * 200_000 + "]" * 200_000 + "}",
+    "list": "[1]",
+    "cut": '{"val_bpb": 1.0',
+    "not UTF-8": b'{"author": "\xe9"}',
+    "too long": '{"blurb": "' + "x" * (1 << 20) + '"}',
+}
+ODD = [
+    1,
+    1.5,
+    "x",
+    None,
+    True,
+    [],
+    [1],
+    {},
+    {"42": 1},
+    {"42": {"log": 1, "val_bpb": []}},
+    "1e999",
+    -1,
+]
+
+
+def test_hostile_json_is_a_finding_and_nothing_more(tmp_path):
+    """Finding R4: a number that is too large, and everything of its kind."""
+    for i, (name, text) in enumerate(HOSTILE_JSON.items()):
+        folder = Record(files={"submission.json": text}, name=f"2026-05-02_{i}").write(tmp_path)
+        found = {(f["rule"], f["file"]) for f in check.check(folder)["findings"]}
+        assert ("W8", "submission.json") in found, name
+
+
+def test_values_of_odd_types_are_no_traceback(tmp_path):
+    """Every field of submission.json with every kind of value."""
+    names = ["author", "val_bpb", "val_loss", "val_bpb_std", "seeds", "seed_results", "bytes_total"]
+    names += ["date", "track", "compliance", "evidence", "artifact_bytes", "name"]
+    folder = Record().write(tmp_path)
+    path = folder / "submission.json"
+    good = json.loads(path.read_text())
+    for name in names:
+        for value in ODD:
+            path.write_text(json.dumps(good | {name: value}))
+            check.as_text(check.check(folder))
+    for inner in (dict(audits=[1]), dict(code_sha256=3, audits={}), dict(ttt=[])):
+        path.write_text(json.dumps(good | dict(evidence=inner)))
+        check.check(folder)
+
+
+EVIL_TEXT = {
+    "one word": "audit:env " + "a" * 400_000,
+    "words": "audit:env " + "a:" * 200_000,
+    "empty lines": "\n" * 400_000,
+    "blanks": " " * 400_000 + "\n" + "\t" * 400_000,
+    "digits": "step:" + "1" * 400_000 + "/" + "2" * 400_000,
+    "labels": "val_loss:1 " * 40_000,
+    "knobs": "Hyperparameters:\n" + "  a:\n" * 80_000 + "x",
+    "assignments": "a=" * 200_000,
+    "sizes": "Total submission size " * 20_000,
+    "stamps": "1776142360." * 40_000,
+    "carriage returns": "\r" * 400_000,
+}
+
+
+def test_logs_take_linear_time(tmp_path):
+    """Finding R4: 40 kB of one word took ten seconds; here ten times as much takes well under one."""
+    path = tmp_path / "train.log"
+    for name, text in EVIL_TEXT.items():
+        path.write_text(text)
+        begin = time.process_time()
+        logs.read_log(path)
+        assert time.process_time() - begin < 1.0, name
 
 
 def test_command_line(tmp_path):

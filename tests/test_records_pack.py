@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import zlib
 
 import pytest
@@ -173,8 +174,24 @@ FORMS = {
     "bz2, hexadecimal": lambda s: (
         f"exec(d({bz2.compress(s + os.urandom(600).hex().encode()).hex()!r}))"
     ),
+    "raw LZMA2, short names": lambda s: (
+        f"import lzma as L,base64 as B\nexec(L.decompress(B.b85decode({raw_b85(s)!r}),"
+        'format=L.FORMAT_RAW,filters=[{"id":L.FILTER_LZMA2}]))'
+    ),
+    "a name, compiled": lambda s: (
+        f"from base64 import b85decode as d\nimport zlib\nX={base64.b85encode(zlib.compress(s)).decode()!r}\n"
+        "exec(compile(zlib.decompress(d(X)).decode(), 'train_gpt.py', 'exec'))"
+    ),
+    "in pieces": lambda s: (
+        f"P=({base64.b64encode(s).decode()[:500]!r}\n +{base64.b64encode(s).decode()[500:]!r})\n"
+        "exec(__import__('base64').b64decode(P))"
+    ),
     "twice": lambda s: FORMS["xz, base 85"](("import os\n" + FORMS["zlib, base 64"](s)).encode()),
 }
+
+
+def raw_b85(data: bytes) -> str:
+    return base64.b85encode(raw_lzma(data)).decode()
 
 
 def raw_lzma(data: bytes) -> bytes:
@@ -191,6 +208,73 @@ def test_foreign_wrappers_are_opened_and_never_executed(form, tmp_path, monkeypa
     inner = INNER + b"#" + os.urandom(900).hex().encode()
     assert wrappers.unwrapped(f"import os\n{FORMS[form](inner)}\n".encode()).startswith(INNER)
     assert not os.path.exists("executed")
+
+
+SIBLINGS = {
+    "replaced": 'exec(open(__file__.replace("train_gpt.py","other.py")).read())',
+    "path": "from pathlib import Path as P\nexec(P(__file__).with_name('other.py').read_text())",
+    "with": "import os\nwith open(os.path.join(os.path.dirname(__file__), 'other.py')) as f:\n exec(f.read())",
+    "runpy": "import runpy\nrunpy.run_path('other.py', run_name='__main__')",
+    "runpy, module": "from runpy import run_module as r\nr('other')",
+    "data": "import lzma\nexec(lzma.decompress(open('other.xz', 'rb').read()))",
+    "nested": 'exec(open(__file__.replace("train_gpt.py","first.py")).read())',
+}
+
+
+def test_code_in_a_file_beside_the_script_is_opened(tmp_path, monkeypatch):
+    """Finding R2: the code of a merged record lay in a sibling of a stub of one line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.py").write_bytes(INNER)
+    (tmp_path / "other.xz").write_bytes(lzma.compress(INNER))
+    (tmp_path / "first.py").write_text(
+        FORMS["twice"](INNER + b"#" + os.urandom(900).hex().encode())
+    )
+    (tmp_path / "loop.py").write_text("exec(open('train_gpt.py').read())\n")
+    (tmp_path / "linked.py").symlink_to(tmp_path / "other.py")
+    script = tmp_path / "train_gpt.py"
+    for name, stub in SIBLINGS.items():
+        script.write_text(stub + "\n")
+        done = subprocess.run([*TOOLS, "unpack", str(script)], capture_output=True, timeout=60)
+        assert done.stdout.startswith(INNER) and done.returncode == 0, (name, done)
+    for stub in ("exec(open('loop.py').read())", "exec(open('linked.py').read())", "exec(x)"):
+        script.write_text(stub + "\n")
+        done = subprocess.run([*TOOLS, "unpack", str(script)], capture_output=True, timeout=60)
+        assert done.returncode == 0 and INNER not in done.stdout, stub
+    assert not os.path.exists("executed")
+
+
+NEWER = {
+    'f"{", ".join(x)}"': "', '.join(x)",
+    "f'{d['k']}'": "d['k']",
+    'f"{"\\n".join(x)!r:>{len("ab")}}"': "join",
+    'rf"{x!r}\\d{{{y:{"3"}}}}" \'s\' f"{f"{z}"}"': "z",
+    'f"{a != b} {a:%H:%M} {{no}}"': "a != b",
+    'f"{x:{w}.{p}f}"': "w",
+    'f"""{x} it\'s""" + "#{not code"': "not code",
+}
+
+
+def test_f_strings_of_later_pythons_are_read():
+    """Finding R2: minified records nest quotes in f-strings, which Python 3.11 cannot parse."""
+    for text, kept in NEWER.items():
+        source = f"x = 1\ny = {text}  # \"a comment'\nimport last\n"
+        tree = wrappers.parsed(source)
+        rewritten = ast.parse(wrappers.older_syntax(source))
+        assert tree is not None and isinstance(rewritten.body[-1], ast.Import), text
+        assert rewritten.body[-1].lineno == 3 and len(rewritten.body) == 3
+        assert kept in ast.unparse(rewritten).replace('"', "'"), (text, ast.unparse(rewritten))
+
+
+def test_opening_takes_little_time_and_memory():
+    """A tower of names, of nesting, of concatenations; a source that is all code."""
+    tower = "a0='x'*9\n" + "".join(f"a{i + 1}=a{i}+a{i}\n" for i in range(60)) + "exec(a60)\n"
+    doubled = "a0='x'\n" + "".join(f"a{i + 1}=a{i}+a{i}\n" for i in range(60)) + "exec(a60)\n"
+    nested = "exec(" + "str(" * 3000 + "1" + ")" * 3000 + ")\n"
+    open_strings = ["f'{" * 5000, 'f"{x' + "{" * 9000, "x = '" + "\\" * 99_999]
+    for source in (tower, doubled, nested, "a=1\n" * 700_000, "exec(a)\na=a\n", *open_strings):
+        begin = time.process_time()
+        assert wrappers.unwrapped(source.encode()) == source.encode()
+        assert time.process_time() - begin < 3, source[:20]
 
 
 def test_a_bomb_and_nonsense_stay_closed():

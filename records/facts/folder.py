@@ -1,7 +1,7 @@
-"""A record folder as facts: its files, submission.json, script and logs, read with bounds and never executed.
+"""A record folder as facts: its files, submission.json, code and logs, read with bounds.
 
-A folder may come from anybody. Links are noted and not followed, only regular files are opened, sizes are bounded, and
-scripts are parsed as text.
+A folder may come from anybody. Links are noted and not followed, only regular files are opened,
+sizes are bounded, and code is read as data and never executed.
 """
 
 import ast
@@ -11,16 +11,26 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .files import read_json
+from .files import read_bounded, read_json
 from .logs import Log, read_log
-from .wrappers import MAX_SOURCE_BYTES, parsed, unwrapped
+from .wrappers import MAX_SOURCE_BYTES, layers, parsed
 
-MAX_FILES, MAX_DEPTH, MAX_LOGS = 2000, 4, 40
+MAX_FILES, MAX_DEPTH, MAX_LOGS, MAX_MODULES = 2000, 4, 40, 40
 NOT_LOGS = re.compile(
     r"requirements.*\.txt|.*readme.*|license.*|vocab.*\.txt|.*\.model\.txt", re.IGNORECASE
 )
+COMPILED = re.compile(r"\.(cu|cuh|cpp|cc|cxx|c|h|hpp|rs|zig|ptx|cubin|so|pyd|dll|pyc|o|a|wasm)$")
+
+
+class Source(NamedTuple):
+    """Code of a record that runs, as the text that does the work."""
+
+    name: str  # of the file that it came from
+    text: bytes
+    tree: ast.Module | None
+    nodes: list[ast.AST]  # all of the tree
 
 
 @dataclass
@@ -32,11 +42,18 @@ class Folder:
     links: list[str] = field(default_factory=list)
     submission: dict[str, Any] = field(default_factory=dict)
     script: bytes = b""  # as shipped
+    script_name: str = ""
     inner: bytes = b""  # without wrapping
-    tree: ast.Module | None = None  # of the inner script
-    nodes: list[ast.AST] = field(default_factory=list)  # all of the tree
+    sources: list[Source] = field(default_factory=list)  # the script's, then its helper modules
+    code: dict[str, int] = field(default_factory=dict)  # bytes of every file whose code runs
     logs: list[Log] = field(default_factory=list)
+    unread_logs: list[str] = field(default_factory=list)  # called logs, but without any line of one
     problems: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def tree(self) -> ast.Module | None:
+        """The script's syntax tree, wrapping taken off; None without a script that parses."""
+        return self.sources[0].tree if self.sources else None
 
     @property
     def track(self) -> str:
@@ -97,19 +114,106 @@ def entries(top: Path, depth: int = 0) -> Iterator[tuple[str, os.DirEntry]]:
                 )
 
 
-def read_scripts(folder: Folder):
-    """Fill script, inner and tree from train_gpt.py, or from the only Python file."""
+def content(folder: Folder, name: str) -> bytes | None:
+    """A regular file of the folder by its path, or by its name alone where only one has it."""
+    same = [n for n in folder.files if n == name] or [
+        n for n in folder.files if n.rsplit("/", 1)[-1] == name
+    ]
+    if len(same) != 1 or folder.files[same[0]] > MAX_SOURCE_BYTES:
+        return None
+    try:
+        return read_bounded(folder.path / same[0], MAX_SOURCE_BYTES)
+    except (OSError, ValueError):
+        return None
+
+
+def main_script(folder: Folder) -> str:
+    """Name of the script: train_gpt.py, else the only one called train_gpt*, else the only one."""
     names = [n for n in folder.files if n.endswith(".py") and "/" not in n]
-    name = "train_gpt.py" if "train_gpt.py" in names else names[0] if len(names) == 1 else ""
+    for chosen in (
+        [n for n in names if n == "train_gpt.py"],
+        [n for n in names if n.startswith("train_gpt")],
+        names,
+    ):
+        if len(chosen) == 1:
+            return chosen[0]
+    return ""
+
+
+def read_scripts(folder: Folder):
+    """Open the script, whatever it is wrapped in, and all of the folder's code that it runs."""
+    name = main_script(folder)
     if not name:
         return
-    if folder.files[name] > MAX_SOURCE_BYTES:
+    script = content(folder, name)
+    if script is None:
         folder.problems.append(("W8", name, f"{folder.files[name]:,} bytes are no script"))
         return
-    folder.script = (folder.path / name).read_bytes()
-    folder.inner = unwrapped(folder.script)
-    folder.tree = parsed(folder.inner)
-    folder.nodes = list(ast.walk(folder.tree)) if folder.tree else []
+    folder.script, folder.script_name = script, name
+    opened = layers(script, name, lambda file: content(folder, file))
+    folder.inner = opened[-1].source
+    add_source(folder, name, folder.inner)
+    for file in [name, *(f for layer in opened for f in layer.files)]:
+        count_code(folder, file)
+    read_modules(folder)
+    count_compiled(folder)
+
+
+def add_source(folder: Folder, name: str, text: bytes):
+    """Keep a text of code with its tree."""
+    tree = parsed(text)
+    folder.sources.append(Source(name, text, tree, list(ast.walk(tree)) if tree else []))
+
+
+def count_code(folder: Folder, file: str):
+    """Note the bytes of a file whose code runs."""
+    for name, size in folder.files.items():
+        if name == file or name.endswith("/" + file):
+            folder.code[name] = size
+
+
+def read_modules(folder: Folder):
+    """Add the modules of the folder that its code imports, and those that they import."""
+    waiting = list(folder.sources)
+    while waiting and len(folder.sources) < MAX_MODULES:
+        for name in sorted(imported(waiting.pop(0))):
+            files = [f for f in folder.files if f == f"{name}.py" or f.startswith(f"{name}/")]
+            for file in files:
+                if not file.endswith(".py") or file in folder.code:
+                    continue
+                text = content(folder, file)
+                if text is not None:
+                    inside = layers(text, file, lambda f: content(folder, f))[-1].source
+                    add_source(folder, file, inside)
+                    waiting.append(folder.sources[-1])
+                count_code(folder, file)
+
+
+def imported(source: Source) -> set[str]:
+    """First parts of the names of modules that a text imports, or loads by a name written out."""
+    names = set()
+    for node in source.nodes:
+        if isinstance(node, ast.Import):
+            names |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {(node.module or a.name).split(".")[0] for a in node.names}
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 200
+        ):
+            if node.value.endswith(".py"):
+                names.add(node.value.rsplit("/", 1)[-1].removesuffix(".py"))
+    return names
+
+
+def count_compiled(folder: Folder):
+    """Note sources and libraries of other languages whose names stand in the code."""
+    texts = b"\n".join(source.text for source in folder.sources)
+    for name in folder.files:
+        base = name.rsplit("/", 1)[-1]
+        if COMPILED.search(base) and (
+            base.encode() in texts or base.split(".")[0].encode() in texts
+        ):
+            folder.code[name] = folder.files[name]
 
 
 def read_folder(path: Path) -> Folder:
@@ -141,8 +245,14 @@ def read_folder(path: Path) -> Folder:
         if re.search(r"\.(log|txt)$", n) and not NOT_LOGS.fullmatch(Path(n).name)
     ]
     for name in logs[:MAX_LOGS]:
-        log = read_log(path / name)
+        try:
+            log = read_log(path / name)
+        except OSError as error:
+            folder.problems.append(("W8", name, f"cannot be read: {error.strerror}"))
+            continue
         log.name = name
         if name.endswith(".log") or log.official:
             folder.logs.append(log)
+        if name.endswith(".log") and not log.readable:
+            folder.unread_logs.append(name)
     return folder

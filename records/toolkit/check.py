@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from facts.files import number, read_json
-from facts.folder import Folder, read_folder
+from facts.folder import Folder, Source, read_folder
 from facts.limits import ARTIFACT_BYTES, EVALUATION_SECONDS, TEXT_BYTES, TRAINING_SECONDS
-from facts.logs import Log, different_knobs, is_result
+from facts.logs import Claim, Log, different_knobs, is_result
+from facts.wrappers import unopened
 
 BYTES_PER_TOKEN = {
     1024: (2.43592,),
@@ -68,7 +69,9 @@ NETWORK = re.compile(
     r"|requests\.(get|post|Session)|load_dataset"
 )
 PROGRAM = re.compile(r"\b(pip3?|curl|wget|git clone|apt(?:-get)?|conda|huggingface-cli)\b")
+USUAL_PROGRAMS = ("nvidia-smi", "git", "python", "python3", "lscpu", "pyminify")
 COMPILED = re.compile(r"(^|\.)(exec|load_inline|RawModule|RawKernel)$|cpp_extension\.load")
+NEWER_SYNTAX = re.compile(rb"^\s*(?:type \w+ ?=|def \w+\[|class \w+\[)", re.MULTILINE)
 MACHINE_PATH = re.compile(rb"(?<![\w.:/~-])/(?:home|root|workspace|Users)/\w")
 CORE_FIELDS = dict(
     author=str,
@@ -99,46 +102,72 @@ def rules() -> list[dict[str, Any]]:
     return json.loads(Path(__file__).with_name("rules.json").read_text(encoding="utf-8"))
 
 
-def officials(folder: Folder) -> list[float]:
-    """Official score of each seed. A log of somebody else may end with another line than the one that counts: then the
-    last kind of line that all seeds have and whose mean is the claim."""
-    logs, claim = [g for g in folder.seed_logs if g.official], folder.submission.get("val_bpb")
-    scores = [{c.label: c.bpb for c in g.claims if is_result(c)} for g in logs]
-    shared = [label for label in (scores[-1] if scores else ()) if all(label in s for s in scores)]
+def claimed_bpb(folder: Folder) -> Any:
+    """The headline as submission.json writes it; None when it has none."""
+    for key in ("val_bpb", "mean_val_bpb", "val_bpb_mean"):
+        if number(folder.submission.get(key)) is not None:
+            return folder.submission[key]
+    return None
+
+
+def official_claims(folder: Folder) -> list[Claim]:
+    """The official result of each seed. A log of somebody else may end with another line than the one
+    that counts: then the last kind of line that all seeds have and whose mean is the claim."""
+    logs = [g for g in folder.seed_logs if g.official]
+    claim = claimed_bpb(folder)
+    results = [{c.label: c for c in g.claims if is_result(c)} for g in logs]
+    shared = [
+        label for label in (results[-1] if results else ()) if all(label in r for r in results)
+    ]
     agreeing = [
         label
         for label in shared
-        if number(claim) and agrees(claim, statistics.mean(s[label] for s in scores))
+        if claim is not None and agrees(claim, statistics.mean(r[label].bpb for r in results))
     ]
     for label in (agreeing or shared)[-1:]:
-        return [s[label] for s in scores]
-    return [g.official.bpb for g in logs]
+        return [r[label] for r in results]
+    return [g.official for g in logs]
+
+
+def officials(folder: Folder) -> list[float]:
+    """Official score of each seed, bits per byte."""
+    return [c.bpb for c in official_claims(folder)]
 
 
 # Budgets.
+def least_packed(folder: Folder) -> float:
+    """Bytes that a packed script can hardly be below: without comments, names shortened, no base 85."""
+    text = ast.unparse(folder.tree).encode() if folder.tree else folder.inner
+    return 0.9 * len(lzma.compress(text))
+
+
 def cap(folder: Folder) -> Findings:
-    """Sizes that were logged with the raw script in them leave open what the packed one would have weighed."""
-    packed = 1.25 * len(lzma.compress(folder.inner))
+    """Sizes that were logged with the raw script in them leave open what the packed one would have
+    weighed."""
+    least = least_packed(folder) if folder.inner else math.inf
     for g in folder.logs:
         total = max(g.total_bytes, default=(g.model_bytes or 0) + max(g.code_bytes, default=0))
-        fits = bool(folder.inner and g.model_bytes) and g.model_bytes + packed <= ARTIFACT_BYTES
+        fits = g.model_bytes is not None and g.model_bytes + least <= ARTIFACT_BYTES
         if total > ARTIFACT_BYTES:
-            yield Finding(
-                f"{total:,} bytes logged" + ", with the script unpacked" * fits, g.name, not fits
-            )
+            why = ", with the script unpacked" if fits else ""
+            yield Finding(f"{total:,} bytes logged{why}", g.name, not fits)
     for key in ("bytes_total", "artifact_bytes", "artifact_bytes_max"):
         if (size := number(folder.submission.get(key))) and size > ARTIFACT_BYTES:
             yield Finding(f"{key} is {size:,.0f}", "submission.json")
 
 
 def shipped_size(folder: Folder) -> Findings:
-    """The file in the folder, not a wrapper that was only measured, is what the size rule can be held against."""
+    """What the folder ships, not a wrapper that was only measured, is what the size rule can be held
+    against: every file whose code runs, helper modules and sources of other languages included."""
     models = [g.model_bytes for g in folder.seed_logs if g.model_bytes]
     models += [size for name, size in folder.files.items() if re.search(r"\.(golf|ptz)$", name)]
-    total = len(folder.script) + max(models, default=0)
+    total = sum(folder.code.values()) + max(models, default=0)
     if models and folder.script and total > ARTIFACT_BYTES:
+        helpers = sorted(name for name in folder.code if name != folder.script_name)
+        named = f" ({', '.join([folder.script_name, *helpers])})" if helpers else ""
         yield Finding(
-            f"shipped script {len(folder.script):,} + model {max(models):,} = {total:,} bytes"
+            f"shipped code {sum(folder.code.values()):,}{named} + model {max(models):,} "
+            f"= {total:,} bytes"
         )
 
 
@@ -230,18 +259,15 @@ def implied_bytes(folder: Folder) -> Findings:
 
 def unusual_ratio(g: Log, ratio: float) -> Findings:
     """A log without a token count still has bytes per token, which its vocabulary fixes."""
-    vocabulary = number(g.knobs.get("vocab_size"))
-    known = (
-        BYTES_PER_TOKEN.get(int(vocabulary or 0), ())
-        if vocabulary
-        else sum(BYTES_PER_TOKEN.values(), ())
-    )
+    known = BYTES_PER_TOKEN.get(g.vocabulary or 0, ())
+    if g.vocabulary is None:
+        known = tuple(r for ratios in BYTES_PER_TOKEN.values() for r in ratios)
     if known and not any(near(ratio, r) for r in known):
         nearest = min(known, key=lambda r: abs(math.log(ratio / r)))
         yield Finding(
             f"{ratio:.4f} bytes per token, want {nearest} (x{ratio / nearest:.3f})",
             g.name,
-            vocabulary is not None,
+            g.vocabulary is not None,
         )
 
 
@@ -271,19 +297,21 @@ def decimals(value: Any) -> int:
     return len(text.partition(".")[2]) if "e" not in text else 8
 
 
-def agrees(claim: Any, value: float) -> bool:
-    """Whether a written number is `value` rounded, with room for one more rounding on the way."""
-    return abs(number(claim) - value) <= max(0.51 * 10.0 ** -decimals(claim), 5.1e-5)
+def agrees(claim: Any, value: float, fewest: int = 3) -> bool:
+    """Whether a written number is `value` rounded to at least `fewest` decimals, with room for one more
+    rounding on the way."""
+    written = max(decimals(claim), fewest)
+    return abs(number(claim) - value) <= max(0.51 * 10.0**-written, 5.1e-5)
 
 
 def headline(folder: Folder) -> Findings:
-    scores, claim = officials(folder), folder.submission.get("val_bpb")
+    scores, claim = officials(folder), claimed_bpb(folder)
     if not scores or number(claim) is None:
         return
-    every = [c.bpb for g in folder.logs for c in g.claims]
+    every = [c.bpb for g in folder.logs for c in g.claims if is_result(c)]
     if not any(agrees(claim, s) for s in [statistics.mean(scores), *every]):
         yield Finding(
-            f"val_bpb {claim} is in no log; their official scores are "
+            f"val_bpb {claim} is on no result line of a log; their official scores are "
             + ", ".join(f"{s:.5f}" for s in scores[:6]),
             "submission.json",
             bool(folder.named_logs),
@@ -302,8 +330,26 @@ def headline(folder: Folder) -> Findings:
             )
 
 
+def claimed_loss(folder: Folder) -> Findings:
+    """val_loss is nats per token; bits per byte stand there by mistake."""
+    official, claim = official_claims(folder), folder.submission.get("val_loss")
+    if not official or number(claim) is None:
+        return
+    mean_loss = statistics.mean(c.loss for c in official)
+    losses = [c.loss for g in folder.logs for c in g.claims if is_result(c)]
+    if any(agrees(claim, value, 2) for value in [mean_loss, *losses]):
+        return
+    scores = [statistics.mean(c.bpb for c in official), *(c.bpb for c in official)]
+    scores += [number(said) for said in [claimed_bpb(folder)] if said is not None]
+    what = "bits per byte" if any(agrees(claim, value) for value in scores) else "in no log"
+    yield Finding(
+        f"val_loss {claim} is {what}; the logs' mean is {mean_loss:.4f} nats per token",
+        "submission.json",
+    )
+
+
 def best_seed(folder: Folder) -> Findings:
-    scores, claim = officials(folder), folder.submission.get("val_bpb")
+    scores, claim = officials(folder), claimed_bpb(folder)
     if len(scores) < 2 or number(claim) is None or agrees(claim, statistics.mean(scores)):
         return
     if agrees(claim, min(scores)):
@@ -427,10 +473,14 @@ def code_hash(folder: Folder) -> Findings:
 
 
 def unknown_options(folder: Folder) -> Findings:
-    words = set(re.findall(r"\w+", folder.inner.decode("utf-8", "replace").lower()))
+    """Options of a log that no code of the folder has. A name may be put together in the code, so a few
+    are a warning; more than half mean that the script could not be read."""
+    words = set()
+    for source in folder.sources:
+        words |= set(re.findall(r"\w+", source.text.decode("utf-8", "replace").lower()))
     for g in folder.seed_logs:
         missing = sorted(k for k in g.knobs if k.lower() not in words)
-        if missing and len(missing) < 0.5 * len(g.knobs):  # more: the script could not be read
+        if missing and len(missing) < 0.5 * len(g.knobs):
             yield Finding(
                 f"the log has options that the script lacks: {', '.join(missing[:6])}",
                 g.name,
@@ -438,15 +488,21 @@ def unknown_options(folder: Folder) -> Findings:
             )
 
 
-def calls(folder: Folder) -> Iterator[tuple[str, ast.Call]]:
-    """(dotted name, call) of every call whose function is a plain dotted name."""
-    for node in folder.nodes:
-        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
-            parts, inner = [], node.func
-            while isinstance(inner, ast.Attribute):
-                parts, inner = [inner.attr, *parts], inner.value
-            if isinstance(inner, ast.Name):
-                yield ".".join([inner.id, *parts]), node
+def calls(folder: Folder) -> Iterator[tuple[str, ast.Call, str]]:
+    """(dotted name, call, file) of every call whose function is a plain dotted name."""
+    for source in folder.sources:
+        for node in source.nodes:
+            if isinstance(node, ast.Call) and (name := dotted(node.func)):
+                yield name, node, source.name
+
+
+def dotted(node: ast.expr) -> str:
+    """A plain dotted name as text; empty for anything else."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
 
 
 def texts(node: ast.AST) -> str:
@@ -466,58 +522,66 @@ def runs_program(name: str) -> bool:
 
 
 def network(folder: Folder) -> Findings:
-    for name, call in calls(folder):
+    for name, call, file in calls(folder):
         if NETWORK.search(name) or runs_program(name) and PROGRAM.search(texts(call)):
-            yield Finding(f"line {call.lineno}: {name}({texts(call)[:60]})", "train_gpt.py", False)
+            yield Finding(f"line {call.lineno}: {name}({texts(call)[:60]})", file, False)
 
 
 def programs(folder: Folder) -> Findings:
-    readme = (
-        (folder.path / "README.md").read_bytes()[: 1 << 20].decode("utf-8", "replace")
-        if "README.md" in folder.files
-        else ""
-    )
-    for name, call in calls(folder):
-        words = [w for w in texts(call).split() if w[0] != "-"] if runs_program(name) else []
-        if (
-            words
-            and words[0] not in readme
-            and not PROGRAM.search(texts(call))
-            and words[0] not in ("nvidia-smi", "git", "python", "python3", "lscpu", "pyminify")
-        ):
-            yield Finding(
-                f"line {call.lineno}: {name} runs {words[0]!r}, which README.md does not name",
-                "train_gpt.py",
-                False,
-            )
+    readme = content_text(folder, "README.md")
+    for name, call, file in calls(folder):
+        said = texts(call)
+        words = [w for w in said.split() if w[0] != "-"] if runs_program(name) else []
+        if not words or words[0] in readme or PROGRAM.search(said) or words[0] in USUAL_PROGRAMS:
+            continue
+        yield Finding(
+            f"line {call.lineno}: {name} runs {words[0][:60]!r}, which README.md does not name",
+            file,
+            False,
+        )
+
+
+def content_text(folder: Folder, name: str) -> str:
+    """A file of the folder as text, its first million bytes; empty when there is none."""
+    if name not in folder.files:
+        return ""
+    with open(folder.path / name, "rb") as file:
+        return file.read(1 << 20).decode("utf-8", "replace")
 
 
 def side_code(folder: Folder) -> Findings:
-    for name, call in calls(folder):
+    for name, call, file in calls(folder):
         if COMPILED.search(name):
             yield Finding(
                 f"line {call.lineno}: {name} runs or compiles a source that must count as code",
-                "train_gpt.py",
+                file,
                 False,
             )
 
 
-def imports(folder: Folder) -> Iterator[tuple[str, int, ast.stmt, bool]]:
-    """(top name, level, statement, guarded by try) of each import."""
-    guarded = {
-        id(n) for t in folder.nodes if isinstance(t, ast.Try) for b in t.body for n in ast.walk(b)
+def imports(folder: Folder) -> Iterator[tuple[str, int, ast.stmt, bool, str]]:
+    """(top name, level, statement, guarded by try, file) of each import."""
+    for source in folder.sources:
+        guarded = guarded_nodes(source)
+        for node in source.nodes:
+            inside = id(node) in guarded
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    yield alias.name.split(".")[0], 0, node, inside, source.name
+            elif isinstance(node, ast.ImportFrom):
+                name = (node.module or node.names[0].name).split(".")[0]
+                yield name, node.level, node, inside, source.name
+
+
+def guarded_nodes(source: Source) -> set[int]:
+    """Identities of all that stands in the body of a `try`."""
+    return {
+        id(inner)
+        for node in source.nodes
+        if isinstance(node, ast.Try)
+        for statement in node.body
+        for inner in ast.walk(statement)
     }
-    for node in folder.nodes:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name.split(".")[0], 0, node, id(node) in guarded
-        elif isinstance(node, ast.ImportFrom):
-            yield (
-                (node.module or node.names[0].name).split(".")[0],
-                node.level,
-                node,
-                id(node) in guarded,
-            )
 
 
 def shipped_modules(folder: Folder) -> set[str]:
@@ -525,38 +589,32 @@ def shipped_modules(folder: Folder) -> set[str]:
 
 
 def local_imports(folder: Folder) -> Findings:
-    for name, level, node, guarded in imports(folder):
+    for name, level, node, guarded, file in imports(folder):
         local = level > 0 or SIBLINGS.fullmatch(name)
         if local and not guarded and name not in shipped_modules(folder):
-            yield Finding(
-                f"line {node.lineno}: imports {name}, which is not in the folder", "train_gpt.py"
-            )
+            yield Finding(f"line {node.lineno}: imports {name}, which is not in the folder", file)
 
 
 def packages(folder: Folder) -> Findings:
-    wanted = (
-        (folder.path / "requirements.txt").read_bytes()[: 1 << 16].decode("utf-8", "replace")
-        if "requirements.txt" in folder.files
-        else ""
-    )
+    wanted = content_text(folder, "requirements.txt")
     named = {w.lower().replace("-", "_") for w in re.findall(r"^([\w.-]+)", wanted, re.MULTILINE)}
     known = PACKAGES | named | shipped_modules(folder) | sys.stdlib_module_names
-    for name, level, node, guarded in imports(folder):
-        if not level and not guarded and name not in known and not SIBLINGS.fullmatch(name):
-            yield Finding(
-                f"line {node.lineno}: {name} is neither shipped nor a package that requirements.txt names",
-                "train_gpt.py",
-                False,
-            )
+    for name, level, node, guarded, file in imports(folder):
+        if level or guarded or name in known or SIBLINGS.fullmatch(name):
+            continue
+        yield Finding(
+            f"line {node.lineno}: {name} is neither shipped nor a package that requirements.txt "
+            "names",
+            file,
+            False,
+        )
 
 
 def matches(folder: Folder, pattern: bytes, what: str) -> Findings:
-    if found := re.search(pattern, folder.inner):
-        yield Finding(
-            f"{what}: {found[0][:40].decode('utf-8', 'replace')!r} in the script",
-            "train_gpt.py",
-            False,
-        )
+    for source in folder.sources:
+        if found := re.search(pattern, source.text):
+            shown = found[0][:40].decode("utf-8", "replace")
+            yield Finding(f"{what}: {shown!r} in the code", source.name, False)
 
 
 def slot(folder: Folder) -> Findings:
@@ -574,14 +632,17 @@ def casefold(folder: Folder) -> Findings:
 
 
 def warmup_on_validation(folder: Folder) -> Findings:
-    for node in folder.nodes:
-        if isinstance(node, ast.FunctionDef) and "warm" in node.name:
+    for source in folder.sources:
+        for node in source.nodes:
+            if not isinstance(node, ast.FunctionDef) or "warm" not in node.name:
+                continue
             names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
             names |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
-            if "step" in names and (seen := [n for n in names if n.startswith("val_")]):
+            seen = sorted(n for n in names if n.startswith("val_"))
+            if "step" in names and seen:
                 yield Finding(
                     f"line {node.lineno}: {node.name} steps an optimiser and reads {seen[0]}",
-                    "train_gpt.py",
+                    source.name,
                     False,
                 )
 
@@ -593,19 +654,28 @@ def files(folder: Folder) -> Findings:
             yield Finding(f"{name} is missing", certain=name != "train_gpt.py" or not folder.script)
     if not officials(folder):
         yield Finding("no training log with a score", certain=folder.track != "non-record")
+    for name in folder.unread_logs:
+        yield Finding("no line of it is understood", name, False)
     for g in folder.seed_logs:
         if g.official and not g.finished:
             yield Finding("the log ends in a traceback", g.name)
     if re.search(r"[^\x20-\x7e]", "".join(folder.files)):
         yield Finding("a file name is not plain ASCII", certain=False)
+    author = folder.submission.get("author")
+    if "author" in folder.submission and not (isinstance(author, (str, list)) and author):
+        yield Finding("author is empty", "submission.json", folder.track == "record")
 
 
 def parses(folder: Folder) -> Findings:
-    if folder.script and folder.tree is None:
-        yield Finding(
-            f"does not parse on Python {sys.version_info.major}.{sys.version_info.minor}",
-            "train_gpt.py",
-        )
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for source in folder.sources:
+        if source.tree is None:
+            newer = sys.version_info < (3, 12) and NEWER_SYNTAX.search(source.text)
+            yield Finding(f"does not parse on Python {version}", source.name, not newer)
+        elif source.name == folder.script_name and unopened(source.tree):
+            yield Finding(
+                "runs text that could not be opened: what it does is unknown", source.name, False
+            )
 
 
 def other_pythons(folder: Folder) -> Findings:
@@ -647,8 +717,9 @@ def machine_paths(folder: Folder) -> Findings:
     for g in folder.logs:
         if g.machine_paths:
             yield Finding(f"{g.machine_paths} paths of a machine", g.name)
-    if MACHINE_PATH.search(folder.inner):
-        yield Finding("a path of a machine", "train_gpt.py")
+    for source in folder.sources:
+        if MACHINE_PATH.search(source.text):
+            yield Finding("a path of a machine", source.name)
 
 
 # Evidence that the folder brings along.
@@ -728,6 +799,7 @@ CHECKS: dict[str, Callable[[Folder], Findings]] = {
         scored_once,
         too_good,
         headline,
+        claimed_loss,
         best_seed,
         spread,
         claimed_sizes,
@@ -779,6 +851,20 @@ def level(rule: dict[str, Any], finding: Finding, date: str) -> str:
     return "later" if rule["date"] and date and date < rule["date"] else "fail"
 
 
+def undecided(folder: Folder) -> list[str]:
+    """What a verdict wants and the folder does not show: without it nothing is known to be right."""
+    reasons = []
+    if not folder.script:
+        reasons.append("no script")
+    elif folder.tree is None or unopened(folder.tree):
+        reasons.append("the script could not be opened")
+    if not officials(folder):
+        reasons.append("no log with a score was read")
+    elif claimed_bpb(folder) is None:
+        reasons.append("submission.json claims no val_bpb")
+    return reasons
+
+
 def answers(folder: Folder) -> dict[str, Any]:
     """What the author says to findings, {rule id: text}; shown beside them, and never a reason to pass."""
     if "answers.json" not in folder.files:
@@ -813,11 +899,14 @@ def check(path: Path) -> dict[str, Any]:
                 )
             )
     found.sort(key=lambda f: LEVELS.index(f["level"]))
+    failed, unknown = any(f["level"] == "fail" for f in found), undecided(folder)
     return dict(
         folder=path.resolve().name,
         track=folder.track or "unknown",
         date=folder.date or None,
-        passed=not any(f["level"] == "fail" for f in found),
+        passed=not failed and not unknown,
+        verdict="fail" if failed else "cannot tell" if unknown else "pass",
+        undecided=unknown,
         findings=found,
         checks=len(CHECKS),
         logs=len(folder.logs),
@@ -837,9 +926,12 @@ def as_text(result: dict[str, Any]) -> str:
             f"{'':15}{where}{f['evidence']}",
         ]
         lines += [f"{'':15}the author answers: {str(f['answer'])[:300]}"] if f["answer"] else []
+    verdict = result["verdict"].upper()
+    if result["verdict"] == "cannot tell":
+        verdict += f" ({'; '.join(result['undecided'])})"
     counts = ", ".join(f"{sum(f['level'] == n for f in result['findings'])} {n}" for n in LEVELS)
     lines.append(
-        f"{result['folder']}: {'PASS' if result['passed'] else 'FAIL'} ({counts}; {result['checks']} checks, "
+        f"{result['folder']}: {verdict} ({counts}; {result['checks']} checks, "
         f"{result['logs']} logs, track {result['track']})"
     )
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in "\n".join(lines))
