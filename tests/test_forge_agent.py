@@ -8,7 +8,7 @@ import stat
 import forge_lab
 import pytest
 from conftest import SCRIPT
-from forge import ForgeError, agent, guard
+from forge import ForgeError, agent, patches
 
 GOOD = dict(
     schema="forge.hypothesis/1",
@@ -262,10 +262,10 @@ def test_hostile_patches_of_the_real_script_are_refused(what, line, reason):
         "class OptimConfig:\n",
     )
     if reason is None:  # a local name harms nobody
-        assert guard.inspect_patch(REAL, patch)[1] == "PATCH_GAIN"
+        assert patches.inspect_patch(REAL, patch)[1] == "PATCH_GAIN"
         return
     with pytest.raises(ForgeError) as error:
-        guard.inspect_patch(REAL, patch)
+        patches.inspect_patch(REAL, patch)
     assert reason in str(error.value)
 
 
@@ -285,7 +285,7 @@ def test_protected_regions_of_the_real_script_may_not_change(old, new, region):
     head = "class OptimConfig:\n"
     patched = REAL.replace(head, head + '    patch_gain: float = knob(0.0, "g", 0, 1)\n', 1)
     with pytest.raises(ForgeError, match="protected: .*" + region):
-        guard.inspect_patch(REAL, diff(REAL, patched.replace(old, new, 1)))
+        patches.inspect_patch(REAL, diff(REAL, patched.replace(old, new, 1)))
 
 
 def test_a_patch_needs_one_switch_and_must_apply():
@@ -296,7 +296,7 @@ def test_a_patch_needs_one_switch_and_must_apply():
         '    patch_gain: float = knob(0.0, "a gain", 0, 1)\n',
         "class OptimConfig:\n",
     )
-    patched, switch = guard.inspect_patch(REAL, good)
+    patched, switch = patches.inspect_patch(REAL, good)
     assert switch == "PATCH_GAIN" and diff(REAL, patched) == good
     cases = (
         (good.replace("patch_gain: float = knob", "patch_gain: float = tap"), "exactly one knob"),
@@ -308,7 +308,7 @@ def test_a_patch_needs_one_switch_and_must_apply():
     )
     for patch, reason in cases:
         with pytest.raises(ForgeError, match=reason):
-            guard.inspect_patch(REAL, patch)
+            patches.inspect_patch(REAL, patch)
 
 
 def campaign_again(c):
@@ -318,7 +318,7 @@ def campaign_again(c):
 
 def sandboxed() -> bool:
     try:
-        return guard.sandbox(SCRIPT.parent / "runs") != []
+        return patches.sandbox(SCRIPT.parent / "runs") != []
     except ForgeError:
         return False
 
@@ -394,7 +394,7 @@ def test_the_sandbox_has_no_network_and_writes_only_its_folder(tmp_path):
     import sys
 
     folder = tmp_path / "inside"
-    wrap = guard.sandbox(folder)
+    wrap = patches.sandbox(folder)
     code = (
         "import socket, sys\nfrom pathlib import Path\n"
         f"Path({str(folder / 'ok')!r}).write_text('x')\n"

@@ -12,7 +12,7 @@ import fake_trainer
 import forge_lab
 import pytest
 from conftest import ROOT
-from forge import ForgeError, campaign, guard, judge, meta, report, runner, skillcheck
+from forge import ForgeError, campaign, patches, comparison, skill_review, report, runner, skill_files
 from forge.ledger import Ledger
 from forge.state import replay
 
@@ -156,14 +156,14 @@ def test_a_script_without_its_packages_and_a_machine_without_programs(tmp_path):
 
 def test_patches_are_refused_without_a_sandbox(tmp_path, monkeypatch):
     """Acceptance 17: neither bwrap nor unshare."""
-    monkeypatch.setattr(guard.shutil, "which", lambda name: None)
+    monkeypatch.setattr(patches.shutil, "which", lambda name: None)
     with pytest.raises(ForgeError, match="patches need a sandbox: install bwrap"):
-        guard.sandbox(tmp_path / "run")
-    assert guard.sandbox(tmp_path / "run", allow_none=True) == []
+        patches.sandbox(tmp_path / "run")
+    assert patches.sandbox(tmp_path / "run", allow_none=True) == []
 
 
 @pytest.mark.skipif(
-    not guard.works(["unshare", "-rm"]), reason="no mount namespace for an unprivileged user here"
+    not patches.works(["unshare", "-rm"]), reason="no mount namespace for an unprivileged user here"
 )
 def test_a_full_disk_and_a_read_only_one(tmp_path):
     """Acceptance 17: a small tmpfs that is full, and then a read-only one: one clear error, nothing acknowledged is
@@ -267,7 +267,7 @@ def test_what_the_reserve_is_for(tmp_path):
         state = forge_lab.finish(c)
         confirms = [x for x in state.experiments.values() if x.kind == "confirm" and x.verdict]
         if confirms:
-            assert len(confirms[0].seeds) == judge.FRESH and len(state.runs) <= 24
+            assert len(confirms[0].seeds) == comparison.FRESH and len(state.runs) <= 24
             return
     raise AssertionError("no campaign reached a confirmation")
 
@@ -319,9 +319,9 @@ def test_forecasts_that_were_wrong_end_nothing(tmp_path, monkeypatch):
         tmp_path, kind=forge_lab.HalfwayRuns, budget=dict(experiments=30), loop=dict(confirm="end")
     )
     state = forge_lab.finish(c)
-    from forge import ladder
+    from forge import forecasts
 
-    assert not ladder.trusted(state) and ladder.calibration(state)[0] >= 5
+    assert not forecasts.trusted(state) and forecasts.calibration(state)[0] >= 5
     assert all(r.record["status"] == "ok" for r in state.runs.values())
 
 
@@ -355,7 +355,7 @@ def test_the_last_champion_is_compared_with_the_base(tmp_path):
     assert (
         v["verdict"] == "upheld"
         and v["ci95"][1] < 0
-        and len(v["scores_new"]) == len(v["scores_old"]) == judge.FRESH
+        and len(v["scores_new"]) == len(v["scores_old"]) == comparison.FRESH
     )
     truth = fake_trainer.true_score(
         forge_lab.values(c.space.resolve(state.champion, c.rung("screen")))
@@ -477,7 +477,7 @@ def test_a_chapter_ablation_drops_what_does_nothing(tmp_path):
     assert v["anchor_after"] == (useful if not v["effects"][1]["keep"] else useful | idle)
     assert (
         len(c.state.evidence["optimizer: lower rate"]) == 10
-        and meta.survivors(c.state)["schedule"] == 10
+        and skill_review.survivors(c.state)["schedule"] == 10
     )
 
 
@@ -519,9 +519,9 @@ def test_promotion_takes_the_best_third_and_some_by_lot(tmp_path):
         and any("random" in x.text for x in up)
         and any("best third" in x.text for x in up)
     )
-    from forge import ladder
+    from forge import forecasts
 
-    rows = ladder.report(state, c.space)
+    rows = forecasts.report(state, c.space)
     assert (
         rows[0]["klass"] == "all"
         and rows[0]["n"] == len({x.cid for x in up})
@@ -576,7 +576,7 @@ def test_a_harmful_playbook_edit_is_rolled_back(tmp_path):
         ),
     )
     tries(9, 0)
-    assert meta.edits(c.state, c.space, []) == [], "nine tries are too few"
+    assert skill_review.edits(c.state, c.space, []) == [], "nine tries are too few"
     tries(3, 0)
     skills = forge_lab.write_skills(tmp_path / "skills")
     report.write_skills(c)
@@ -584,12 +584,12 @@ def test_a_harmful_playbook_edit_is_rolled_back(tmp_path):
         "search MATRIX_LR in 0.1 to 0.2"
         in (skills / "optimizer" / "references" / "playbook.md").read_text()
     )
-    assert skillcheck.check(skills / "optimizer") == [], "a skill with a playbook stays valid"
-    edit = meta.edits(c.state, c.space, [])[0]
+    assert skill_files.check(skills / "optimizer") == [], "a skill with a playbook stays valid"
+    edit = skill_review.edits(c.state, c.space, [])[0]
     assert edit["reason"] == "rollback" and edit["ranges"] == {} and "0 of 12" in edit["note"]
     c.record("meta", meta=dict(index=2, inert=[], edits=[edit]))
     tries(10, 0)
-    assert meta.edits(c.state, c.space, []) == []
+    assert skill_review.edits(c.state, c.space, []) == []
 
 
 def test_the_meta_layer_runs_once_per_five_experiments_and_writes_the_same_files(tmp_path):

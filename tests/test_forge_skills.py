@@ -7,7 +7,7 @@ import sys
 import forge_lab
 import pytest
 from conftest import ROOT, SCRIPT, clean_env, official, run_script
-from forge import ForgeError, agent, export, harvest, runner, skillcheck, space
+from forge import ForgeError, agent, export, harvest, runner, skill_files, space
 from forge import forge as command
 from forge.campaign import load_skills
 from forge.ledger import Ledger
@@ -18,8 +18,8 @@ GOOD = '---\nname: my-skill\ndescription: "Does: this. Use when that."\nmetadata
 
 
 def test_shipped_skills_are_valid_and_fit_the_script():
-    assert skillcheck.check_all(SKILLS, SCRIPT, dict(PRESET="baseline+cpu")) == []
-    assert skillcheck.check(SKILLS.parent / "skill-forge") == []
+    assert skill_files.check_all(SKILLS, SCRIPT, dict(PRESET="baseline+cpu")) == []
+    assert skill_files.check(SKILLS.parent / "skill-forge") == []
     tables = load_skills(SKILLS)
     wanted = {
         "architecture-search",
@@ -60,9 +60,9 @@ def test_bad_skills_are_named(tmp_path, change, reason):
     folder = tmp_path / "my-skill"
     folder.mkdir()
     (folder / "SKILL.md").write_text(GOOD)
-    assert skillcheck.check(folder) == []
+    assert skill_files.check(folder) == []
     (folder / "SKILL.md").write_text(GOOD.replace(*change))
-    assert any(reason in problem for problem in skillcheck.check(folder))
+    assert any(reason in problem for problem in skill_files.check(folder))
 
 
 def test_the_space_and_the_forecast_come_from_the_real_script(tmp_path):
@@ -145,7 +145,7 @@ def test_a_real_campaign_end_to_end(toy, tmp_path):
     assert not [
         e
         for name in load_skills(folder / "skills")
-        for e in skillcheck.check(folder / "skills" / name)
+        for e in skill_files.check(folder / "skills" / name)
     ]
     assert command.main(["verify", str(folder)]) == 0
     again = forge_lab.forge("replay", folder, first.key, "--json", env=clean_env())

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import ForgeError, guard, propose
+from . import ForgeError, patches, sampler
 from .ledger import write_atomic
 from .space import CODE, config_id
 
@@ -92,17 +92,17 @@ def admit_patch(patch: str, c) -> dict[str, str]:
 
     old = c.script(c.state.anchor)
     source = old.read_text()
-    patched, switch = guard.inspect_patch(source, patch)
+    patched, switch = patches.inspect_patch(source, patch)
     scratch = c.folder / "scratch"
     scratch.mkdir(exist_ok=True)
-    wrap = guard.sandbox(scratch / "smoke", c.config["agent"]["allow_unsandboxed"])
+    wrap = patches.sandbox(scratch / "smoke", c.config["agent"]["allow_unsandboxed"])
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         draft = Path(folder) / "train_gpt.py"
         draft.write_text(patched)
         if (old.parent / "data").exists():
             (Path(folder) / "data").symlink_to((old.parent / "data").resolve())
         smoke = dict(c.config["base"]) | c.config["rungs"].get("smoke", {}).get("env", {})
-        first, second = (guard.losses(s, smoke, scratch / "smoke", wrap) for s in (old, draft))
+        first, second = (patches.losses(s, smoke, scratch / "smoke", wrap) for s in (old, draft))
         if first != second:
             raise ForgeError(
                 f"with {switch} at its default the patch changes the losses of the first "
@@ -267,7 +267,7 @@ def next_hypothesis(c) -> dict | None:
     waits for a part of a run at most: an agent that thinks longer is heard when it is done."""
     if found := from_inbox(c):
         return found
-    settings, rng = c.config["agent"], propose.generator(c.state, "agent", len(c.state.agent_calls))
+    settings, rng = c.config["agent"], sampler.generator(c.state, "agent", len(c.state.agent_calls))
     if c.asked is None and (
         not settings["cmd"] or rng.random() >= settings["share"] or silenced(c.state)
     ):
@@ -279,7 +279,7 @@ def next_hypothesis(c) -> dict | None:
         if c.asked
         else PATIENCE * c.state.expected_seconds(c.config["search"]["rung"])
     )
-    return consult(c, propose.choose_skill(c.state, c.space.skills, rng), patience)
+    return consult(c, sampler.choose_skill(c.state, c.space.skills, rng), patience)
 
 
 def consult(c, skill: str, patience: float = math.inf) -> dict | None:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import ForgeError, judge, ladder, meta, propose, runner
+from . import ForgeError, comparison, forecasts, skill_review, sampler, runner
 from . import space as space_module
 from .ledger import Ledger, digest, file_digest, locked, now, write_atomic
 from .space import CODE, Space, config_id
 from .state import Experiment, replay
-from .studies import STUDIES, Studies
+from .confirmation import STUDIES, Studies
 
 RUNG = (
     "kill_s",
@@ -217,9 +217,9 @@ class Campaign(Studies):
                 if r.rung == run.rung and r.score is not None and r.record.get("partway")
             ]
             bar = state.scores(state.anchor, run.rung)
-            found = ladder.forecast(seen, reading, sum(bar) / len(bar)) if reading and bar else None
+            found = forecasts.forecast(seen, reading, sum(bar) / len(bar)) if reading and bar else None
             if found:
-                hopeless = found["chance"] < ladder.HOPELESS and ladder.trusted(state)
+                hopeless = found["chance"] < forecasts.HOPELESS and forecasts.trusted(state)
                 stop = hopeless and int(digest([self.config["seed"], run.key]), 16) % 5 > 0
                 self.record("forecast", key=run.key, forecast=found | dict(stop=stop))
                 if stop:
@@ -233,9 +233,9 @@ class Campaign(Studies):
         """The command in front of patched code; nothing for the campaign's own code."""
         if CODE not in change:
             return []
-        from . import guard
+        from . import patches
 
-        return guard.sandbox(
+        return patches.sandbox(
             self.folder / "runs" / key, self.config["agent"].get("allow_unsandboxed", False)
         )
 
@@ -293,9 +293,9 @@ class Campaign(Studies):
                 status="invalid", reason=f"ran on {kept['host']}; this rung is measured on {here}"
             )
         if kept["status"] == "ok" and CODE in run.change:
-            from . import guard
+            from . import patches
 
-            reason = guard.rescore(self.script(), self.folder / "runs" / run.key, record)
+            reason = patches.rescore(self.script(), self.folder / "runs" / run.key, record)
             if reason:
                 kept |= dict(status="tampered", reason=reason)
         return kept
@@ -318,7 +318,7 @@ class Campaign(Studies):
         seeds against the rival (the champion unless said) and, when that is not the base, the closing comparison."""
         rival = self.state.champion if rival is None else rival
         arms = [self.state.anchor, rival] + ([self.state.anchor, {}] if rival else [])
-        return arms * judge.FRESH
+        return arms * comparison.FRESH
 
     def exhausted(self, rung: str, more_runs: int = 1, reserve: bool = False) -> str:
         """Why `more_runs` further runs on a rung (and the reserve behind them) would break a budget; empty when they
@@ -383,7 +383,7 @@ class Campaign(Studies):
         due = len(self.state.searches()) // self.config["loop"]["meta_every"]
         if due > len(self.state.metas):
             self.record(
-                "meta", meta=meta.summarise(self.state, self.space, len(self.state.metas) + 1)
+                "meta", meta=skill_review.summarise(self.state, self.space, len(self.state.metas) + 1)
             )
         if self.state.events == before and not self.state.stopped:
             self.next_question()
@@ -499,13 +499,13 @@ class Campaign(Studies):
         if self.config["search"]["anchor"] == "greedy":
             step = "move" if new[0] < min(old) else "stay"
         else:
-            step = judge.anchor_step(new, old, noise.sigma, self.config["search"]["race_above"])
+            step = comparison.anchor_step(new, old, noise.sigma, self.config["search"]["race_above"])
         if step in ("new", "anchor"):
             change = x.change if step == "new" else state.anchor
             seed = self.next_seed(change, x.rung)
             if seed is not None and not self.exhausted(x.rung, reserve=True):
                 return self.want(x, change, x.rung, seed)
-            step = judge.anchor_step(
+            step = comparison.anchor_step(
                 new, old, noise.sigma, noise.sigma
             )  # no race can be paid: one margin decides
         delta = sum(new) / len(new) - sum(old) / len(old)
@@ -518,7 +518,7 @@ class Campaign(Studies):
 
     def open_search(self):
         """Take the next hypothesis of a person, an agent or the sampler that is new and feasible."""
-        for _ in range(3 * propose.REDRAWS):
+        for _ in range(3 * sampler.REDRAWS):
             from . import agent
 
             found = agent.next_hypothesis(self) or self.numeric()
@@ -552,7 +552,7 @@ class Campaign(Studies):
             return
         if not self.state.open():
             self.record(
-                "stopped", reason=f"no new feasible proposal in {3 * propose.REDRAWS} draws"
+                "stopped", reason=f"no new feasible proposal in {3 * sampler.REDRAWS} draws"
             )
 
     def refusal(self, change: dict) -> str:
@@ -565,7 +565,7 @@ class Campaign(Studies):
 
     def numeric(self) -> dict | None:
         """The sampler's next proposal."""
-        found = propose.propose(self.state, self.space)
+        found = sampler.propose(self.state, self.space)
         return found and dict(skill=found[0], change=found[1], source="sampler")
 
     def run_plan(self, change: dict, env: dict) -> dict:
@@ -769,9 +769,9 @@ def read_config(path: Path) -> dict:
         or max(*seeds["search"], *seeds["judge"]) >= seeds["fresh_from"]
     ):
         errors.append(f"{path.name}: search, judge and fresh seeds must not overlap")
-    if len(seeds["judge"]) < max(judge.LOOKS) or len(seeds["search"]) < 3:
+    if len(seeds["judge"]) < max(comparison.LOOKS) or len(seeds["search"]) < 3:
         errors.append(
-            f"{path.name}: want at least {max(judge.LOOKS)} judge seeds and 3 search seeds"
+            f"{path.name}: want at least {max(comparison.LOOKS)} judge seeds and 3 search seeds"
         )
     if errors:
         raise ForgeError("\n".join(sorted(errors)))

@@ -298,7 +298,7 @@ def searched_skill(c, name: str) -> str:
 def ask_agent(asked):
     """The agent's next proposal through all gates; its calls count."""
     from forge import agent
-    from forge import propose as p
+    from forge import sampler as p
 
     with deciding(asked.name) as c:
         c.sync_config()
@@ -347,7 +347,7 @@ def ask_agent(asked):
 
 def propose(asked):
     """Show proposals without running them. One of the agent costs what a call costs, and may follow an open breaker."""
-    from forge import propose as p
+    from forge import sampler as p
 
     if asked.agent:
         return ask_agent(asked)
@@ -450,7 +450,7 @@ def promote(asked):
 
 def project(asked):
     """Forecast of a run's learning curve."""
-    from forge import ladder
+    from forge import forecasts
 
     c = campaign(asked.name)
     path = c.folder / "runs" / asked.id / "metrics.json"
@@ -458,7 +458,7 @@ def project(asked):
         raise ForgeError(f"{asked.id}: no finished run of that key")
     curve = json.loads(path.read_text())["curve"]
     try:
-        data = ladder.project(curve, asked.tokens or 2 * curve[-1][0])
+        data = forecasts.project(curve, asked.tokens or 2 * curve[-1][0])
     except (ValueError, IndexError) as error:
         raise ForgeError(f"{asked.id}: {error}") from None
     say(
@@ -473,10 +473,10 @@ def project(asked):
 
 def transfer(asked):
     """Whether the order of configurations holds from rung to rung, per knob class."""
-    from forge import ladder
+    from forge import forecasts
 
     c = campaign(asked.name)
-    rows = ladder.report(c.state, c.space)
+    rows = forecasts.report(c.state, c.space)
     text = [
         f"{r['lower']} -> {r['upper']}  {r['klass']:<12} n={r['n']:<3} {r['word']:<18} "
         + (
@@ -574,7 +574,7 @@ def retry(asked):
 
 def meta(asked):
     """The meta-layer's findings as of now, without recording them."""
-    from forge import meta as m
+    from forge import skill_review as m
     from forge import report
 
     c = campaign(asked.name)
@@ -584,7 +584,7 @@ def meta(asked):
 
 def playbook(asked):
     """Claims and what became of them."""
-    from forge import meta as m
+    from forge import skill_review as m
 
     c = campaign(asked.name)
     standing = m.claims(c.state)
@@ -597,7 +597,7 @@ def playbook(asked):
 
 def skills(asked):
     """List, check, add, retire and restore skills: those that ship or, with --of, those of a campaign."""
-    from forge import skillcheck
+    from forge import skill_files
     from forge.campaign import load_skills
 
     if asked.action in ("retire", "restore"):
@@ -608,16 +608,16 @@ def skills(asked):
     )
     base = c.config["base"] if c else {}
     if asked.action == "new":
-        knobs = dict(map(skillcheck.knob_of, asked.knob))
+        knobs = dict(map(skill_files.knob_of, asked.knob))
         if not (asked.skill and asked.about):
             raise ForgeError(
                 'skills new: want a name and --about "what it does and when to use it"'
             )
         with deciding(asked.of) if c else contextlib.nullcontext() as held:
-            skillcheck.create(folder, asked.skill, asked.about, knobs, script, base)
+            skill_files.create(folder, asked.skill, asked.about, knobs, script, base)
             if held:
                 held.record("skill", action="new", skill=asked.skill, knobs=knobs)
-    if problems := skillcheck.check_all(folder, script, base):
+    if problems := skill_files.check_all(folder, script, base):
         raise ForgeError("\n".join(problems))
     table = {name: sorted(knobs) for name, knobs in load_skills(folder).items()}
     retired, prior = (sorted(c.state.retired), c.state.prior) if c else ([], {})
@@ -698,26 +698,26 @@ def report_(asked):
 
 def doctor(asked):
     """What this machine offers, and whether the script speaks the forge's language."""
-    from forge import guard
+    from forge import patches
 
-    data = guard.doctor(Path(asked.script))
+    data = patches.doctor(Path(asked.script))
     say(asked, data, "\n".join(f"{k:<12} {v}" for k, v in data.items()))
 
 
 def serve(asked):
     """Open the queue for workers of other machines, and run the campaign on them."""
-    from forge import shared
+    from forge import remote
 
-    shared.serve(campaign(asked.name), asked.port, asked.hours, publish)
+    remote.serve(campaign(asked.name), asked.port, asked.hours, publish)
 
 
 def worker(asked):
     """Pull runs from a head's queue until it is empty or closed."""
-    from forge import shared
+    from forge import remote
 
     if asked.slurm:
-        return shared.start_on_slurm(asked.connect, asked.slurm, asked.count)
-    shared.work(asked.connect, Path(asked.scratch), asked.idle)
+        return remote.start_on_slurm(asked.connect, asked.slurm, asked.count)
+    remote.work(asked.connect, Path(asked.scratch), asked.idle)
 
 
 def bench(asked):

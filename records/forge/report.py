@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import ladder, meta
+from . import forecasts, skill_review
 from .ledger import now, write_atomic
 from .space import config_id
 
@@ -106,14 +106,14 @@ def summary(c) -> dict[str, Any]:
         champion=state.champion,
         confirmed=gain_of(state),
         in_all=gain_in_all(state),
-        forecasts=ladder.calibration(state),
+        forecasts=forecasts.calibration(state),
         noise=list(state.noise(rung)),
-        skills=meta.skill_table(state, c.space) if state.searches() else [],
+        skills=skill_review.skill_table(state, c.space) if state.searches() else [],
         inert=state.metas[-1]["inert"] if state.metas else [],
         retired=sorted(state.retired),
         prior=state.prior,
         marks=marks(state),
-        claims=meta.claims(state),
+        claims=skill_review.claims(state),
     )
 
 
@@ -261,7 +261,7 @@ def plot_skills(c):
     """Posterior mean credit of each skill with its 95 % interval."""
 
     def draw(axis):
-        rows = meta.skill_table(c.state, c.space)
+        rows = skill_review.skill_table(c.state, c.space)
         axis.barh(
             [r["skill"] for r in rows],
             [r["mean"] for r in rows],
@@ -540,7 +540,7 @@ def experiment_rows(state) -> list[list]:
 def page(c) -> str:
     """The whole report."""
     state, d = c.state, summary(c)
-    transfers, failures = ladder.report(state, c.space), {}
+    transfers, failures = forecasts.report(state, c.space), {}
     for r in state.runs.values():
         if r.finished and r.record["status"] not in ("ok", "pruned"):
             failures.setdefault(

@@ -1,335 +1,86 @@
-"""One run = one supervised process group with hard limits. Only run folders are written here, never the ledger.
+"""One run = one supervised process group with hard limits. Only run folders are written here, never
+the ledger.
 
-runs/<key>/ holds run.json (the order), process.json (who runs it), a1.out (what attempt 1 printed), a1/ (what the
-script wrote) and, once the run is over for good, metrics.json. A supervisor owns the folder by a lock that the kernel
-frees when it dies, however it dies; whoever comes next kills what it left behind, takes a finished log as it is, and
-repeats an unfinished attempt.
+runs/<key>/ holds run.json (the order), supervisor.json and process.json (who runs it), a1.out (what
+attempt 1 printed), a1/ (what the script wrote) and, once the run is over for good, metrics.json. A
+supervisor owns the folder by a lock that the kernel frees when it dies, however it dies; whoever
+comes next kills what it left behind, takes a finished log as it is, and repeats an unfinished
+attempt. A run on GPUs holds them by locks in the same way, see devices.py.
 """
 
 import contextlib
-import ctypes
+import functools
 import json
-import math
 import os
-import platform
 import re
 import resource
+import secrets
 import signal
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from . import ForgeError
-from .ledger import file_digest, locked, now, write_atomic
-from .space import clean_environment, located
+from . import ForgeError, devices, sandbox
+from .ledger import locked, now, write_atomic
+from .processes import (
+    GRACE,
+    MARK,
+    adopt_orphans,
+    clean_environment,
+    end_all,
+    group_members,
+    identity,
+    is_same,
+    kill_group,
+    located,
+    marked,
+)
+from .run_record import FINAL, collect, partway
 
 MAX_ATTEMPTS = 3
-KILLED_FROM_OUTSIDE = (
-    -9,
-    -15,
-    137,
-    143,
-)  # by a person or by the kernel for memory: tried again, three times in all
-GRACE = 10.0  # seconds between SIGTERM and SIGKILL
-NUMBER = r"[-+.\deE]+|nan|inf|-inf"
-FINAL = re.compile(
-    rf"^final:official variant:(\S+) val_loss:({NUMBER}) val_bpb:({NUMBER}) tokens:(\d+) bytes:(\d+)",
-    re.M,
-)
-EXACT = re.compile(rf"^final_\w+_exact val_loss:({NUMBER}) val_bpb:({NUMBER})", re.M)
-STEP = re.compile(rf"^step:(\d+)/(\d+) train_loss:({NUMBER}) train_time:(\d+)ms", re.M)
-PARTWAY = (0.3, 0.5)  # part of a run whose training losses foretell its score
-VAL = re.compile(
-    rf"^step:(\d+)/\d+ val_loss:({NUMBER}) val_bpb:({NUMBER}) train_time:(\d+)ms", re.M
-)
+# Exit codes of a run that a person or the kernel, for memory, ended from outside: it is tried again.
+KILLED_FROM_OUTSIDE = (-9, -15, 137, 143)
 
 
-# ---- Processes -------------------------------------------------------------------------------------------------------
-def identity(pid: int) -> list | None:
-    """What tells a process from a later one with the same number: boot and start time. None when it is gone."""
-    with contextlib.suppress(OSError, IndexError):
-        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (
-            None
-            if stat[0] == "Z"
-            else [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), int(stat[19])]
-        )
-    return None
-
-
-def descendants(root: int) -> list[int]:
-    """Every living process below `root`."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError, IndexError):
-                stat = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-                if stat[0] != "Z":
-                    children.setdefault(int(stat[1]), []).append(int(entry))
-    found, todo = [], [root]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found += below
-        todo += below
-    return found
-
-
-def group_members(group: int) -> list[int]:
-    """Living processes of a process group."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError, IndexError):
-                stat = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-                if int(stat[2]) == group and stat[0] != "Z":
-                    found.append(int(entry))
-    return found
-
-
-def adopt_orphans():
-    """Make processes that daemonise below this one its children, so that none escapes by a new session (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-
-
-def kill_group(group: int, grace: float = GRACE, below: int | None = None):
-    """SIGTERM to a process group, SIGKILL to what is left of it (and of everything below `below`) after `grace`
-    seconds, and wait until nothing is. Raises ForgeError when something survives."""
-
-    def left() -> list[int]:
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        return sorted({*group_members(group), *(descendants(below) if below else [])})
-
-    def tell(number: int):
-        for pid in left():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, number)
-
-    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
-        tell(number)
-        end = time.monotonic() + seconds
-        while left():
-            if time.monotonic() > end:
-                break
-            time.sleep(0.02)
-            if number == signal.SIGKILL:
-                tell(number)
-        else:
-            return
-    raise ForgeError(f"processes {left()} cannot be killed")
-
-
-# ---- What a log says -------------------------------------------------------------------------------------------------
-def partway(text: str, seconds: float = 0.0) -> float | None:
-    """Mean training loss, in nats, between 30 and 50 % of a run that ends by its steps or after `seconds` (0 = by steps
-    alone); None before that, or with fewer than five readings."""
-    rows = [
-        (max(int(m[1]) / int(m[2]), int(m[4]) / 1e3 / seconds if seconds else 0.0), float(m[3]))
-        for m in STEP.finditer(text)
-    ]
-    inside = [
-        loss for share, loss in rows if PARTWAY[0] < share <= PARTWAY[1] and math.isfinite(loss)
-    ]
-    return (
-        statistics.fmean(inside)
-        if rows and rows[-1][0] >= PARTWAY[1] and len(inside) >= 5
-        else None
-    )
-
-
-def parse_log(text: str, batch_tokens: int = 0) -> dict[str, Any]:
-    """Numbers of a log. `finals` holds every official score line; `curve` is [tokens, bits per byte], `losses`
-    [step, nats]."""
-    official = [(float(m[2]), float(m[3]), int(m[4]), int(m[5])) for m in FINAL.finditer(text)]
-    exact = [(float(m[1]), float(m[2])) for m in EXACT.finditer(text)]
-    finals = official or [(loss, bpb, 0, 0) for loss, bpb in exact[-1:]]
-    steps = [(int(m[1]), float(m[3]), int(m[4])) for m in STEP.finditer(text)]
-    vals = [(int(m[1]), float(m[2]), float(m[3])) for m in VAL.finditer(text)]
-    gaps = [(b[2] - a[2]) / (b[0] - a[0]) for a, b in zip(steps[3:], steps[4:]) if b[0] > a[0]]
-    found: dict[str, Any] = dict(
-        finals=finals,
-        steps=max([s[0] for s in steps + vals], default=0),
-        losses=[[s[0], s[1]] for s in steps],
-        train_s=max((s[2] for s in steps), default=0) / 1e3,
-        step_ms=statistics.median(gaps) if gaps else None,
-        curve=[[v[0] * batch_tokens, v[2]] for v in vals],
-        val_bpb_prequant=vals[-1][2] if vals else None,
-    )
-    for name, pattern in (
-        ("logged_bytes", r"^Total submission size: (\d+)"),
-        ("params", r"^model_params:(\d+)"),
-        ("logged_code_bytes", r"^Code size: (\d+)"),
-        ("val_tokens", r"^audit:data.* val_tokens:(\d+)"),
-        ("val_bytes", r"^audit:data.* val_bytes:(\d+)"),
-        ("peak_mib", r"^peak memory allocated: (\d+) MiB"),
-    ):
-        m = re.search(pattern, text, re.M)
-        found[name] = int(m[1]) if m else None
-    for name, pattern in (
-        ("code_sha256", r"^audit:code sha256:(\w+)"),
-        ("manifest", r"^audit:data manifest:(\w+)"),
-        ("tokenizer_sha256", r"^audit:data.* tokenizer_sha256:(\w+)"),
-        ("gpu", r"^audit:env .*gpu:(.+?) host_hash"),
-        ("torch", r"^audit:env .*torch:(\S+)"),
-        ("world", r"^audit:env .*world_size:(\d+)"),
-        ("threads", r"^audit:env .*threads:(\d+)"),
-    ):
-        m = re.search(pattern, text, re.M)
-        found[name] = m[1] if m else None
-    return found
-
-
-def host_class(parsed: dict) -> str:
-    """Hosts whose times and rounding can be compared: device kind and count, or processor and threads."""
-    if parsed["gpu"] not in (None, "none"):
-        return f"{parsed['world']}x{parsed['gpu']}"
-    with contextlib.suppress(OSError):
-        m = re.search(r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.M)
-        if m:
-            return f"{m[1].strip()} x{parsed['threads'] or 1}"
-    return f"{platform.machine()} x{parsed['threads'] or 1}"
-
-
-def classify(
-    order: dict, parsed: dict, text: str, code: int | None, killed: str
-) -> tuple[str, str]:
-    """(status, reason) of an ended attempt. Only `ok` has a score."""
-    if killed:
-        return next(
-            (s for s in ("nan", "pruned", "interrupted") if killed.startswith(s)), "timeout"
-        ), killed
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    last = next(
-        (line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no output"
-    )[:300]
-    if code not in (0, None):
-        if re.search(r"out of memory|MemoryError|bad_alloc|DefaultCPUAllocator", text) or code in (
-            -9,
-            137,
-        ):
-            return "oom", last
-        return ("nan", last) if "not finite" in text else ("crash", f"exit code {code}: {last}")
-    if len(parsed["finals"]) != 1:
-        return (
-            ("tampered", f"{len(parsed['finals'])} official score lines")
-            if parsed["finals"]
-            else ("crash", "the log ends without a score")
-        )
-    loss, bpb, tokens, nbytes = parsed["finals"][0]
-    if not (math.isfinite(loss) and math.isfinite(bpb) and 0 < bpb < 100):
-        return "nan", f"score {bpb}"
-    if tokens and abs(loss / math.log(2) * tokens / nbytes - bpb) > 1e-4 * bpb:
-        return "tampered", "bits per byte do not follow from loss, tokens and bytes"
-    if (
-        parsed["code_sha256"]
-        and order.get("code")
-        and not parsed["code_sha256"].startswith(order["code"])
-    ):
-        return "tampered", "another script than ordered ran"
-    return "ok", ""
-
-
-def measure_artifact(folder: Path, parsed: dict, script: Path) -> int | None:
-    """Bytes of code plus model as found on the disk, whatever the log says."""
-    models = sorted(folder.glob("*.golf")) + sorted(folder.glob("*.ptz"))
-    return (
-        models[0].stat().st_size + (parsed["logged_code_bytes"] or script.stat().st_size)
-        if models
-        else None
-    )
-
-
-def collect(
-    folder: Path, order: dict, attempt: int, code: int | None, killed: str, started: str
-) -> dict:
-    """Judge an ended attempt and write metrics.json."""
-    out, script = folder / f"a{attempt}.out", Path(order["script"])
-    text = out.read_text("utf-8", "replace") if out.exists() else ""
-    parsed = parse_log(text, order.get("batch_tokens", 0))
-    status, reason = classify(order, parsed, text, code, killed)
-    size = measure_artifact(folder / f"a{attempt}", parsed, script) or parsed["logged_bytes"]
-    if status == "ok" and (size or 0) > order["artifact_bytes"]:
-        status, reason = "oversize", f"{size:,} bytes of {order['artifact_bytes']:,}"
-    if status == "ok" and parsed["logged_bytes"] and size != parsed["logged_bytes"]:
-        status, reason = (
-            "tampered",
-            f"the log says {parsed['logged_bytes']:,} bytes, the disk {size:,}",
-        )
-    loss, bpb, *_ = parsed["finals"][-1] if parsed["finals"] else (None, None)
-    metrics = {
-        k: parsed[k]
-        for k in ("val_bpb_prequant", "steps", "train_s", "step_ms", "peak_mib", "params")
-    }
-    metrics["partway"] = partway(text, order.get("seconds", 0.0))
-    metrics |= dict(
-        val_bpb=bpb if status == "ok" else None,
-        val_loss=loss if status == "ok" else None,
-        artifact_bytes=size,
-        wall_s=round(time.time() - order.get("begin", time.time()), 3),
-    )
-    record = dict(
-        schema="forge.run/1",
-        key=order["key"],
-        exp=order["exp"],
-        attempt=attempt,
-        env=order["env"],
-        rung=order["rung"],
-        seed=order["seed"],
-        code=dict(sha256=parsed["code_sha256"] or file_digest(script)),
-        data={k: parsed[k] for k in ("manifest", "val_tokens", "val_bytes", "tokenizer_sha256")},
-        host=dict(
-            **{"class": host_class(parsed)},
-            gpu=parsed["gpu"],
-            torch=parsed["torch"],
-            python=platform.python_version(),
-        ),
-        budget={k: order[k] for k in ("kill_s", "artifact_bytes")},
-        status=status,
-        reason=reason,
-        metrics=metrics,
-        curve=parsed["curve"],
-        losses=parsed["losses"][-200:],
-        started=started,
-        ended=now(),
-        worker=f"pid {os.getpid()}",
-        log_sha256=file_digest(out) if out.exists() else None,
-        exit_code=code,
-    )
-    write_atomic(folder / "metrics.json", json.dumps(without_nan(record), indent=1))
-    for heavy in (folder / f"a{attempt}").glob("checkpoint*"):
-        heavy.unlink()
-    return record
-
-
-def without_nan(value: Any) -> Any:
-    """The same value with None for numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ---- Supervision -----------------------------------------------------------------------------------------------------
 class Stopped(Exception):
     """This supervisor was asked to end; the attempt does not count."""
 
 
+def read_json(path: Path) -> dict:
+    """The table in a file; empty when there is none or it is broken."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text("utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def write_identity(path: Path, pid: int, **more):
+    """Say in a file which process does the work."""
+    table = dict(pid=pid, identity=identity(pid) or ["gone", 0], started=now(), **more)
+    write_atomic(path, json.dumps(table))
+
+
 def clear_orphans(folder: Path):
-    """Kill the process group that a dead supervisor left behind, if it still is the one that it started."""
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        old = json.loads((folder / "process.json").read_text())
-        if identity(old["pid"]) == old["identity"] or any(
-            (identity(p) or [None])[0] == old["identity"][0] for p in group_members(old["pid"])
-        ):
-            kill_group(old["pid"], 1.0)
+    """End what a dead supervisor left behind: its process group while the leader still is the one
+    that it started, and whatever carries the mark of its attempt. A later process that was given
+    the same number is neither."""
+    old = read_json(folder / "process.json")
+    if "pid" not in old:
+        return
+    mark = old.get("mark", "")
+    group = old["pid"]
+
+    def left() -> list[int]:
+        whole = group_members(group) if is_same(group, old.get("identity")) else []
+        return sorted({*whole, *(marked(mark) if mark else [])})
+
+    if left():
+        end_all(left, 1.0)
 
 
+# ---- One attempt -------------------------------------------------------------------------------------
 def limits(order: dict):
     """In the child, before the script starts: no core dumps, bounded files."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -339,74 +90,78 @@ def limits(order: dict):
 
 def watch(process: subprocess.Popen, out: Path, order: dict, begin: float) -> str:
     """Wait for the end of an attempt; returns why it must be killed, or nothing."""
-    changed, seen, offset, stall = time.monotonic(), -1, 0, order.get("stall_s", 300)
+    changed = time.monotonic()
+    seen = -1
+    offset = 0
     pause = 0.01
+    stall = order.get("stall_s", 300)
+    most = order.get("log_mib", 64)
     while process.poll() is None:
         time.sleep(pause)
         pause = min(pause * 1.3, 0.25)
         size = out.stat().st_size
         if size != seen:
-            changed, seen = time.monotonic(), size
+            changed = time.monotonic()
+            seen = size
             with open(out, "rb") as file:
                 file.seek(offset)
                 fresh = file.read(1 << 20)
             offset += len(fresh.rpartition(b"\n")[0])
             if re.search(rb"train_loss:(nan|inf)", fresh):
                 return "nan in the training loss"
-            if size > order.get("log_mib", 64) << 20:
-                return f"more than {order.get('log_mib', 64)} MiB of output"
+            if size > most << 20:
+                return f"more than {most} MiB of output"
         if time.monotonic() - begin > order["kill_s"]:
             return f"ran longer than {order['kill_s']:g} s"
         if time.monotonic() - changed > stall:
             return f"stalled: no output for {stall:g} s"
         if (out.parent / "prune").exists():
-            return "pruned: " + (out.parent / "prune").read_text()[:200]
+            return "pruned: " + (out.parent / "prune").read_text("utf-8")[:200]
     return ""
 
 
-def command(order: dict) -> list[str]:
-    """How the script is started: alone, or through torchrun; in a sandbox when ordered."""
+def command(folder: Path, order: dict) -> list[str]:
+    """How the script is started: alone, or through torchrun; patched code in a cage."""
+    cage = []
+    if order.get("patched"):
+        allowed = order.get("allow_unsandboxed", False)
+        cage = sandbox.cage(folder, Path(order["script"]), order["env"], allowed)
     launcher = [sys.executable]
-    if order.get("nproc", 1) > 1:
-        launcher += [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={order['nproc']}",
-        ]
-    return [*order.get("sandbox", []), *launcher, order["script"]]
+    if order.get("nproc", 1) > 1:  # --standalone takes a free port by itself
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc_per_node={order['nproc']}"]
+    return [*cage, *launcher, order["script"]]
 
 
-def run_attempt(folder: Path, order: dict, attempt: int) -> tuple[int | None, str]:
-    """Run the script once in its own session; returns exit code and why it was killed."""
+def environment(folder: Path, order: dict, attempt: int, mark: str) -> dict[str, str]:
+    """What a run finds in its environment: allowed names of this machine, its knobs, its devices."""
+    env = clean_environment(located(order["env"], Path(order["script"])))
+    env |= dict(RUNS_DIR=str(folder), RUN_ID=f"a{attempt}", SEED=str(order["seed"]))
+    if order.get("devices"):
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(order["devices"])
+    return env | {MARK: mark, "PYTHONIOENCODING": "utf-8"}
+
+
+def run_attempt(
+    folder: Path, order: dict, attempt: int, handles: Sequence[int] = ()
+) -> tuple[int | None, str]:
+    """Run the script once in its own session; returns exit code and why it was killed. The run's
+    processes keep `handles`, the locks of their devices, open."""
     out = folder / f"a{attempt}.out"
-    env = clean_environment(
-        located(order["env"], Path(order["script"]))
-        | dict(RUNS_DIR=str(folder), RUN_ID=f"a{attempt}", SEED=str(order["seed"]))
-    )
-    env |= order.get("device_env", {})
+    mark = f"{order['key']}-{secrets.token_hex(8)}"
     with open(out, "wb") as file:
         process = subprocess.Popen(
-            command(order),
-            env=env,
+            command(folder, order),
+            env=environment(folder, order, attempt, mark),
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
             start_new_session=True,
-            preexec_fn=lambda: limits(order),
+            preexec_fn=functools.partial(limits, order),
+            pass_fds=handles,
         )
-    write_atomic(
-        folder / "process.json",
-        json.dumps(
-            dict(
-                pid=process.pid,
-                identity=identity(process.pid) or ["gone", 0],
-                started=now(),
-                attempt=attempt,
-            )
-        ),
-    )
+    write_identity(folder / "process.json", process.pid, attempt=attempt, mark=mark)
 
     def stop(*_):
         raise Stopped
@@ -422,34 +177,60 @@ def run_attempt(folder: Path, order: dict, attempt: int) -> tuple[int | None, st
     return code, killed
 
 
+# ---- One run -----------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def on_devices(order: dict) -> Iterator[tuple[list[str], list[int]]]:
+    """Hold the devices of an order: those that the decider gave it, or, on the machine of a worker
+    that pulled it, the lowest free ones. Without GPUs there is nothing to hold."""
+    given = order.get("devices")
+    wanted = order.get("nproc", 1)
+    among = given or devices.visible()
+    if given is None and order.get("wants_gpu", True) and among:
+        if order.get("exclusive"):
+            wanted = max(wanted, len(among))
+        with devices.held(among, wanted) as found:
+            yield found
+    elif given:
+        with devices.held(given, len(given)) as found:
+            yield found
+    else:
+        yield [], []
+
+
 def supervise(folder: Path) -> dict | None:
-    """Bring the run of a folder to its end, whatever happened to it before; returns its record. None when the order
-    was withdrawn. Raises ForgeError when another supervisor has it."""
+    """Bring the run of a folder to its end, whatever happened to it before; returns its record.
+    Raises ForgeError when another supervisor has it."""
     adopt_orphans()
     with locked(folder / "lock", busy=f"{folder.name} is already being run"):
         done = folder / "metrics.json"
         if done.exists():
-            return json.loads(done.read_text())
-        order = json.loads((folder / "run.json").read_text())
+            return json.loads(done.read_text("utf-8"))
+        write_identity(folder / "supervisor.json", os.getpid())
+        order = json.loads((folder / "run.json").read_text("utf-8"))
         clear_orphans(folder)
         attempt = len(list(folder.glob("a*.out")))
-        if attempt and re.search(FINAL, (folder / f"a{attempt}.out").read_text("utf-8", "replace")):
+        if attempt and FINAL.search((folder / f"a{attempt}.out").read_text("utf-8", "replace")):
             return collect(folder, order, attempt, 0, "", order.get("ordered", now()))
         if attempt >= MAX_ATTEMPTS:
             return collect(folder, order, attempt, None, f"interrupted {attempt} times", now())
-        started, order["begin"] = now(), time.time()
-        for attempt in range(attempt + 1, MAX_ATTEMPTS + 1):
-            code, killed = run_attempt(folder, order, attempt)
-            if killed or code not in KILLED_FROM_OUTSIDE:
-                break
+        with on_devices(order) as (names, handles):
+            order["devices"] = names[: order.get("nproc", 1)]
+            started = now()
+            order["begin"] = time.time()
+            for attempt in range(attempt + 1, MAX_ATTEMPTS + 1):
+                code, killed = run_attempt(folder, order, attempt, handles)
+                if killed or code not in KILLED_FROM_OUTSIDE:
+                    break
         return collect(folder, order, attempt, code, killed, started)
 
 
 class LocalRunner:
-    """Starts supervisors of their own on this machine; they outlive the decider and finish what they have."""
+    """Starts supervisors of their own on this machine; they outlive the decider and finish what
+    they have."""
 
     def __init__(self, runs: Path):
-        self.runs, self.children = runs, {}
+        self.runs = runs
+        self.children: dict[str, subprocess.Popen] = {}
 
     def start(self, order: dict):
         """Put the order on the disk and start its supervisor."""
@@ -468,12 +249,14 @@ class LocalRunner:
 
     def poll(self, key: str) -> tuple[str, dict | None]:
         """("done", record), ("running", None), or ("lost", None) when nobody works on it."""
-        folder, child = self.runs / key, self.children.get(key)
-        if child and child.poll() is not None:
+        folder = self.runs / key
+        child = self.children.get(key)
+        alive = child is not None and child.poll() is None
+        if child is not None and not alive:
             del self.children[key]
         with contextlib.suppress(FileNotFoundError):
-            return "done", json.loads((folder / "metrics.json").read_text())
-        if child and child.poll() is None:
+            return "done", json.loads((folder / "metrics.json").read_text("utf-8"))
+        if alive:
             return "running", None
         if not folder.exists():
             return "lost", None
@@ -486,26 +269,34 @@ class LocalRunner:
     def partway(self, key: str) -> float | None:
         """What the training losses of a running run say by now, see the function of that name."""
         logs = sorted((self.runs / key).glob("a*.out"))
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            order = json.loads((self.runs / key / "run.json").read_text())
-            return (
-                partway(logs[-1].read_text("utf-8", "replace"), order.get("seconds", 0.0))
-                if logs
-                else None
-            )
+        order = read_json(self.runs / key / "run.json")
+        with contextlib.suppress(OSError):
+            if logs and order:
+                return partway(logs[-1].read_text("utf-8", "replace"), order.get("seconds", 0.0))
         return None
 
     def prune(self, key: str, reason: str):
         """Ask a run's supervisor to end it."""
         write_atomic(self.runs / key / "prune", reason)
 
+    def supervisor(self, key: str) -> int | None:
+        """The process that supervises a run, also when an earlier decider started it."""
+        child = self.children.get(key)
+        if child is not None:
+            return child.pid if child.poll() is None else None
+        known = read_json(self.runs / key / "supervisor.json")
+        alive = "pid" in known and is_same(known["pid"], known.get("identity"))
+        return known["pid"] if alive else None
+
     def stop(self, keys: list[str]):
-        """End the supervisors of these runs and what they run."""
+        """End the supervisors of these runs, whoever started them, and what they run."""
         for key in keys:
-            child = self.children.get(key)
-            if child and child.poll() is None:
-                child.terminate()
+            pid = self.supervisor(key)
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGTERM)
+        end = time.monotonic() + GRACE + 6
+        while any(self.supervisor(key) is not None for key in keys) and time.monotonic() < end:
+            time.sleep(0.05)
         for key in keys:
-            if key in self.children:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.children.pop(key).wait(GRACE + 6)
+            self.children.pop(key, None)

@@ -7,19 +7,51 @@ of one rung. What a skill may touch is a range inside what the script allows, in
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import ForgeError
 from .ledger import digest
+from .processes import clean_environment, located
+from .run_record import number
 
 CLASSES = ("shape", "optimizer", "schedule", "batch", "eval", "compression", "infra")
 CODE = "@code"  # a change may carry the digest of patched code under this name
+# Knobs that are no treatment: a better score by one of them says nothing about the model. Those of
+# the first table are set by the forge itself for every run, those of the second by a campaign's
+# base or rung, the same for all runs; no skill, proposal, agent or patch may search either.
+OWN = dict(
+    SEED="luck is no finding; seeds belong to the judge",
+    RUN_MODE="the forge sets it for every run",
+    RUN_ID="the forge sets it for every run",
+    RUNS_DIR="the forge sets it for every run",
+    ARTIFACT="the forge sets it for every run",
+    RESUME="every run begins anew",
+)
+FIXED = dict(
+    DATA_PATH="a path",
+    TOKENIZER_PATH="a path",
+    VOCAB_SIZE="it belongs to the data",
+    CASEOPS="it belongs to the data",
+    DEVICE="a choice of the machine",
+    THREADS="a choice of the machine",
+    MAX_WALLCLOCK_SECONDS="a budget of time",
+    RESERVE_SECONDS="a budget of time",
+    ITERATIONS="a budget of data",
+    ARTIFACT_BUDGET_BYTES="a budget of size",
+    TRAIN_LOG_EVERY="logging",
+    VAL_LOSS_EVERY="logging",
+    CHECKPOINT_EVERY="logging",
+    STRICT_ENV="a check of names",
+    ALLOW_NONCOMPLIANT="a rule of the competition",
+)
+FIXED_ENDINGS = dict(_PATH="a path", _DIR="a path", _SEED="luck is no finding")
+FIXED_GROUPS = dict(run="it says how a run is kept, not what is trained")
 # Executed in a process of its own: the script is imported, never run, and answers with its knobs as JSON.
 PROBE = """
 import importlib.util, json, sys
@@ -84,25 +116,16 @@ class Knob:
         return clipped
 
 
-def clean_environment(extra: dict[str, str]) -> dict[str, str]:
-    """What a run may see of this process's environment, plus `extra`: paths and devices, no secrets, no knobs."""
-    keep = re.compile(
-        r"PATH|HOME|LANG|LC_\w+|TMPDIR|USER|LD_LIBRARY_PATH|VIRTUAL_ENV|OMP_NUM_THREADS|"
-        r"(CUDA|NVIDIA|NCCL|GLOO|TORCH|TORCHINDUCTOR|TRITON)_\w+"
-    )
-    return {k: v for k, v in os.environ.items() if keep.fullmatch(k)} | {
-        k: str(v) for k, v in extra.items()
-    }
+def no_treatment(name: str, group: str = "") -> str:
+    """Why a knob must not be searched; empty for one that may. `group` is the script's own."""
+    ending = next((why for end, why in FIXED_ENDINGS.items() if name.endswith(end)), "")
+    why = OWN.get(name) or FIXED.get(name) or ending or FIXED_GROUPS.get(group, "")
+    return f"{name} is no treatment ({why})" if why else ""
 
 
-def located(env: dict[str, str], script: Path) -> dict[str, str]:
-    """The same environment with relative data paths taken from the script's folder, beside which a campaign links
-    data/: what is recorded then names no folder of this machine."""
-    return env | {
-        k: str(script.parent / env[k])
-        for k in ("DATA_PATH", "TOKENIZER_PATH")
-        if env.get(k, "auto") != "auto" and not os.path.isabs(env[k])
-    }
+def not_to_be_set(names) -> list[str]:
+    """Which of these knobs neither a campaign's base nor a rung may set, with the reason."""
+    return [f"{name} cannot be set: {OWN[name]}" for name in names if name in OWN]
 
 
 def class_of(group: str, name: str, unit: str) -> str:
@@ -119,13 +142,15 @@ def class_of(group: str, name: str, unit: str) -> str:
 
 
 def describe(script: Path, env: dict[str, str]) -> dict[str, Any]:
-    """{"knobs": {NAME: {...}}, "values": {NAME: value}} of a script under an environment. Raises ForgeError with the
-    script's own complaint."""
+    """{"knobs": {NAME: {...}}, "values": {NAME: value}} of a script under an environment. The
+    script is imported: never call this for patched code, whose knobs are those of its origin.
+    Raises ForgeError with the script's own complaint."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(script), json.dumps(env)],
         capture_output=True,
-        text=True,
-        env=clean_environment({}),
+        encoding="utf-8",
+        errors="replace",
+        env=clean_environment(dict(PYTHONIOENCODING="utf-8")),
         timeout=300,
     )
     try:
@@ -177,6 +202,8 @@ class Space:
             if n == CODE or CODE in change and n in self.switches
         }
         unknown = sorted(set(change) - set(self.knobs) - set(patch))
+        if barred := [why for n in unknown if (why := no_treatment(n))]:
+            raise ForgeError("; ".join(barred))
         if unknown:
             raise ForgeError(f"unknown knob {', '.join(unknown)}; see `knobs`")
         kept = patch | {n: self.knobs[n].check(v) for n, v in change.items() if n not in patch}
@@ -246,6 +273,8 @@ def make_knob(name: str, skill: str, want: dict, described: dict) -> Knob:
     known = described["knobs"].get(name)
     if known is None:
         raise ForgeError("the script has no such knob")
+    if barred := no_treatment(name, known["group"]):
+        raise ForgeError(barred)
     value, of_steps = described["values"][name], want.get("as") == "fraction_of_steps"
     klass = want.get("class") or class_of(known["group"], name, known["unit"])
     if klass not in CLASSES:
@@ -296,14 +325,19 @@ def make_knob(name: str, skill: str, want: dict, described: dict) -> Knob:
     )
 
 
-def plan(script: Path, env: dict[str, str], scratch: Path) -> dict[str, Any]:
-    """What the script's RUN_MODE=plan foretells: {"ok", "reason", "bytes", "params", "flops", "fits"}."""
-    env = located(env, script) | dict(RUN_MODE="plan", RUNS_DIR=str(scratch))
+def plan(
+    script: Path, env: dict[str, str], scratch: Path, cage: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What the script's RUN_MODE=plan foretells: {"ok", "reason", "bytes", "params", "flops"}.
+    `cage` is the command in front of patched code, with `scratch` as its writable folder."""
+    env = located(env, script)
+    env |= dict(RUN_MODE="plan", RUNS_DIR=str(scratch), PYTHONIOENCODING="utf-8")
     try:
         done = subprocess.run(
-            [sys.executable, str(script)],
+            [*cage, sys.executable, str(script)],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=300,
             cwd=scratch,
             env=clean_environment(env),
@@ -311,24 +345,24 @@ def plan(script: Path, env: dict[str, str], scratch: Path) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return dict(ok=False, reason="plan took more than 300 s")
     found = re.search(
-        r"^predicted_bytes model:(\d+) code:\d+ total:(\d+) budget:(\d+) fits:(\d)",
+        r"^predicted_bytes model:(\d{1,18}) code:\d+ total:(\d{1,18}) budget:(\d{1,18}) fits:(\d)",
         done.stdout,
         re.M,
     )
     if done.returncode or not found:
-        return dict(
-            ok=False, reason=" ".join((done.stderr.strip() or "no prediction").split())[:300]
-        )
-    params = re.search(r"^model_params:(\d+)", done.stdout, re.M)
-    flops = re.findall(r"^plan:\d+ flops_per_token:(\S+)", done.stdout, re.M)
-    over = int(found[2]) - int(found[3])
+        reason = " ".join((done.stderr.strip() or "no prediction").split())
+        return dict(ok=False, reason=reason[:300])
+    model, total, budget = (int(found[i]) for i in (1, 2, 3))
+    fits = found[4] == "1"
+    params = re.search(r"^model_params:(\d{1,18})", done.stdout, re.M)
+    flops = re.findall(r"^plan:\d+ flops_per_token:([\d.e+]{1,30})", done.stdout, re.M)
     return dict(
-        ok=found[4] == "1",
-        bytes=int(found[2]),
-        model_bytes=int(found[1]),
+        ok=fits,
+        bytes=total,
+        model_bytes=model,
         params=int(params[1]) if params else 0,
-        flops=max(map(float, flops), default=0.0),
-        reason="" if found[4] == "1" else f"predicted size is {over:,} bytes over the budget",
+        flops=max(filter(math.isfinite, map(number, flops)), default=0.0),
+        reason="" if fits else f"predicted size is {total - budget:,} bytes over the budget",
     )
 
 

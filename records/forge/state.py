@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import judge
+from . import comparison
 from .ledger import digest
 from .space import config_id
 
@@ -195,7 +195,7 @@ class State:
             if c == cid and g == rung and r.score is not None and (allowed is None or s in allowed)
         ]
 
-    def noise(self, rung: str) -> judge.Noise:
+    def noise(self, rung: str) -> comparison.Noise:
         """The rung's noise over all replicates so far, on the host class that has most runs."""
         groups, hosts = (
             defaultdict(list),
@@ -206,7 +206,7 @@ class State:
             if where == rung and run.score is not None and run.record["host"] == host:
                 groups[cid].append(run.score)
         prior = self.config["rungs"][rung].get("prior_sigma", 0.0025)
-        return judge.noise(list(groups.values()), prior, 4.0 if rung == "target" else 1.0)
+        return comparison.noise(list(groups.values()), prior, 4.0 if rung == "target" else 1.0)
 
     def minutes(self) -> float:
         """Device minutes spent by finished runs."""

@@ -6,17 +6,17 @@ write only to its run folder, and that its artifact is scored again by the unpat
 
 import ast
 import hashlib
-import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from . import ForgeError
-from .runner import FINAL
-from .space import clean_environment, located
+from . import ForgeError, sandbox
+from .processes import clean_environment, located
+from .run_record import FINAL
+from .space import no_treatment
 
 # What a patch may not touch: sections of train_gpt.py by number (runtime, data and bytes, artifact, evaluation, main)
 # and, wherever they stand, what is scored, how, and how it is reported.
@@ -236,127 +236,64 @@ def inspect_patch(source: str, patch: str) -> tuple[str, str]:
             f"the patch must add exactly one knob whose default keeps the old behaviour, it adds "
             f"{', '.join(added) or 'none'}"
         )
+    if barred := no_treatment(added[0].upper()):
+        raise ForgeError(barred)
     return patched, added[0].upper()
 
 
-def losses(script: Path, env: dict[str, str], scratch: Path, wrap: list[str]) -> list[str]:
-    """Training losses of a short run, as printed. Raises ForgeError with the run's complaint."""
+def execute(
+    script: Path, env: dict[str, str], scratch: Path, cage: Sequence[str], seconds: float
+) -> subprocess.CompletedProcess:
+    """A script's answer under an environment of knobs, in its cage. Raises TimeoutExpired."""
+    return subprocess.run(
+        [*cage, sys.executable, str(script)],
+        env=clean_environment(located(env, script) | dict(PYTHONIOENCODING="utf-8")),
+        cwd=scratch,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=seconds,
+    )
+
+
+def losses(script: Path, env: dict[str, str], scratch: Path, allow_none: bool) -> list[str]:
+    """Training losses of a short run in a cage, as printed. Raises ForgeError with the run's
+    complaint."""
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    env = clean_environment(
-        located(env, script) | dict(RUNS_DIR=str(scratch), RUN_ID="smoke", SEED="1")
-    )
+    env = env | dict(RUNS_DIR=str(scratch), RUN_ID="smoke", SEED="1")
     try:
-        done = subprocess.run(
-            [*wrap, sys.executable, str(script)],
-            env=env,
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        done = execute(script, env, scratch, sandbox.cage(scratch, script, env, allow_none), 600)
     except subprocess.TimeoutExpired:
         raise ForgeError("the smoke run took more than 600 s") from None
     found = re.findall(r"^step:\d+/\d+ train_loss:(\S+)", done.stdout, re.M)
     if done.returncode or not found:
-        raise ForgeError(
-            "the smoke run failed: " + " ".join((done.stderr.strip() or "no loss").split())[-300:]
-        )
+        complaint = " ".join((done.stderr.strip() or "no loss").split())
+        raise ForgeError("the smoke run failed: " + complaint[-300:])
     return found
 
 
-# ---- Sandbox ---------------------------------------------------------------------------------------------------------
-def works(command: list[str]) -> bool:
-    """Whether a sandbox command runs here."""
-    try:
-        return subprocess.run([*command, "true"], capture_output=True, timeout=20).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-
-
-def sandbox(writable: Path, allow_none: bool = False) -> list[str]:
-    """The command that runs patched code without a network, bwrap with only `writable` to write to, or else unshare.
-    Raises ForgeError when this machine has neither, unless the campaign allows that."""
-    writable.mkdir(parents=True, exist_ok=True)
-    bwrap = [
-        "bwrap",
-        "--ro-bind",
-        "/",
-        "/",
-        "--dev-bind",
-        "/dev",
-        "/dev",
-        "--proc",
-        "/proc",
-        "--tmpfs",
-        "/tmp",
-        "--bind",
-        str(writable),
-        str(writable),
-        "--unshare-net",
-        "--unshare-pid",
-        "--die-with-parent",
-    ]
-    if shutil.which("bwrap") and works(bwrap):
-        return bwrap
-    # Root of a user namespace may mount: the whole tree turns read-only, then the run folder writable again.
-    script = (
-        'mount --make-rprivate / && mount --bind "$0" "$0" && mount -o remount,bind,ro / && '
-        'exec "$@"'
-    )
-    unshare = ["unshare", "-rnm", "sh", "-c", script, str(writable)]
-    if shutil.which("unshare") and works(unshare):
-        return unshare
-    if shutil.which("unshare") and works(["unshare", "-rn"]):
-        return ["unshare", "-rn"]
-    if allow_none:
-        return []
-    raise ForgeError(
-        "patches need a sandbox: install bwrap from the distribution, or set [agent] allow_unsandboxed = "
-        "true"
-    )
-
-
-def tier() -> str:
-    """What protects this machine from patched code, in words."""
-    try:
-        name = sandbox(Path("runs"))
-    except ForgeError:
-        return "0: knobs only; patches are refused"
-    kind = {"bwrap": "bwrap", "unshare": "unshare"}[name[0]]
-    return f"1: {kind}, no network" + ("" if len(name) > 2 else "; the file system stays writable")
-
-
-# ---- After the run ---------------------------------------------------------------------------------------------------
-def rescore(script: Path, folder: Path, record: dict) -> str:
-    """Why a patched run's score is not believed; empty when it is: the unpatched script loads the artifact and finds
-    the same score, and the score fits to what training saw."""
+# ---- After the run -------------------------------------------------------------------------------
+def rescore(
+    script: Path, folder: Path, record: dict, given: Sequence[str] = (), allow_none: bool = False
+) -> str:
+    """Why a patched run's score is not believed; empty when it is: the unpatched script loads the
+    artifact, in a cage and on the devices that the run had, and finds the same score, and the score
+    fits to what training saw."""
     m = record["metrics"]
-    if (
-        m["val_bpb_prequant"]
-        and abs(m["val_bpb"] - m["val_bpb_prequant"]) > 0.05 + 0.05 * m["val_bpb_prequant"]
-    ):
-        return f"live weights scored {m['val_bpb_prequant']}, the artifact {m['val_bpb']}"
+    live = m["val_bpb_prequant"]
+    if live and abs(m["val_bpb"] - live) > 0.05 + 0.05 * live:
+        return f"live weights scored {live}, the artifact {m['val_bpb']}"
     artifact = folder / f"a{record['attempt']}" / "model.golf"
     if not artifact.exists():
         return "no artifact to score again"
-    knobs = {
-        k: v
-        for k, v in record["env"].items()
-        if k in ("THREADS", "DATA_PATH", "TOKENIZER_PATH", "DEVICE")
-    }
-    env = clean_environment(
-        located(knobs, script) | dict(RUN_MODE="eval", ARTIFACT=str(artifact), RUNS_DIR=str(folder))
-    )
+    kept = ("THREADS", "DATA_PATH", "TOKENIZER_PATH", "DEVICE")
+    env = {k: v for k, v in record["env"].items() if k in kept}
+    env |= dict(RUN_MODE="eval", ARTIFACT=str(artifact), RUNS_DIR=str(folder))
+    env |= {"CUDA_VISIBLE_DEVICES": ",".join(given)} if given else {}
     try:
-        done = subprocess.run(
-            [sys.executable, str(script)],
-            env=env,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=record["budget"]["kill_s"],
-        )
+        cage = sandbox.cage(folder, script, env, allow_none)
+        done = execute(script, env, folder, cage, record["budget"]["kill_s"])
     except subprocess.TimeoutExpired:
         return "scoring again took too long"
     found = FINAL.search(done.stdout)
@@ -365,37 +302,3 @@ def rescore(script: Path, folder: Path, record: dict) -> str:
     if abs(float(found[3]) - m["val_bpb"]) > 1e-3:
         return f"scored {m['val_bpb']}, again {found[3]}"
     return ""
-
-
-# ---- Doctor ----------------------------------------------------------------------------------------------------------
-def doctor(script: Path) -> dict[str, str]:
-    """What this machine offers, and whether the script speaks the forge's language."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def package(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "missing"
-
-    found = dict(
-        python=platform.python_version(),
-        torch=package("torch"),
-        optuna=package("optuna"),
-        scipy=package("scipy"),
-        remote=f"grpcio {package('grpcio')}",
-        slurm=f"submitit {package('submitit')}",
-        sandbox=tier(),
-        cores=str(len(os.sched_getaffinity(0))),
-        disk=f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free",
-    )
-    text = script.read_text() if script.exists() else ""
-    found["script"] = (
-        "missing"
-        if not text
-        else "speaks the log format"
-        if "final:official" in text and ("predicted_bytes" in text)
-        else "prints no final:official or predicted_bytes line"
-    )
-    found["protected"] = f"{len(protected_digest(text))} regions"
-    return found

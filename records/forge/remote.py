@@ -245,9 +245,9 @@ def execute(order: dict, scratch: Path, code: str, data: Path | None) -> tuple[d
         with contextlib.suppress(FileExistsError):
             (place / "data").symlink_to(data)
     if order["sandbox"]:
-        from . import guard
+        from . import patches
 
-        order["sandbox"] = guard.sandbox(scratch / "runs" / order["key"])
+        order["sandbox"] = patches.sandbox(scratch / "runs" / order["key"])
     folder = scratch / "runs" / order["key"]
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "run.json", json.dumps(order | dict(script=str(script))))

@@ -15,7 +15,7 @@ import forge_lab
 import optuna
 import pytest
 from conftest import ROOT
-from forge import ForgeError, shared
+from forge import ForgeError, remote
 from forge.ledger import Ledger
 from forge.state import replay
 
@@ -23,13 +23,13 @@ WORKER = f"""
 import json, sys, time
 sys.path.insert(0, {str(ROOT / "records")!r})
 from pathlib import Path
-from forge import shared
+from forge import remote
 def run(order, scratch, code, data):
     with open(scratch / "starts", "a") as f: f.write(order["key"] + "\\n")
     time.sleep(0.02)
     with open(scratch / "ends", "a") as f: f.write(order["key"] + "\\n")
     return dict(status="ok", attempt=1, metrics=dict(val_bpb=1.0), key=order["key"]), "log"
-shared.work(sys.argv[1], Path(sys.argv[2]), 60, run, every=0.1)
+remote.work(sys.argv[1], Path(sys.argv[2]), 60, run, every=0.1)
 """
 
 
@@ -45,7 +45,7 @@ def free_port() -> int:
 )
 def test_every_key_is_executed_once(tmp_path, mode, workers, keys, kills):
     """Acceptance 9."""
-    storage = shared.journal(tmp_path / "study.journal")
+    storage = remote.journal(tmp_path / "study.journal")
     target = str(tmp_path / "study.journal")
     if mode == "proxy":
         target = f"localhost:{free_port()}"
@@ -56,7 +56,7 @@ def test_every_key_is_executed_once(tmp_path, mode, workers, keys, kills):
             f"{target.split(':')[1]})"
         )
         server = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    decider = shared.QueueRuns(storage, tmp_path / "runs", lease=5.0)
+    decider = remote.QueueRuns(storage, tmp_path / "runs", lease=5.0)
     orders = {
         f"k{i:03d}": dict(key=f"k{i:03d}", code="c", script=__file__, sandbox=[])
         for i in range(keys)
@@ -112,26 +112,26 @@ def test_every_key_is_executed_once(tmp_path, mode, workers, keys, kills):
 def test_a_torn_journal_record_costs_itself_only(tmp_path):
     """Acceptance 8 for the queue: cut at every byte of the last record; without the repair Optuna cannot read on."""
     path = tmp_path / "study.journal"
-    runs = shared.QueueRuns(shared.journal(path), tmp_path)
+    runs = remote.QueueRuns(remote.journal(path), tmp_path)
     for i in range(3):
         runs.start(dict(key=f"k{i}", code="c", script=__file__, sandbox=[]))
     whole = path.read_bytes()
     start = whole[:-1].rfind(b"\n") + 1
     for cut in range(start, len(whole)):
         path.write_bytes(whole[:cut])
-        again = shared.QueueRuns(shared.journal(path), tmp_path)
+        again = remote.QueueRuns(remote.journal(path), tmp_path)
         again.start(dict(key="next", code="c", script=__file__, sandbox=[]))
         keys = {
             t.user_attrs.get("key")
-            for t in shared.QueueRuns(shared.journal(path), tmp_path).study.trials
+            for t in remote.QueueRuns(remote.journal(path), tmp_path).study.trials
         }
         assert "next" in keys and {"k0", "k1"} <= keys
 
 
 def test_a_lost_worker_is_noticed_by_its_heart_and_given_up_in_the_end(tmp_path):
-    runs = shared.QueueRuns(shared.journal(tmp_path / "study.journal"), tmp_path, lease=0.05)
+    runs = remote.QueueRuns(remote.journal(tmp_path / "study.journal"), tmp_path, lease=0.05)
     order = dict(key="k", code="c", script=__file__, sandbox=[])
-    for attempt in range(shared.RETRIES + 1):
+    for attempt in range(remote.RETRIES + 1):
         runs.start(order)
         trial = runs.study.ask()
         trial.set_user_attr("beat", 1)
@@ -143,7 +143,7 @@ def test_a_lost_worker_is_noticed_by_its_heart_and_given_up_in_the_end(tmp_path)
         )
         time.sleep(0.08)
         status, record = runs.poll("k")
-        assert status == ("lost" if attempt < shared.RETRIES else "done")
+        assert status == ("lost" if attempt < remote.RETRIES else "done")
         with pytest.raises((optuna.exceptions.UpdateFinishedTrialError, ValueError)):
             runs.study.tell(trial, 0.0)  # a late finisher is refused
     assert record["status"] == "interrupted"
@@ -190,7 +190,7 @@ def test_workers_are_started_as_jobs(tmp_path, monkeypatch):
         text=True,
     )
     assert "serving" in head.stdout.readline()
-    jobs = shared.start_on_slurm(f"localhost:{port}", "main", 2, cluster="local")
+    jobs = remote.start_on_slurm(f"localhost:{port}", "main", 2, cluster="local")
     out, _ = head.communicate(timeout=120)
     for job in jobs:
         job.result()  # raises when the worker failed
@@ -205,12 +205,12 @@ def test_workers_are_started_as_jobs(tmp_path, monkeypatch):
 def test_without_a_slurm_there_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ForgeError, match="--slurm gpu: .*slurm"):
-        shared.start_on_slurm("x:1", "gpu", 1)
+        remote.start_on_slurm("x:1", "gpu", 1)
 
 
 def test_nobody_there_is_one_clear_error(tmp_path, monkeypatch):
     with pytest.raises(ForgeError, match="neither HOST:PORT nor a journal"):
-        shared.connect(str(tmp_path / "nothing"))
+        remote.connect(str(tmp_path / "nothing"))
     with pytest.raises(ForgeError, match="submitit"):
         monkeypatch.setitem(sys.modules, "submitit", None)
-        shared.start_on_slurm("x:1", "gpu", 1)
+        remote.start_on_slurm("x:1", "gpu", 1)

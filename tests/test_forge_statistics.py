@@ -5,25 +5,25 @@ import math
 import forge_lab
 import numpy as np
 import pytest
-from forge import judge, ladder, meta
+from forge import comparison, forecasts, skill_review
 from scipy import stats
 
 
 def judged(rng, gain: float, df: int = 20) -> tuple[bool, int, float]:
     """One candidate that is better by `gain` sigma_d, through looks and fresh seeds: accepted, runs, error of the
     reported difference in sigma."""
-    estimate = judge.Noise(math.sqrt(rng.chisquare(df) / df), df)  # the true sigma is 1
+    estimate = comparison.Noise(math.sqrt(rng.chisquare(df) / df), df)  # the true sigma is 1
     shift, differences, step = -gain * math.sqrt(2), [], "more"
     while step == "more":
-        wanted = judge.next_look(len(differences))
+        wanted = comparison.next_look(len(differences))
         differences += list(rng.normal(shift, math.sqrt(2), wanted - len(differences)))
-        step = judge.look(differences, estimate.sigma_d)
+        step = comparison.look(differences, estimate.sigma_d)
     if step == "reject":
         return False, len(differences), 0.0
-    better, test = judge.fresh_test(
-        rng.normal(shift, 1, judge.FRESH), rng.normal(0, 1, judge.FRESH), estimate
+    better, test = comparison.fresh_test(
+        rng.normal(shift, 1, comparison.FRESH), rng.normal(0, 1, comparison.FRESH), estimate
     )
-    return better, len(differences) + 2 * judge.FRESH, test.delta - shift
+    return better, len(differences) + 2 * comparison.FRESH, test.delta - shift
 
 
 def test_changes_that_do_nothing_are_hardly_ever_accepted():
@@ -92,34 +92,34 @@ def test_the_champion_of_a_campaign_is_reported_at_its_true_score(tmp_path):
 def test_noise_is_pooled_and_shrunk():
     groups = [[1.0, 1.2, 1.4], [5.0, 5.1], [7.0]]
     squares = 0.08 + 0.005
-    found = judge.noise(groups, 0.3, 4)
+    found = comparison.noise(groups, 0.3, 4)
     assert found.df == 7 and found.sigma == pytest.approx(math.sqrt((4 * 0.09 + squares) / 7))
-    assert judge.noise([], 0.25).sigma == 0.25
+    assert comparison.noise([], 0.25).sigma == 0.25
 
 
 def test_comparisons_equal_the_t_test_of_a_package():
     rng = np.random.default_rng(2)
     a, b = rng.normal(0, 1, 6), rng.normal(0.5, 1, 6)
-    pooled = judge.Noise(math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2), 10)
-    found, want = judge.compare(a, b, pooled), stats.ttest_ind(a, b, alternative="less")
+    pooled = comparison.Noise(math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2), 10)
+    found, want = comparison.compare(a, b, pooled), stats.ttest_ind(a, b, alternative="less")
     interval = stats.ttest_ind(a, b).confidence_interval(0.95)
     assert (found.t, found.p) == pytest.approx((want.statistic, want.pvalue))
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
 
 
 def test_the_design_is_balanced_and_its_effects_are_the_least_squares_ones():
-    design = judge.plackett_burman(11)
+    design = comparison.plackett_burman(11)
     assert (design.T @ design == 12 * np.eye(11)).all() and (design.sum(0) == 0).all()
     rng, truth = np.random.default_rng(3), np.array([-0.5, 0.0, 0.3, -0.1])
-    d = judge.plackett_burman(4)
+    d = comparison.plackett_burman(4)
     y = 2 + d @ truth / 2 + rng.normal(0, 0.01, 12)
     solved = np.linalg.lstsq(np.column_stack([np.ones(12), d / 2]), y, rcond=None)[0][1:]
-    assert [t.delta for t in judge.effects(d, y, judge.Noise(0.01, 20))] == pytest.approx(
+    assert [t.delta for t in comparison.effects(d, y, comparison.Noise(0.01, 20))] == pytest.approx(
         list(solved)
     )
     for k in (0, 12):
         with pytest.raises(ValueError, match="want 1 to 11"):
-            judge.plackett_burman(k)
+            comparison.plackett_burman(k)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_the_design_is_balanced_and_its_effects_are_the_least_squares_ones():
     ],
 )
 def test_the_anchor_moves_by_a_margin_or_a_race(sigma, new, anchor, want):
-    assert judge.anchor_step(new, anchor, sigma) == want
+    assert comparison.anchor_step(new, anchor, sigma) == want
 
 
 # ---- Claims ----------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_claims_crystallise_at_the_promised_rates():
     rng = np.random.default_rng(4)
     proven = lambda effect, k: np.mean(
         [
-            meta.crystallise(evidence(rng, effect, k), 0.00068, 0, True)["status"]  # noqa
+            skill_review.crystallise(evidence(rng, effect, k), 0.00068, 0, True)["status"]  # noqa
             == "proven"
             for _ in range(400)
         ]
@@ -167,13 +167,13 @@ def test_claims_crystallise_at_the_promised_rates():
 
 def test_a_claim_needs_several_parents_and_goes_stale():
     good = [dict(delta=-0.002 - i * 1e-4, se=1e-4, parent="a", at=0) for i in range(4)]
-    assert meta.crystallise(good, 0.0007, 0, True)["status"] == "heuristic"
+    assert skill_review.crystallise(good, 0.0007, 0, True)["status"] == "heuristic"
     good[0]["parent"] = "b"
-    assert meta.crystallise(good, 0.0007, 0, True)["status"] == "proven"
-    assert meta.crystallise(good, 0.0007, 49, True)["status"] == "proven"
-    assert meta.crystallise(good, 0.0007, 50, True)["status"] == "stale"
+    assert skill_review.crystallise(good, 0.0007, 0, True)["status"] == "proven"
+    assert skill_review.crystallise(good, 0.0007, 49, True)["status"] == "proven"
+    assert skill_review.crystallise(good, 0.0007, 50, True)["status"] == "stale"
     nothing = [dict(delta=1e-5 * i, se=1e-4, parent=str(i), at=0) for i in range(4)]
-    assert meta.crystallise(nothing, 0.0007, 0, True)["status"] == "refuted"
+    assert skill_review.crystallise(nothing, 0.0007, 0, True)["status"] == "refuted"
 
 
 def test_probability_worse_equals_simulation():
@@ -182,7 +182,7 @@ def test_probability_worse_equals_simulation():
         draws = rng.beta(1 + after[0], 1 + after[1] - after[0], 200_000) < rng.beta(
             1 + before[0], 1 + before[1] - before[0], 200_000
         )
-        assert meta.probability_worse(after, before) == pytest.approx(draws.mean(), abs=0.005)
+        assert skill_review.probability_worse(after, before) == pytest.approx(draws.mean(), abs=0.005)
 
 
 # ---- Ladder ----------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_kendall_equals_scipy_with_ties():
     rng = np.random.default_rng(6)
     for _ in range(20):
         x, y = rng.integers(0, 6, 12).astype(float), rng.normal(size=12).round(0)
-        assert ladder.kendall(x, y) == pytest.approx(stats.kendalltau(x, y).statistic)
+        assert forecasts.kendall(x, y) == pytest.approx(stats.kendalltau(x, y).statistic)
 
 
 def test_transfer_speaks_only_when_it_knows():
@@ -199,17 +199,17 @@ def test_transfer_speaks_only_when_it_knows():
     for _ in range(1500):
         for rho, word in ((0.95, "transfers"), (-0.3, "does not transfer")):
             x, y = rng.multivariate_normal([0, 0], [[1, rho], [rho, 1]], 16).T
-            right[rho] += ladder.transfer(x, y, draws=200)["word"] == word
+            right[rho] += forecasts.transfer(x, y, draws=200)["word"] == word
     assert min(right.values()) >= 0.9 * 1500, right
-    assert ladder.transfer([1.0] * 7, [2.0] * 7) == dict(n=7, word="too few")
-    assert ladder.transfer(list(range(9)), list(range(9)))["word"] == "unknown"
+    assert forecasts.transfer([1.0] * 7, [2.0] * 7) == dict(n=7, word="too few")
+    assert forecasts.transfer(list(range(9)), list(range(9)))["word"] == "unknown"
 
 
 def test_forecasts_equal_the_prediction_interval_of_a_regression():
     rng = np.random.default_rng(9)
     x = rng.normal(4, 0.2, 12)
     y = 0.5 + 0.4 * x + rng.normal(0, 0.02, 12)
-    found, line = ladder.forecast(list(zip(x, y)), 4.3, 2.2), stats.linregress(x, y)
+    found, line = forecasts.forecast(list(zip(x, y)), 4.3, 2.2), stats.linregress(x, y)
     rest = y - line.intercept - line.slope * x
     error = math.sqrt(
         (rest @ rest) / 10 * (1 + 1 / 12 + (4.3 - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
@@ -218,8 +218,8 @@ def test_forecasts_equal_the_prediction_interval_of_a_regression():
     assert found["high"] - found["middle"] == pytest.approx(stats.t.ppf(0.95, 10) * error, rel=1e-6)
     assert found["chance"] == pytest.approx(stats.t.cdf((2.2 - found["middle"]) / error, 10))
     assert (
-        ladder.forecast(list(zip(x, y))[:7], 4.3, 2.2) is None
-        and ladder.forecast([(1, 2)] * 9, 1, 2) is None
+        forecasts.forecast(list(zip(x, y))[:7], 4.3, 2.2) is None
+        and forecasts.forecast([(1, 2)] * 9, 1, 2) is None
     )
 
 
@@ -238,9 +238,9 @@ def test_forecasts_cover_the_ends_of_synthetic_curves():
     for _ in range(300):
         seen, (half, end) = [curve() for _ in range(12)], curve()
         bar = sorted(y for _, y in seen)[2]
-        found = ladder.forecast(seen, half, bar)
+        found = forecasts.forecast(seen, half, bar)
         hits += found["low"] <= end <= found["high"]
-        if found["chance"] < ladder.HOPELESS:
+        if found["chance"] < forecasts.HOPELESS:
             ended, wrong = ended + 1, wrong + (end < bar)
     assert 0.85 <= hits / 300 <= 0.95 and ended > 100 and wrong / ended <= 0.05, (
         hits,
@@ -255,7 +255,7 @@ def test_projection_of_a_published_run_covers_what_came():
     read = [1.344, 1.295, 1.277, 1.260, 1.253, 1.243, 1.236, 1.235]
     curve = [[5000 * i * 131_072, y, 1.0] for i, y in enumerate(read, 1)]
     for known in (4, 5, 6):
-        found = ladder.project(curve[:known], [t for t, *_ in curve[known:]])
+        found = forecasts.project(curve[:known], [t for t, *_ in curve[known:]])
         assert all(a <= y <= b for a, y, b in zip(found["low"], read[known:], found["high"])), known
         assert max(b - a for a, b in zip(found["low"], found["high"])) < 0.025
 
@@ -270,7 +270,7 @@ def test_projection_intervals_cover_what_comes():
         curve = [[x, f(x) + rng.normal(0, 0.002), 1.0] for x in t[:5]] + [
             [t[5], 0.0, 0.5]
         ]  # the rate changed
-        found = ladder.project(curve, 5e7)
+        found = forecasts.project(curve, 5e7)
         target = f(5e7) + rng.normal(0, 0.002)
         hits += found["low"][0] <= target <= found["high"][0]
         widths.append(found["high"][0] - found["low"][0])
@@ -278,4 +278,4 @@ def test_projection_intervals_cover_what_comes():
     assert 0.85 <= hits / 150 <= 0.97, hits / 150
     assert np.mean(widths) < 0.03
     with pytest.raises(ValueError, match="want at least 3"):
-        ladder.project([[1, 2.0], [2, 1.9]], 5)
+        forecasts.project([[1, 2.0], [2, 1.9]], 5)

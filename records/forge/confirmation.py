@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from . import ForgeError, judge, meta
+from . import ForgeError, comparison, skill_review
 from .ledger import digest
 from .space import config_id
 from .state import Experiment
@@ -73,13 +73,13 @@ class Studies:
     # A claim on fresh seeds.
     def fresh_seeds(self) -> list[int]:
         """Seeds that no experiment has had."""
-        first = self.config["seeds"]["fresh_from"] + judge.FRESH * sum(
+        first = self.config["seeds"]["fresh_from"] + comparison.FRESH * sum(
             x.kind in FRESH_STUDIES for x in self.state.experiments.values()
         )
-        return list(range(first, first + judge.FRESH))
+        return list(range(first, first + comparison.FRESH))
 
     @staticmethod
-    def numbers(test: judge.Test | None) -> dict:
+    def numbers(test: comparison.Test | None) -> dict:
         """A test as a verdict's fields."""
         return (
             {}
@@ -87,7 +87,7 @@ class Studies:
             else dict(delta=test.delta, ci95=[test.low, test.high], t=test.t, df=test.df, p=test.p)
         )
 
-    def comparison(self, factor: dict, test: judge.Test, x: Experiment) -> dict:
+    def piece_of_evidence(self, factor: dict, test: comparison.Test, x: Experiment) -> dict:
         """One piece of evidence for a claim."""
         return dict(
             claim=factor["claim"],
@@ -121,7 +121,7 @@ class Studies:
         )
         gain = sum(old) / len(old) - sum(new) / len(new) if old and new and not slimmer else 0.0
         over = "asked for" if asked_for else self.search_over()
-        large = loop["confirm"] != "end" and gain > 3 * judge.minimal_gain(rung, noise)
+        large = loop["confirm"] != "end" and gain > 3 * comparison.minimal_gain(rung, noise)
         if not (over or large or loop["confirm"] != "end" and since >= loop["confirm_every"]):
             return False
         where, last = self.config["search"].get("confirm_rung") or rung, len(self.reserve(rival))
@@ -163,7 +163,7 @@ class Studies:
         cannot be paid any more, fresh seeds decide alone."""
         seeds, pairs, state = self.config["seeds"]["judge"], 0, self.state
         while True:
-            done, pairs = pairs, judge.next_look(pairs)
+            done, pairs = pairs, comparison.next_look(pairs)
             new = [
                 1
                 for c in (x.change, x.parent)
@@ -183,7 +183,7 @@ class Studies:
             if any(y is None for arm in arms for y in arm):
                 return "reject", pairs
             differences = [a - b for a, b in zip(*arms)]
-            step = judge.look(differences, state.noise(x.rung).sigma_d)
+            step = comparison.look(differences, state.noise(x.rung).sigma_d)
             if step != "more":
                 return step, pairs
 
@@ -199,7 +199,7 @@ class Studies:
             if step == "reject":
                 seeds = self.config["seeds"]["judge"][:pairs]
                 new, old = (state.scores(c, x.rung, seeds) for c in (x.change, x.parent))
-                test = judge.compare(new, old, state.noise(x.rung)) if new and old else None
+                test = comparison.compare(new, old, state.noise(x.rung)) if new and old else None
                 return self.close(
                     x,
                     "refuted",
@@ -215,7 +215,7 @@ class Studies:
         if len(new) < len(arms[0]) or not old:
             return self.close(x, "refuted", "a run on a fresh seed failed", pairs=pairs, **back)
         noise = state.noise(x.rung)
-        better, test = judge.fresh_test(new, old, noise)
+        better, test = comparison.fresh_test(new, old, noise)
         numbers = dict(
             pairs=pairs, seeds_used=x.seeds, scores_new=new, scores_old=old, **self.numbers(test)
         )
@@ -229,7 +229,7 @@ class Studies:
                 **back,
             )
         if better:
-            evidence = [self.comparison(x.factors[0], test, x)] if len(x.factors) == 1 else []
+            evidence = [self.piece_of_evidence(x.factors[0], test, x)] if len(x.factors) == 1 else []
             return self.close(
                 x,
                 "confirmed",
@@ -243,7 +243,7 @@ class Studies:
             x, "refuted", f"{test.delta:+.4f} on fresh seeds, p {test.p:.3f}", **numbers, **back
         )
 
-    def clearly_worse(self, x: Experiment, noise: judge.Noise) -> bool:
+    def clearly_worse(self, x: Experiment, noise: comparison.Noise) -> bool:
         """Whether a simplification is worse than the champion at level ALPHA, over all runs of both that no search
         chose them by."""
         seeds = {r.seed for r in self.state.runs.values()} - set(self.config["seeds"]["search"])
@@ -253,7 +253,7 @@ class Studies:
         return (
             x.change.items() < self.state.champion.items()
             and bool(new and old)
-            and (judge.compare(new, old, noise).p > 1 - judge.ALPHA)
+            and (comparison.compare(new, old, noise).p > 1 - comparison.ALPHA)
         )
 
     def open_closing(self) -> bool:
@@ -269,7 +269,7 @@ class Studies:
         if (
             not state.champion
             or any(not x.parent for x in won)
-            or self.exhausted(won[-1].rung, 2 * judge.FRESH)
+            or self.exhausted(won[-1].rung, 2 * comparison.FRESH)
         ):
             return False
         self.open(
@@ -292,7 +292,7 @@ class Studies:
         searched = {
             name for name, knob in self.space.knobs.items() if knob.skill not in self.state.retired
         }
-        for claim in meta.claims(self.state) if self.state.evidence else ():
+        for claim in skill_review.claims(self.state) if self.state.evidence else ():
             if (
                 (claim["status"], claim["was"]) == ("stale", "proven")
                 and claim["claim"] not in done
@@ -302,7 +302,7 @@ class Studies:
                     self.space.normal(toggled(self.state.anchor, [claim], [sign]))
                     for sign in (1, -1)
                 )
-                if new != old and not self.exhausted(claim["rung"], 2 * judge.FRESH, reserve=True):
+                if new != old and not self.exhausted(claim["rung"], 2 * comparison.FRESH, reserve=True):
                     self.open(
                         "retest",
                         new,
@@ -325,7 +325,7 @@ class Studies:
         new, old = ([y for y in arm if y is not None] for arm in arms)
         if not new or not old:
             return self.close(x, "failed", "the runs on fresh seeds failed")
-        better, test = judge.fresh_test(new, old, self.state.noise(x.rung))
+        better, test = comparison.fresh_test(new, old, self.state.noise(x.rung))
         against = (
             f"{x.text}: {test.delta:+.4f}" if x.factors else f"{test.delta:+.4f} against the base"
         )
@@ -336,7 +336,7 @@ class Studies:
             seeds_used=x.seeds,
             scores_new=new,
             scores_old=old,
-            evidence=[self.comparison(f, test, x) for f in x.factors],
+            evidence=[self.piece_of_evidence(f, test, x) for f in x.factors],
             **self.numbers(test),
         )
 
@@ -356,7 +356,7 @@ class Studies:
             name, skill = (owner.id, owner.skill) if owner else ("joint", space.knobs[knob].skill)
             found.setdefault((name, skill), {})[knob] = [old[knob], new[knob]]
         return [
-            dict(exp=name, skill=skill, knobs=knobs, claim=meta.claim_name(skill, knobs, space))
+            dict(exp=name, skill=skill, knobs=knobs, claim=skill_review.claim_name(skill, knobs, space))
             for (name, skill), knobs in sorted(found.items())
         ]
 
@@ -379,7 +379,7 @@ class Studies:
                     exp="hand",
                     skill=skill,
                     knobs=knobs,
-                    claim=meta.claim_name(skill, knobs, self.space),
+                    claim=skill_review.claim_name(skill, knobs, self.space),
                 )
             )
         if not 2 <= len(factors) <= 11:
@@ -424,7 +424,7 @@ class Studies:
     def design_of(self, x: Experiment) -> tuple:
         """A study's design and its twelve runs. Rows that are one configuration get a seed each: the same run counted
         twice would be no repetition."""
-        design, seen, runs = judge.plackett_burman(len(x.factors)), Counter(), []
+        design, seen, runs = comparison.plackett_burman(len(x.factors)), Counter(), []
         for row in design:
             change = self.space.normal(toggled(x.change, x.factors, row))
             runs.append((change, x.rung, x.seeds[seen[config_id(change)] % len(x.seeds)]))
@@ -440,7 +440,7 @@ class Studies:
         if None in scores:
             return self.close(x, "failed", "a run of the design failed; the moves stay together")
         noise = self.state.noise(x.rung)
-        tests = judge.effects(design, scores, noise)
+        tests = comparison.effects(design, scores, noise)
         keep = [judge.carries(t) for t in tests]
         slim = self.space.normal(toggled(x.change, x.factors, [1 if k else -1 for k in keep]))
         text = f"{sum(keep)} of {len(keep)} moves carry the gain"
@@ -449,7 +449,7 @@ class Studies:
             x,
             "ablated",
             text,
-            suspect=judge.suspect(design, scores, noise),
+            suspect=comparison.suspect(design, scores, noise),
             **self.findings(x, keep, tests),
             **after,
         )
@@ -461,7 +461,7 @@ class Studies:
             for f, k, t in zip(x.factors, keep, tests)
         ]
         return dict(
-            effects=rows, evidence=[self.comparison(f, t, x) for f, t in zip(x.factors, tests)]
+            effects=rows, evidence=[self.piece_of_evidence(f, t, x) for f, t in zip(x.factors, tests)]
         )
 
     step_compose = step_ablation  # the same design over changes that were named by hand
@@ -472,7 +472,7 @@ class Studies:
         suspect = last.verdict.get(
             "suspect"
         )  # the anchor has not moved since: nothing was asked in between
-        if not suspect or self.exhausted(last.rung, 4 * judge.FRESH, reserve=True):
+        if not suspect or self.exhausted(last.rung, 4 * comparison.FRESH, reserve=True):
             return False
         study = self.state.experiments[last.study or last.id]
         factors = [study.factors[i] for i in suspect]
@@ -503,7 +503,7 @@ class Studies:
             return self.close(x, "failed", "a run of the 2x2 failed")
         noise, n, study = self.state.noise(x.rung), len(x.seeds), self.state.experiments[x.study]
         corners = {signs: scores[i * n : (i + 1) * n] for i, signs in enumerate(CORNERS)}
-        test = judge.interaction(*corners.values(), noise)
+        test = comparison.interaction(*corners.values(), noise)
         text = f"together {test.delta:+.4f} [{test.low:+.4f}, {test.high:+.4f}] beyond their sum"
         if test.low <= 0 <= test.high:
             return self.close(x, "no interaction", text, **self.numbers(test))
@@ -520,14 +520,14 @@ class Studies:
             y - sum(d / 4 * row[i] * row[j] for (i, j), d in found.items())
             for y, row in zip(measured, design)
         ]
-        tests, best = judge.effects(design, clean, noise), judge.best_corner(corners, noise)
+        tests, best = comparison.effects(design, clean, noise), comparison.best_corner(corners, noise)
         settled = {
             i: e["keep"]
             for i, e in enumerate(study.verdict["effects"])
             if any(i in p for p in found)
         }
         settled |= {i: sign > 0 for i, sign in zip(pair, best)}
-        keep = [settled.get(i, judge.carries(t)) for i, t in enumerate(tests)]
+        keep = [settled.get(i, comparison.carries(t)) for i, t in enumerate(tests)]
         slim = self.space.normal(
             toggled(self.state.anchor, study.factors, [1 if k else -1 for k in keep])
         )
@@ -535,7 +535,7 @@ class Studies:
             x,
             "interaction",
             text,
-            suspect=judge.suspect(design, measured, noise, list(found)),
+            suspect=comparison.suspect(design, measured, noise, list(found)),
             anchor_after=slim,
             **self.numbers(test),
             **self.findings(study, keep, tests),

@@ -10,7 +10,7 @@ import fake_trainer
 import forge_lab
 import numpy as np
 import pytest
-from forge import ForgeError, forge, harvest, judge, meta, propose, report, skillcheck, studies
+from forge import ForgeError, forge, harvest, comparison, skill_review, sampler, report, skill_files, confirmation
 from forge.ledger import Ledger
 from forge.state import replay
 
@@ -50,20 +50,20 @@ def planted(tmp_path, effect, seed: int = 0, **more):
 def followed_up(rng, factors: int, together: float, df: int = 20) -> tuple[bool, bool]:
     """Changes worth 2 sigma each, the first two of which give `together` sigma beyond their sum, through the design and
     the 2x2: whether the right interaction is claimed, and whether a wrong one is."""
-    noise = judge.Noise(math.sqrt(rng.chisquare(df) / df), df)  # the true sigma is 1
-    design = judge.plackett_burman(factors)
+    noise = comparison.Noise(math.sqrt(rng.chisquare(df) / df), df)  # the true sigma is 1
+    design = comparison.plackett_burman(factors)
     truth = lambda on: -2.0 * sum(on) + together * (on[0] and on[1])  # noqa: E731
-    pair = judge.suspect(design, [truth(row > 0) + rng.normal() for row in design], noise)
+    pair = comparison.suspect(design, [truth(row > 0) + rng.normal() for row in design], noise)
     if pair is None:
         return False, False
     corners = [
         [
             truth([i in pair and corner[pair.index(i)] > 0 for i in range(factors)]) + rng.normal()
-            for _ in range(judge.FRESH)
+            for _ in range(comparison.FRESH)
         ]
-        for corner in studies.CORNERS
+        for corner in confirmation.CORNERS
     ]
-    test = judge.interaction(*corners, noise)
+    test = comparison.interaction(*corners, noise)
     claimed = not test.low <= 0 <= test.high
     return claimed and pair == (0, 1) and together != 0, claimed and (
         pair != (0, 1) or together == 0
@@ -95,7 +95,7 @@ def test_interactions_are_found_and_none_is_invented():
 def test_the_suspected_pair_is_the_one_of_a_regression(factors, known):
     """Against the t-value of each product in a least-squares fit with all main effects."""
     rng = np.random.default_rng(factors)
-    design = judge.plackett_burman(factors).astype(float)
+    design = comparison.plackett_burman(factors).astype(float)
     y = rng.normal(0, 1, 12) + 3 * design[:, 1] * design[:, 2]
     products = {
         p: design[:, p[0]] * design[:, p[1]] for p in itertools.combinations(range(factors), 2)
@@ -106,15 +106,15 @@ def test_the_suspected_pair_is_the_one_of_a_regression(factors, known):
         sizes[p] = abs(np.linalg.lstsq(x, y, rcond=None)[0][-1]) / math.sqrt(
             np.linalg.inv(x.T @ x)[-1, -1]
         )
-    assert judge.suspect(design, y, judge.Noise(1.0, 20), known) == max(sizes, key=sizes.get)
+    assert comparison.suspect(design, y, comparison.Noise(1.0, 20), known) == max(sizes, key=sizes.get)
     assert (
-        judge.suspect(design, 2 + design @ np.arange(factors), judge.Noise(0.1, 20), known) is None
+        comparison.suspect(design, 2 + design @ np.arange(factors), comparison.Noise(0.1, 20), known) is None
     )
 
 
 def test_an_interaction_is_the_difference_of_differences():
     groups = [[1.0, 1.2], [2.0, 2.2], [3.0], [5.0, 5.0]]
-    test = judge.interaction(*groups, judge.Noise(0.1, 10))
+    test = comparison.interaction(*groups, comparison.Noise(0.1, 10))
     assert test.delta == pytest.approx(1.1 - 2.1 - 3.0 + 5.0)
     assert test.delta / test.t == pytest.approx(0.1 * math.sqrt(1 / 2 + 1 / 2 + 1 + 1 / 2))
 
@@ -186,7 +186,7 @@ def test_rows_of_a_design_that_are_one_configuration_get_a_seed_each(tmp_path):
     forge_lab.finish(c)
     name = c.compose([dict(MATRIX_LR=0.022), dict(WARMDOWN_ITERS=0.6)])
     design, runs = c.design_of(c.state.experiments[name])
-    assert len({(propose.config_id(change), seed) for change, _, seed in runs}) == 12 == len(design)
+    assert len({(sampler.config_id(change), seed) for change, _, seed in runs}) == 12 == len(design)
 
 
 # ---- Simplification and old claims -----------------------------------------------------------------------------------
@@ -244,16 +244,16 @@ def test_a_proven_claim_that_grew_old_is_tested_once_more(tmp_path, effect, word
             evidence=[claim | dict(delta=-0.004, se=0.0005, parent=str(i)) for i in range(3)]
             + [other | dict(delta=-0.004, se=0.0005, parent="0")],
         )
-        assert [r["status"] for r in meta.claims(c.state)] == [
+        assert [r["status"] for r in skill_review.claims(c.state)] == [
             "heuristic",
             "proven",
         ] and not c.open_retest()
-        for i in range(meta.STALE_AFTER):
+        for i in range(skill_review.STALE_AFTER):
             tried = c.open(
                 "search", dict(INERT_A=round(0.001 * i, 6)), "screen", skill="inert", seeds=[1]
             )
             c.close(c.state.experiments[tried], "reject", "planted", delta=0.0, sigma=0.001)
-        assert [(r["status"], r["was"]) for r in meta.claims(c.state)] == [
+        assert [(r["status"], r["was"]) for r in skill_review.claims(c.state)] == [
             ("stale", "heuristic"),
             ("stale", "proven"),
         ]
@@ -265,7 +265,7 @@ def test_a_proven_claim_that_grew_old_is_tested_once_more(tmp_path, effect, word
         assert not set(again[0].seeds) & set(
             c.config["seeds"]["search"] + c.config["seeds"]["judge"]
         )
-        standing = next(r for r in meta.claims(state) if "MATRIX_LR" in r["claim"])
+        standing = next(r for r in skill_review.claims(state) if "MATRIX_LR" in r["claim"])
         assert standing["k"] == 4 and (standing["status"] == "proven") == (effect < 0)
         assert not c.open_retest()
 
@@ -345,16 +345,16 @@ def tries(prior: dict, rng, worth: dict, n: int = 60) -> list[str]:
     state.prior = prior
     chosen: list[str] = []
     won: list[float] = []
-    original, propose.credits = (
-        propose.credits,
+    original, sampler.credits = (
+        sampler.credits,
         lambda _: [(s, g, 1.0) for s, g in zip(chosen, won)],
     )
     try:
         for _ in range(n):
-            chosen.append(propose.choose_skill(state, sorted(worth), rng))
+            chosen.append(sampler.choose_skill(state, sorted(worth), rng))
             won.append(max(0.0, worth[chosen[-1]] * 2 * rng.random()) * (rng.random() < 0.5))
     finally:
-        propose.credits = original
+        sampler.credits = original
     return chosen
 
 
@@ -393,7 +393,7 @@ def test_a_large_model_whose_smaller_forms_were_all_tried_ends_no_campaign(tmp_p
                 at=len(c.state.experiments),
             ),
         )
-    skill, change = propose.propose(c.state, c.space)
+    skill, change = sampler.propose(c.state, c.space)
     assert change != {} and skill in c.space.skills
 
 
@@ -451,7 +451,7 @@ def test_skills_come_and_go(tmp_path, capsys):
         assert code == 2 and message in error and not (c.folder / "skills" / "floor").exists()
     assert (
         told(capsys, *new, "MIN_LR=0:0.5")[0] == 0
-        and skillcheck.check(c.folder / "skills" / "floor") == []
+        and skill_files.check(c.folder / "skills" / "floor") == []
     )
     assert told(capsys, *new, "MIN_LR=0:0.5")[0] == 2, "there is one already"
     assert told(capsys, "skills", "new", "../floor", "--of", c.folder, "--about", "x")[0] == 2
@@ -483,7 +483,7 @@ def test_skills_come_and_go(tmp_path, capsys):
     assert (
         state.retired == set()
         and sum(
-            propose.choose_skill(state, ["inert", "floor"], np.random.default_rng(i)) == "inert"
+            sampler.choose_skill(state, ["inert", "floor"], np.random.default_rng(i)) == "inert"
             for i in range(20)
         )
         > 0

@@ -75,8 +75,8 @@ def report(state: State, space: Space) -> list[dict]:
             if a and b and x.change:
                 shared[x.cid] = (float(np.mean(a)), float(np.mean(b)), space.classes(x.change, {}))
         base = tuple(float(np.mean(state.reference[r]["scores"])) for r in (lower, upper))
-        for klass in ("all", *sorted({k for s in shared.values() for k in s[2]})):
-            mine = [s for s in shared.values() if klass == "all" or klass in s[2]]
+        for klass in ("all", *sorted({k for s in remote.values() for k in s[2]})):
+            mine = [s for s in remote.values() if klass == "all" or klass in s[2]]
             points = [s[:2] for s in mine]
             found.append(
                 dict(

@@ -7,7 +7,7 @@ import forge_lab
 import numpy as np
 import optuna
 import pytest
-from forge import propose
+from forge import sampler
 from forge.space import Space, config_id
 
 SPACE = Space.build(forge_lab.DESCRIBED, fake_trainer.SKILLS, {})
@@ -25,10 +25,10 @@ def noisy(change: dict, rng) -> tuple[bool, float]:
 def with_optuna(sampler, seed: int) -> float:
     """Share of the gain that Optuna finds on its own: best of RUNS feasible runs, infeasible draws repeated."""
     rng, study = np.random.default_rng(seed), optuna.create_study(sampler=sampler)
-    table = {n: propose.distribution(k) for n, k in SPACE.knobs.items()}
+    table = {n: sampler.distribution(k) for n, k in SPACE.knobs.items()}
     best = ({}, fake_trainer.DEFAULT)
     for _ in range(RUNS):
-        for _ in range(propose.REDRAWS):
+        for _ in range(sampler.REDRAWS):
             trial = study.ask(table)
             change = SPACE.normal({n: SPACE.knobs[n].clip(v) for n, v in trial.params.items()})
             fits, score = noisy(change, rng)
@@ -43,7 +43,7 @@ def hill_climb(seed: int) -> float:
     """One to three knobs at a time by a fifth of their range, lower is kept."""
     rng, best = np.random.default_rng(seed), ({}, fake_trainer.DEFAULT)
     for _ in range(RUNS):
-        for _ in range(propose.REDRAWS):
+        for _ in range(sampler.REDRAWS):
             change = dict(SPACE.values(best[0]))
             for name in rng.choice(list(change), 1 + rng.integers(3), replace=False):
                 k = SPACE.knobs[name]
@@ -167,7 +167,7 @@ def test_a_proposal_depends_on_the_ledger_alone(tmp_path):
     a, b = (forge_lab.instant(tmp_path, seed=3, budget=dict(experiments=10)) for _ in range(2))
     for c in (a, b):
         forge_lab.finish(c)
-    assert propose.propose(a.state, a.space) == propose.propose(b.state, b.space)
+    assert sampler.propose(a.state, a.space) == sampler.propose(b.state, b.space)
     other = forge_lab.instant(tmp_path, seed=4, budget=dict(experiments=10))
     assert [x.cid for x in forge_lab.finish(other).experiments.values()][1:] != [
         x.cid for x in a.state.experiments.values()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.special import betainc, fdtrc, stdtrit
 
-from . import judge, propose
+from . import comparison, sampler
 from .space import Space
 from .state import State
 
@@ -84,7 +84,7 @@ def claims(state: State) -> list[dict]:
             standing = crystallise(mine, state.noise(rung).sigma, now, rung == "target")
             above = [e for e in evidence if rungs.index(e["rung"]) > rungs.index(rung)]
             held = any(
-                e["delta"] < 0 and e["se"] and judge.stdtr(20, e["delta"] / e["se"]) < 0.1
+                e["delta"] < 0 and e["se"] and comparison.stdtr(20, e["delta"] / e["se"]) < 0.1
                 for e in above
             )
             label = standing["status"]
@@ -136,10 +136,10 @@ def survivors(state: State) -> dict[str, int]:
 def skill_table(state: State, space: Space) -> list[dict]:
     """How every skill did: tries, moves, survivors, gain per try with 95 % interval, failures, minutes per 0.001."""
     upheld, rows = survivors(state), []
-    for arm in propose.arms(state, space.skills):
+    for arm in sampler.arms(state, space.skills):
         mine = [x for x in state.searches() if x.skill == arm.skill]
         failed = sum(x.verdict["delta"] is None for x in mine)
-        gain = sum(c for s, c, _ in propose.credits(state) if s == arm.skill)
+        gain = sum(c for s, c, _ in sampler.credits(state) if s == arm.skill)
         minutes = arm.minutes * arm.tries
         rows.append(
             dict(
@@ -194,7 +194,7 @@ def importance(state: State, space: Space) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            study = propose.study_of(space.knobs, state, optuna.samplers.RandomSampler(seed=0))
+            study = sampler.study_of(space.knobs, state, optuna.samplers.RandomSampler(seed=0))
             found = optuna.importance.get_param_importances(
                 study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
             )
