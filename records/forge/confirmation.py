@@ -541,6 +541,16 @@ class Studies:
             **self.findings(study, keep, tests),
         )
 
+    def open_study(self) -> bool:
+        """Open the study that is due, if one is."""
+        return (
+            self.open_ablation()
+            or self.open_pair()
+            or self.open_confirm()
+            or self.open_retest()
+            or self.open_promotion()
+        )
+
     # Another rung.
     def promote(self, name: str, rung: str) -> str:
         """Open a run of an experiment's configuration on another rung, behind the base's own there; returns its

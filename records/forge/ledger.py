@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from facts import files
+from facts.files import sha256_of as file_digest
+
 from . import ForgeError
 
 
@@ -28,38 +31,17 @@ def digest(value: Any, length: int = 16) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:length]
 
 
-def file_digest(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def now() -> str:
     """The present as UTC text."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def write_atomic(path: Path, content: str | bytes):
-    """Create or replace a file so that a crash at any moment leaves the old one or the new one, never a mixture."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Create or replace a file, whole or not at all. Raises ForgeError naming the file."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        files.write_atomic(path, content)
     except OSError as error:
         raise ForgeError(f"cannot write {path.name}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path):
-    """Make new names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 @contextlib.contextmanager

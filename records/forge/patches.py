@@ -5,18 +5,24 @@ write only to its run folder, and that its artifact is scored again by the unpat
 """
 
 import ast
+import contextlib
 import hashlib
+import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import ForgeError, sandbox
+from . import ForgeError, devices, sandbox
+from .campaign_folder import add_code
+from .ledger import write_atomic
 from .processes import clean_environment, located
 from .run_record import FINAL
-from .space import no_treatment
+from .space import CODE, no_treatment
+from .view import View
 
 # What a patch may not touch: sections of train_gpt.py by number (runtime, data and bytes, artifact, evaluation, main)
 # and, wherever they stand, what is scored, how, and how it is reported.
@@ -69,6 +75,7 @@ BANNED_MODULES = {
     "signal",
 }
 MAX_LINES = 400
+SMOKE_WAIT = 3600.0  # seconds that the smoke run of a patch waits for a device
 
 
 def protected_digest(source: str) -> dict[str, str]:
@@ -271,6 +278,50 @@ def losses(script: Path, env: dict[str, str], scratch: Path, allow_none: bool) -
         complaint = " ".join((done.stderr.strip() or "no loss").split())
         raise ForgeError("the smoke run failed: " + complaint[-300:])
     return found
+
+
+def admit(patch: str, view: View) -> dict[str, str]:
+    """Take patched code into a campaign: all static gates, a cage, and the same losses with the
+    switch at its default. Returns {"@code": its digest}; the new switch is documented in
+    code/<digest>/patch.json. Raises ForgeError naming the gate."""
+    old = view.script(view.state.anchor)
+    patched, switch = inspect_patch(old.read_text("utf-8"), patch)
+    allowed = view.config["agent"]["allow_unsandboxed"]
+    sandbox.require(allowed)
+    scratch = view.folder / "scratch"
+    scratch.mkdir(exist_ok=True)
+    data = old.parent / "data"
+    smoke = view.config["base"] | view.config["rungs"].get("smoke", {}).get("env", {})
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, free_device(view) as gpu:
+        draft = Path(folder) / "train_gpt.py"
+        draft.write_text(patched, "utf-8")
+        if data.exists():
+            (Path(folder) / "data").symlink_to(data.resolve())
+        first, second = (losses(s, smoke | gpu, scratch / "smoke", allowed) for s in (old, draft))
+        if first != second:
+            raise ForgeError(
+                f"with {switch} at its default the patch changes the losses of the first "
+                f"{len(first)} steps: the old behaviour must stay the default"
+            )
+        code = add_code(view.folder, draft, data)
+    table = dict(switch=switch, parent=old.parent.name, diff=patch)
+    write_atomic(view.folder / "code" / code / "patch.json", json.dumps(table, indent=1))
+    view.space.switches.add(switch)
+    return {CODE: code}
+
+
+@contextlib.contextmanager
+def free_device(view: View) -> Iterator[dict[str, str]]:
+    """The environment of a short run beside those of the search: it waits for a GPU that no run
+    has, where there are GPUs."""
+    base = view.config["base"].get("DEVICE", view.space.base_values.get("DEVICE", "auto"))
+    taken = {s for r in view.running() for s in r.slots}
+    among = [d for d in devices.visible() if d not in taken] or devices.visible()
+    if not among or str(base) == "cpu":
+        yield {}
+        return
+    with devices.held(among, 1, wait=SMOKE_WAIT) as (names, _):
+        yield dict(CUDA_VISIBLE_DEVICES=names[0])
 
 
 # ---- After the run -------------------------------------------------------------------------------

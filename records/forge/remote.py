@@ -120,10 +120,16 @@ def queue(storage) -> optuna.Study:
 
 
 class QueueRuns:
-    """Starts runs by queueing them and polls what workers handed back; the decider's side, see runner.LocalRunner."""
+    """Starts runs by queueing them and polls what workers handed back; the decider's side, see
+    runner.LocalRunner."""
+
+    owns_devices = False  # each worker chooses among those of its machine
 
     def __init__(self, storage, runs: Path, lease: float = 300.0):
-        self.study, self.folder, self.lease, self.seen = queue(storage), runs, lease, {}
+        self.study = queue(storage)
+        self.folder = runs
+        self.lease = lease
+        self.seen: dict[int, tuple] = {}  # trial -> its last heartbeat and when it was seen
 
     def trials(self, key: str) -> list:
         """Every attempt of a key, oldest first."""
@@ -137,7 +143,7 @@ class QueueRuns:
             return
         name = "code:" + order["code"]
         if name not in self.study.user_attrs:
-            self.study.set_user_attr(name, Path(order["script"]).read_text())
+            self.study.set_user_attr(name, Path(order["script"]).read_text("utf-8"))
         self.study.enqueue_trial({}, user_attrs=dict(key=order["key"], order=json.dumps(order)))
 
     def poll(self, key: str) -> tuple[str, dict | None]:
@@ -235,7 +241,8 @@ def heartbeat(study: optuna.Study, trial_id: int, over: threading.Event, every: 
 
 
 def execute(order: dict, scratch: Path, code: str, data: Path | None) -> tuple[dict, str]:
-    """Run an order of another machine in a folder of this one; returns record and log."""
+    """Run an order of another machine in a folder of this one, on devices of this one; returns
+    record and log."""
     place = scratch / "code" / order["code"]
     place.mkdir(parents=True, exist_ok=True)
     script = place / "train_gpt.py"
@@ -244,16 +251,13 @@ def execute(order: dict, scratch: Path, code: str, data: Path | None) -> tuple[d
     if data and not (place / "data").exists():
         with contextlib.suppress(FileExistsError):
             (place / "data").symlink_to(data)
-    if order["sandbox"]:
-        from . import patches
-
-        order["sandbox"] = patches.sandbox(scratch / "runs" / order["key"])
     folder = scratch / "runs" / order["key"]
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "run.json", json.dumps(order | dict(script=str(script))))
     record = runner.supervise(folder)
     out = folder / f"a{record['attempt']}.out"
-    return record, out.read_text("utf-8", "replace")[-LOG_BYTES:] if out.exists() else ""
+    log = out.read_text("utf-8", "replace")[-LOG_BYTES:] if out.exists() else ""
+    return record, log
 
 
 def work(target: str, scratch: Path, idle: float, run: Callable = execute, every: float = 30.0):

@@ -1,327 +1,222 @@
-"""What people read: one self-contained HTML page (plots embedded as SVG, nothing loaded from elsewhere), a table of
-runs, a heartbeat, and the skills' evidence and playbooks. All of it is rendered from the state and can be thrown away.
+"""What people read: one self-contained HTML page, pictures embedded as SVG, nothing loaded from
+elsewhere. Everything here renders the plain values that standing.py gathers.
 """
 
 import html
 import io
-import json
-import statistics
-import time
-from typing import Any
 
 import numpy as np
 
-from . import forecasts, skill_review
-from .ledger import now, write_atomic
-from .space import config_id
+from .ledger import now
+from .standing import label
 
 FORECAST_NOTE = (
-    "Halfway, the end of a run is foretold from its training loss; {cut} without prospects were ended there. Of the "
-    "last {n} forecasts that met their score, {covered:.0%} covered it (90 % intervals); below 75 % no run is ended. "
-    "What confirms is never cut short."
+    "Halfway, the end of a run is foretold from its training loss; {cut} without prospects were "
+    "ended there. Of the last {n} forecasts that met their score, {covered:.0%} covered it (90 % "
+    "intervals); below 75 % no run is ended. What confirms is never cut short."
 )
-SKILL_HEAD = [
-    "skill",
-    "tries",
-    "moved the anchor",
-    "upheld",
-    "failed",
-    "gain per try",
-    "from",
-    "to (95 %)",
-    "minutes",
-    "minutes per 0.001",
-]
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
-table { border-collapse: collapse; font-size: 13px; width: 100%; } td, th { text-align: left; padding: .15rem .5rem;
-border-bottom: 1px solid var(--soft); vertical-align: top; } th { cursor: pointer; } code { font-size: 12px; }
-figure { margin: .5rem 0; background: #fff; border-radius: 6px; } figure svg { width: 100%; height: auto; }
+h1 { font-size: 1.5rem; }
+h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; font-size: 13px; width: 100%; }
+td, th { text-align: left; padding: .15rem .5rem; border-bottom: 1px solid var(--soft);
+vertical-align: top; } th { cursor: pointer; } code { font-size: 12px; }
+figure { margin: .5rem 0; background: #fff; border-radius: 6px; }
+figure svg { width: 100%; height: auto; }
 .big { font-size: 1.15rem; } .bad { color: #c33; } .muted { opacity: .7; }
 """
 SORT = """
 for (const th of document.querySelectorAll('th')) th.onclick = () => {
   const i = [...th.parentNode.children].indexOf(th), body = th.closest('table').tBodies[0];
-  const key = r => { const t = r.children[i].innerText, n = parseFloat(t); return isNaN(n) ? t : n; };
+  const key = r => { const t = r.children[i].innerText, n = parseFloat(t);
+                     return isNaN(n) ? t : n; };
   const rows = [...body.rows].sort((a, b) => key(a) > key(b) ? 1 : -1);
   if (th.dataset.up) rows.reverse(); th.dataset.up = th.dataset.up ? '' : '1'; body.append(...rows);
 };
 """
 
 
-def label(change: dict) -> str:
-    """A change in one line."""
-    return ", ".join(f"{n}={v}" for n, v in sorted(change.items())) or "the base configuration"
+# ---- Words ---------------------------------------------------------------------------------------
+def bpb(value: float | None) -> str:
+    """A score: four digits behind the point are what seeds can tell apart."""
+    return "" if value is None else f"{value:.4f}"
 
 
-def gain_of(state) -> dict | None:
-    """The champion's confirmed gain: the verdict of the last confirmation that changed it."""
-    found = [
-        x
-        for x in state.experiments.values()
-        if x.kind == "confirm"
-        and x.verdict
-        and x.verdict["verdict"] in ("confirmed", "equal_simpler")
-    ]  # the second in ledgers of old only
-    return dict(exp=found[-1].id, **found[-1].verdict) if found else None
+def difference(value: float | None, digits: int = 4) -> str:
+    """A difference with its sign."""
+    return "" if value is None else f"{value:+.{digits}f}"
 
 
-def gain_in_all(state) -> dict | None:
-    """The champion against the base on fresh seeds: the closing comparison, or the confirmation if that was against the
-    base; None when there was neither."""
-    found = [
-        x
-        for x in state.experiments.values()
-        if x.kind in ("confirm", "closing")
-        and not x.parent
-        and x.verdict
-        and x.verdict.get("scores_new")
-        and x.cid == config_id(state.champion)
-    ]
-    return dict(exp=found[-1].id, **found[-1].verdict) if found and state.champion else None
-
-
-def summary(c) -> dict[str, Any]:
-    """Where a campaign stands, for people and programs."""
-    state, rung = c.state, c.config["search"]["rung"]
-    kinds: dict[str, int] = {}
-    for r in state.runs.values():
-        kind = r.record["status"] if r.finished else "running" if r.started else "waiting"
-        kinds[kind] = kinds.get(kind, 0) + 1
-    means = {
-        n: statistics.mean(s) if (s := state.scores(ch, rung)) else None
-        for n, ch in (("base", {}), ("anchor", state.anchor), ("champion", state.champion))
-    }
-    return dict(
-        name=c.folder.name,
-        stopped=state.stopped,
-        spent=c.spent(),
-        budget=c.config["budget"],
-        runs=kinds,
-        rung=rung,
-        scores=means,
-        anchor=state.anchor,
-        champion=state.champion,
-        confirmed=gain_of(state),
-        in_all=gain_in_all(state),
-        forecasts=forecasts.calibration(state),
-        noise=list(state.noise(rung)),
-        skills=skill_review.skill_table(state, c.space) if state.searches() else [],
-        inert=state.metas[-1]["inert"] if state.metas else [],
-        retired=sorted(state.retired),
-        prior=state.prior,
-        marks=marks(state),
-        claims=skill_review.claims(state),
-    )
-
-
-def marks(state) -> dict[str, str]:
-    """{skill: inert or retired} for those that the search leaves alone."""
-    return dict.fromkeys(state.metas[-1]["inert"] if state.metas else (), "inert") | dict.fromkeys(
-        sorted(state.retired), "retired"
-    )
-
-
-def summary_text(d: dict) -> str:
-    """The same in a few lines."""
+def standing_text(d: dict) -> str:
+    """Where a campaign stands, in a few lines."""
+    kinds = ", ".join(f"{k} {v}" for k, v in d["runs"].items())
     lines = [
         f"{d['name']}: {d['spent']['experiments']} of {d['budget']['experiments']} experiments, "
-        f"{d['spent']['minutes']:.1f} device minutes; runs "
-        + ", ".join(f"{k} {v}" for k, v in d["runs"].items())
+        f"{d['spent']['minutes']:.1f} device minutes; runs {kinds}"
     ]
-    shown = {k: f"{v:.4f}" if v is not None else "?" for k, v in d["scores"].items()}
+    shown = {k: bpb(v) or "?" for k, v in d["scores"].items()}
     lines.append(
-        f"base {shown['base']}, anchor {shown['anchor']}, champion {shown['champion']} bits per byte on "
-        f"{d['rung']}; noise {d['noise'][0]:.4f} ({d['noise'][1]:.0f} degrees of freedom)"
+        f"base {shown['base']}, anchor {shown['anchor']}, champion {shown['champion']} bits per "
+        f"byte on {d['rung']}; noise {d['noise'][0]:.4f} ({d['noise'][1]:.0f} degrees of freedom)"
     )
-    found = d["confirmed"]
-    lines.append(
-        "champion: "
-        + label(d["champion"])
-        + (
-            f"; confirmed {found['delta']:+.4f} [{found['ci95'][0]:+.4f}, {found['ci95'][1]:+.4f}] on fresh seeds"
-            if found
-            else "; nothing is confirmed yet"
-        )
-    )
+    found = "; nothing is confirmed yet"
+    if d["confirmed"]:
+        found = "; confirmed {} [{}, {}] on fresh seeds".format(*interval(d["confirmed"]))
+    lines.append("champion: " + label(d["champion"]) + found)
     if d["in_all"]:
-        lines.append(
-            "against the base, on fresh seeds: {:+.4f} [{:+.4f}, {:+.4f}]".format(
-                d["in_all"]["delta"], *d["in_all"]["ci95"]
-            )
-        )
-    lines += ["anchor: " + label(d["anchor"])] + (
-        [f"stopped: {d['stopped']}"] if d["stopped"] else []
-    )
-    return "\n".join(lines) + ("\n\n" + skill_text(d["skills"], d["marks"]) if d["skills"] else "")
+        text = "against the base, on fresh seeds: {} [{}, {}]"
+        lines.append(text.format(*interval(d["in_all"])))
+    lines.append("anchor: " + label(d["anchor"]))
+    if d["slots"]:
+        held = "; ".join(f"{key} on {','.join(s)}" for key, s in d["slots"].items())
+        lines.append(f"running: {held}")
+    if d["stopped"]:
+        lines.append(f"stopped: {d['stopped']}")
+    if d["skills"]:
+        lines += ["", skill_text(d["skills"], d["marks"])]
+    return "\n".join(lines)
+
+
+def interval(verdict: dict) -> tuple[str, str, str]:
+    """A verdict's difference and its two bounds as texts."""
+    return tuple(difference(v) for v in (verdict["delta"], *verdict["ci95"]))
 
 
 def skill_text(rows: list[dict], marks: dict[str, str]) -> str:
     """The skill table as text."""
     lines = [
-        f"{'skill':<24} tries moves upheld failed  gain per try [95 %]            minutes per 0.001"
+        f"{'skill':<24} tries moves upheld failed  gain per try [95 %]            "
+        "minutes per 0.001"
     ]
     for r in rows:
-        per = f"{r['minutes_per_milli']:.3g}" if r["minutes_per_milli"] is not None else "-"
+        per = "-" if r["minutes_per_milli"] is None else f"{r['minutes_per_milli']:.3g}"
         lines.append(
-            f"{r['skill']:<24} {r['tries']:>5} {r['moves']:>5} {r['upheld']:>6} {r['failed']:>6}  "
-            f"{r['mean']:.5f} [{r['low']:+.5f}, {r['high']:+.5f}]  {per}"
+            f"{r['skill']:<24} {r['tries']:>5} {r['moves']:>5} {r['upheld']:>6} "
+            f"{r['failed']:>6}  {r['mean']:.5f} [{r['low']:+.5f}, {r['high']:+.5f}]  {per}"
             + f"  {marks.get(r['skill'], '')}".rstrip()
         )
     return "\n".join(lines)
 
 
-def news(c, since: int) -> list[str]:
-    """What happened after event number `since`, one line per verdict, with progress and time left."""
+def news(events: list[dict], view) -> list[str]:
+    """What happened in these events, one line per verdict, with progress and time left."""
+    state = view.state
+    done, wanted = len(state.searches()), view.config["budget"]["experiments"]
+    seconds = state.expected_seconds(view.rung)
+    left = max(0, wanted - done) * seconds / 60 / view.config["loop"]["workers"]
     found = []
-    for e in c.ledger.read()[since:]:
+    for e in events:
         if e["event"] == "judged":
-            x = c.state.experiments[e["exp"]]
-            done, all_ = len(c.state.searches()), c.config["budget"]["experiments"]
-            seconds = c.state.expected_seconds(c.config["search"]["rung"])
-            left = max(0, all_ - done) * seconds / 60 / c.config["loop"]["workers"]
+            x = state.experiments[e["exp"]]
             found.append(
                 f"{x.id} {x.kind:<9} {x.verdict['verdict']:<10} {x.skill or '-':<22} "
-                f"{x.verdict['reason'][:80]}   [{done}/{all_}, about {left:.0f} min left]"
+                f"{x.verdict['reason'][:80]}   [{done}/{wanted}, about {left:.0f} min left]"
             )
         elif e["event"] == "refused":
             found.append(f"refused: {e['proposal']['reason'][:100]}")
+        elif e["event"] == "agent" and not e["call"]["ok"]:
+            found.append(f"agent: {e['call']['reason'][:160]}")
         elif e["event"] == "meta":
-            found.append(
-                f"meta {e['meta']['index']}: "
-                + ", ".join(f"{r['skill']} {r['moves']}/{r['tries']}" for r in e["meta"]["skills"])
-            )
+            skills = ", ".join(f"{r['skill']} {r['moves']}/{r['tries']}" for r in e["meta"]["skills"])
+            found.append(f"meta {e['meta']['index']}: {skills}")
     return found
 
 
-# ---- Plots -----------------------------------------------------------------------------------------------------------
+# ---- Plots ---------------------------------------------------------------------------------------
 def svg(draw, width: float = 9, height: float = 3.2) -> str:
     """One matplotlib figure as SVG text; the same data, the same text."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "forge", "font.size": 9, "svg.fonttype": "none"})
+    settings = {"svg.hashsalt": "forge", "font.size": 9, "svg.fonttype": "none"}
+    matplotlib.rcParams.update(settings)
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(width, height), layout="constrained")
     try:
         draw(axis)
         out = io.StringIO()
-        figure.savefig(
-            out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
+        blank = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(out, format="svg", metadata=blank)
     finally:
         plt.close(figure)
-    return "<figure>" + out.getvalue()[out.getvalue().index("<svg") :] + "</figure>"
+    text = out.getvalue()
+    return "<figure>" + text[text.index("<svg") :] + "</figure>"
 
 
-def plot_progress(c):
+def plot_progress(d: dict) -> str:
     """Every run, the anchor's stairs and the champion's band."""
+    points, stairs, sigma = (d["progress"][k] for k in ("points", "stairs", "sigma"))
+    colors = {"base": "tab:gray", "champion (confirmed)": "tab:green"}
 
     def draw(axis):
-        state, rung = c.state, c.config["search"]["rung"]
-        points = [
-            (i, statistics.mean(s))
-            for i, x in enumerate(state.searches(), 1)
-            if (s := state.scores(x.change, rung))
-        ]
         if points:
             axis.scatter(*zip(*points), s=12, color="0.6", label="tried once")
-        anchor, stairs = {}, []
-        for i, x in enumerate(state.searches(), 1):
-            anchor = x.verdict.get("anchor_after", anchor)
-            if s := state.scores(anchor, rung):
-                stairs.append((i, statistics.mean(s)))
         if stairs:
-            axis.step(*zip(*stairs), where="post", color="tab:blue", label="anchor (may be luck)")
-        sigma = state.noise(rung).sigma
-        for change, name, color in (
-            ({}, "base", "tab:gray"),
-            (state.champion, "champion (confirmed)", "tab:green"),
-        ):
-            s = state.scores(change, rung)
-            if s and (change or name == "base"):
-                m, half = statistics.mean(s), 2 * sigma / len(s) ** 0.5
-                axis.axhspan(m - half, m + half, color=color, alpha=0.2)
-                axis.axhline(m, color=color, linewidth=1, label=name)
+            name = "anchor (may be luck)"
+            axis.step(*zip(*stairs), where="post", color="tab:blue", label=name)
+        for name, (middle, half) in d["progress"]["bands"].items():
+            axis.axhspan(middle - half, middle + half, color=colors[name], alpha=0.2)
+            axis.axhline(middle, color=colors[name], linewidth=1, label=name)
         values = [p[1] for p in points] or [1]
-        middle = float(np.quantile(values, 0.8))
-        axis.set_ylim(
-            min(values) - 4 * sigma, max(middle, *[p[1] for p in stairs] or [middle]) + 8 * sigma
-        )
+        top = max(float(np.quantile(values, 0.8)), *(p[1] for p in stairs), 0.0)
+        axis.set_ylim(min(values) - 4 * sigma, top + 8 * sigma)
         axis.set(xlabel="experiment", ylabel="bits per byte")
         axis.legend(loc="upper right", fontsize=8)
 
     return svg(draw)
 
 
-def plot_skills(c):
+def plot_skills(d: dict) -> str:
     """Posterior mean credit of each skill with its 95 % interval."""
+    rows = d["skills"]
+    below = [r["mean"] - r["low"] for r in rows]
+    above = [r["high"] - r["mean"] for r in rows]
 
     def draw(axis):
-        rows = skill_review.skill_table(c.state, c.space)
-        axis.barh(
-            [r["skill"] for r in rows],
-            [r["mean"] for r in rows],
-            color="tab:blue",
-            alpha=0.6,
-            xerr=[[r["mean"] - r["low"] for r in rows], [r["high"] - r["mean"] for r in rows]],
-            ecolor="0.3",
-        )
+        names, means = [r["skill"] for r in rows], [r["mean"] for r in rows]
+        look = dict(color="tab:blue", alpha=0.6, ecolor="0.3")
+        axis.barh(names, means, xerr=[below, above], **look)
         axis.set(xlabel="gain per try, bits per byte (posterior, 95 %)")
 
-    return svg(draw, height=0.8 + 0.3 * len(c.space.skills))
+    return svg(draw, height=0.8 + 0.3 * len(rows))
 
 
-def plot_bytes(c):
+def plot_bytes(d: dict) -> str:
     """Score against size, with the budget."""
+    rows = d["sizes"]
 
     def draw(axis):
-        rows = [
-            (r.record["artifact_bytes"], r.score)
-            for r in c.state.runs.values()
-            if r.score is not None and r.record["artifact_bytes"]
-        ]
         if rows:
-            axis.scatter([b / 1e6 for b, _ in rows], [y for _, y in rows], s=10, color="tab:purple")
-        axis.axvline(c.config["budget"]["artifact_bytes"] / 1e6, color="tab:red", linewidth=1)
+            sizes, scores = [b / 1e6 for b, _ in rows], [y for _, y in rows]
+            axis.scatter(sizes, scores, s=10, color="tab:purple")
+        axis.axvline(d["budget"]["artifact_bytes"] / 1e6, color="tab:red", linewidth=1)
         axis.set(xlabel="artifact, million bytes (line: the budget)", ylabel="bits per byte")
 
     return svg(draw, height=2.6)
 
 
-def plot_noise(c):
+def plot_noise(d: dict) -> str:
     """Scores of every configuration that ran on several seeds, about their mean."""
+    groups = d["noise_groups"]
 
     def draw(axis):
-        groups: dict[tuple, list] = {}
-        for (cid, rung, _), r in c.state.by_place.items():
-            if r.score is not None:
-                groups.setdefault((rung, cid), []).append(r.score)
-        rungs = sorted({g[0] for g in groups})
-        for i, rung in enumerate(rungs):
-            gaps = [
-                y - statistics.mean(ys)
-                for (g, _), ys in groups.items()
-                if g == rung and len(ys) > 1
-                for y in ys
-            ]
-            axis.scatter(gaps, [i] * len(gaps), s=10, alpha=0.6)
-            sigma = c.state.noise(rung).sigma
-            axis.errorbar([0], [i + 0.2], xerr=[sigma], color="tab:red", capsize=3)
+        for i, found in enumerate(groups.values()):
+            axis.scatter(found["gaps"], [i] * len(found["gaps"]), s=10, alpha=0.6)
+            axis.errorbar([0], [i + 0.2], xerr=[found["sigma"]], color="tab:red", capsize=3)
         axis.set(
-            yticks=range(len(rungs)),
-            yticklabels=rungs,
+            yticks=range(len(groups)),
+            yticklabels=list(groups),
             xlabel="score minus its configuration's mean (red: one sigma, pooled)",
-            ylim=(-0.6, len(rungs) - 0.2),
+            ylim=(-0.6, len(groups) - 0.2),
         )
 
-    return svg(draw, height=1.2 + 0.4 * len(c.state.reference))
+    return svg(draw, height=1.2 + 0.4 * len(groups))
 
 
-def plot_transfer(rows: list[dict]):
+def plot_transfer(rows: list[dict]) -> str:
     """Rung against rung for all classes."""
     row = next((r for r in rows if r["klass"] == "all" and r["points"]), None)
 
@@ -332,40 +227,24 @@ def plot_transfer(rows: list[dict]):
     return svg(draw, 4.5, 3.2) if row else ""
 
 
-def plot_time(c):
+def plot_time(d: dict) -> str:
     """Device minutes per skill and kind of experiment."""
+    spent = d["minutes"]
+    order = sorted(spent, key=spent.get)
 
     def draw(axis):
-        spent: dict[str, float] = {}
-        for r in c.state.runs.values():
-            if r.finished:
-                x = c.state.experiments[r.exp]
-                name = x.skill or x.kind
-                spent[name] = spent.get(name, 0) + r.record["wall_s"] / 60
-        order = sorted(spent, key=spent.get)
         axis.barh(order, [spent[n] for n in order], color="tab:orange", alpha=0.7)
         axis.set(xlabel="device minutes")
 
-    return svg(draw, height=1 + 0.25 * len(c.space.skills))
+    return svg(draw, height=1 + 0.25 * len(order))
 
 
-def plot_curves(c):
+def plot_curves(d: dict) -> str:
     """Training losses of the base, the anchor and the champion."""
 
     def draw(axis):
-        state, rung = c.state, c.config["search"]["rung"]
-        for name, change in (("base", {}), ("anchor", state.anchor), ("champion", state.champion)):
-            run = next(
-                (
-                    r
-                    for r in state.runs.values()
-                    if r.score is not None and r.rung == rung and r.cid == config_id(change)
-                ),
-                None,
-            )
-            path = c.folder / "runs" / (run.key if run else "none") / "metrics.json"
-            if path.exists() and (losses := json.loads(path.read_text())["losses"]):
-                axis.plot(*zip(*losses), label=name, linewidth=1)
+        for name, losses in d["curves"].items():
+            axis.plot(*zip(*losses), label=name, linewidth=1)
         axis.set(xlabel="step", ylabel="training loss, nats", yscale="log")
         if axis.lines:
             axis.legend(fontsize=8)
@@ -373,25 +252,15 @@ def plot_curves(c):
     return svg(draw, height=2.6)
 
 
-def plot_forecasts(c):
+def plot_forecasts(d: dict) -> str:
     """Score against forecast with its interval."""
+    rows = d["forecast_rows"]
 
     def draw(axis):
-        rows = [
-            (r.forecast, r.score)
-            for r in c.state.runs.values()
-            if r.forecast and r.score is not None
-        ]
         for f, y in rows:
-            axis.errorbar(
-                f["middle"],
-                y,
-                xerr=[[f["middle"] - f["low"]], [f["high"] - f["middle"]]],
-                fmt="o",
-                markersize=3,
-                color="tab:blue",
-                ecolor="0.7",
-            )
+            error = [[f["middle"] - f["low"]], [f["high"] - f["middle"]]]
+            look = dict(fmt="o", markersize=3, color="tab:blue", ecolor="0.7")
+            axis.errorbar(f["middle"], y, xerr=error, **look)
         if rows:
             axis.axline((rows[0][1], rows[0][1]), slope=1, color="0.4", linewidth=0.8)
         axis.set(xlabel="forecast halfway, bits per byte (90 %)", ylabel="score")
@@ -399,405 +268,228 @@ def plot_forecasts(c):
     return svg(draw, 4.5, 3.2)
 
 
-def plot_importance(found: dict[str, float]):
+def plot_importance(found: dict[str, float]) -> str:
     """Knobs by PED-ANOVA importance."""
+    names = sorted(found, key=found.get)[-15:]
 
     def draw(axis):
-        names = sorted(found, key=found.get)[-15:]
         axis.barh(names, [found[n] for n in names], color="tab:cyan")
         axis.set(xlabel="share of the difference between good and other tries (PED-ANOVA)")
 
-    return svg(draw, height=1 + 0.22 * min(15, len(found)))
+    return svg(draw, height=1 + 0.22 * len(names))
 
 
-# ---- The page --------------------------------------------------------------------------------------------------------
+# ---- The page ------------------------------------------------------------------------------------
 def table(head: list[str], rows: list[list]) -> str:
     """An HTML table; every cell is escaped."""
-    cell = lambda v: html.escape(
-        "" if v is None else f"{v:.5g}" if isinstance(v, float) else str(v)
-    )  # noqa: E731
-    body = "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>" for row in rows)
-    return (
-        "<table><thead><tr>"
-        + "".join(f"<th>{html.escape(h)}</th>" for h in head)
-        + f"</tr></thead><tbody>{body}</tbody></table>"
-    )
+    lines = ["<table><thead><tr>"]
+    lines += [f"<th>{html.escape(h)}</th>" for h in head]
+    lines.append("</tr></thead><tbody>")
+    for row in rows:
+        cells = ("" if v is None else html.escape(str(v)) for v in row)
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return "".join(lines) + "</tbody></table>"
 
 
-def setting(c, d: dict) -> str:
+def section(title: str, *body: str, note: str = "") -> str:
+    """A headed part of the page."""
+    muted = f"<p class=muted>{note}</p>" if note else ""
+    return f"<h2>{title}</h2>{muted}" + "".join(body)
+
+
+def settings_text(env: dict, without: tuple = ()) -> str:
+    """Knobs as NAME=VALUE, escaped."""
+    return html.escape(", ".join(f"{n}={v}" for n, v in env.items() if n not in without))
+
+
+def setting(d: dict) -> str:
     """What was done, for a reader who has seen nothing else."""
-    state, rung = c.state, c.config["rungs"][d["rung"]]
-    base = ", ".join(
-        f"{n}={v}"
-        for n, v in c.config["base"].items()
-        if n not in ("CHECKPOINT_EVERY", "STRICT_ENV")
-    )
-    own = ", ".join(
-        f"{n}={v}"
-        for n, v in rung.get("env", {}).items()
-        if not (rung.get("tokens") and n == "MAX_WALLCLOCK_SECONDS")
-    )
-    val, host = ((state.reference.get(d["rung"]) or {}).get(k) for k in ("val", "host"))
+    rung = d["rung_table"]
+    base = settings_text(d["base"], ("CHECKPOINT_EVERY", "STRICT_ENV"))
+    own = settings_text(rung.get("env", {}), ("MAX_WALLCLOCK_SECONDS",) if rung.get("tokens") else ())
+    val, host = d["reference"].get("val"), d["reference"].get("host")
     length = f"{rung['tokens']:,} training tokens" if rung.get("tokens") else "its own limits"
     text = (
-        f"A score is bits per byte of validation text; lower is better. The campaign began at the base "
-        f"configuration <code>{html.escape(base)}</code> and tried {d['spent']['experiments']} changes on the rung "
-        f"<i>{html.escape(d['rung'])}</i>: every run there ends after {length}"
-        + (f", with <code>{html.escape(own)}</code>" if own else "")
-        + ". "
+        "A score is bits per byte of validation text; lower is better. The campaign began at the "
+        f"base configuration <code>{base}</code> and tried {d['spent']['experiments']} changes on "
+        f"the rung <i>{html.escape(d['rung'])}</i>: every run there ends after {length}"
     )
+    text += f", with <code>{own}</code>. " if own else ". "
     if val and val[0]:
-        text += f"Every run is scored on the same {val[0]:,} tokens ({val[1]:,} bytes), on {html.escape(host)}. "
+        text += (
+            f"Every run is scored on the same {val[0]:,} tokens ({val[1]:,} bytes), on "
+            f"{html.escape(host)}. "
+        )
     return (
-        f"<p>{text}From seed to seed the score of one configuration varies by {d['noise'][0]:.4f} (standard "
-        "deviation), so one better run proves nothing: a claim must hold on seeds that no decision has seen.</p>"
+        f"<p>{text}From seed to seed the score of one configuration varies by {d['noise'][0]:.4f} "
+        "(standard deviation), so one better run proves nothing: a claim must hold on seeds that "
+        "no decision has seen.</p>"
     )
 
 
-def headline(c, d: dict) -> str:
+def headline(d: dict) -> str:
     """What the campaign may claim, in a few sentences."""
-    state, found, base = c.state, d["in_all"] or d["confirmed"], d["scores"]["base"]
+    found = d["in_all"] or d["confirmed"]
     claim = "Nothing is confirmed: what the search found may be luck. "
     if found:
-        (low, high), n = found["ci95"], len(found["seeds_used"])
+        low, high = found["ci95"]
+        n = len(found["seeds_used"])
         against = "the base configuration" if d["in_all"] else "the champion before it"
-        where = state.experiments[found["exp"]].rung
-        longer = state.expected_seconds(where, state.champion) / max(
-            1e-9, state.expected_seconds(where, {})
-        )
         claim = (
-            f"scores <b>{-found['delta']:.4f}</b> bits per byte less than {against} (95 % interval {-high:.4f} to "
-            f"{-low:.4f}, one-sided p {found['p']:.2g}), on {n} + {n} runs with fresh seeds ({found['exp']}). "
-            f"A run of it takes {longer:.2f} times as long. "
+            f"scores <b>{-found['delta']:.4f}</b> bits per byte less than {against} (95 % interval "
+            f"{-high:.4f} to {-low:.4f}, one-sided p {found['p']:.2g}), on {n} + {n} runs with "
+            f"fresh seeds ({found['exp']}). A run of it takes {d['longer']:.2f} times as long. "
         )
-    return (
-        f"<p class=big>{html.escape(label(state.champion))}</p><p>{claim}The base scores "
-        f"{base if base is not None else float('nan'):.4f}.</p>"
-    )
+    base = bpb(d["scores"]["base"]) or "nothing yet"
+    champion = html.escape(label(d["champion"]))
+    return f"<p class=big>{champion}</p><p>{claim}The base scores {base}.</p>"
 
 
-def failures_of_ideas(c) -> list[list]:
-    """What did not work: [change, skill, difference, in sigmas, how it ended, experiment], claims that fell on fresh
-    seeds first, then the worst."""
+def skill_section(d: dict) -> str:
+    """How every skill did."""
+    head = ["skill", "tries", "moved the anchor", "upheld", "failed", "gain per try", "from"]
+    head += ["to (95 %)", "minutes", "minutes per 0.001"]
     rows = []
-    for x in c.state.experiments.values():
-        v = x.verdict or {}
-        if v.get("verdict") not in ("reject", "refuted", "not upheld"):
-            continue
-        change = label(
-            {
-                n: f"{c.space.values(x.parent).get(n, '-')} -> {w}"
-                for n, w in c.space.values(x.change).items()
-                if c.space.values(x.parent)[n] != w
-            }
+    for r in d["skills"]:
+        per = r["minutes_per_milli"]
+        row = [r[k] for k in ("skill", "tries", "moves", "upheld", "failed")]
+        row += [bpb(r["mean"]), difference(r["low"]), difference(r["high"])]
+        rows.append([*row, f"{r['minutes']:.1f}", "" if per is None else f"{per:.3g}"])
+    note = (
+        "A skill is a group of knobs with notes on them. With few experiments this ranking is a "
+        f"tendency: read the intervals. Inert: {', '.join(d['inert']) or 'none so far'}. Retired: "
+        f"{', '.join(d['retired']) or 'none'}."
+    )
+    if d["prior"]:
+        counts = ", ".join(f"{s} {a:g}:{b:g}" for s, (a, b) in sorted(d["prior"].items()))
+        note += (
+            f" Records of others speak for and against {counts}; their weight falls with every "
+            "try of one's own."
         )
-        sigma, delta = v.get("sigma") or c.state.noise(x.rung).sigma, v.get("delta")
-        how = (
-            v["reason"]
-            if x.kind != "search" or delta is None or v["reason"].startswith("pruned")
-            else (
-                "ahead, but not by enough"
-                if delta < 0
-                else "within the noise"
-                if delta < 2 * sigma
-                else "clearly worse"
-            )
-        )
-        rows.append(
-            [
-                change,
-                x.skill or x.kind,
-                delta,
-                delta / sigma if delta is not None else None,
-                how,
-                x.id,
-            ]
-        )
-    return sorted(
-        rows,
-        key=lambda r: (r[1] not in ("confirm", "closing"), -(r[2] if r[2] is not None else 1e9)),
+    return section("Skills", table(head, rows), plot_skills(d), note=note)
+
+
+def claim_section(d: dict) -> str:
+    """Claims and what they rest on."""
+    head = ["id", "standing", "claim", "k", "parents", "mean", "low", "high", "rung", "evidence"]
+    rows = []
+    for r in d["claims"]:
+        numbers = [difference(r[k]) for k in ("mean", "low", "high")]
+        row = [r["id"], r["label"], r["claim"], r["k"], r["parents"], *numbers]
+        rows.append([*row, r["rung"], " ".join(r["experiments"])])
+    note = "A claim is proven by three comparisons on two parents with an upper bound below zero."
+    return section("Claims", table(head, rows) if rows else "<p>None yet.</p>", note=note)
+
+
+def transfer_section(d: dict) -> str:
+    """Whether small runs foretell large ones."""
+    head = ["from", "to", "class", "n", "verdict", "tau", "low", "high", "regret"]
+    rows = []
+    for r in d["transfers"]:
+        row = [r[k] for k in ("lower", "upper", "klass", "n", "word")]
+        row += [difference(r.get(k), 2) for k in ("tau", "low", "high")]
+        rows.append([*row, bpb(r.get("regret"))])
+    return section("Transfer between rungs", table(head, rows), plot_transfer(d["transfers"]))
+
+
+def failed_section(d: dict) -> str:
+    """What did not work."""
+    head = ["change", "skill", "difference", "in sigmas", "what happened", "id"]
+    rows = []
+    for r in d["failed_ideas"]:
+        numbers = [difference(r["delta"]), difference(r["sigmas"], 1)]
+        rows.append([r["change"], r["skill"], *numbers, r["how"], r["id"]])
+    return section(
+        "What did not work",
+        table(head, rows),
+        note="Against the anchor of the moment, most by a single run: a change that is only a "
+        "little worse here may be worth nothing or a little. Claims that fell on fresh seeds come "
+        "first, then failed runs.",
     )
 
 
-def experiment_rows(state) -> list[list]:
-    """Every experiment as a row of the last table."""
-    return [
-        [
-            x.id,
-            x.kind,
-            x.skill,
-            x.source,
-            (x.verdict or {}).get("verdict", "open"),
-            (x.verdict or {}).get("delta"),
-            (x.verdict or {}).get("reason", ""),
-            label({n: v for n, v in x.change.items() if x.parent.get(n) != v}),
-            " ".join(r.key for r in state.runs.values() if r.exp == x.id),
+def spent_section(d: dict) -> str:
+    """Where the time went, and the budgets."""
+    spent, budget = d["spent"], d["budget"]
+    rows = [
+        ["experiments", spent["experiments"], budget["experiments"]],
+        ["device minutes", f"{spent['minutes']:.1f}", budget["minutes"] or "none"],
+        ["runs", spent["runs"], budget["runs"] or "none"],
+        ["agent calls", spent["agent_calls"], budget["agent_calls"] or "none"],
+        ["agent dollars", f"{spent['agent_dollars']:.2f}", budget["agent_dollars"] or "none"],
+    ]
+    return section(
+        "Where the time went", plot_time(d), table(["budget", "used", "limit"], rows)
+    )
+
+
+def later_sections(d: dict) -> list[str]:
+    """Parts that only some campaigns have: pairs, forecasts, importance, agents, refusals."""
+    parts = []
+    if d["forecast_any"]:
+        n, covered = d["forecasts"]
+        cut = d["runs"].get("pruned", 0)
+        note = FORECAST_NOTE.format(cut=cut, n=n, covered=covered)
+        parts.append(section("Forecasts", plot_forecasts(d), note=note))
+    if d["importance"]:
+        parts.append(section("Which knobs matter", plot_importance(d["importance"])))
+    if d["agent_failures"]:
+        rows = [
+            [c["skill"], c["attempt"], c["reason"], c.get("stderr", "")[-300:]]
+            for c in d["agent_failures"]
         ]
-        for x in state.experiments.values()
-    ]
+        head = ["skill", "attempt", "reason", "its standard error"]
+        parts.append(section("What the agent did wrong", table(head, rows)))
+    return parts
 
 
-def page(c) -> str:
+def page(d: dict) -> str:
     """The whole report."""
-    state, d = c.state, summary(c)
-    transfers, failures = forecasts.report(state, c.space), {}
-    for r in state.runs.values():
-        if r.finished and r.record["status"] not in ("ok", "pruned"):
-            failures.setdefault(
-                (r.record["status"] != "tampered", r.record["status"], r.record["reason"][:160]), []
-            ).append(r.key)
-    stand = summary_text(d).splitlines()[0] + (
-        f" · stopped: {state.stopped}" if state.stopped else ""
-    )
+    stand = standing_text(d).splitlines()[0]
+    stand += f" · stopped: {d['stopped']}" if d["stopped"] else ""
+    title = html.escape(d["name"])
     parts = [
-        f"<h1>{html.escape(d['name'])}</h1><p class=muted>{now()} · {html.escape(stand)}</p><h2>Champion</h2>",
-        headline(c, d),
-        setting(c, d),
+        f"<h1>{title}</h1><p class=muted>{now()} · {html.escape(stand)}</p>",
+        section("Champion", headline(d), setting(d)),
     ]
-
-    def section(title: str, *body: str, note: str = ""):
-        parts.append(
-            f"<h2>{title}</h2>" + (f"<p class=muted>{note}</p>" if note else "") + "".join(body)
-        )
-
-    if failures:
-        section(
-            "Failures",
-            table(
-                ["status", "reason", "runs"],
-                [[k[1], k[2], " ".join(v)] for k, v in sorted(failures.items())],
-            ),
-            note="Tampered runs first: their numbers did not survive the checks.",
-        )
-    section(
-        "Progress",
-        plot_progress(c),
-        note="Grey dots are single runs. The blue line is where the search stands; "
-        "it may follow luck. Only the green line survived fresh seeds.",
+    if d["failures"]:
+        note = "Tampered runs first: their numbers did not survive the checks."
+        body = table(["status", "reason", "runs"], d["failures"])
+        parts.append(section("Failures", body, note=note))
+    note = (
+        "Grey dots are single runs. The blue line is where the search stands; it may follow luck. "
+        "Only the green line survived fresh seeds."
     )
-    if state.searches():
-        section(
-            "What did not work",
-            table(
-                ["change", "skill", "difference", "in sigmas", "what happened", "id"],
-                failures_of_ideas(c),
-            ),
-            note="Against the anchor of the moment, most by a single run: a change that is only a little worse "
-            "here may be worth nothing or a little. Claims that fell on fresh seeds come first, then failed runs.",
+    parts.append(section("Progress", plot_progress(d), note=note))
+    if d["searched"]:
+        parts += [failed_section(d), skill_section(d)]
+    parts.append(claim_section(d))
+    if d["pairs"]:
+        head = ["id", "one change", "the other", "beyond their sum", "verdict"]
+        rows = [[p["id"], *p["claims"], difference(p["delta"]), p["reason"]] for p in d["pairs"]]
+        note = (
+            "Two changes that an ablation suspected of helping or harming each other, in a 2x2 on "
+            "fresh seeds. They interact when the 95 % interval excludes zero."
         )
-        section(
-            "Skills",
-            table(SKILL_HEAD, [list(r.values()) for r in d["skills"]]),
-            plot_skills(c),
-            note="A skill is a group of knobs with notes on them. With few experiments this ranking is a tendency: "
-            "read the intervals. Inert: "
-            + (", ".join(d["inert"]) or "none so far")
-            + ". Retired: "
-            + (", ".join(d["retired"]) or "none")
-            + "."
-            + (
-                " Records of others speak for and against "
-                + ", ".join(f"{s} {a:g}:{b:g}" for s, (a, b) in sorted(d["prior"].items()))
-                + "; their weight falls with every "
-                "try of one's own."
-                if d["prior"]
-                else ""
-            ),
-        )
-    section(
-        "Claims",
-        table(
-            ["id", "standing", "claim", "k", "parents", "mean", "low", "high", "rung", "evidence"],
-            [
-                [
-                    r["id"],
-                    r["label"],
-                    r["claim"],
-                    r["k"],
-                    r["parents"],
-                    r["mean"],
-                    r["low"],
-                    r["high"],
-                    r["rung"],
-                    " ".join(r["experiments"]),
-                ]
-                for r in d["claims"]
-            ],
-        )
-        if d["claims"]
-        else "<p>None yet.</p>",
-        note="A claim is proven by three comparisons on two parents with an upper bound below zero.",
-    )
-    pairs = [x for x in state.experiments.values() if x.kind == "pair" and x.verdict]
-    if pairs:
-        section(
-            "Pairs",
-            table(
-                ["id", "one change", "the other", "beyond their sum", "verdict"],
-                [
-                    [
-                        x.id,
-                        *(f["claim"] for f in x.factors),
-                        x.verdict.get("delta"),
-                        x.verdict["reason"],
-                    ]
-                    for x in pairs
-                ],
-            ),
-            note="Two changes that an ablation suspected of helping or harming each other, in a 2x2 on fresh seeds. "
-            "They interact when the 95 % interval excludes zero.",
-        )
-    if transfers:
-        head = ["from", "to", "class", "n", "verdict", "tau", "low", "high", "regret"]
-        section(
-            "Transfer between rungs",
-            table(
-                head,
-                [
-                    [
-                        r["lower"],
-                        r["upper"],
-                        r["klass"],
-                        r["n"],
-                        r["word"],
-                        r.get("tau"),
-                        r.get("low"),
-                        r.get("high"),
-                        r.get("regret"),
-                    ]
-                    for r in transfers
-                ],
-            ),
-            plot_transfer(transfers),
-        )
-    section("Size", plot_bytes(c))
-    section("Learning curves", plot_curves(c))
-    section("Noise", plot_noise(c))
-    section(
-        "Where the time went",
-        plot_time(c),
-        table(
-            ["budget", "used", "limit"],
-            [
-                ["experiments", d["spent"]["experiments"], d["budget"]["experiments"]],
-                [
-                    "device minutes",
-                    round(d["spent"]["minutes"], 2),
-                    d["budget"]["minutes"] or "none",
-                ],
-                ["runs", d["spent"]["runs"], d["budget"]["runs"] or "none"],
-                ["agent calls", d["spent"]["agent_calls"], d["budget"]["agent_calls"]],
-            ],
-        ),
-    )
-    if any(r.forecast for r in state.runs.values()):
-        (n, covered), cut = (
-            d["forecasts"],
-            sum(r.record["status"] == "pruned" for r in state.runs.values() if r.record),
-        )
-        section(
-            "Forecasts", plot_forecasts(c), note=FORECAST_NOTE.format(cut=cut, n=n, covered=covered)
-        )
-    if state.metas and state.metas[-1]["importance"]:
-        section("Which knobs matter", plot_importance(state.metas[-1]["importance"]))
-    section(
-        "Experiments",
-        table(
-            ["id", "kind", "skill", "source", "verdict", "delta", "reason", "change", "runs"],
-            experiment_rows(state),
-        ),
-        note="Repeat a run: <code>forge.py replay CAMPAIGN RUN</code>. Click a heading to sort.",
-    )
-    if state.refused:
-        section(
-            "Refused before they started",
-            table(
-                ["skill", "reason", "change"],
-                [
-                    [p.get("skill", ""), p["reason"], label(p["change"])]
-                    for p in state.refused[-50:]
-                ],
-            ),
-        )
+        parts.append(section("Pairs", table(head, rows), note=note))
+    if d["transfers"]:
+        parts.append(transfer_section(d))
+    parts.append(section("Size", plot_bytes(d)))
+    parts.append(section("Learning curves", plot_curves(d)))
+    parts.append(section("Noise", plot_noise(d)))
+    parts.append(spent_section(d))
+    parts += later_sections(d)
+    head = ["id", "kind", "skill", "source", "verdict", "delta", "reason", "change", "runs"]
+    rows = [list((x | dict(delta=difference(x["delta"]))).values()) for x in d["experiments"]]
+    note = "Repeat a run: <code>forge.py replay CAMPAIGN RUN</code>. Click a heading to sort."
+    parts.append(section("Experiments", table(head, rows), note=note))
+    if d["refused"]:
+        rows = [[p.get("skill", ""), p["reason"], label(p["change"])] for p in d["refused"]]
+        body = table(["skill", "reason", "change"], rows)
+        parts.append(section("Refused before they started", body))
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(d['name'])}</title>"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
         f"<meta name=viewport content='width=device-width'><style>{STYLE}</style><body>"
         + "\n".join(parts)
         + f"<script>{SORT}</script></body></html>"
     )
-
-
-def publish(c, quick: bool = False):
-    """Write heartbeat, results.tsv, skills and report; `quick` leaves the report out if it is younger than a minute."""
-    state = c.state
-    running = [dict(key=r.key, rung=r.rung) for r in c.running()]
-    write_atomic(
-        c.folder / "heartbeat.json",
-        json.dumps(
-            c.spent()
-            | dict(time=now(), events=state.events, running=running, stopped=state.stopped)
-        ),
-    )
-    lines = ["key\texp\trung\tseed\tstatus\tval_bpb\tseconds\tchange"]
-    lines += [
-        "\t".join(
-            map(
-                str,
-                (
-                    r.key,
-                    r.exp,
-                    r.rung,
-                    r.seed,
-                    r.record["status"],
-                    r.score,
-                    r.record["wall_s"],
-                    label(r.change),
-                ),
-            )
-        )
-        for r in state.runs.values()
-        if r.finished
-    ]
-    write_atomic(c.folder / "results.tsv", "\n".join(lines) + "\n")
-    write_skills(c)
-    target = c.folder / "report.html"
-    if (
-        not (quick and target.exists() and time.time() - target.stat().st_mtime < 60)
-        and state.reference
-    ):
-        write_atomic(target, page(c))
-
-
-def write_skills(c):
-    """Evidence and playbook of every skill that has some, from the state alone; meta/<index>.json for each pass."""
-    state = c.state
-    by_skill: dict[str, list] = {}
-    for evidence in state.evidence.values():
-        for e in evidence:
-            by_skill.setdefault(e["skill"], []).append(e)
-    for skill, evidence in by_skill.items():
-        folder = c.folder / "skills" / skill
-        if folder.is_dir():
-            write_atomic(folder / "assets" / "evidence.json", json.dumps(evidence, indent=1))
-    for skill, versions in state.playbooks.items():
-        folder = c.folder / "skills" / skill / "references"
-        folder.mkdir(parents=True, exist_ok=True)
-        v = versions[-1]
-        ranges = "\n".join(f"- search {n} in {a} to {b}" for n, (a, b) in v["ranges"].items())
-        write_atomic(
-            folder / "playbook.md",
-            f"# Playbook of {skill}, version {v['version']} ({v['reason']})\n\n"
-            f"{v['text']}\n\n{ranges}\n",
-        )
-        for old in versions[:-1]:
-            history = c.folder / "skills_history"
-            history.mkdir(exist_ok=True)
-            path = history / f"{skill}-{old['version']}.json"
-            if not path.exists():
-                write_atomic(path, json.dumps(old, indent=1))
-    folder = c.folder / "meta"
-    for m in state.metas:
-        path = folder / f"{m['index']:04d}.json"
-        if not path.exists():
-            folder.mkdir(exist_ok=True)
-            write_atomic(path, json.dumps(m, indent=1))

@@ -110,6 +110,15 @@ def works(kind: str) -> bool:
         shutil.rmtree(probe, ignore_errors=True)
 
 
+def require(allow_none: bool = False):
+    """Raise ForgeError when this machine can make no cage, unless the campaign allows that."""
+    if not (allow_none or works("bwrap") or works("unshare")):
+        raise ForgeError(
+            "patches need a sandbox: install bwrap from the distribution, or set [agent] "
+            "allow_unsandboxed = true"
+        )
+
+
 def cage(
     writable: Path, script: Path, env: dict[str, str] | None = None, allow_none: bool = False
 ) -> list[str]:
@@ -122,12 +131,8 @@ def cage(
         return bwrap(writable, read)
     if works("unshare"):
         return unshare(writable, read)
-    if allow_none:
-        return []
-    raise ForgeError(
-        "patches need a sandbox: install bwrap from the distribution, or set [agent] "
-        "allow_unsandboxed = true"
-    )
+    require(allow_none)
+    return []
 
 
 def tier() -> str:

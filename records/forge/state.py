@@ -23,6 +23,7 @@ class Run:
     started: bool = False
     record: dict | None = None
     forecast: dict | None = None
+    slots: list = field(default_factory=list)  # devices or workers that it has, by name
 
     def __post_init__(self):
         self.cid = config_id(self.change)
@@ -106,7 +107,12 @@ class State:
         self.runs[run.key] = self.by_place[run.cid, run.rung, run.seed] = run
 
     def on_started(self, e):
-        self.runs[e["key"]].started = True
+        run = self.runs[e["key"]]
+        run.started = True
+        run.slots = e.get("slots", [])
+
+    def on_placed(self, e):
+        self.runs[e["key"]].slots = e["slots"]
 
     def on_finished(self, e):
         self.runs[e["key"]].record = e["record"]
@@ -116,7 +122,10 @@ class State:
 
     def on_forgotten(self, e):
         run = self.runs[e["key"]]
-        run.started, run.record, run.forecast = False, None, None
+        run.started = False
+        run.record = None
+        run.forecast = None
+        run.slots = []
         x = self.experiments[run.exp]
         if x.kind in ("sentinel", "search") and x.verdict["verdict"] in ("failed", "reject"):
             x.verdict = None  # to be judged anew; neither verdict had moved anything
@@ -195,6 +204,14 @@ class State:
             if c == cid and g == rung and r.score is not None and (allowed is None or s in allowed)
         ]
 
+    def halfway(self, rung: str) -> list[tuple[float, float]]:
+        """(training loss partway, score) of every finished run on a rung."""
+        return [
+            (r.record["partway"], r.score)
+            for r in self.runs.values()
+            if r.rung == rung and r.score is not None and r.record.get("partway")
+        ]
+
     def noise(self, rung: str) -> comparison.Noise:
         """The rung's noise over all replicates so far, on the host class that has most runs."""
         groups, hosts = (
@@ -253,7 +270,11 @@ class State:
                 stopped=self.stopped,
                 **{
                     k: v
-                    for k, v in dict(retired=sorted(self.retired), prior=self.prior).items()
+                    for k, v in dict(
+                        retired=sorted(self.retired),
+                        prior=self.prior,
+                        slots={key: r.slots for key, r in self.runs.items() if r.slots},
+                    ).items()
                     if v
                 },
             )
