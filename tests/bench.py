@@ -63,7 +63,7 @@ def machine() -> dict[str, object]:
         architecture=platform.machine(),
         python=platform.python_version(),
         torch=torch.__version__,
-        load=load.read_text().split()[0] if load.exists() else "unknown",
+        load=load.read_text("utf-8").split()[0] if load.exists() else "unknown",
     )
 
 
@@ -473,8 +473,8 @@ def bench_forge(rounds: float) -> dict[str, object]:
                 speed[name].append(
                     (len(c.state.searches()) - done) * 60 / (time.perf_counter() - begin)
                 )
-                if c.asked:
-                    c.asked.stop()
+                if c.agent.call:
+                    c.agent.call.stop()
                 c.runs.stop([r.key for r in c.running()])
     ratios = {
         name: statistics.median(b / a for a, b in zip(speed["none"], values))

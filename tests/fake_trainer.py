@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""A stand-in for train_gpt.py: same knob tables, same log lines, a planted optimum, milliseconds instead of minutes.
+"""A stand-in for train_gpt.py: same knob tables, same log lines, a planted optimum, milliseconds
+instead of minutes.
 
-Fourteen knobs of five skills, one of which does nothing; the best values lie away from the defaults; two knobs of
-different skills interact; the larger model only fits the budget with fewer bits. FAKE_* variables make it misbehave.
+Fourteen knobs of five skills, one of which does nothing; the best values lie away from the
+defaults; two knobs of different skills interact; the larger model only fits the budget with fewer
+bits. FAKE_* variables make it misbehave.
 """
 
 import hashlib
@@ -122,7 +124,8 @@ def model_bytes(v) -> int:
 
 
 def true_score(v) -> float:
-    """Noise-free bits per byte of a configuration; DEFAULT at the defaults, BEST at the best that fits."""
+    """Noise-free bits per byte of a configuration; DEFAULT at the defaults, BEST at the best that
+    fits."""
     capacity = math.log(v["num_layers"] * v["model_dim"] ** 2 * (3.0 + 2 * v["mlp_mult"]))
     depth = (
         0.004 * math.log(v["num_layers"] / 11) ** 2 / 0.1
@@ -147,7 +150,8 @@ def true_score(v) -> float:
     return SCALE * (size + optimizer + schedule + quant) + OFFSET
 
 
-# Set so that the defaults score DEFAULT and the best feasible configuration BEST (test_forge_propose checks both).
+# Set so that the defaults score DEFAULT and the best feasible configuration BEST
+# (test_forge_propose checks both).
 SCALE, OFFSET = 1.4042784275, 1.1840306
 
 

@@ -1,4 +1,5 @@
-"""A laboratory for the forge: campaigns on the planted problem, with real processes or with scores at once."""
+"""A laboratory for the forge: campaigns on the planted problem, with real processes or with scores
+at once."""
 
 import json
 import os
@@ -12,6 +13,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "records"))
 from forge import campaign as campaign_module  # noqa: E402
+from forge import settings  # noqa: E402
 from forge.ledger import Ledger  # noqa: E402
 from forge.space import Space  # noqa: E402
 from forge.state import State  # noqa: E402
@@ -60,6 +62,8 @@ def share(env_or_change: dict, space: Space | None = None) -> float:
 class InstantRuns:
     """Scores at once, with the noise of the seed; no process."""
 
+    owns_devices = False
+
     def __init__(self, score, sigma: float):
         self.score, self.sigma, self.orders = score, sigma, {}
 
@@ -105,7 +109,8 @@ class QuickRuns(InstantRuns):
 
 
 class HalfwayRuns(InstantRuns):
-    """Runs that are seen once on their way: a training loss that follows the score, and an end on request."""
+    """Runs that are seen once on their way: a training loss that follows the score, and an end on
+    request."""
 
     def __init__(self, score, sigma: float, error: float = 0.002):
         super().__init__(score, sigma)
@@ -163,9 +168,10 @@ def plan(change, env):
 def instant(
     tmp: Path, sigma: float = 0.001, score=None, skills=None, kind=InstantRuns, **changes
 ) -> campaign_module.Campaign:
-    """A campaign on the planted problem whose runs take no time. `changes` are tables of campaign.toml."""
-    config = {k: v for k, v in CONFIG.items()}
-    for table, defaults in campaign_module.DEFAULTS.items():
+    """A campaign on the planted problem whose runs take no time. `changes` are tables of
+    campaign.toml."""
+    config = dict(CONFIG)
+    for table, defaults in settings.DEFAULTS.items():
         config[table] = defaults | changes.pop(table, {})
     config |= changes
     config["budget"]["disk_gib"] = 0.0
@@ -174,7 +180,6 @@ def instant(
     runs = kind(score or (lambda order: fake_trainer.true_score(values(order["env"]))), sigma)
     found = campaign_module.Campaign(tmp, runs, ledger, plan)
     found._space = Space.build(DESCRIBED, skills or fake_trainer.SKILLS, {})
-    found._space_code = config["code"]
     return found
 
 
@@ -191,7 +196,7 @@ def write_skills(folder: Path, skills: dict | None = None) -> Path:
     """Skill folders of the planted problem."""
     for name, knobs in (skills or fake_trainer.SKILLS).items():
         (folder / name / "assets").mkdir(parents=True)
-        (folder / name / "assets" / "knobs.json").write_text(json.dumps(knobs))
+        (folder / name / "assets" / "knobs.json").write_text(json.dumps(knobs), "utf-8")
         (folder / name / "SKILL.md").write_text(
             f"---\nname: {name}\ndescription: planted skill {name}\n---\n\nBody.\n"
         )
@@ -208,7 +213,7 @@ def real(tmp: Path, tricks: dict | None = None, **changes) -> campaign_module.Ca
         tmp / "campaign", script / "train_gpt.py", write_skills(tmp / "skills"), config
     )
     if tricks:
-        (found.script().parent / "tricks.json").write_text(json.dumps(tricks))
+        (found.script().parent / "tricks.json").write_text(json.dumps(tricks), "utf-8")
     return found
 
 
@@ -218,7 +223,7 @@ def forge(*args, cwd: Path = ROOT, timeout: float = 120, env: dict | None = None
         [*FORGE, *map(str, args)],
         cwd=cwd,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=timeout,
         env=env or dict(os.environ),
     )

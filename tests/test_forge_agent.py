@@ -1,14 +1,18 @@
-"""Agents and patches: whatever they answer, the loop goes on and no score is believed that was not earned."""
+"""Agents and patches: whatever they answer, the loop goes on and no score is believed that was not
+earned."""
 
 import difflib
 import json
 import os
+import socket
 import stat
+import subprocess
 
 import forge_lab
 import pytest
 from conftest import SCRIPT
-from forge import ForgeError, agent, patches
+from forge import ForgeError, agent, campaign_folder, patches, runner, sandbox
+from forge.space import CODE
 
 GOOD = dict(
     schema="forge.hypothesis/1",
@@ -17,8 +21,8 @@ GOOD = dict(
     env=dict(MATRIX_LR="0.022"),
     hypothesis="lower",
 )
-SOURCE = forge_lab.FAKE.read_text()
-REAL = SCRIPT.read_text()
+SOURCE = forge_lab.FAKE.read_text("utf-8")
+REAL = SCRIPT.read_text("utf-8")
 
 
 def diff(old: str, new: str) -> str:
@@ -113,11 +117,12 @@ def test_a_good_agent_is_heard_and_told_what_it_needs(tmp_path):
             "echo '" + json.dumps(GOOD | dict(env=dict(MATRIX_LR=9))) + "'",
             "MATRIX_LR=9: want 0.005 to 0.2",
         ),
-        ("echo '" + json.dumps(GOOD | dict(env=dict(SEED=9))) + "'", "unknown knob SEED"),
+        ("echo '" + json.dumps(GOOD | dict(env=dict(SEED=9))) + "'", "SEED is no treatment"),
     ],
 )
 def test_a_bad_agent_costs_three_calls_and_nothing_else(tmp_path, text, reason):
-    """Acceptance 15: logged reasons, one repair, then numbers; the breaker opens after three failures."""
+    """Acceptance 15: logged reasons, one repair, then numbers; the breaker opens after three
+    failures."""
     c = campaign(tmp_path, agent_script(tmp_path, text))
     state = forge_lab.finish(c)
     assert len(state.searches()) == 6 and all(x.source == "sampler" for x in state.searches())
@@ -125,10 +130,9 @@ def test_a_bad_agent_costs_three_calls_and_nothing_else(tmp_path, text, reason):
         reason in call["reason"] for call in state.agent_calls
     )
     if "JSON" in reason:
-        assert (
-            state.agent_calls[1]["attempt"] == 2
-            and "no JSON object" in (tmp_path / "prompt.txt").read_text()
-        )
+        assert state.agent_calls[1]["attempt"] == 2 and "no JSON object" in (
+            tmp_path / "prompt.txt"
+        ).read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -136,8 +140,8 @@ def test_a_bad_agent_costs_three_calls_and_nothing_else(tmp_path, text, reason):
     ["sleep 60", "exit 1", "echo nonsense", "yes | head -c 50000000", f"echo '{json.dumps(GOOD)}'"],
 )
 def test_the_loop_hardly_waits_for_an_agent(tmp_path, monkeypatch, text):
-    """Acceptance 15: what the loop agrees to wait for an agent that is asked every time is below 20 % of what the runs
-    take, whatever it does; tests/bench.py forge measures it."""
+    """Acceptance 15: what the loop agrees to wait for an agent that is asked every time is below 20
+    % of what the runs take, whatever it does; tests/bench.py forge measures it."""
     agreed, answer = [], agent.Call.answer
     monkeypatch.setattr(
         agent.Call,
@@ -153,11 +157,13 @@ def test_the_loop_hardly_waits_for_an_agent(tmp_path, monkeypatch, text):
     )
     state = forge_lab.finish(c)
     assert len(state.searches()) == 12 and agreed and sum(agreed) <= 0.2 * 60 * state.minutes()
-    if c.asked:
+    if c.agent.call:
         assert text == "sleep 60" and not state.agent_calls, "it was asked once and thinks on"
         c.state.stopped = ""
         c.loop(1e-9)
-        assert c.asked is None and "ended before it answered" in c.state.agent_calls[0]["reason"]
+        assert (
+            c.agent.call is None and "ended before it answered" in c.state.agent_calls[0]["reason"]
+        )
 
 
 def test_a_late_answer_is_heard(tmp_path):
@@ -175,7 +181,7 @@ def test_a_late_answer_is_heard(tmp_path):
     )
     while len(c.state.searches()) < 3:
         c.locked_tick()
-    call = c.asked
+    call = c.agent.call
     ready.touch()
     assert call.answer(60.0) and not c.state.agent_calls
     state = forge_lab.finish(c)
@@ -195,7 +201,9 @@ def test_agents_have_a_budget(tmp_path):
     )
     state = forge_lab.finish(c)
     assert len(state.agent_calls) == 10 == sum(x.source == "agent" for x in state.searches())
-    assert len((tmp_path / "calls").read_text().split()) == 10 and len(state.searches()) == 14
+    assert (
+        len((tmp_path / "calls").read_text("utf-8").split()) == 10 and len(state.searches()) == 14
+    )
     c = forge_lab.instant(
         tmp_path,
         budget=dict(experiments=4, agent_dollars=0.05),
@@ -226,7 +234,7 @@ def test_a_person_goes_first_and_a_stale_wish_is_set_aside(tmp_path):
     assert len(list((c.folder / "inbox" / "done").iterdir())) >= 1
 
 
-# ---- Patches ---------------------------------------------------------------------------------------------------------
+# ---- Patches -------------------------------------------------------------------------------------
 HOSTILE = [
     (
         "prints a fake final line",
@@ -252,7 +260,8 @@ HOSTILE = [
 
 @pytest.mark.parametrize("what, line, reason", HOSTILE, ids=[h[0] for h in HOSTILE])
 def test_hostile_patches_of_the_real_script_are_refused(what, line, reason):
-    """Acceptance 16, static part: inserted into the optimiser's code, outside the protected sections."""
+    """Acceptance 16, static part: inserted into the optimiser's code, outside the protected
+    sections."""
     at = next(n for n in REAL.splitlines(True) if n.startswith("def full_speed("))
     patch = with_knob(
         REAL,
@@ -317,16 +326,14 @@ def campaign_again(c):
 
 
 def sandboxed() -> bool:
-    try:
-        return patches.sandbox(SCRIPT.parent / "runs") != []
-    except ForgeError:
-        return False
+    return sandbox.works("bwrap") or sandbox.works("unshare")
 
 
 @pytest.mark.skipif(not sandboxed(), reason="neither bwrap nor unshare works here")
 def test_patched_code_runs_without_a_network_and_its_score_is_measured_again(tmp_path):
-    """Acceptance 16, dynamic part: what changes the losses by itself is refused, an optimiser that is skipped gains
-    nothing, and a score that the artifact does not have is found out by scoring it again."""
+    """Acceptance 16, dynamic part: what changes the losses by itself is refused, an optimiser that
+    is skipped gains nothing, and a score that the artifact does not have is found out by scoring it
+    again."""
     c = forge_lab.real(
         tmp_path, budget=dict(experiments=2, agent_calls=1), loop=dict(confirm="end")
     )
@@ -336,20 +343,20 @@ def test_patched_code_runs_without_a_network_and_its_score_is_measured_again(tmp
         '    score = noisy_score(v, tricks.get("noise", 0.001))\n',
     )
     with pytest.raises(ForgeError, match="protected: main"):
-        agent.check(GOOD | dict(kind="patch", patch=honest), c)
+        agent.check(GOOD | dict(kind="patch", patch=honest), c.view)
     lying = with_knob(
         SOURCE,
         "    sigma = sigma - v['patch_gain'] * 0 - 50\n",
         '"""What a run with this seed scores; knobs that a patch adds do not change the noise."""\n',
     )
     with pytest.raises(ForgeError, match="at its default the patch changes the losses"):
-        agent.check(GOOD | dict(kind="patch", patch=lying), c)
+        agent.check(GOOD | dict(kind="patch", patch=lying), c.view)
     place = (
         '"""What a run with this seed scores; knobs that a patch adds do not change the noise."""\n'
     )
     skips = with_knob(SOURCE, "    v = dict(v, matrix_lr=1e-6)\n", place)
     with pytest.raises(ForgeError, match="at its default the patch changes the losses"):
-        agent.check(GOOD | dict(kind="patch", patch=skips), c)
+        agent.check(GOOD | dict(kind="patch", patch=skips), c.view)
     skips = with_knob(
         SOURCE,
         "    v = dict(v, matrix_lr=1e-6 if v.get('patch_gain') else v['matrix_lr'])\n",
@@ -383,43 +390,83 @@ def test_patched_code_runs_without_a_network_and_its_score_is_measured_again(tmp
     run = next(r for r in c.state.runs.values() if r.exp == x.id)
     assert run.record["status"] == "tampered" and "again" in run.record["reason"], run.record
     assert x.verdict["verdict"] == "reject" and c.state.anchor == {}
-    order = json.loads((c.folder / "runs" / run.key / "run.json").read_text())
-    assert order["sandbox"][0] in ("bwrap", "unshare")
+    order = json.loads((c.folder / "runs" / run.key / "run.json").read_text("utf-8"))
+    assert order["patched"] and not order["allow_unsandboxed"]
+
+
+SPY = """
+import json, os, socket, sys
+from pathlib import Path
+seen = dict(env=dict(os.environ), args=sys.argv, wrote=[])
+for name in ("secret.txt", ".netrc"):
+    path = Path(os.path.expanduser("~")) / name
+    seen[name] = path.read_text() if path.exists() else ""
+others = [p for p in os.listdir("/proc") if p.isdigit()]
+environs = b""
+for pid in others:
+    try: environs += Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError: pass
+seen["secret in another's environment"] = b"hunter2" in environs
+for path in PLACES:
+    try: Path(path).write_text("x"); seen["wrote"].append(path)
+    except OSError: pass
+try: socket.create_connection(("127.0.0.1", PORT), 2); seen["network"] = True
+except OSError: seen["network"] = False
+with open(Path(os.environ["RUNS_DIR"]) / "spy.jsonl", "a") as file: file.write(json.dumps(seen))
+"""
 
 
 @pytest.mark.skipif(not sandboxed(), reason="neither bwrap nor unshare works here")
-def test_the_sandbox_has_no_network_and_writes_only_its_folder(tmp_path):
-    """Acceptance 16: sockets, and files elsewhere."""
-    import subprocess
-    import sys
-
-    folder = tmp_path / "inside"
-    wrap = patches.sandbox(folder)
-    code = (
-        "import socket, sys\nfrom pathlib import Path\n"
-        f"Path({str(folder / 'ok')!r}).write_text('x')\n"
-        "s = socket.socket(); s.settimeout(2)\n"
-        "try: s.connect(('127.0.0.1', 9)); print('network')\n"
-        "except OSError as e: print('refused', e.errno)\n"
-        f"try: Path({str(tmp_path / 'bad')!r}).write_text('x'); print('wrote outside')\n"
-        "except OSError: print('read-only')\n"
-    )
-    server = socket_server()
-    code = code.replace("('127.0.0.1', 9)", f"('127.0.0.1', {server.getsockname()[1]})")
-    done = subprocess.run(
-        [*wrap, sys.executable, "-c", code], capture_output=True, text=True, timeout=60
-    )
-    server.close()
-    assert (folder / "ok").exists(), done.stderr
-    assert "network" not in done.stdout and "refused" in done.stdout
-    if len(wrap) > 2:
-        assert "read-only" in done.stdout and not os.path.exists(tmp_path / "bad")
-
-
-def socket_server():
-    import socket
-
+def test_patched_code_is_never_executed_outside_its_cage(tmp_path, monkeypatch):
+    """Finding F2: whatever executes a patched script (plan, smoke, run, replay, scoring again) does
+    so in a cage without network, home folder, secrets and other people's processes; its knobs are
+    not asked for at all. The spy stands where no gate would let it: at the top of the script."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "secret.txt").write_text("hunter2", "utf-8")
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("HF_TOKEN", "NVIDIA_API_KEY", "AWS_SECRET_ACCESS_KEY", "TORCH_PASSWORD"):
+        monkeypatch.setenv(name, "hunter2")
+    holder = subprocess.Popen(["sleep", "60"])  # somebody whose environment holds the secrets
     server = socket.socket()
     server.bind(("127.0.0.1", 0))
     server.listen()
-    return server
+    c = forge_lab.real(tmp_path, budget=dict(experiments=0))
+    places = [str(tmp_path / "outside"), str(c.folder / "outside"), "/usr/outside", "/outside"]
+    spy = SPY.replace("PLACES", repr(places)).replace("PORT", str(server.getsockname()[1]))
+    script = tmp_path / "patched.py"
+    script.write_text(SOURCE.replace("import hashlib\n", spy + "import hashlib\n", 1), "utf-8")
+    code = campaign_folder.add_code(c.folder, script)
+    (c.folder / "code" / code / "patch.json").write_text('{"switch": "PATCH_GAIN"}', "utf-8")
+    change = {CODE: code, "PATCH_GAIN": "1"}
+    c.state.anchor = change
+    assert c.space.normal(change) == change
+    assert not (c.folder / "code" / code / "knobs.json").exists()
+    try:
+        env = c.space.resolve(change, c.rung("screen"))
+        assert c.run_plan(change, env)["bytes"] > 1000
+        patches.losses(c.script(change), env, c.folder / "scratch" / "smoke", False)
+        c.runs.start = lambda order: None
+        x = c.state.experiments[c.open("search", change, "screen", skill="inert", seeds=[1])]
+        c.want(x, change, "screen", 1)
+        run = next(iter(c.state.runs.values()))
+        c.record("started", key=run.key, slots=["0"])
+        folder = c.folder / "runs" / run.key
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps(c.order(run.key)), "utf-8")
+        record = runner.supervise(folder)
+        assert record["status"] == "ok", record["reason"]
+        assert patches.rescore(c.script(), folder, record | dict(env=run.env)) == ""
+        shown = forge_lab.forge("replay", c.folder, run.key, "--json")
+        assert json.loads(shown.stdout)["status"] == "ok", shown.stderr
+    finally:
+        holder.kill()
+        server.close()
+    found = list(c.folder.rglob("spy.jsonl"))
+    assert {p.parent.name.partition("-")[0] for p in found} == {"plan", "smoke", run.key, "replay"}
+    for path in found:
+        text = path.read_text("utf-8")
+        assert "hunter2" not in text, "no secret, of a file or of the environment"
+        seen = json.loads(text)
+        assert not seen["network"] and not seen["secret in another's environment"]
+    assert not [p for p in places if os.path.exists(p)], "nothing is written outside"

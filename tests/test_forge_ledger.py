@@ -1,4 +1,5 @@
-"""The forge's truth: nothing acknowledged is lost, nothing is run twice, whatever is killed and whenever."""
+"""The forge's truth: nothing acknowledged is lost, nothing is run twice, whatever is killed and
+whenever."""
 
 import json
 import os
@@ -131,7 +132,7 @@ def test_an_interrupted_decision_is_taken_again_the_same_way(tmp_path):
         again = forge_lab.instant(tmp_path, budget=dict(experiments=8))
         again.ledger.events[:] = json.loads(json.dumps(events[:cut]))
         resumed = Campaign(tmp_path, again.runs, again.ledger, forge_lab.plan)
-        resumed._space, resumed._space_code = again._space, again._space_code
+        resumed._space = again._space
         for run in resumed.running():  # what ran when the power went
             resumed.runs.start(resumed.order(run.key))
         forge_lab.finish(resumed)
@@ -160,7 +161,7 @@ def test_kill_9_of_anything_at_any_time_loses_and_repeats_nothing(tmp_path, seed
             what = rng.choice(["decider", "all", "trainer", "supervisor"])
             for path in folder.glob("runs/*/process.json"):
                 try:
-                    trainer = json.loads(path.read_text())
+                    trainer = json.loads(path.read_text("utf-8"))
                 except (OSError, json.JSONDecodeError):
                     continue
                 if (
@@ -179,10 +180,12 @@ def test_kill_9_of_anything_at_any_time_loses_and_repeats_nothing(tmp_path, seed
     finished = [e["key"] for e in events if e["event"] == "finished"]
     assert len(finished) == len(set(finished)) == len(state.runs), "every run counted exactly once"
     for key, run in state.runs.items():
-        record = json.loads((folder / "runs" / key / "metrics.json").read_text())
+        record = json.loads((folder / "runs" / key / "metrics.json").read_text("utf-8"))
         assert record["status"] == run.record["status"] and record["attempt"] <= 3
         logs = [
-            p for p in (folder / "runs" / key).glob("a*.out") if "final:official" in p.read_text()
+            p
+            for p in (folder / "runs" / key).glob("a*.out")
+            if "final:official" in p.read_text("utf-8")
         ]
         assert len(logs) <= 1, "a completed run was repeated"
     verified = forge_lab.forge("verify", folder)
@@ -239,11 +242,11 @@ def test_a_finished_log_without_a_result_is_taken_in_and_not_run_again(tmp_path)
         time.sleep(0.02)
     c.runs.children[run.key].wait()
     before = (folder / "a1.out").read_bytes()
-    first = json.loads((folder / "metrics.json").read_text())
+    first = json.loads((folder / "metrics.json").read_text("utf-8"))
     (folder / "metrics.json").unlink()
     done = forge_lab.forge("supervise", folder)
     assert done.returncode == 0, done.stderr
-    second = json.loads((folder / "metrics.json").read_text())
+    second = json.loads((folder / "metrics.json").read_text("utf-8"))
     assert not (folder / "a2.out").exists() and (folder / "a1.out").read_bytes() == before
     assert second["metrics"]["val_bpb"] == first["metrics"]["val_bpb"] and second["status"] == "ok"
 

@@ -1,4 +1,5 @@
-"""The loop with real processes: limits that kill, budgets that hold, scores that survive checks, and its commands."""
+"""The loop with real processes: limits that kill, budgets that hold, scores that survive checks,
+and its commands."""
 
 import json
 import os
@@ -12,8 +13,22 @@ import fake_trainer
 import forge_lab
 import pytest
 from conftest import ROOT
-from forge import ForgeError, campaign, patches, comparison, skill_review, report, runner, skill_files
-from forge.ledger import Ledger
+from forge import (
+    ForgeError,
+    campaign,
+    comparison,
+    forecasts,
+    processes,
+    publish,
+    run_record,
+    runner,
+    sandbox,
+    settings,
+    skill_files,
+    skill_review,
+    standing,
+)
+from forge.ledger import Ledger, locked
 from forge.state import replay
 
 
@@ -26,7 +41,7 @@ def processes_of(folder: Path) -> list[int]:
                 where = os.readlink(f"/proc/{entry}/cwd") + open(f"/proc/{entry}/cmdline").read()
             except OSError:
                 continue
-            if str(folder) in where and runner.identity(int(entry)):
+            if str(folder) in where and processes.identity(int(entry)):
                 found.append(int(entry))
     return found
 
@@ -36,7 +51,8 @@ def outcomes(c) -> list[str]:
 
 
 def test_a_run_that_ignores_its_end_is_killed_with_all_that_it_started(tmp_path, monkeypatch):
-    """Acceptance 10: SIGTERM ignored, a grandchild, and a process that left the session; the next run is unharmed."""
+    """Acceptance 10: SIGTERM ignored, a grandchild, and a process that left the session; the next
+    run is unharmed."""
     c = forge_lab.real(
         tmp_path, dict(by_seed={"1": "stubborn"}), rungs=dict(screen=dict(kill_s=4.0, env={}))
     )
@@ -124,7 +140,8 @@ def test_a_missing_package_or_a_locked_folder_is_one_clear_error(tmp_path):
 
 
 def test_a_script_without_its_packages_and_a_machine_without_programs(tmp_path):
-    """Acceptance 17: no torch is one clear error; no git, no bwrap and no GPU cost nothing but patches."""
+    """Acceptance 17: no torch is one clear error; no git, no bwrap and no GPU cost nothing but
+    patches."""
     script = tmp_path / "train_gpt.py"
     script.write_text("raise ModuleNotFoundError(\"No module named 'torch'\")\n")
     args = [
@@ -156,18 +173,16 @@ def test_a_script_without_its_packages_and_a_machine_without_programs(tmp_path):
 
 def test_patches_are_refused_without_a_sandbox(tmp_path, monkeypatch):
     """Acceptance 17: neither bwrap nor unshare."""
-    monkeypatch.setattr(patches.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sandbox, "works", lambda kind: False)
     with pytest.raises(ForgeError, match="patches need a sandbox: install bwrap"):
-        patches.sandbox(tmp_path / "run")
-    assert patches.sandbox(tmp_path / "run", allow_none=True) == []
+        sandbox.cage(tmp_path / "run", forge_lab.FAKE)
+    assert sandbox.cage(tmp_path / "run", forge_lab.FAKE, allow_none=True) == []
 
 
-@pytest.mark.skipif(
-    not patches.works(["unshare", "-rm"]), reason="no mount namespace for an unprivileged user here"
-)
+@pytest.mark.skipif(not sandbox.works("unshare"), reason="no mount namespace for this user here")
 def test_a_full_disk_and_a_read_only_one(tmp_path):
-    """Acceptance 17: a small tmpfs that is full, and then a read-only one: one clear error, nothing acknowledged is
-    lost, and the campaign goes on once there is room."""
+    """Acceptance 17: a small tmpfs that is full, and then a read-only one: one clear error, nothing
+    acknowledged is lost, and the campaign goes on once there is room."""
     skills, script, place = (
         forge_lab.write_skills(tmp_path / "skills"),
         tmp_path / "train_gpt.py",
@@ -273,7 +288,8 @@ def test_what_the_reserve_is_for(tmp_path):
 
 
 def test_hopeless_runs_of_the_search_end_halfway_and_no_other_does(tmp_path):
-    """Savings without distortion: what was cut is worse than the anchor of its moment, judging runs are whole."""
+    """Savings without distortion: what was cut is worse than the anchor of its moment, judging runs
+    are whole."""
     cut = whole = better = 0
     for seed in range(4):
         c = forge_lab.instant(
@@ -319,8 +335,6 @@ def test_forecasts_that_were_wrong_end_nothing(tmp_path, monkeypatch):
         tmp_path, kind=forge_lab.HalfwayRuns, budget=dict(experiments=30), loop=dict(confirm="end")
     )
     state = forge_lab.finish(c)
-    from forge import forecasts
-
     assert not forecasts.trusted(state) and forecasts.calibration(state)[0] >= 5
     assert all(r.record["status"] == "ok" for r in state.runs.values())
 
@@ -341,7 +355,8 @@ def test_a_pruned_process_ends_and_has_no_score(tmp_path):
 
 
 def test_the_last_champion_is_compared_with_the_base(tmp_path):
-    """Two confirmed chapters: the gain in all comes from fresh seeds and not from the sum of two selected gains."""
+    """Two confirmed chapters: the gain in all comes from fresh seeds and not from the sum of two
+    selected gains."""
     c = forge_lab.instant(tmp_path, budget=dict(experiments=40), loop=dict(ablation=False))
     state = forge_lab.finish(c)
     confirmed = [
@@ -387,7 +402,7 @@ def test_a_campaign_within_its_minutes_ends_with_its_confirmation(tmp_path, seed
         assert not state.open(), "no experiment is left half done"
         tested = [x for x in state.experiments.values() if x.kind == "confirm"]
         assert tested and (
-            report.gain_in_all(state) or all(x.verdict["verdict"] == "refuted" for x in tested)
+            standing.gain_in_all(state) or all(x.verdict["verdict"] == "refuted" for x in tested)
         )
 
 
@@ -519,8 +534,6 @@ def test_promotion_takes_the_best_third_and_some_by_lot(tmp_path):
         and any("random" in x.text for x in up)
         and any("best third" in x.text for x in up)
     )
-    from forge import forecasts
-
     rows = forecasts.report(state, c.space)
     assert (
         rows[0]["klass"] == "all"
@@ -531,7 +544,8 @@ def test_promotion_takes_the_best_third_and_some_by_lot(tmp_path):
 
 
 def test_a_harmful_playbook_edit_is_rolled_back(tmp_path):
-    """Acceptance 6: narrowed ranges after which the skill stops winning are taken back, and stay so."""
+    """Acceptance 6: narrowed ranges after which the skill stops winning are taken back, and stay
+    so."""
     c = forge_lab.instant(tmp_path, budget=dict(experiments=0))
     forge_lab.finish(c)
 
@@ -579,11 +593,10 @@ def test_a_harmful_playbook_edit_is_rolled_back(tmp_path):
     assert skill_review.edits(c.state, c.space, []) == [], "nine tries are too few"
     tries(3, 0)
     skills = forge_lab.write_skills(tmp_path / "skills")
-    report.write_skills(c)
-    assert (
-        "search MATRIX_LR in 0.1 to 0.2"
-        in (skills / "optimizer" / "references" / "playbook.md").read_text()
-    )
+    publish.write_skills(c.view)
+    assert "search MATRIX_LR in 0.1 to 0.2" in (
+        skills / "optimizer" / "references" / "playbook.md"
+    ).read_text("utf-8")
     assert skill_files.check(skills / "optimizer") == [], "a skill with a playbook stays valid"
     edit = skill_review.edits(c.state, c.space, [])[0]
     assert edit["reason"] == "rollback" and edit["ranges"] == {} and "0 of 12" in edit["note"]
@@ -596,15 +609,15 @@ def test_the_meta_layer_runs_once_per_five_experiments_and_writes_the_same_files
     """Acceptance 20."""
     c = forge_lab.real(tmp_path, budget=dict(experiments=5), loop=dict(confirm="end"))
     c.loop(60, pause=0.05)
-    report.publish(c)
-    first = (c.folder / "meta" / "0001.json").read_text()
+    publish.publish(c.view)
+    first = (c.folder / "meta" / "0001.json").read_text("utf-8")
     state = replay(Ledger(c.folder / "events.jsonl").read())
     assert len(state.metas) == 1 == len(list((c.folder / "meta").iterdir()))
     again = campaign.Campaign(c.folder)
     assert not again.tick() and len(again.state.metas) == 1
     (c.folder / "meta" / "0001.json").unlink()
-    report.publish(again)
-    assert (c.folder / "meta" / "0001.json").read_text() == first
+    publish.publish(again.view)
+    assert (c.folder / "meta" / "0001.json").read_text("utf-8") == first
     lines = (c.folder / "events.jsonl").read_bytes().splitlines(True)
     at = next(i for i, line in enumerate(lines) if b'"event":"meta"' in line)
     (c.folder / "events.jsonl").write_bytes(
@@ -613,8 +626,10 @@ def test_the_meta_layer_runs_once_per_five_experiments_and_writes_the_same_files
     (c.folder / "meta" / "0001.json").unlink()
     again = campaign.Campaign(c.folder)
     again.tick()
-    report.publish(again)
-    assert (c.folder / "meta" / "0001.json").read_text() == first and len(again.state.metas) == 1
+    publish.publish(again.view)
+    assert (c.folder / "meta" / "0001.json").read_text("utf-8") == first and len(
+        again.state.metas
+    ) == 1
 
 
 def test_replay_repeats_a_run_exactly_and_refuses_changed_code(tmp_path):
@@ -627,16 +642,16 @@ def test_replay_repeats_a_run_exactly_and_refuses_changed_code(tmp_path):
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["equal"], done.stdout
         again = json.loads(
-            next((c.folder / "scratch").glob(f"replay-{key}-*/metrics.json")).read_text()
+            next((c.folder / "scratch").glob(f"replay-{key}-*/metrics.json")).read_text("utf-8")
         )
-        first = json.loads((c.folder / "runs" / key / "metrics.json").read_text())
+        first = json.loads((c.folder / "runs" / key / "metrics.json").read_text("utf-8"))
         assert (
             all(again[part] == first[part] for part in ("key", "env", "code", "seed"))
             and again["losses"]
         )
     script = c.script()
     script.chmod(0o644)
-    script.write_text(script.read_text() + "\n# edited\n")
+    script.write_text(script.read_text("utf-8") + "\n# edited\n")
     done = forge_lab.forge("replay", c.folder, key)
     assert (
         done.returncode == 2
@@ -648,7 +663,7 @@ def test_replay_repeats_a_run_exactly_and_refuses_changed_code(tmp_path):
 
 def test_a_second_decider_is_refused(tmp_path):
     c = forge_lab.real(tmp_path)
-    with campaign.locked(c.folder / "tick.lock"):
+    with locked(c.folder / "tick.lock"):
         done = forge_lab.forge("tick", c.folder)
         assert done.returncode == 2 and "another decider is at work" in done.stderr
 
@@ -672,7 +687,7 @@ def test_a_bad_campaign_file_gets_one_clear_error(tmp_path, edit, message):
     path = tmp_path / "campaign.toml"
     path.write_text(edit + "\n[rungs.screen]\nkill_s = 5\n")
     with pytest.raises(ForgeError) as error:
-        campaign.read_config(path)
+        settings.read_config(path)
     assert message in str(error.value)
 
 
@@ -681,7 +696,7 @@ def test_limits_can_be_changed_while_it_runs(tmp_path):
     c.loop(60, pause=0.05)
     assert c.state.stopped
     path = c.folder / "campaign.toml"
-    path.write_text(path.read_text().replace("experiments = 1\n", "experiments = 2\n"))
+    path.write_text(path.read_text("utf-8").replace("experiments = 1\n", "experiments = 2\n"))
     c.loop(60, pause=0.05)
     assert len(c.state.searches()) == 2
     events = Ledger(c.folder / "events.jsonl").read()
@@ -696,7 +711,7 @@ def test_commands_of_a_finished_campaign(tmp_path, capsys):
     c = forge_lab.real(tmp_path, budget=dict(experiments=2), loop=dict(confirm="end"))
     done = forge_lab.forge("run", c.folder)
     assert done.returncode == 0 and "stopped: experiments: 2 of 2 done" in done.stdout, done.stderr
-    page = (c.folder / "report.html").read_text()
+    page = (c.folder / "report.html").read_text("utf-8")
     assert page.count("<svg") >= 6 and "Nothing is confirmed: " in page
     assert not re.search(r"(src|href)=.?(https?:|//)|@import|url\(http", page), (
         "nothing is loaded from elsewhere"
@@ -759,7 +774,7 @@ def test_a_person_asks_for_a_confirmation_and_for_another_rung(tmp_path):
     assert (
         len(up) == 1 and up[0].verdict["delta"] < 0 and len(state.reference["local"]["scores"]) == 2
     )
-    assert (c.folder / "report.html").read_text().count("What did not work") == 1
+    assert (c.folder / "report.html").read_text("utf-8").count("What did not work") == 1
 
 
 def test_settings_of_a_new_campaign(tmp_path):
@@ -830,10 +845,10 @@ def test_logs_of_the_real_format_are_read():
     lines = "\n".join(
         fake_trainer.log_lines({n: f.default for n, (_, f) in fake_trainer.KNOBS.items()}, 1.25)
     )
-    found = runner.parse_log(lines, 512)
+    found = run_record.parse_log(lines, 512)
     assert found["finals"][0][1] == 1.25 and found["steps"] == 10 and found["val_tokens"] == 1000
-    real = (ROOT / "records" / "evidence" / "cpu_two_cores" / "default_run.log").read_text()
-    found = runner.parse_log(real, 8192)
+    real = (ROOT / "records" / "evidence" / "cpu_two_cores" / "default_run.log").read_text("utf-8")
+    found = run_record.parse_log(real, 8192)
     assert len(found["finals"]) == 1 and 1.5 < found["finals"][0][1] < 2.5 and found["steps"] > 50
     assert (
         found["curve"]

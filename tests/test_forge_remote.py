@@ -1,4 +1,5 @@
-"""Shared queue: every key is executed to completion once, whatever dies; a torn record costs itself only."""
+"""Shared queue: every key is executed to completion once, whatever dies; a torn record costs itself
+only."""
 
 import json
 import os
@@ -51,14 +52,14 @@ def test_every_key_is_executed_once(tmp_path, mode, workers, keys, kills):
         target = f"localhost:{free_port()}"
         code = (
             f"import sys; sys.path.insert(0, {str(ROOT / 'records')!r})\nfrom pathlib import Path\n"
-            "from forge import shared\nimport optuna\noptuna.storages.run_grpc_proxy_server("
-            f"shared.journal(Path({str(tmp_path / 'study.journal')!r})), host='localhost', port="
+            "from forge import remote\nimport optuna\noptuna.storages.run_grpc_proxy_server("
+            f"remote.journal(Path({str(tmp_path / 'study.journal')!r})), host='localhost', port="
             f"{target.split(':')[1]})"
         )
         server = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     decider = remote.QueueRuns(storage, tmp_path / "runs", lease=5.0)
     orders = {
-        f"k{i:03d}": dict(key=f"k{i:03d}", code="c", script=__file__, sandbox=[])
+        f"k{i:03d}": dict(key=f"k{i:03d}", code="c", script=__file__, patched=False)
         for i in range(keys)
     }
     for order in orders.values():
@@ -91,7 +92,7 @@ def test_every_key_is_executed_once(tmp_path, mode, workers, keys, kills):
             and killed == kills
             and all(r["status"] == "ok" for r in done.values())
         )
-        starts, ends = ((tmp_path / name).read_text().split() for name in ("starts", "ends"))
+        starts, ends = ((tmp_path / name).read_text("utf-8").split() for name in ("starts", "ends"))
         assert (
             set(ends) == set(orders) and len(starts) <= keys + kills and len(ends) <= keys + kills
         )
@@ -110,17 +111,18 @@ def test_every_key_is_executed_once(tmp_path, mode, workers, keys, kills):
 
 
 def test_a_torn_journal_record_costs_itself_only(tmp_path):
-    """Acceptance 8 for the queue: cut at every byte of the last record; without the repair Optuna cannot read on."""
+    """Acceptance 8 for the queue: cut at every byte of the last record; without the repair Optuna
+    cannot read on."""
     path = tmp_path / "study.journal"
     runs = remote.QueueRuns(remote.journal(path), tmp_path)
     for i in range(3):
-        runs.start(dict(key=f"k{i}", code="c", script=__file__, sandbox=[]))
+        runs.start(dict(key=f"k{i}", code="c", script=__file__, patched=False))
     whole = path.read_bytes()
     start = whole[:-1].rfind(b"\n") + 1
     for cut in range(start, len(whole)):
         path.write_bytes(whole[:cut])
         again = remote.QueueRuns(remote.journal(path), tmp_path)
-        again.start(dict(key="next", code="c", script=__file__, sandbox=[]))
+        again.start(dict(key="next", code="c", script=__file__, patched=False))
         keys = {
             t.user_attrs.get("key")
             for t in remote.QueueRuns(remote.journal(path), tmp_path).study.trials
@@ -130,7 +132,7 @@ def test_a_torn_journal_record_costs_itself_only(tmp_path):
 
 def test_a_lost_worker_is_noticed_by_its_heart_and_given_up_in_the_end(tmp_path):
     runs = remote.QueueRuns(remote.journal(tmp_path / "study.journal"), tmp_path, lease=0.05)
-    order = dict(key="k", code="c", script=__file__, sandbox=[])
+    order = dict(key="k", code="c", script=__file__, patched=False)
     for attempt in range(remote.RETRIES + 1):
         runs.start(order)
         trial = runs.study.ask()
@@ -170,7 +172,7 @@ def test_a_campaign_is_served_to_workers_on_other_machines(tmp_path):
         r.record["status"] == "ok" for r in state.runs.values()
     )
     for key in state.runs:
-        record = json.loads((c.folder / "runs" / key / "metrics.json").read_text())
+        record = json.loads((c.folder / "runs" / key / "metrics.json").read_text("utf-8"))
         assert (
             record["worker"].startswith(socket.gethostname())
             and (tmp_path / "pod" / "runs" / key).exists()

@@ -1,4 +1,5 @@
-"""The search: better than random, than hill-climbing and than one TPE over all knobs; skills that do nothing starve."""
+"""The search: better than random, than hill-climbing and than one TPE over all knobs; skills that
+do nothing starve."""
 
 from collections import Counter
 
@@ -22,9 +23,10 @@ def noisy(change: dict, rng) -> tuple[bool, float]:
     ) + 0.001 * rng.normal()
 
 
-def with_optuna(sampler, seed: int) -> float:
-    """Share of the gain that Optuna finds on its own: best of RUNS feasible runs, infeasible draws repeated."""
-    rng, study = np.random.default_rng(seed), optuna.create_study(sampler=sampler)
+def with_optuna(chosen, seed: int) -> float:
+    """Share of the gain that Optuna finds on its own: best of RUNS feasible runs, infeasible draws
+    repeated."""
+    rng, study = np.random.default_rng(seed), optuna.create_study(sampler=chosen)
     table = {n: sampler.distribution(k) for n, k in SPACE.knobs.items()}
     best = ({}, fake_trainer.DEFAULT)
     for _ in range(RUNS):
@@ -129,8 +131,8 @@ def test_search_beats_hill_climbing_and_plain_tpe(campaigns):
 
 
 def test_a_skill_that_does_nothing_starves_and_is_flagged(campaigns):
-    """Acceptance 3: of runs 10 to 60 the skill without effect gets at most 16 %, and the campaign's own last word says
-    so in 80 % of the seeds; no useful skill is called inert in more than 10 %."""
+    """Acceptance 3: of runs 10 to 60 the skill without effect gets at most 16 %, and the campaign's
+    own last word says so in 80 % of the seeds; no useful skill is called inert in more than 10 %."""
     late = [x.skill for c, _, _ in campaigns for x in c.state.searches()[10:]]
     assert late.count("inert") / len(late) <= 0.16, late.count("inert") / len(late)
     called = Counter(skill for _, _, state in campaigns for skill in state.metas[-1]["inert"])
@@ -150,7 +152,8 @@ def test_proposals_stay_inside_one_skill_and_never_repeat(campaigns):
 
 
 def test_no_run_was_started_that_the_plan_foretold_to_be_too_large(campaigns):
-    """Acceptance 11: too large by more than the forecast's own error, which is 1 % until two have met their size."""
+    """Acceptance 11: too large by more than the forecast's own error, which is 1 % until two have
+    met their size."""
     for _, _, state in campaigns:
         sizes = [
             r.record["artifact_bytes"]
@@ -175,7 +178,8 @@ def test_a_proposal_depends_on_the_ledger_alone(tmp_path):
 
 
 def test_a_change_has_one_form():
-    """Values equal to the base and knobs without effect are no changes; equal configurations get equal names."""
+    """Values equal to the base and knobs without effect are no changes; equal configurations get
+    equal names."""
     described = forge_lab.DESCRIBED | dict(
         knobs=forge_lab.DESCRIBED["knobs"]
         | dict(

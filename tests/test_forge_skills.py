@@ -1,4 +1,5 @@
-"""Skills that ship are valid and fit the real script; records of others are sorted; a real campaign runs end to end."""
+"""Skills that ship are valid and fit the real script; records of others are sorted; a real campaign
+runs end to end."""
 
 import json
 import subprocess
@@ -7,9 +8,9 @@ import sys
 import forge_lab
 import pytest
 from conftest import ROOT, SCRIPT, clean_env, official, run_script
-from forge import ForgeError, agent, export, harvest, runner, skill_files, space
+from forge import ForgeError, agent, export, harvest, run_record, skill_files, space
 from forge import forge as command
-from forge.campaign import load_skills
+from forge.campaign_folder import load_skills
 from forge.ledger import Ledger
 from forge.state import replay
 
@@ -91,10 +92,11 @@ def test_the_space_and_the_forecast_come_from_the_real_script(tmp_path):
 
 
 def test_a_real_campaign_end_to_end(toy, tmp_path):
-    """Acceptance 19: the real script on real text: twelve experiments, two meta steps, a confirmation on fresh seeds,
-    report, verify, replay, and a record that the repository's own tool passes and that repeats its score from its own
-    path. The base's embedding rate is crippled and the first experiment is a person's that repairs it, so that there
-    is something to confirm; 2 runs of the base, 12 experiments and 6 fresh seeds make the 20 runs of the budget."""
+    """Acceptance 19: the real script on real text: twelve experiments, two meta steps, a
+    confirmation on fresh seeds, report, verify, replay, and a record that the repository's own tool
+    passes and that repeats its score from its own path. The base's embedding rate is crippled and
+    the first experiment is a person's that repairs it, so that there is something to confirm; 2
+    runs of the base, 12 experiments and 6 fresh seeds make the 20 runs of the budget."""
     folder, knobs = (
         tmp_path / "c",
         dict(DATA_PATH=toy, THREADS=1, NUMERICS="fp32", ATTENTION="sdpa", DEVICE="cpu"),
@@ -136,10 +138,10 @@ def test_a_real_campaign_end_to_end(toy, tmp_path):
         "the anchor is better than the base"
     )
     first = next(iter(state.runs.values()))
-    record = json.loads((folder / "runs" / first.key / "metrics.json").read_text())
+    record = json.loads((folder / "runs" / first.key / "metrics.json").read_text("utf-8"))
     assert 1 < first.score < 8 and record["data"]["val_bytes"] > 1000
     assert record["metrics"]["artifact_bytes"] > SCRIPT.stat().st_size
-    page = (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text("utf-8")
     titles = ["Progress", "Skills", "Size", "Learning curves", "Noise", "Where the time went"]
     assert page.count("<svg") >= len(titles) and all(f"<h2>{t}</h2>" in page for t in titles)
     assert not [
@@ -183,7 +185,7 @@ def test_a_real_campaign_end_to_end(toy, tmp_path):
     assert f" val_bpb:{run.score:.8f} " in official(own.out), own.out[-500:] + own.err
 
 
-# ---- Records of others -----------------------------------------------------------------------------------------------
+# ---- Records of others ---------------------------------------------------------------------------
 def record(
     root,
     name: str,
@@ -260,7 +262,7 @@ def test_records_are_sorted_with_reasons(tmp_path):
 def test_export_hands_the_confirmed_runs_to_the_records_tool(tmp_path, monkeypatch):
     c = forge_lab.real(tmp_path, budget=dict(experiments=0))
     with pytest.raises(ForgeError, match="nothing is confirmed yet"):
-        export.export(c, "non_record_16mb", "t", "a")
+        export.export(c.view, "non_record_16mb", "t", "a")
     c.loop(60, pause=0.05)
     change = dict(MATRIX_LR=0.022, MUON_MOMENTUM=0.98, SCALAR_LR=0.02)
     c.record("resumed", after="")
@@ -281,7 +283,7 @@ def test_export_hands_the_confirmed_runs_to_the_records_tool(tmp_path, monkeypat
     monkeypatch.setattr(export, "TOOLS", SCRIPT)
     monkeypatch.setattr(export.subprocess, "run", tool)
     assert (
-        export.export(c, "non_record_16mb", "A title", "An author", tmp_path / "out")
+        export.export(c.view, "non_record_16mb", "A title", "An author", tmp_path / "out")
         == "made a folder"
     )
     command = seen[0]
@@ -289,9 +291,9 @@ def test_export_hands_the_confirmed_runs_to_the_records_tool(tmp_path, monkeypat
     assert command[command.index("--name") + 1] == "A_title", "names of folders have no spaces"
     assert len(folders) == 3 and all((tmp_path / f / "model.golf").exists() for f in folders)
     scores = [
-        runner.parse_log((tmp_path / f).with_suffix(".out").read_text())["finals"][0][1]
+        run_record.parse_log((tmp_path / f).with_suffix(".out").read_text("utf-8"))["finals"][0][1]
         for f in folders
     ]
     assert scores == c.state.experiments[name].verdict["scores_new"]
     with pytest.raises(ForgeError, match="--track x: want one of"):
-        export.export(c, "x", "t", "a")
+        export.export(c.view, "x", "t", "a")

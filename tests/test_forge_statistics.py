@@ -1,4 +1,5 @@
-"""The judge's error rates, simulated through the code that the campaign uses, and its parts against references."""
+"""The judge's error rates, simulated through the code that the campaign uses, and its parts against
+references."""
 
 import math
 
@@ -10,8 +11,8 @@ from scipy import stats
 
 
 def judged(rng, gain: float, df: int = 20) -> tuple[bool, int, float]:
-    """One candidate that is better by `gain` sigma_d, through looks and fresh seeds: accepted, runs, error of the
-    reported difference in sigma."""
+    """One candidate that is better by `gain` sigma_d, through looks and fresh seeds: accepted,
+    runs, error of the reported difference in sigma."""
     estimate = comparison.Noise(math.sqrt(rng.chisquare(df) / df), df)  # the true sigma is 1
     shift, differences, step = -gain * math.sqrt(2), [], "more"
     while step == "more":
@@ -27,7 +28,8 @@ def judged(rng, gain: float, df: int = 20) -> tuple[bool, int, float]:
 
 
 def test_changes_that_do_nothing_are_hardly_ever_accepted():
-    """Acceptance 4: at most 2 %, where "lower is kept" accepts half; also with little knowledge of the noise."""
+    """Acceptance 4: at most 2 %, where "lower is kept" accepts half; also with little knowledge of
+    the noise."""
     rng = np.random.default_rng(0)
     assert np.mean([judged(rng, 0.0)[0] for _ in range(1500)]) <= 0.008
     assert np.mean([judged(rng, 0.0, df=3)[0] for _ in range(1500)]) <= 0.02
@@ -47,8 +49,8 @@ def test_real_gains_are_found_cheaply_and_reported_without_bias():
 
 
 def test_whole_campaigns_of_changes_that_do_nothing_confirm_nothing(tmp_path):
-    """Acceptance 4 through the loop: 400 experiments whose scores are noise. A rule that keeps what scores lower than
-    the run before it would keep half of them."""
+    """Acceptance 4 through the loop: 400 experiments whose scores are noise. A rule that keeps what
+    scores lower than the run before it would keep half of them."""
     confirmed, lower, done = 0, [], 0
     for seed in range(8):
         c = forge_lab.instant(
@@ -69,8 +71,8 @@ def test_whole_campaigns_of_changes_that_do_nothing_confirm_nothing(tmp_path):
 
 
 def test_the_champion_of_a_campaign_is_reported_at_its_true_score(tmp_path):
-    """Acceptance 5 through the loop: fresh seeds undo the winner's curse; the search's own score of the anchor does
-    not."""
+    """Acceptance 5 through the loop: fresh seeds undo the winner's curse; the search's own score of
+    the anchor does not."""
     errors = []
     for seed in range(5):
         c = forge_lab.instant(
@@ -138,7 +140,7 @@ def test_the_anchor_moves_by_a_margin_or_a_race(sigma, new, anchor, want):
     assert comparison.anchor_step(new, anchor, sigma) == want
 
 
-# ---- Claims ----------------------------------------------------------------------------------------------------------
+# ---- Claims --------------------------------------------------------------------------------------
 def evidence(
     rng, effect: float, k: int, sigma_d: float = 0.00096, between: float = 0.0003
 ) -> list[dict]:
@@ -182,10 +184,12 @@ def test_probability_worse_equals_simulation():
         draws = rng.beta(1 + after[0], 1 + after[1] - after[0], 200_000) < rng.beta(
             1 + before[0], 1 + before[1] - before[0], 200_000
         )
-        assert skill_review.probability_worse(after, before) == pytest.approx(draws.mean(), abs=0.005)
+        assert skill_review.probability_worse(after, before) == pytest.approx(
+            draws.mean(), abs=0.005
+        )
 
 
-# ---- Ladder ----------------------------------------------------------------------------------------------------------
+# ---- Ladder --------------------------------------------------------------------------------------
 def test_kendall_equals_scipy_with_ties():
     rng = np.random.default_rng(6)
     for _ in range(20):
@@ -194,7 +198,8 @@ def test_kendall_equals_scipy_with_ties():
 
 
 def test_transfer_speaks_only_when_it_knows():
-    """Acceptance 13: class A correlates 0.95, class B -0.3, 16 configurations. Both words come in 90 % of cases."""
+    """Acceptance 13: class A correlates 0.95, class B -0.3, 16 configurations. Both words come in
+    90 % of cases."""
     rng, right = np.random.default_rng(7), {0.95: 0, -0.3: 0}
     for _ in range(1500):
         for rho, word in ((0.95, "transfers"), (-0.3, "does not transfer")):
@@ -224,8 +229,8 @@ def test_forecasts_equal_the_prediction_interval_of_a_regression():
 
 
 def test_forecasts_cover_the_ends_of_synthetic_curves():
-    """Curves of different floor, speed and decay: nine of ten end inside their interval, and hopeless ones hardly ever
-    end below the bar."""
+    """Curves of different floor, speed and decay: nine of ten end inside their interval, and
+    hopeless ones hardly ever end below the bar."""
     rng, hits, wrong, ended = np.random.default_rng(10), 0, 0, 0
 
     def curve():
@@ -250,8 +255,9 @@ def test_forecasts_cover_the_ends_of_synthetic_curves():
 
 
 def test_projection_of_a_published_run_covers_what_came():
-    """Acceptance 14: eight readings, 5,000 steps apart, that the research log of the depth-recurrent system published
-    with a fit. Its fit to the first four misses the seventh by 0.003 while R^2 is 0.997; the interval holds it."""
+    """Acceptance 14: eight readings, 5,000 steps apart, that the research log of the
+    depth-recurrent system published with a fit. Its fit to the first four misses the seventh by
+    0.003 while R^2 is 0.997; the interval holds it."""
     read = [1.344, 1.295, 1.277, 1.260, 1.253, 1.243, 1.236, 1.235]
     curve = [[5000 * i * 131_072, y, 1.0] for i, y in enumerate(read, 1)]
     for known in (4, 5, 6):
@@ -261,7 +267,8 @@ def test_projection_of_a_published_run_covers_what_came():
 
 
 def test_projection_intervals_cover_what_comes():
-    """Acceptance 14: empirical coverage of the 90 % interval on synthetic curves, and width that is of use."""
+    """Acceptance 14: empirical coverage of the 90 % interval on synthetic curves, and width that is
+    of use."""
     rng, hits, widths = np.random.default_rng(8), 0, []
     for i in range(150):
         c, alpha, a = rng.uniform(0.9, 1.2), rng.uniform(0.25, 0.7), rng.uniform(0.1, 0.4)

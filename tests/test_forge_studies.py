@@ -1,5 +1,6 @@
-"""What the loop learns beyond single moves: pairs that interact, simplifications, claims that grew old, records of
-others, and skills that come and go. Rates are simulated through the code that the campaign uses.
+"""What the loop learns beyond single moves: pairs that interact, simplifications, claims that grew
+old, records of others, and skills that come and go. Rates are simulated through the code that the
+campaign uses.
 """
 
 import itertools
@@ -10,7 +11,19 @@ import fake_trainer
 import forge_lab
 import numpy as np
 import pytest
-from forge import ForgeError, forge, harvest, comparison, skill_review, sampler, report, skill_files, confirmation
+from forge import (
+    ForgeError,
+    agent,
+    comparison,
+    confirmation,
+    forge,
+    harvest,
+    report,
+    sampler,
+    skill_files,
+    skill_review,
+    standing,
+)
 from forge.ledger import Ledger
 from forge.state import replay
 
@@ -19,7 +32,8 @@ QUIET = dict(budget=dict(experiments=0))
 
 
 def settle(c, before: str = "stop", limit: int = 400):
-    """Ticks until a campaign without search has nothing left to ask, or until it opens an experiment of a kind."""
+    """Ticks until a campaign without search has nothing left to ask, or until it opens an
+    experiment of a kind."""
     c.record("resumed", after="")
     for _ in range(limit):
         c.decide()
@@ -31,8 +45,8 @@ def settle(c, before: str = "stop", limit: int = 400):
 
 
 def planted(tmp_path, effect, seed: int = 0, **more):
-    """A campaign in which MATRIX_LR, MUON_MOMENTUM and WARMDOWN_ITERS are switches a, b and c worth effect(a, b, c)
-    times the noise of one run."""
+    """A campaign in which MATRIX_LR, MUON_MOMENTUM and WARMDOWN_ITERS are switches a, b and c worth
+    effect(a, b, c) times the noise of one run."""
 
     def score(order):
         return 1.2 + 0.001 * effect(*(name in order["env"] for name in CHANGE))
@@ -46,10 +60,11 @@ def planted(tmp_path, effect, seed: int = 0, **more):
     return forge_lab.instant(tmp_path, score=score, seeds=seeds, **(QUIET | more))
 
 
-# ---- Pairs -----------------------------------------------------------------------------------------------------------
+# ---- Pairs ---------------------------------------------------------------------------------------
 def followed_up(rng, factors: int, together: float, df: int = 20) -> tuple[bool, bool]:
-    """Changes worth 2 sigma each, the first two of which give `together` sigma beyond their sum, through the design and
-    the 2x2: whether the right interaction is claimed, and whether a wrong one is."""
+    """Changes worth 2 sigma each, the first two of which give `together` sigma beyond their sum,
+    through the design and the 2x2: whether the right interaction is claimed, and whether a wrong
+    one is."""
     noise = comparison.Noise(math.sqrt(rng.chisquare(df) / df), df)  # the true sigma is 1
     design = comparison.plackett_burman(factors)
     truth = lambda on: -2.0 * sum(on) + together * (on[0] and on[1])  # noqa: E731
@@ -106,9 +121,14 @@ def test_the_suspected_pair_is_the_one_of_a_regression(factors, known):
         sizes[p] = abs(np.linalg.lstsq(x, y, rcond=None)[0][-1]) / math.sqrt(
             np.linalg.inv(x.T @ x)[-1, -1]
         )
-    assert comparison.suspect(design, y, comparison.Noise(1.0, 20), known) == max(sizes, key=sizes.get)
+    assert comparison.suspect(design, y, comparison.Noise(1.0, 20), known) == max(
+        sizes, key=sizes.get
+    )
     assert (
-        comparison.suspect(design, 2 + design @ np.arange(factors), comparison.Noise(0.1, 20), known) is None
+        comparison.suspect(
+            design, 2 + design @ np.arange(factors), comparison.Noise(0.1, 20), known
+        )
+        is None
     )
 
 
@@ -162,7 +182,9 @@ def test_a_study_is_followed_by_a_2x2_and_the_anchor_takes_the_best_corner(
             assert {e["exp"] for known in state.evidence.values() for e in known} == {pairs[-1].id}
         assert replay(c.ledger.read()).digest() == state.digest()
     assert right >= 5, right
-    assert pairs[-1].verdict["reason"] in report.page(c), "the last one's 2x2 is shown"
+    assert pairs[-1].verdict["reason"] in report.page(standing.everything(c.view)), (
+        "the last one's 2x2 is shown"
+    )
 
 
 def test_what_simply_adds_up_stays_and_is_rarely_asked_again(tmp_path):
@@ -181,7 +203,8 @@ def test_what_simply_adds_up_stays_and_is_rarely_asked_again(tmp_path):
 
 
 def test_rows_of_a_design_that_are_one_configuration_get_a_seed_each(tmp_path):
-    """Two changes make four configurations: twelve runs, and not four of which each is counted three times."""
+    """Two changes make four configurations: twelve runs, and not four of which each is counted
+    three times."""
     c = planted(tmp_path, lambda a, b, c: 0.0)
     forge_lab.finish(c)
     name = c.compose([dict(MATRIX_LR=0.022), dict(WARMDOWN_ITERS=0.6)])
@@ -189,15 +212,16 @@ def test_rows_of_a_design_that_are_one_configuration_get_a_seed_each(tmp_path):
     assert len({(sampler.config_id(change), seed) for change, _, seed in runs}) == 12 == len(design)
 
 
-# ---- Simplification and old claims -----------------------------------------------------------------------------------
+# ---- Simplification and old claims ---------------------------------------------------------------
 @pytest.mark.parametrize(
     "worth, spare, kept",
     [(-6, 0, True), (0, -6, False), (-6, -4, False)],
     ids=["idle", "it was the gain", "a part of the gain"],
 )
 def test_a_champion_can_lose_a_change_that_does_nothing(tmp_path, worth, spare, kept):
-    """The slimmer one is tested against what the champion had beaten, and must not be clearly worse than the champion;
-    equality is never claimed. Two seeds may fail: 5 % of equal ones look clearly worse."""
+    """The slimmer one is tested against what the champion had beaten, and must not be clearly worse
+    than the champion; equality is never claimed. Two seeds may fail: 5 % of equal ones look clearly
+    worse."""
     slim, both, right = dict(MATRIX_LR=0.022), dict(MATRIX_LR=0.022, WARMDOWN_ITERS=0.6), 0
     for seed in range(8):
         c = planted(
@@ -270,7 +294,7 @@ def test_a_proven_claim_that_grew_old_is_tested_once_more(tmp_path, effect, word
         assert not c.open_retest()
 
 
-# ---- Records of others -----------------------------------------------------------------------------------------------
+# ---- Records of others ---------------------------------------------------------------------------
 def record(root, name: str, bpb: float, seeds: int, script: str, readme: str = "", **table):
     folder = root / "track" / name
     folder.mkdir(parents=True)
@@ -283,7 +307,8 @@ def record(root, name: str, bpb: float, seeds: int, script: str, readme: str = "
 
 
 def tree(root):
-    """Four records: the first, one better by its rate, one worse by its layers, one of records/tools.py."""
+    """Four records: the first, one better by its rate, one worse by its layers, one of
+    records/tools.py."""
     read = 'a = os.environ.get("MATRIX_LR", 0.04)\nb = int(os.environ.get("NUM_LAYERS", "9"))\nc = 524_288\n'
     record(root, "2026-03-01_first", 1.22, 1, read)
     record(
@@ -340,7 +365,8 @@ def test_a_record_speaks_for_the_knobs_that_it_changed(tmp_path):
 
 
 def tries(prior: dict, rng, worth: dict, n: int = 60) -> list[str]:
-    """Which skills the bandit chooses when half of the tries of each win nothing, the others `worth` on average."""
+    """Which skills the bandit chooses when half of the tries of each win nothing, the others
+    `worth` on average."""
     state = forge_lab.State()
     state.prior = prior
     chosen: list[str] = []
@@ -397,7 +423,7 @@ def test_a_large_model_whose_smaller_forms_were_all_tried_ends_no_campaign(tmp_p
     assert change != {} and skill in c.space.skills
 
 
-# ---- Commands --------------------------------------------------------------------------------------------------------
+# ---- Commands ------------------------------------------------------------------------------------
 def told(capsys, *args) -> tuple[int, str, str]:
     """Exit code, output and errors of the command line."""
     code = forge.main([str(a) for a in args])
@@ -421,7 +447,8 @@ def test_a_harvest_seeds_a_campaign(tmp_path, capsys):
 
 
 def test_skills_come_and_go(tmp_path, capsys):
-    """A new one is valid and searched, a retired one is left alone by sampler, agent and people, and comes back."""
+    """A new one is valid and searched, a retired one is left alone by sampler, agent and people,
+    and comes back."""
     skills = {
         s: {n: k for n, k in table.items() if n != "MIN_LR"}
         for s, table in fake_trainer.SKILLS.items()
@@ -475,8 +502,10 @@ def test_skills_come_and_go(tmp_path, capsys):
     from forge import agent
 
     with pytest.raises(ForgeError, match="INERT_A: of a retired skill"):
-        agent.check(dict(env=dict(INERT_A=0.7)), c)
-    assert "Retired: inert" in report.page(c) and "inert" in report.marks(c.state)
+        agent.check(dict(env=dict(INERT_A=0.7)), c.view)
+    assert "Retired: inert" in report.page(
+        standing.everything(c.view)
+    ) and "inert" in standing.marks(c.state)
     assert told(capsys, "skills", "restore", "inert", "--of", c.folder)[0] == 0
     assert told(capsys, "skills", "restore", "inert", "--of", c.folder)[0] == 2
     state = replay(Ledger(c.folder / "events.jsonl").read())

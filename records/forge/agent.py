@@ -1,7 +1,7 @@
-"""Hypotheses from people and from agents. An agent is any command: the prompt on its standard input,
-one JSON object on its standard output, no tools needed. Whatever it does wrong has a reason that is
-logged and sent back once; then the numeric proposer answers instead, and so it does while an agent
-thinks: the loop never waits for a language model.
+"""Hypotheses from people and from agents. An agent is any command: the prompt on its standard
+input, one JSON object on its standard output, no tools needed. Whatever it does wrong has a reason
+that is logged and sent back once; then the numeric proposer answers instead, and so it does while
+an agent thinks: the loop never waits for a language model.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ BREAKER, PAUSE = 3, 10  # failures in a row that silence the agent, and for how 
 PATIENCE = 0.1  # part of a run's time that the loop waits for an answer
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------------------
 def json_objects(text: str) -> list[dict]:
     """Every JSON object that stands in a text, outermost ones, in order."""
     decoder = json.JSONDecoder()
@@ -102,7 +102,7 @@ def check(h: dict, view: View) -> dict[str, Any]:
     return dict(change=change, skill=skill, text=str(h.get("hypothesis", ""))[:500])
 
 
-# ---- Asking ----------------------------------------------------------------------------------------------------------
+# ---- Asking --------------------------------------------------------------------------------------
 def prompt(view: View, skill: str, complaint: str = "") -> str:
     """What an agent is told, rebuilt from the state each time and at most PROMPT_BYTES long."""
     state = view.state

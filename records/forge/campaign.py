@@ -1,5 +1,5 @@
-"""The loop: one idempotent tick reaps, judges, learns, proposes and starts. Everything decided is an
-event; a tick that is killed anywhere is repeated by the next one from the ledger alone, with the
+"""The loop: one idempotent tick reaps, judges, learns, proposes and starts. Everything decided is
+an event; a tick that is killed anywhere is repeated by the next one from the ledger alone, with the
 same decisions.
 """
 
@@ -180,9 +180,7 @@ class Campaign(Studies):
             patched=patched,
             allow_unsandboxed=allowed,
             ordered=now(),
-            batch_tokens=int(
-                run.env.get("TRAIN_BATCH_TOKENS", base.get("TRAIN_BATCH_TOKENS", 0))
-            ),
+            batch_tokens=int(run.env.get("TRAIN_BATCH_TOKENS", base.get("TRAIN_BATCH_TOKENS", 0))),
             artifact_bytes=self.config["budget"]["artifact_bytes"],
         )
 

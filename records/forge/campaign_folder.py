@@ -20,7 +20,8 @@ def load_skills(folder: Path) -> dict[str, dict]:
 
 
 def data_print(path: str) -> str:
-    """A fingerprint of a data folder: names, sizes and first and last bytes of its shards. Empty for "auto"."""
+    """A fingerprint of a data folder: names, sizes and first and last bytes of its shards. Empty
+    for "auto"."""
     parts = []
     for file in sorted(Path(path).glob("*.bin")) if path != "auto" else ():
         with open(file, "rb") as f:
@@ -31,7 +32,8 @@ def data_print(path: str) -> str:
 
 
 def add_code(folder: Path, script: Path, data: Path | None = None) -> str:
-    """Keep a script by content in code/<sha>/, read-only; returns its name. `data` is linked beside it."""
+    """Keep a script by content in code/<sha>/, read-only; returns its name. `data` is linked beside
+    it."""
     sha = file_digest(script)[:12]
     place = folder / "code" / sha
     if not (place / "train_gpt.py").exists():
@@ -42,5 +44,3 @@ def add_code(folder: Path, script: Path, data: Path | None = None) -> str:
         with contextlib.suppress(FileExistsError):
             (place / "data").symlink_to(data.resolve())
     return sha
-
-

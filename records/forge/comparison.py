@@ -1,9 +1,11 @@
-"""What counts as better. The search may follow luck; a claim must survive paired looks and then fresh seeds.
+"""What counts as better. The search may follow luck; a claim must survive paired looks and then
+fresh seeds.
 
-Scores are bits per byte, lower is better. sigma is the standard deviation of one configuration's score over seeds on
-one rung and one class of hosts, sigma_d that of the difference of two runs.
-Error rates of `look` + `fresh_test` (20 degrees of freedom, differences in sigma_d): a change that does nothing is
-accepted in about 0.3 % of cases, one worth 2 in about 91 %; tests/test_forge_judge.py simulates both.
+Scores are bits per byte, lower is better. sigma is the standard deviation of one configuration's
+score over seeds on one rung and one class of hosts, sigma_d that of the difference of two runs.
+Error rates of `look` + `fresh_test` (20 degrees of freedom, differences in sigma_d): a change that
+does nothing is accepted in about 0.3 % of cases, one worth 2 in about 91 %;
+tests/test_forge_judge.py simulates both.
 """
 
 import itertools
@@ -37,7 +39,8 @@ class Noise(NamedTuple):
 
 
 class Test(NamedTuple):
-    """A one-sided comparison: mean difference, two-sided 95 % interval, t, degrees of freedom, p for "not lower"."""
+    """A one-sided comparison: mean difference, two-sided 95 % interval, t, degrees of freedom, p
+    for "not lower"."""
 
     delta: float
     low: float
@@ -80,7 +83,8 @@ def next_look(pairs: int) -> int:
 
 
 def fresh_test(new: Sequence[float], old: Sequence[float], noise: Noise) -> tuple[bool, Test]:
-    """The deciding test on seeds that nothing was chosen by: whether the new arm is lower at level ALPHA."""
+    """The deciding test on seeds that nothing was chosen by: whether the new arm is lower at level
+    ALPHA."""
     test = compare(new, old, noise)
     return test.p < ALPHA, test
 
@@ -92,10 +96,12 @@ def anchor_step(
     race_above: float = 0.0025,
     limit: int = 5,
 ) -> str:
-    """Whether the search moves to a configuration: "move", "stay", or one more seed for the "new" or the "anchor".
+    """Whether the search moves to a configuration: "move", "stay", or one more seed for the "new"
+    or the "anchor".
 
-    Quiet rungs decide by one run that is a sigma below the anchor's mean. Noisy ones race: while the challenger is
-    ahead both sides get further seeds, up to `limit`, until the means differ by half their standard error.
+    Quiet rungs decide by one run that is a sigma below the anchor's mean. Noisy ones race: while
+    the challenger is ahead both sides get further seeds, up to `limit`, until the means differ by
+    half their standard error.
     """
     gap = float(np.mean(new) - np.mean(anchor))
     if sigma <= race_above:
@@ -116,8 +122,8 @@ def minimal_gain(rung: str, noise: Noise) -> float:
 
 
 def plackett_burman(factors: int) -> np.ndarray:
-    """(12, factors) of +1 (change kept) and -1 (change undone): main effects of up to 11 changes in 12 runs.
-    Source: Plackett and Burman 1946."""
+    """(12, factors) of +1 (change kept) and -1 (change undone): main effects of up to 11 changes in
+    12 runs. Source: Plackett and Burman 1946."""
     if not 1 <= factors <= 11:
         raise ValueError(f"{factors} factors: want 1 to 11")
     row = np.array([1, 1, -1, 1, 1, 1, -1, -1, -1, 1, -1])
@@ -137,10 +143,11 @@ def suspect(
 ) -> tuple[int, int] | None:
     """The pair of changes that a design suspects most of helping or harming each other, or None.
 
-    A pair is suspected when the part of its product column that neither the main effects nor the `known` pairs can
-    imitate follows the scores: |t| beyond the two-sided level SUSPICION, shared among all pairs (Bonferroni). That
-    part is 1 - (factors - 2) / 9 of a column. Beyond PAIRABLE changes nothing is suspected: there the parts of several
-    pairs are the same. After Hamada and Wu 1992 on the interactions that such designs hide.
+    A pair is suspected when the part of its product column that neither the main effects nor the
+    `known` pairs can imitate follows the scores: |t| beyond the two-sided level SUSPICION, shared
+    among all pairs (Bonferroni). That part is 1 - (factors - 2) / 9 of a column. Beyond PAIRABLE
+    changes nothing is suspected: there the parts of several pairs are the same. After Hamada and Wu
+    1992 on the interactions that such designs hide.
     """
     if np.shape(design)[1] > PAIRABLE:
         return None
@@ -162,8 +169,8 @@ def interaction(
     none: Sequence[float],
     noise: Noise,
 ) -> Test:
-    """What two changes do together beyond the sum of what each does alone: negative when they help each other. It is
-    claimed when the two-sided 95 % interval excludes zero."""
+    """What two changes do together beyond the sum of what each does alone: negative when they help
+    each other. It is claimed when the two-sided 95 % interval excludes zero."""
     groups = [np.asarray(g, float) for g in (both, first, second, none)]
     delta = float(sum(sign * g.mean() for sign, g in zip((1, -1, -1, 1), groups)))
     error = noise.sigma * math.sqrt(sum(1 / len(g) for g in groups))
@@ -172,12 +179,14 @@ def interaction(
 
 
 def carries(test: Test) -> bool:
-    """Whether a change may stay after an ablation: the one-sided 80 % bound of its effect lies below zero."""
+    """Whether a change may stay after an ablation: the one-sided 80 % bound of its effect lies
+    below zero."""
     return test.delta + stdtrit(test.df, 0.8) * abs(test.delta / test.t if test.t else 0.0) < 0
 
 
 def best_corner(corners: dict[tuple[int, int], Sequence[float]], noise: Noise) -> tuple[int, int]:
-    """The settings (+1 or -1) of two changes with the lowest mean, less those changes that do not carry there."""
+    """The settings (+1 or -1) of two changes with the lowest mean, less those changes that do not
+    carry there."""
     best = min(corners, key=lambda c: float(np.mean(corners[c])))
     for i in (0, 1):
         without = (-1, best[1]) if i == 0 else (best[0], -1)

@@ -1,4 +1,5 @@
-"""Studies: the questions of a campaign besides the search, what runs each needs, and the verdict that answers it."""
+"""Studies: the questions of a campaign besides the search, what runs each needs, and the verdict
+that answers it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -27,8 +28,9 @@ def toggled(change: dict, factors: list[dict], signs) -> dict:
 
 
 class Studies:
-    """The part of a Campaign that opens and answers its studies. `open_*` says whether it opened one, `step_*` asks for
-    the runs of an open one and judges it once they are there; both are repeated at every tick."""
+    """The part of a Campaign that opens and answers its studies. `open_*` says whether it opened
+    one, `step_*` asks for the runs of an open one and judges it once they are there; both are
+    repeated at every tick."""
 
     # The base on a rung.
     def sentinels(self, rung: str) -> int:
@@ -60,8 +62,8 @@ class Studies:
         )
 
     def open_sentinel(self, rung: str) -> str:
-        """Open the measurement of the base on a rung; returns its name. Raises ForgeError when there is one or no such
-        rung."""
+        """Open the measurement of the base on a rung; returns its name. Raises ForgeError when
+        there is one or no such rung."""
         if rung not in self.config["rungs"]:
             raise ForgeError(f"rung {rung!r}: want one of {', '.join(self.config['rungs'])}")
         if rung in self.state.reference or any(x.rung == rung for x in self.state.open("sentinel")):
@@ -100,8 +102,8 @@ class Studies:
         )
 
     def open_confirm(self, asked_for: bool = False) -> bool:
-        """Put the anchor's claim to the test when it is asked for, its gain is large, it is overdue, or nothing else
-        can be afforded."""
+        """Put the anchor's claim to the test when it is asked for, its gain is large, it is
+        overdue, or nothing else can be afforded."""
         state, loop, rung = self.state, self.config["loop"], self.config["search"]["rung"]
         rival, slimmer = self.rival(), state.anchor.items() < state.champion.items()
         if config_id(state.anchor) in (config_id(state.champion), config_id(rival)):
@@ -145,8 +147,9 @@ class Studies:
         return True
 
     def rival(self) -> dict:
-        """What the anchor must beat: the champion or, when it is the champion less some changes, what that one beat. A
-        test of gain would always refute a simplification, and one of equality takes 49 runs per arm."""
+        """What the anchor must beat: the champion or, when it is the champion less some changes,
+        what that one beat. A test of gain would always refute a simplification, and one of equality
+        takes 49 runs per arm."""
         state = self.state
         won = [
             x.parent
@@ -159,8 +162,8 @@ class Studies:
         return won[-1] if won and state.anchor.items() < state.champion.items() else state.champion
 
     def pairs_look(self, x: Experiment) -> tuple[str, int] | None:
-        """The sequential part of a confirmation: (decision, pairs), or None while runs are missing. When the next look
-        cannot be paid any more, fresh seeds decide alone."""
+        """The sequential part of a confirmation: (decision, pairs), or None while runs are missing.
+        When the next look cannot be paid any more, fresh seeds decide alone."""
         seeds, pairs, state = self.config["seeds"]["judge"], 0, self.state
         while True:
             done, pairs = pairs, comparison.next_look(pairs)
@@ -188,7 +191,8 @@ class Studies:
                 return step, pairs
 
     def step_confirm(self, x: Experiment):
-        """Anchor against champion: sequential looks on common seeds, then the deciding test on fresh ones."""
+        """Anchor against champion: sequential looks on common seeds, then the deciding test on
+        fresh ones."""
         state, pairs = self.state, 0
         back = dict(anchor_after=state.champion)
         if x.source != "reserve":
@@ -229,7 +233,9 @@ class Studies:
                 **back,
             )
         if better:
-            evidence = [self.piece_of_evidence(x.factors[0], test, x)] if len(x.factors) == 1 else []
+            evidence = (
+                [self.piece_of_evidence(x.factors[0], test, x)] if len(x.factors) == 1 else []
+            )
             return self.close(
                 x,
                 "confirmed",
@@ -244,8 +250,8 @@ class Studies:
         )
 
     def clearly_worse(self, x: Experiment, noise: comparison.Noise) -> bool:
-        """Whether a simplification is worse than the champion at level ALPHA, over all runs of both that no search
-        chose them by."""
+        """Whether a simplification is worse than the champion at level ALPHA, over all runs of both
+        that no search chose them by."""
         seeds = {r.seed for r in self.state.runs.values()} - set(self.config["seeds"]["search"])
         new, old = (
             self.state.scores(change, x.rung, seeds) for change in (x.change, self.state.champion)
@@ -257,7 +263,8 @@ class Studies:
         )
 
     def open_closing(self) -> bool:
-        """At the end, the last champion against the base on fresh seeds, unless that is what confirmed it."""
+        """At the end, the last champion against the base on fresh seeds, unless that is what
+        confirmed it."""
         state = self.state
         won = [
             x
@@ -284,8 +291,8 @@ class Studies:
         return True
 
     def open_retest(self) -> bool:
-        """A proven claim without new evidence for long is tested once more, on the present anchor: never a second
-        time."""
+        """A proven claim without new evidence for long is tested once more, on the present anchor:
+        never a second time."""
         done = {
             x.factors[0]["claim"] for x in self.state.experiments.values() if x.kind == "retest"
         }
@@ -302,7 +309,9 @@ class Studies:
                     self.space.normal(toggled(self.state.anchor, [claim], [sign]))
                     for sign in (1, -1)
                 )
-                if new != old and not self.exhausted(claim["rung"], 2 * comparison.FRESH, reserve=True):
+                if new != old and not self.exhausted(
+                    claim["rung"], 2 * comparison.FRESH, reserve=True
+                ):
                     self.open(
                         "retest",
                         new,
@@ -318,7 +327,8 @@ class Studies:
         return False
 
     def step_closing(self, x: Experiment):
-        """Six runs on fresh seeds that move nothing: what the report says of the champion, or evidence for a claim."""
+        """Six runs on fresh seeds that move nothing: what the report says of the champion, or
+        evidence for a claim."""
         arms = [self.gather(x, [(c, x.rung, s) for s in x.seeds]) for c in (x.change, x.parent)]
         if None in arms:
             return
@@ -344,8 +354,8 @@ class Studies:
 
     # Which changes did it.
     def factors(self) -> list[dict]:
-        """The chapter's moves as independent switches: which knobs, from what, to what. A knob that was moved twice
-        belongs to its last move."""
+        """The chapter's moves as independent switches: which knobs, from what, to what. A knob that
+        was moved twice belongs to its last move."""
         state, space, found = self.state, self.space, {}
         old, new = space.values(state.champion), space.values(state.anchor)
         moves = [state.experiments[name] for name in state.chapter]
@@ -356,13 +366,18 @@ class Studies:
             name, skill = (owner.id, owner.skill) if owner else ("joint", space.knobs[knob].skill)
             found.setdefault((name, skill), {})[knob] = [old[knob], new[knob]]
         return [
-            dict(exp=name, skill=skill, knobs=knobs, claim=skill_review.claim_name(skill, knobs, space))
+            dict(
+                exp=name,
+                skill=skill,
+                knobs=knobs,
+                claim=skill_review.claim_name(skill, knobs, space),
+            )
             for (name, skill), knobs in sorted(found.items())
         ]
 
     def compose(self, changes: list[dict]) -> str:
-        """Open an interaction test of several changes of the anchor that were named by hand; returns its name. Raises
-        ForgeError when they overlap or are not 2 to 11."""
+        """Open an interaction test of several changes of the anchor that were named by hand;
+        returns its name. Raises ForgeError when they overlap or are not 2 to 11."""
         values, factors = self.space.values(self.state.anchor), []
         for change in map(self.space.normal, changes):
             knobs = {n: [values[n], v] for n, v in change.items() if values[n] != v}
@@ -422,8 +437,8 @@ class Studies:
         return True
 
     def design_of(self, x: Experiment) -> tuple:
-        """A study's design and its twelve runs. Rows that are one configuration get a seed each: the same run counted
-        twice would be no repetition."""
+        """A study's design and its twelve runs. Rows that are one configuration get a seed each:
+        the same run counted twice would be no repetition."""
         design, seen, runs = comparison.plackett_burman(len(x.factors)), Counter(), []
         for row in design:
             change = self.space.normal(toggled(x.change, x.factors, row))
@@ -441,7 +456,7 @@ class Studies:
             return self.close(x, "failed", "a run of the design failed; the moves stay together")
         noise = self.state.noise(x.rung)
         tests = comparison.effects(design, scores, noise)
-        keep = [judge.carries(t) for t in tests]
+        keep = [comparison.carries(t) for t in tests]
         slim = self.space.normal(toggled(x.change, x.factors, [1 if k else -1 for k in keep]))
         text = f"{sum(keep)} of {len(keep)} moves carry the gain"
         after = dict(anchor_after=slim) if x.kind == "ablation" or any(keep) else {}
@@ -454,20 +469,22 @@ class Studies:
             **after,
         )
 
-    def findings(self, x: Experiment, keep: Sequence[bool], tests: list[judge.Test]) -> dict:
+    def findings(self, x: Experiment, keep: Sequence[bool], tests: list[comparison.Test]) -> dict:
         """The effects of a study and the evidence that they are."""
         rows = [
             dict(claim=f["claim"], keep=bool(k), **self.numbers(t))
             for f, k, t in zip(x.factors, keep, tests)
         ]
         return dict(
-            effects=rows, evidence=[self.piece_of_evidence(f, t, x) for f, t in zip(x.factors, tests)]
+            effects=rows,
+            evidence=[self.piece_of_evidence(f, t, x) for f, t in zip(x.factors, tests)],
         )
 
     step_compose = step_ablation  # the same design over changes that were named by hand
 
     def open_pair(self) -> bool:
-        """A 2x2 of the two changes that the last study suspects of an interaction, on fresh seeds: twelve runs."""
+        """A 2x2 of the two changes that the last study suspects of an interaction, on fresh seeds:
+        twelve runs."""
         last = next(reversed(self.state.experiments.values()))
         suspect = last.verdict.get(
             "suspect"
@@ -493,8 +510,8 @@ class Studies:
         return True
 
     def step_pair(self, x: Experiment):
-        """When two changes interact, the anchor takes their best corner, and the study's other effects are corrected
-        for the third of the interaction that the design had mixed into them."""
+        """When two changes interact, the anchor takes their best corner, and the study's other
+        effects are corrected for the third of the interaction that the design had mixed into them."""
         changes = [self.space.normal(toggled(x.change, x.factors, signs)) for signs in CORNERS]
         scores = self.gather(x, [(c, x.rung, s) for c in changes for s in x.seeds])
         if scores is None:
@@ -520,7 +537,10 @@ class Studies:
             y - sum(d / 4 * row[i] * row[j] for (i, j), d in found.items())
             for y, row in zip(measured, design)
         ]
-        tests, best = comparison.effects(design, clean, noise), comparison.best_corner(corners, noise)
+        tests, best = (
+            comparison.effects(design, clean, noise),
+            comparison.best_corner(corners, noise),
+        )
         settled = {
             i: e["keep"]
             for i, e in enumerate(study.verdict["effects"])
@@ -553,8 +573,8 @@ class Studies:
 
     # Another rung.
     def promote(self, name: str, rung: str) -> str:
-        """Open a run of an experiment's configuration on another rung, behind the base's own there; returns its
-        name. Raises ForgeError."""
+        """Open a run of an experiment's configuration on another rung, behind the base's own there;
+        returns its name. Raises ForgeError."""
         x = self.state.experiments.get(name)
         if x is None or not x.change:
             raise ForgeError(f"{name}: want an experiment that changes something")
@@ -573,7 +593,8 @@ class Studies:
         )
 
     def open_promotion(self) -> bool:
-        """Move the best third and a random tenth one rung up, so that transfer is measured and not assumed."""
+        """Move the best third and a random tenth one rung up, so that transfer is measured and not
+        assumed."""
         state, search, up = (
             self.state,
             self.config["search"]["rung"],

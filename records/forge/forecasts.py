@@ -1,4 +1,5 @@
-"""What a small run says about a large one: rank transfer between rungs, and where a learning curve will end."""
+"""What a small run says about a large one: rank transfer between rungs, and where a learning curve
+will end."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,8 @@ PRIOR = dict(
 
 
 def kendall(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Kendall's tau-b of the last axis: 1 for the same order, -1 for the opposite one. Batches give batches."""
+    """Kendall's tau-b of the last axis: 1 for the same order, -1 for the opposite one. Batches give
+    batches."""
     i, j = np.triu_indices(x.shape[-1], 1)
     a, b = np.sign(x[..., i] - x[..., j]), np.sign(y[..., i] - y[..., j])
     norm = np.sqrt((a != 0).sum(-1) * (b != 0).sum(-1))
@@ -40,8 +42,9 @@ def transfer(
 ) -> dict[str, Any]:
     """Whether the order on one rung holds on the next, from configurations that ran on both.
 
-    tau with a bootstrap 80 % interval, the part of configurations whose difference to the base keeps its sign, the
-    loss of choosing the lower rung's best, and a word: "transfers", "does not transfer", "unknown", or "too few".
+    tau with a bootstrap 80 % interval, the part of configurations whose difference to the base
+    keeps its sign, the loss of choosing the lower rung's best, and a word: "transfers", "does not
+    transfer", "unknown", or "too few".
     """
     x, y = np.asarray(low, float), np.asarray(high, float)
     if len(x) != len(y):
@@ -75,8 +78,8 @@ def report(state: State, space: Space) -> list[dict]:
             if a and b and x.change:
                 shared[x.cid] = (float(np.mean(a)), float(np.mean(b)), space.classes(x.change, {}))
         base = tuple(float(np.mean(state.reference[r]["scores"])) for r in (lower, upper))
-        for klass in ("all", *sorted({k for s in remote.values() for k in s[2]})):
-            mine = [s for s in remote.values() if klass == "all" or klass in s[2]]
+        for klass in ("all", *sorted({k for s in shared.values() for k in s[2]})):
+            mine = [s for s in shared.values() if klass == "all" or klass in s[2]]
             points = [s[:2] for s in mine]
             found.append(
                 dict(
@@ -91,16 +94,18 @@ def report(state: State, space: Space) -> list[dict]:
     return found
 
 
-# ---- Forecasts -------------------------------------------------------------------------------------------------------
+# ---- Forecasts -----------------------------------------------------------------------------------
 def forecast(
     seen: Sequence[tuple[float, float]], reading: float, bar: float, level: float = 0.9
 ) -> dict | None:
-    """Where a run will end whose training loss partway is `reading`, from the finished runs of its rung: (their loss at
-    the same part of the run, their score). {"low", "middle", "high"} of a new score at `level`, and the chance that it
-    ends below `bar`. None with fewer than FORECAST_FROM finished runs, or when all their readings are equal.
+    """Where a run will end whose training loss partway is `reading`, from the finished runs of its
+    rung: (their loss at the same part of the run, their score). {"low", "middle", "high"} of a new
+    score at `level`, and the chance that it ends below `bar`. None with fewer than FORECAST_FROM
+    finished runs, or when all their readings are equal.
 
-    Ordinary least squares with its prediction interval: the shape of the curve behind that part, decay of the rate
-    included, is what finished runs share. After Baker et al. 2017, arXiv 1705.10823.
+    Ordinary least squares with its prediction interval: the shape of the curve behind that part,
+    decay of the rate included, is what finished runs share. After Baker et al. 2017, arXiv
+    1705.10823.
     """
     x, y = np.array(seen, float).reshape(-1, 2).T
     if len(x) < FORECAST_FROM or not np.ptp(x):
@@ -133,15 +138,16 @@ def calibration(state: State) -> tuple[int, float]:
 
 
 def trusted(state: State) -> bool:
-    """Whether forecasts have shown that they may end runs: five have met their score, three of four covered it."""
+    """Whether forecasts have shown that they may end runs: five have met their score, three of four
+    covered it."""
     n, covered = calibration(state)
     return n >= 5 and covered >= 0.75
 
 
-# ---- Projection ------------------------------------------------------------------------------------------------------
+# ---- Projection ----------------------------------------------------------------------------------
 def constant_part(curve: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    """The readings [tokens, bits per byte, learning-rate multiplier] before the rate first changes: a power law across
-    a change of rate would describe the schedule, not the model."""
+    """The readings [tokens, bits per byte, learning-rate multiplier] before the rate first changes:
+    a power law across a change of rate would describe the schedule, not the model."""
     kept: list[tuple[float, float]] = []
     for row in curve:
         if len(row) > 2 and kept and row[2] != curve[0][2]:
@@ -156,10 +162,12 @@ def project(
     sigma: float = 0.002,
     level: float = 0.9,
 ) -> dict[str, Any]:
-    """Where bits per byte = c + a * tokens^-alpha will be, as an interval at `level` for a new reading.
+    """Where bits per byte = c + a * tokens^-alpha will be, as an interval at `level` for a new
+    reading.
 
-    A grid posterior over c (uniform below the lowest reading) and alpha (normal, 0.45 +- 0.2), `a` by least squares,
-    readings with noise `sigma`. Raises ValueError below three readings at constant rate.
+    A grid posterior over c (uniform below the lowest reading) and alpha (normal, 0.45 +- 0.2), `a`
+    by least squares, readings with noise `sigma`. Raises ValueError below three readings at
+    constant rate.
     """
     points = constant_part(curve)
     if len(points) < 3:
@@ -168,7 +176,8 @@ def project(
     want = np.atleast_1d(np.asarray(tokens, float))
     scale = t[-1]
     alphas = np.linspace(0.02, 1.2, 119)
-    # c uniform from zero to the lowest reading; the amplitude integrates out under a flat prior, given its maximum.
+    # c uniform from zero to the lowest reading; the amplitude integrates out under a flat prior,
+    # given its maximum.
     cs = y.min() - (y.min() - 0.0) * np.linspace(0, 1, 400) ** 2
     basis = (t / scale) ** -alphas[:, None]  # (A, n)
     rest = y[None, :] - cs[:, None]  # (C, n)

@@ -11,9 +11,12 @@ and so for the skills that own them: `prior` turns that into counts for and agai
 which a campaign's search begins with.
 """
 
+import json
 import os
 import re
 import statistics
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from typing import Any
 from facts.files import number, read_bounded, read_json
 from facts.limits import ARTIFACT_BYTES
 from facts.logs import is_result, read_log
+
+from .processes import clean_environment
 
 COUNTS = dict(High=(3, 1), Medium=(1, 1), Low=(1, 3))  # for and against a skill, from one record
 # The counts of a skill are scaled down to this sum, so that a campaign's own tries outweigh them.
@@ -34,6 +39,15 @@ SET_KNOB = re.compile(r"""(?<![\w$])([A-Z][A-Z0-9_]{1,60})=["']?([^\s"'`\\;,|)]{
 SCORES = ("val_bpb", "ttt_bpb", "bpb", "final_bpb", "sliding_bpb", "val_bpb_exact")
 MEANS = ("val_bpb", "mean_val_bpb", "mean_bpb")
 SIZES = ("bytes_total", "artifact_bytes", "total_bytes", "bytes")
+
+# Executed in a process of its own: the script is imported, never run.
+TRANSLATE = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("train_gpt", sys.argv[1])
+script = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+print(json.dumps([script.translate(env)[0] for env in json.load(sys.stdin)]))
+"""
 
 
 def score_of(entry: Any) -> float | None:
@@ -179,9 +193,9 @@ def places(root: Path) -> tuple[list[Path], list[dict]]:
     return sorted(f for f in found if not found & set(f.parents)), closed
 
 
-def harvest(root: Path) -> dict[str, Any]:
+def harvest(root: Path, script: Path | None = None) -> dict[str, Any]:
     """Every folder below `root` that looks like a record, in order of date: parsed, or listed with
-    the reason."""
+    the reason. `script`, our own, knows what the variables of published scripts are called here."""
     folders, unparsed = places(Path(root))
     records = []
     for folder in folders:
@@ -190,6 +204,10 @@ def harvest(root: Path) -> dict[str, Any]:
         except (ValueError, OSError, RecursionError, OverflowError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             unparsed.append(dict(folder=folder.name, reason=(reason or "unreadable")[:200]))
+    if script:
+        ours = translated(script, [r["settings"] for r in records])
+        for record, names in zip(records, ours):
+            record["settings"] |= {name: plain(value) for name, value in names.items()}
     records.sort(key=lambda r: (r["track"], r["date"], r["folder"]))
     for i, record in enumerate(records):
         earlier = [
@@ -207,6 +225,24 @@ def harvest(root: Path) -> dict[str, Any]:
         del record["settings"]
     several = sum(len(r["seeds"]) > 1 for r in records)
     return dict(records=records, unparsed=unparsed, with_seeds=several)
+
+
+def translated(script: Path, settings: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The same settings in the words of our own script, as far as it knows theirs; nothing where it
+    cannot be asked."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRANSLATE, str(script)],
+        input=json.dumps(settings),
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env=clean_environment(dict(PYTHONIOENCODING="utf-8")),
+        timeout=300,
+    )
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return [{} for _ in settings]
 
 
 def prior(found: dict, owners: dict[str, str]) -> dict[str, list[float]]:

@@ -1,8 +1,10 @@
-"""Append-only truth of a campaign: one JSON object per line of events.jsonl, each ending in a checksum.
+"""Append-only truth of a campaign: one JSON object per line of events.jsonl, each ending in a
+checksum.
 
-What a campaign knows is a pure replay of these lines (see state.py). An event is acknowledged once its line, newline
-included, is on the disk. A crash in the middle of a write leaves a torn last line: readers ignore it, the next append
-cuts it off. Damage anywhere else is an error and never repaired silently.
+What a campaign knows is a pure replay of these lines (see state.py). An event is acknowledged once
+its line, newline included, is on the disk. A crash in the middle of a write leaves a torn last
+line: readers ignore it, the next append cuts it off. Damage anywhere else is an error and never
+repaired silently.
 """
 
 import contextlib
@@ -16,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from facts import files
-from facts.files import sha256_of as file_digest
+from facts.files import sha256_of as file_digest  # noqa: F401 (its door for the forge)
 
 from . import ForgeError
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces: the same value, the same text. Raises ValueError for NaN and infinities."""
+    """JSON with sorted keys and no spaces: the same value, the same text. Raises ValueError for NaN
+    and infinities."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -46,8 +49,8 @@ def write_atomic(path: Path, content: str | bytes):
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str = "") -> Iterator[int]:
-    """Hold an advisory lock on a file; the kernel frees it when its owner dies. Raises ForgeError(busy) instead of
-    waiting when `busy` is given."""
+    """Hold an advisory lock on a file; the kernel frees it when its owner dies. Raises
+    ForgeError(busy) instead of waiting when `busy` is given."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
@@ -80,7 +83,8 @@ def unseal(line: str) -> dict:
 
 
 class Ledger:
-    """The events of one campaign. Every process may append; `clock` stamps events (tests replace it)."""
+    """The events of one campaign. Every process may append; `clock` stamps events (tests replace
+    it)."""
 
     def __init__(self, path: Path, clock: Callable[[], str] = now, durable: bool = True):
         self.path, self.clock, self.durable = Path(path), clock, durable
@@ -103,8 +107,8 @@ class Ledger:
         return events
 
     def append(self, event: str, **data) -> dict:
-        """Add one event and return it once it is on the disk. Raises ForgeError, leaving the file as it was, when it
-        cannot be written."""
+        """Add one event and return it once it is on the disk. Raises ForgeError, leaving the file
+        as it was, when it cannot be written."""
         with locked(self.path) as handle:
             end, last = self.tail(handle)
             entry = dict(data, n=last + 1, event=event, time=self.clock())

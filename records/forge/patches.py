@@ -1,7 +1,9 @@
-"""What stands between a patch and a score: gates before it runs, a sandbox while it runs, a second opinion after.
+"""What stands between a patch and a score: gates before it runs, a sandbox while it runs, a second
+opinion after.
 
-The static gates are a filter, not a proof. What protects the score is that patched code runs without a network and may
-write only to its run folder, and that its artifact is scored again by the unpatched script.
+The static gates are a filter, not a proof. What protects the score is that patched code runs
+without a network and may write only to its run folder, and that its artifact is scored again by the
+unpatched script.
 """
 
 import ast
@@ -24,8 +26,8 @@ from .run_record import FINAL
 from .space import CODE, no_treatment
 from .view import View
 
-# What a patch may not touch: sections of train_gpt.py by number (runtime, data and bytes, artifact, evaluation, main)
-# and, wherever they stand, what is scored, how, and how it is reported.
+# What a patch may not touch: sections of train_gpt.py by number (runtime, data and bytes, artifact,
+# evaluation, main) and, wherever they stand, what is scored, how, and how it is reported.
 SECTIONS = (2, 3, 8, 9, 11)
 PROTECTED = (
     "RunConfig",
@@ -79,7 +81,8 @@ SMOKE_WAIT = 3600.0  # seconds that the smoke run of a patch waits for a device
 
 
 def protected_digest(source: str) -> dict[str, str]:
-    """{protected section or name: hash of its syntax}; comments and layout do not count. Raises SyntaxError."""
+    """{protected section or name: hash of its syntax}; comments and layout do not count. Raises
+    SyntaxError."""
     starts = [
         (i, int(m[1]))
         for i, line in enumerate(source.splitlines(), 1)
@@ -213,8 +216,9 @@ def apply_patch(source: str, patch: str) -> str:
 
 
 def inspect_patch(source: str, patch: str) -> tuple[str, str]:
-    """The patched script and the name of the one knob that it adds. Raises ForgeError naming the gate that it failed:
-    applies cleanly, small, valid Python, protected regions untouched, nothing that reaches outside, one new switch."""
+    """The patched script and the name of the one knob that it adds. Raises ForgeError naming the
+    gate that it failed: applies cleanly, small, valid Python, protected regions untouched, nothing
+    that reaches outside, one new switch."""
     patched = apply_patch(source, patch)
     changed = sum(
         line.startswith(("+", "-")) and not line.startswith(("+++", "---"))

@@ -1,4 +1,5 @@
-"""Processes of this machine: what they may see, who they are, and how they are ended with all that they started."""
+"""Processes of this machine: what they may see, who they are, and how they are ended with all that
+they started."""
 
 import contextlib
 import ctypes

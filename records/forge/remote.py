@@ -1,9 +1,11 @@
-"""Many machines on an existing engine: Optuna's journal storage behind its gRPC proxy, and workers that pull.
+"""Many machines on an existing engine: Optuna's journal storage behind its gRPC proxy, and workers
+that pull.
 
-The decider is the only one that queues a run; workers take queued trials, run them, and hand the record back with the
-log. The ledger stays the truth: the journal is a queue that may be thrown away. What Optuna lacks is added here: an
-append that survives a torn last line, a lock that dies with its owner, and a heartbeat by which the decider notices
-dead workers on any storage. The proxy has no authentication: it listens on localhost; reach it through SSH.
+The decider is the only one that queues a run; workers take queued trials, run them, and hand the
+record back with the log. The ledger stays the truth: the journal is a queue that may be thrown
+away. What Optuna lacks is added here: an append that survives a torn last line, a lock that dies
+with its owner, and a heartbeat by which the decider notices dead workers on any storage. The proxy
+has no authentication: it listens on localhost; reach it through SSH.
 """
 
 import contextlib
@@ -50,8 +52,8 @@ class DyingLock:
 
 
 class TornSafe(JournalFileBackend):
-    """A journal whose append first cuts off what a crash left behind the last newline; without that, one torn record
-    makes the file unreadable for everybody."""
+    """A journal whose append first cuts off what a crash left behind the last newline; without
+    that, one torn record makes the file unreadable for everybody."""
 
     def __init__(self, path: Path):
         super().__init__(str(path), DyingLock(str(path)))
@@ -147,8 +149,8 @@ class QueueRuns:
         self.study.enqueue_trial({}, user_attrs=dict(key=order["key"], order=json.dumps(order)))
 
     def poll(self, key: str) -> tuple[str, dict | None]:
-        """As LocalRunner.poll. A worker whose heartbeat stands still for `lease` seconds of this machine's clock is
-        given up; after RETRIES repeats the run is over."""
+        """As LocalRunner.poll. A worker whose heartbeat stands still for `lease` seconds of this
+        machine's clock is given up; after RETRIES repeats the run is over."""
         trials = self.trials(key)
         done = next((t for t in trials if t.state == TrialState.COMPLETE), None)
         if done:
@@ -303,7 +305,8 @@ def work(target: str, scratch: Path, idle: float, run: Callable = execute, every
 
 
 def start_on_slurm(target: str, partition: str, count: int, cluster: str = "slurm"):
-    """Start workers through Slurm; leases make its preemption harmless. Another `cluster` of submitit is for tests."""
+    """Start workers through Slurm; leases make its preemption harmless. Another `cluster` of
+    submitit is for tests."""
     try:
         import submitit
     except ImportError:

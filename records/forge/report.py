@@ -87,8 +87,7 @@ def interval(verdict: dict) -> tuple[str, str, str]:
 def skill_text(rows: list[dict], marks: dict[str, str]) -> str:
     """The skill table as text."""
     lines = [
-        f"{'skill':<24} tries moves upheld failed  gain per try [95 %]            "
-        "minutes per 0.001"
+        f"{'skill':<24} tries moves upheld failed  gain per try [95 %]            minutes per 0.001"
     ]
     for r in rows:
         per = "-" if r["minutes_per_milli"] is None else f"{r['minutes_per_milli']:.3g}"
@@ -119,7 +118,9 @@ def news(events: list[dict], view) -> list[str]:
         elif e["event"] == "agent" and not e["call"]["ok"]:
             found.append(f"agent: {e['call']['reason'][:160]}")
         elif e["event"] == "meta":
-            skills = ", ".join(f"{r['skill']} {r['moves']}/{r['tries']}" for r in e["meta"]["skills"])
+            skills = ", ".join(
+                f"{r['skill']} {r['moves']}/{r['tries']}" for r in e["meta"]["skills"]
+            )
             found.append(f"meta {e['meta']['index']}: {skills}")
     return found
 
@@ -306,7 +307,9 @@ def setting(d: dict) -> str:
     """What was done, for a reader who has seen nothing else."""
     rung = d["rung_table"]
     base = settings_text(d["base"], ("CHECKPOINT_EVERY", "STRICT_ENV"))
-    own = settings_text(rung.get("env", {}), ("MAX_WALLCLOCK_SECONDS",) if rung.get("tokens") else ())
+    own = settings_text(
+        rung.get("env", {}), ("MAX_WALLCLOCK_SECONDS",) if rung.get("tokens") else ()
+    )
     val, host = d["reference"].get("val"), d["reference"].get("host")
     length = f"{rung['tokens']:,} training tokens" if rung.get("tokens") else "its own limits"
     text = (
@@ -418,9 +421,7 @@ def spent_section(d: dict) -> str:
         ["agent calls", spent["agent_calls"], budget["agent_calls"] or "none"],
         ["agent dollars", f"{spent['agent_dollars']:.2f}", budget["agent_dollars"] or "none"],
     ]
-    return section(
-        "Where the time went", plot_time(d), table(["budget", "used", "limit"], rows)
-    )
+    return section("Where the time went", plot_time(d), table(["budget", "used", "limit"], rows))
 
 
 def later_sections(d: dict) -> list[str]:

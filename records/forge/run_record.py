@@ -64,9 +64,7 @@ def audit_fields(text: str, kind: str) -> dict[str, str]:
 def parse_log(text: str, batch_tokens: int = 0) -> dict[str, Any]:
     """Numbers of a log. `finals` holds every official score line; `curve` is [tokens, bits per
     byte], `losses` [step, nats]."""
-    official = [
-        (number(m[2]), number(m[3]), int(m[4]), int(m[5])) for m in FINAL.finditer(text)
-    ]
+    official = [(number(m[2]), number(m[3]), int(m[4]), int(m[5])) for m in FINAL.finditer(text)]
     exact = [(number(m[1]), number(m[2]), 0, 0) for m in EXACT.finditer(text)]
     steps = [(int(m[1]), number(m[3]), int(m[4])) for m in STEP.finditer(text)]
     vals = [(int(m[1]), number(m[2]), number(m[3])) for m in VAL.finditer(text)]
@@ -104,7 +102,8 @@ def parse_log(text: str, batch_tokens: int = 0) -> dict[str, Any]:
 
 
 def host_class(parsed: dict) -> str:
-    """Hosts whose times and rounding can be compared: device kind and count, or processor and threads."""
+    """Hosts whose times and rounding can be compared: device kind and count, or processor and
+    threads."""
     if parsed["gpu"] not in (None, "none"):
         return f"{parsed['world']}x{parsed['gpu']}"
     with contextlib.suppress(OSError):
@@ -232,5 +231,3 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-

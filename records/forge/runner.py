@@ -40,7 +40,8 @@ from .processes import (
 from .run_record import FINAL, collect, partway
 
 MAX_ATTEMPTS = 3
-# Exit codes of a run that a person or the kernel, for memory, ended from outside: it is tried again.
+# Exit codes of a run that a person or the kernel, for memory, ended from outside: it is tried
+# again.
 KILLED_FROM_OUTSIDE = (-9, -15, 137, 143)
 
 
@@ -80,7 +81,7 @@ def clear_orphans(folder: Path):
         end_all(left, 1.0)
 
 
-# ---- One attempt -------------------------------------------------------------------------------------
+# ---- One attempt ---------------------------------------------------------------------------------
 def limits(order: dict):
     """In the child, before the script starts: no core dumps, bounded files."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -177,7 +178,7 @@ def run_attempt(
     return code, killed
 
 
-# ---- One run -----------------------------------------------------------------------------------------
+# ---- One run -------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def on_devices(order: dict) -> Iterator[tuple[list[str], list[int]]]:
     """Hold the devices of an order: those that the decider gave it, or, on the machine of a worker
@@ -227,6 +228,8 @@ def supervise(folder: Path) -> dict | None:
 class LocalRunner:
     """Starts supervisors of their own on this machine; they outlive the decider and finish what
     they have."""
+
+    owns_devices = True  # runs are on this machine: the decider gives them their places
 
     def __init__(self, runs: Path):
         self.runs = runs

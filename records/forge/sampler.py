@@ -1,7 +1,9 @@
-"""Numeric proposals, no language model needed: Thompson sampling picks a skill, TPE samples the knobs that it owns.
+"""Numeric proposals, no language model needed: Thompson sampling picks a skill, TPE samples the
+knobs that it owns.
 
-Every other knob stays at the anchor, so that the search explores a block around what works. Both parts are
-pure functions of the ledger's state: nothing of a sampler is stored, and a proposal can be repeated.
+Every other knob stays at the anchor, so that the search explores a block around what works. Both
+parts are pure functions of the ledger's state: nothing of a sampler is stored, and a proposal can
+be repeated.
 """
 
 import math
@@ -33,7 +35,8 @@ REDRAWS = 8
 
 @dataclass(frozen=True)
 class Arm:
-    """A skill's record: discounted posterior of its mean credit in bits per byte, and what a try costs."""
+    """A skill's record: discounted posterior of its mean credit in bits per byte, and what a try
+    costs."""
 
     skill: str
     tries: int
@@ -45,8 +48,8 @@ class Arm:
 
 
 def credits(state: State) -> list[tuple[str, float, float]]:
-    """(skill, credit, minutes) of every finished search experiment: its gain beyond half a sigma if it moved the
-    anchor, else nothing."""
+    """(skill, credit, minutes) of every finished search experiment: its gain beyond half a sigma if
+    it moved the anchor, else nothing."""
     found = []
     for x in state.searches():
         moved = x.verdict["verdict"] == "tentative"
@@ -59,8 +62,9 @@ def credits(state: State) -> list[tuple[str, float, float]]:
 
 
 def arms(state: State, skills: list[str]) -> list[Arm]:
-    """Every skill's posterior: normal, discounted per own try, with one pseudo-trial at the mean of all. Counts from
-    the records of others are older than every own try: they move the mean, less with each, and never narrow it."""
+    """Every skill's posterior: normal, discounted per own try, with one pseudo-trial at the mean of
+    all. Counts from the records of others are older than every own try: they move the mean, less
+    with each, and never narrow it."""
     history = credits(state)
     all_credits = [c for _, c, _ in history]
     average = float(np.mean(all_credits)) if history else 0.0
@@ -90,8 +94,8 @@ def arms(state: State, skills: list[str]) -> list[Arm]:
 
 
 def choose_skill(state: State, skills: list[str], rng: np.random.Generator) -> str:
-    """Thompson: the best draw per minute. Every skill keeps FLOOR of all proposals; an inert one has no more, a retired
-    one none."""
+    """Thompson: the best draw per minute. Every skill keeps FLOOR of all proposals; an inert one
+    has no more, a retired one none."""
     skills = [s for s in skills if s not in state.retired]
     if rng.random() < FLOOR * len(skills):
         return skills[rng.integers(len(skills))]
@@ -114,8 +118,8 @@ def distribution(knob: Knob, narrowed: tuple[float, float] | None = None):
 
 
 def study_of(knobs: dict[str, Knob], state: State, sampler) -> optuna.Study:
-    """These knobs of all configurations that the search has seen, failed ones as bad as the worst, running ones as they
-    are."""
+    """These knobs of all configurations that the search has seen, failed ones as bad as the worst,
+    running ones as they are."""
     study = optuna.create_study(sampler=sampler)
     table = {name: distribution(k) for name, k in knobs.items()}
     finite = [r.score for r in state.runs.values() if r.score is not None]
@@ -179,7 +183,8 @@ def generator(state: State, *more: Any) -> np.random.Generator:
 
 
 def propose(state: State, space: Space, skill: str = "") -> tuple[str, dict] | None:
-    """(skill, change) that was not tried before; None when a skill has nothing new after REDRAWS draws."""
+    """(skill, change) that was not tried before; None when a skill has nothing new after REDRAWS
+    draws."""
     seen = {x.cid for x in state.experiments.values()} | {
         config_id(p["change"]) for p in state.refused
     }
@@ -199,9 +204,9 @@ def propose(state: State, space: Space, skill: str = "") -> tuple[str, dict] | N
 
 
 def shrunk(change: dict, space: Space, rng: np.random.Generator, retired: set[str]) -> dict:
-    """What was refused for its size, with one compression choice moved: a number by one step down, anything else drawn
-    anew. A larger model often pays only together with fewer bits, neither move is worth anything alone, and the fewest
-    bits given up cost least."""
+    """What was refused for its size, with one compression choice moved: a number by one step down,
+    anything else drawn anew. A larger model often pays only together with fewer bits, neither move
+    is worth anything alone, and the fewest bits given up cost least."""
     knobs = [
         k
         for k in space.knobs.values()

@@ -155,5 +155,3 @@ def to_toml(value: dict, prefix: str = "") -> str:
         if isinstance(v, dict)
     ]
     return "\n".join(lines) + "\n\n" + "".join(tables)
-
-

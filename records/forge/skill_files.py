@@ -1,5 +1,5 @@
-"""Skill folders: checks against the Agent Skills format (agentskills.io/specification) and this forge's own files, and
-new ones that pass them.
+"""Skill folders: checks against the Agent Skills format (agentskills.io/specification) and this
+forge's own files, and new ones that pass them.
 """
 
 import json
@@ -98,7 +98,8 @@ def check_all(skills: Path, script: Path, env: dict | None = None) -> list[str]:
 
 
 def knob_of(item: str) -> tuple[str, dict]:
-    """NAME=LOW:HIGH[:log][:steps] or NAME=CHOICE,CHOICE as an entry of knobs.json. Raises ForgeError."""
+    """NAME=LOW:HIGH[:log][:steps] or NAME=CHOICE,CHOICE as an entry of knobs.json. Raises
+    ForgeError."""
     name, _, rest = item.partition("=")
     low, *more = rest.split(":")
     try:
@@ -126,8 +127,9 @@ def create(
     script: Path,
     env: dict | None = None,
 ):
-    """A new skill folder with its SKILL.md and knobs.json. Raises ForgeError, leaving nothing behind, when the name is
-    taken, the format is broken, or a knob does not fit the script or belongs to another skill."""
+    """A new skill folder with its SKILL.md and knobs.json. Raises ForgeError, leaving nothing
+    behind, when the name is taken, the format is broken, or a knob does not fit the script or
+    belongs to another skill."""
     if not NAME.fullmatch(name):
         raise ForgeError(f"name {name!r}: want a-z, 0-9 and single hyphens")
     if (skills / name).exists():

@@ -1,5 +1,6 @@
-"""The meta-layer: every fifth experiment it weighs the skills, turns repeated evidence into playbooks, and takes back
-edits that made a skill worse. It costs no device time, is a pure function of the state, and runs once per index.
+"""The meta-layer: every fifth experiment it weighs the skills, turns repeated evidence into
+playbooks, and takes back edits that made a skill worse. It costs no device time, is a pure function
+of the state, and runs once per index.
 """
 
 import warnings
@@ -21,7 +22,8 @@ ROLLBACK_USES, ROLLBACK_AT = 10, 0.9
 
 
 def claim_name(skill: str, knobs: dict[str, list], space: Space) -> str:
-    """A change as a statement that later experiments can repeat: numbers by direction, choices by value."""
+    """A change as a statement that later experiments can repeat: numbers by direction, choices by
+    value."""
     parts = []
     for name, (old, new) in sorted(knobs.items()):
         choice = name in space.knobs and space.knobs[name].kind == "choice"
@@ -34,11 +36,12 @@ def claim_name(skill: str, knobs: dict[str, list], space: Space) -> str:
 def crystallise(
     evidence: list[dict], sigma: float, now: int, target: bool = False
 ) -> dict[str, Any]:
-    """What a claim's evidence on one rung amounts to. Each piece has delta, se, parent and at (experiment count).
+    """What a claim's evidence on one rung amounts to. Each piece has delta, se, parent and at
+    (experiment count).
 
-    proven: at least 3 comparisons on 2 parents, a random-effects upper bound below zero, a mean gain worth having, and
-    four of five signs negative. refuted: the lower bound excludes a gain of sigma. stale: nothing new for 50
-    experiments; `was` is what it had been. Else a heuristic.
+    proven: at least 3 comparisons on 2 parents, a random-effects upper bound below zero, a mean
+    gain worth having, and four of five signs negative. refuted: the lower bound excludes a gain of
+    sigma. stale: nothing new for 50 experiments; `was` is what it had been. Else a heuristic.
     """
     deltas, errors = np.array([e["delta"] for e in evidence]), np.array([e["se"] for e in evidence])
     k, mean = len(deltas), float(deltas.mean())
@@ -75,7 +78,8 @@ def crystallise(
 
 
 def claims(state: State) -> list[dict]:
-    """Every claim with its standing per rung. `proven` without a suffix needs the next rung up as well."""
+    """Every claim with its standing per rung. `proven` without a suffix needs the next rung up as
+    well."""
     found, now = [], len(state.searches())
     rungs = list(state.config["rungs"])
     for number, (claim, evidence) in enumerate(sorted(state.evidence.items()), 1):
@@ -134,7 +138,8 @@ def survivors(state: State) -> dict[str, int]:
 
 
 def skill_table(state: State, space: Space) -> list[dict]:
-    """How every skill did: tries, moves, survivors, gain per try with 95 % interval, failures, minutes per 0.001."""
+    """How every skill did: tries, moves, survivors, gain per try with 95 % interval, failures,
+    minutes per 0.001."""
     upheld, rows = survivors(state), []
     for arm in sampler.arms(state, space.skills):
         mine = [x for x in state.searches() if x.skill == arm.skill]
@@ -159,10 +164,10 @@ def skill_table(state: State, space: Space) -> list[dict]:
 
 
 def inert_skills(state: State, skills: list[str]) -> list[str]:
-    """Skills that make no difference: the scores of their tries, as differences to the anchor of their moment, scatter
-    no more than those of equal configurations (F test against the rung's noise, 20 %), and no move of theirs was
-    confirmed on its own. Wins cannot tell: a change that does nothing wins single runs too, and interactions of others
-    carry it through an ablation."""
+    """Skills that make no difference: the scores of their tries, as differences to the anchor of
+    their moment, scatter no more than those of equal configurations (F test against the rung's
+    noise, 20 %), and no move of theirs was confirmed on its own. Wins cannot tell: a change that
+    does nothing wins single runs too, and interactions of others carry it through an ablation."""
     noise = state.noise(state.config["search"]["rung"])
     proven = {
         x.factors[0]["skill"]
@@ -204,7 +209,8 @@ def importance(state: State, space: Space) -> dict[str, float]:
 
 
 def narrowed(state: State, space: Space, skill: str) -> dict[str, list[float]]:
-    """Ranges of a skill's numeric knobs: the middle 80 % of the best quarter of its tries, widened by a fifth."""
+    """Ranges of a skill's numeric knobs: the middle 80 % of the best quarter of its tries, widened
+    by a fifth."""
     tried = [
         (min(s), space.values(x.change))
         for x in state.searches()
@@ -236,8 +242,9 @@ def probability_worse(after: tuple[int, int], before: tuple[int, int]) -> float:
 
 
 def edits(state: State, space: Space, standing: list[dict]) -> list[dict]:
-    """New versions of playbooks: roll-backs first, then new text or ranges. A skill gets a playbook with its first
-    proven claim; ranges are narrowed once it was tried often, and not again after they had to be taken back."""
+    """New versions of playbooks: roll-backs first, then new text or ranges. A skill gets a playbook
+    with its first proven claim; ranges are narrowed once it was tried often, and not again after
+    they had to be taken back."""
     found = []
     for skill in space.skills:
         versions = state.playbooks.get(skill, [])

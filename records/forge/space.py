@@ -1,8 +1,10 @@
-"""The search space, straight from a script's own configuration, so that it never drifts from the script.
+"""The search space, straight from a script's own configuration, so that it never drifts from the
+script.
 
-A *change* is {knob: value} relative to the campaign's base environment, in search coordinates: numbers and texts, and
-for knobs that count steps a part of the run (`as: fraction_of_steps`). `resolve` turns a change into the environment
-of one rung. What a skill may touch is a range inside what the script allows, in its assets/knobs.json.
+A *change* is {knob: value} relative to the campaign's base environment, in search coordinates:
+numbers and texts, and for knobs that count steps a part of the run (`as: fraction_of_steps`).
+`resolve` turns a change into the environment of one rung. What a skill may touch is a range inside
+what the script allows, in its assets/knobs.json.
 """
 
 import json
@@ -52,7 +54,8 @@ FIXED = dict(
 )
 FIXED_ENDINGS = dict(_PATH="a path", _DIR="a path", _SEED="luck is no finding")
 FIXED_GROUPS = dict(run="it says how a run is kept, not what is trained")
-# Executed in a process of its own: the script is imported, never run, and answers with its knobs as JSON.
+# Executed in a process of its own: the script is imported, never run, and answers with its knobs as
+# JSON.
 PROBE = """
 import importlib.util, json, sys
 spec = importlib.util.spec_from_file_location("train_gpt", sys.argv[1])
@@ -73,7 +76,8 @@ except script.UserError as error:
 
 @dataclass(frozen=True)
 class Knob:
-    """One searched environment variable. `low`, `high` and `base` are in search coordinates; `choices` are texts."""
+    """One searched environment variable. `low`, `high` and `base` are in search coordinates;
+    `choices` are texts."""
 
     name: str
     skill: str
@@ -88,7 +92,8 @@ class Knob:
     needs: str = ""
 
     def clip(self, value: Any) -> Any:
-        """The nearest value of the space, in its canonical form. Raises ForgeError for one that cannot be read."""
+        """The nearest value of the space, in its canonical form. Raises ForgeError for one that
+        cannot be read."""
         if self.kind == "choice":
             text = str(int(value)) if isinstance(value, bool) else str(value)
             if text not in self.choices:
@@ -104,7 +109,8 @@ class Knob:
         return int(round(number)) if self.kind == "int" else float(f"{number:.4g}")
 
     def check(self, value: Any) -> Any:
-        """The canonical form of a value that lies in the space. Raises ForgeError naming what is allowed."""
+        """The canonical form of a value that lies in the space. Raises ForgeError naming what is
+        allowed."""
         clipped = self.clip(value)
         if self.kind != "choice" and not math.isclose(
             float(value), clipped, rel_tol=1e-3, abs_tol=1e-9
@@ -175,7 +181,8 @@ class Space:
 
     @classmethod
     def build(cls, described: dict, skills: dict[str, dict], base_env: dict[str, str]) -> "Space":
-        """From a script's description and {skill: contents of its knobs.json}. All mistakes are reported at once."""
+        """From a script's description and {skill: contents of its knobs.json}. All mistakes are
+        reported at once."""
         knobs, errors = {}, []
         for skill, table in sorted(skills.items()):
             for name, want in table.items():
@@ -194,8 +201,9 @@ class Space:
         return {name: change.get(name, knob.base) for name, knob in self.knobs.items()}
 
     def normal(self, change: dict[str, Any]) -> dict[str, Any]:
-        """The change without values that equal the base or that the rest makes meaningless: one form for one
-        configuration. Raises ForgeError for an unknown knob or a value outside the space."""
+        """The change without values that equal the base or that the rest makes meaningless: one
+        form for one configuration. Raises ForgeError for an unknown knob or a value outside the
+        space."""
         patch = {
             n: str(v)
             for n, v in change.items()
@@ -217,9 +225,9 @@ class Space:
         return kept
 
     def resolve(self, change: dict[str, Any], rung: dict[str, Any]) -> dict[str, str]:
-        """The knob environment of a change on a rung: base, then change, then the rung's own. On a rung that names
-        `tokens`, runs end by tokens and never by the clock: a larger batch gets fewer steps. Counts of steps follow the
-        expected steps."""
+        """The knob environment of a change on a rung: base, then change, then the rung's own. On a
+        rung that names `tokens`, runs end by tokens and never by the clock: a larger batch gets
+        fewer steps. Counts of steps follow the expected steps."""
         env = dict(self.base_env)
         values, steps = self.base_values | change, rung["steps"]
         fixed = {k: str(v) for k, v in rung.get("env", {}).items()}

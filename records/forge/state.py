@@ -39,8 +39,9 @@ class Run:
 
 @dataclass
 class Experiment:
-    """One question and the verdict that answered it. Its kind is sentinel, search, confirm, ablation, compose, pair,
-    promote, closing or retest; `study` is the experiment that a pair follows up."""
+    """One question and the verdict that answered it. Its kind is sentinel, search, confirm,
+    ablation, compose, pair, promote, closing or retest; `study` is the experiment that a pair
+    follows up."""
 
     id: str
     kind: str
@@ -237,8 +238,8 @@ class State:
         )
 
     def expected_seconds(self, rung: str, change: dict | None = None) -> float:
-        """How long a run on this rung takes: the median so far, of this configuration if it ran there, or half the
-        rung's limit before any is known. Runs that were cut short do not count."""
+        """How long a run on this rung takes: the median so far, of this configuration if it ran
+        there, or half the rung's limit before any is known. Runs that were cut short do not count."""
         runs = [
             r
             for r in self.runs.values()
