@@ -3,6 +3,7 @@
 import base64
 import json
 import lzma
+import math
 import os
 import re
 import resource
