@@ -842,503 +842,287 @@ class Config:
         }
 
 
-def at_most(**limits: float) -> dict[str, Callable[[dict], float]]:
-    """Overrides that lower a value to a limit and never raise it."""
-    return {
-        name: lambda v, name=name, limit=limit: min(v[name], limit)
-        for name, limit in limits.items()
-    }
-
-
+# Systems as one would type them over the defaults; of two values the later one holds. Each says where it comes from and
+# what is left of a difference to its source. Parameter totals are those of the source, to the last one.
 # What every later record shares: 11 layers, 2048-token rows, a sliding window.
-LATE = dict(
-    num_layers=11,
-    leaky_slope=0.5,
-    mlp_mult=4.0,
-    rope_dims=16,
-    xsa_last_n=11,
-    ln_scale=True,
-    init="orthogonal",
-    train_seq_len=2048,
-    train_batch_tokens=786_432,
-    grad_clip_norm=0.3,
-    muon_momentum=0.99,
-    muon_momentum_warmup_start=0.92,
-    muon_momentum_warmup_steps=1500,
-    muon_wd=0.095,
-    matrix_lr=0.022,
-    tied_embed_lr=0.03,
-    scalar_lr=0.02,
-    adam_wd=0.02,
-    lr_schedule="warmdown_frac",
-    warmdown_frac=0.72,
-    averaging="ema",
-    ema_decay=0.9965,
-    matrix_bits=6,
-    eval="sliding",
-    eval_seq_len=2048,
-    eval_stride=64,
-)
-# Presets are overrides of the defaults, which are the naive baseline. A callable receives the values so far.
-PRESETS: dict[str, dict[str, Any]] = {
-    # 9 layers, int8 + zlib: the published starting point (1.2244). 17,059,912 parameters.
-    "baseline": dict(scale_floor=1.0),
-    # PR 66, 1.1632: MLP 3x, 4096-token rows, int6 straight-through from step 0 on the export grid, sliding window.
-    # 21,778,504 parameters. The published export used max/31; ours is the training grid itself.
-    "mlp3x_seq4096": dict(
-        mlp_mult=3.0,
-        train_seq_len=4096,
-        train_batch_tokens=393_216,
-        tied_embed_lr=0.03,
-        matrix_lr=0.02,
-        scalar_lr=0.02,
-        muon_momentum=0.99,
-        muon_momentum_warmup_start=0.92,
-        muon_momentum_warmup_steps=1500,
-        warmdown_iters=3000,
-        matrix_bits=6,
-        embed_bits=16,
-        qat="ste",
-        codec="zstd",
-        eval="sliding",
-        eval_seq_len=4096,
-        eval_stride=64,
-    ),
-    # PR 645's techniques put together on its 7 layers and 512-token rows; the published run (1.8990) had none of them.
-    # MUP_BASE_WIDTH is the width of the `cpu` overlay, at which the learning rates hold.
-    "skill_forge": dict(
-        num_layers=7,
-        train_seq_len=512,
-        train_batch_tokens=16_384,
-        micro_batch_tokens=16_384,
-        mlp_mult=3.0,
-        xsa_last_n=7,
-        rope_dims=16,
-        smear_gate="B",
-        init="orthogonal",
-        mup_base_width=256,
-        matrix_lr=0.04,
-        muon_momentum=0.99,
-        muon_momentum_warmup_steps=500,
-        muon_wd=0.04,
-        averaging="ema",
-        iterations=2000,
-        max_wallclock_seconds=240.0,
-        warmup_steps=10,
-        matrix_bits=6,
-        qat="ste",
-        qat_start_frac=0.5,
-        eval="sliding",
-        eval_seq_len=512,
-        eval_stride=64,
-        codec="zstd",
-        clip="search",
-        ttt="sgd",
-    ),
-    # Blocks 2-4 run 1 + 8 times, blocks 5-7 in parallel, no positions, no x0 mix, nothing starts at zero. 20,980,824.
-    # QAT began when the cosine fell below 0.15, which is 92.4 % of the run. The published embedding belonged to another
-    # tokenizer and its score was no bits per byte: neither is copied.
-    "depth_recurrent": dict(
-        num_layers=8,
-        leaky_slope=0.5,
-        mlp_mult=3.0,
-        rope_dims=-1,
-        qk_gain_init=5.0,
-        x0_mix=False,
-        skip_pairs="around_loop",
-        num_loops=8,
-        loop_start=2,
-        loop_end=4,
-        enable_looping_at=3000.0,
-        loop_ramp_steps=20,
-        parallel="A",
-        parallel_start=5,
-        init="uniform",
-        embed_init="svd",
-        objective="byte",
-        vocab_size=4096,
-        train_batch_tokens=131_072,
-        micro_batch_tokens=8192,
-        iterations=50_000,
-        max_wallclock_seconds=0.0,
-        lr_schedule="cosine",
-        warmdown_frac=0.3,
-        muon="muoneq_r",
-        matrix_lr=0.022,
-        muon_momentum_warmup_start=0.95,
-        muon_momentum_warmup_steps=0,
-        muon_wd=0.095,
-        tied_embed_lr=0.01,
-        scalar_lr=0.01,
-        beta2=0.999,
-        adam_l2=0.095,
-        averaging="iw_swa",
-        matrix_bits=6,
-        qat="ste",
-        qat_start_frac=0.924,
-    ),
-    # PR 1126, 1.1123 (PR 1089, 1.1091). 30,666,843 parameters. The rotary base is 10,000 rescaled from 1,024 to 2,048
-    # tokens, as the run had it by accident; so are the rows of the mimetic start. Its QAT never ran: none. It ranked
-    # matrices for more bits by the trace of their Hessian, which the architecture fixes; ours by measured loss.
+LATE = """
+NUM_LAYERS=11 LEAKY_SLOPE=0.5 MLP_MULT=4 ROPE_DIMS=16 XSA_LAST_N=11 LN_SCALE=1 INIT=orthogonal
+TRAIN_SEQ_LEN=2048 TRAIN_BATCH_TOKENS=786432 GRAD_CLIP_NORM=0.3
+MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
+MUON_WD=0.095 MATRIX_LR=0.022 TIED_EMBED_LR=0.03 SCALAR_LR=0.02 ADAM_WD=0.02
+LR_SCHEDULE=warmdown_frac WARMDOWN_FRAC=0.72 AVERAGING=ema EMA_DECAY=0.9965
+MATRIX_BITS=6 EVAL=sliding EVAL_SEQ_LEN=2048 EVAL_STRIDE=64
+"""
+SYSTEMS = {
+    # The published starting point, 1.2244: 9 layers, int8, zlib. 17,059,912 parameters.
+    "baseline": "SCALE_FLOOR=1",
+    # PR 66, 1.1632: MLP 3x, 4096-token rows, int6 straight-through from step 0. 21,778,504 parameters.
+    # Different: the export is on the training grid; theirs went to the largest weight of a row over 31.
+    "mlp3x_seq4096": """
+        MLP_MULT=3 TRAIN_SEQ_LEN=4096 TRAIN_BATCH_TOKENS=393216
+        TIED_EMBED_LR=0.03 MATRIX_LR=0.02 SCALAR_LR=0.02 WARMDOWN_ITERS=3000
+        MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
+        MATRIX_BITS=6 EMBED_BITS=16 QAT=ste CODEC=zstd
+        EVAL=sliding EVAL_SEQ_LEN=4096 EVAL_STRIDE=64""",
+    # PR 645, 1.8990: what it lists, put together on its 7 layers and 512-token rows; its run had none of the techniques.
+    # Different: everything but layers, rows, batch, steps, clock and rates.
+    "skill_forge": """
+        NUM_LAYERS=7 MLP_MULT=3 XSA_LAST_N=7 ROPE_DIMS=16 SMEAR_GATE=B INIT=orthogonal MUP_BASE_WIDTH=512
+        TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=16384 MICRO_BATCH_TOKENS=16384
+        ITERATIONS=2000 MAX_WALLCLOCK_SECONDS=240 WARMUP_STEPS=10
+        MATRIX_LR=0.04 MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_STEPS=500 MUON_WD=0.04 AVERAGING=ema
+        MATRIX_BITS=6 QAT=ste QAT_START_FRAC=0.5 CLIP=search CODEC=zstd
+        EVAL=sliding EVAL_SEQ_LEN=512 EVAL_STRIDE=64 TTT=sgd""",
+    # A research log on one consumer card: blocks 2-4 run 1 + 8 times, 5-7 beside their MLPs, no positions, no zeros to
+    # begin with. 20,980,824 parameters. QAT began as the cosine fell below 0.15: at 92.4 % of the run.
+    # Different: embeddings start from this tokenizer's pairs (theirs were another's); what is scored is bits per byte of
+    # all text (theirs a weighted loss of 300 rows).
+    "depth_recurrent": """
+        NUM_LAYERS=8 LEAKY_SLOPE=0.5 MLP_MULT=3 ROPE_DIMS=-1 QK_GAIN_INIT=5 X0_MIX=0 SKIP_PAIRS=around_loop
+        NUM_LOOPS=8 LOOP_START=2 LOOP_END=4 ENABLE_LOOPING_AT=3000 LOOP_RAMP_STEPS=20
+        PARALLEL=A PARALLEL_START=5 INIT=uniform EMBED_INIT=svd OBJECTIVE=byte
+        VOCAB_SIZE=4096 TRAIN_BATCH_TOKENS=131072 MICRO_BATCH_TOKENS=8192
+        ITERATIONS=50000 MAX_WALLCLOCK_SECONDS=0 LR_SCHEDULE=cosine WARMDOWN_FRAC=0.3
+        MUON=muoneq_r MATRIX_LR=0.022 MUON_WD=0.095
+        MUON_MOMENTUM_WARMUP_START=0.95 MUON_MOMENTUM_WARMUP_STEPS=0
+        TIED_EMBED_LR=0.01 SCALAR_LR=0.01 BETA2=0.999 ADAM_L2=0.095
+        AVERAGING=iw_swa SWA_START=1.01 SWA_EVERY=3125
+        MATRIX_BITS=6 EMBED_BITS=6 QAT=ste QAT_START_FRAC=0.924""",
+    # PR 1126, 1.1123, again PR 1089, 1.1091: hashed n-grams, Turbo-Muon. 30,666,843 parameters. Rotary base: 10,000,
+    # rescaled from 1,024 to 2,048 tokens, as the run had it by accident; so are the rows of the mimetic start.
+    # Different: no QAT (theirs never ran); bits go where they lower a held-out loss (theirs by the trace of a Hessian,
+    # which the architecture fixes); what does not fit loses bits (theirs set 2.3 % of small levels to zero).
     "turbo_engram": LATE
-    | dict(
-        leaky_slope=0.3,
-        mlp_mult=3.5,
-        rope_base=22_081.0,
-        smear_gate="B",
-        engram_buckets=8192,
-        value_embed_last_n=2,
-        skips="gated",
-        init="mimetic_rows",
-        tied_embed_lr=0.035,
-        table_lr=0.035,
-        scalar_lr=0.025,
-        adam_wd=0.04,
-        embed_beta1=0.7,
-        head_beta1=0.7,
-        muon="turbo_muon",
-        matrix_lr=0.025,
-        muon_wd=0.04,
-        lr_schedule="warmdown_iters",
-        warmdown_iters=3500,
-        min_lr=0.05,
-        averaging="swa",
-        reserve_seconds=14.0,
-        matrix_bits=5,
-        rounding="gptq",
-        clip="search",
-        allocation="loss",
-        fit_budget="bits",
-        codec="brotli_shuffle",
-    ),
-    # PR 1539, 1.0587, not admissible in the competition. 36,311,132 parameters. Rotary base as above. It kept the five
-    # skips of the plain list after looping began. Its four polar steps were five, cut; ours are four.
+    + """
+        LEAKY_SLOPE=0.3 MLP_MULT=3.5 ROPE_BASE=22081 SMEAR_GATE=B ENGRAM_BUCKETS=8192 VALUE_EMBED_LAST_N=2
+        SKIPS=gated INIT=mimetic_rows LOADER=coprime
+        TIED_EMBED_LR=0.035 TABLE_LR=0.035 SCALAR_LR=0.025 ADAM_WD=0.04 EMBED_BETA1=0.7 TABLE_BETA1=0.7
+        MUON=turbo_muon MATRIX_LR=0.025 MUON_WD=0.04
+        LR_SCHEDULE=warmdown_iters WARMDOWN_ITERS=3500 MIN_LR=0.05 AVERAGING=swa RESERVE_SECONDS=14
+        MATRIX_BITS=5 ROUNDING=gptq CLIP=search CALIBRATION_TOKENS=6291456
+        ALLOCATION=loss FIT_BUDGET=bits CODEC=brotli_shuffle""",
+    # PR 1539, 1.0587, not admissible: it trains on the validation text before it is scored. 36,311,132 parameters. Rotary
+    # base as above; it kept the five skips of the plain list after looping began.
+    # Different: four polar steps made for four (theirs five, cut); rows, never columns, are made equal before them;
+    # embeddings are rounded with GPTQ (theirs to nearest), and inputs seen with loops and lanes (theirs without).
     "prequant_ttt": LATE
-    | dict(
-        vocab_size=8192,
-        rope_base=22_081.0,
-        qk_gain_init=5.25,
-        smear_gate="B",
-        value_embed_last_n=2,
-        value_embed_dim=44,
-        skip_pairs="as_unlooped",
-        num_loops=1,
-        enable_looping_at=3000.0,
-        parallel="B",
-        table_lr=0.03,
-        embed_wd=0.095,
-        muon="muoneq_r_polar",
-        muon_steps=4,
-        rounding="gptq",
-        clip="sigma",
-        calibration="self",
-        codec="rans",
-        ttt="prequant",
-    ),
-    # PR 1493, 1.0810. 35,944,536 parameters.
+    + """
+        VOCAB_SIZE=8192 ROPE_BASE=22081 QK_GAIN_INIT=5.25 SMEAR_GATE=B VALUE_EMBED_LAST_N=2 VALUE_EMBED_DIM=44
+        SKIP_PAIRS=as_unlooped NUM_LOOPS=1 ENABLE_LOOPING_AT=3000 PARALLEL=B
+        TABLE_LR=0.03 EMBED_WD=0.095 TABLE_WD=0.095 MUON=muoneq_r_polar MUON_STEPS=4
+        ROUNDING=gptq CLIP=sigma CALIBRATION=self CODEC=rans TTT=prequant""",
+    # PR 1493, 1.0810: loops, score first then learn. 35,944,536 parameters.
+    # Different: its 64 batches of 98,304 tokens are seen by all ranks together (theirs by each alone).
     "score_first_ttt": LATE
-    | dict(
-        vocab_size=8192,
-        qk_gain_init=5.25,
-        skips="gated",
-        num_loops=2,
-        parallel="A",
-        loader="shuffled",
-        embed_wd=0.085,
-        muon="muoneq_r",
-        reserve_seconds=12.0,
-        rounding="gptq",
-        clip="sigma",
-        codec="brotli_shuffle",
-        ttt="sgd",
-    ),
-    # PR 1855, 1.0611, the leaderboard's last. 35,945,671 parameters. Values are those of its log, not of its README.
-    # It packed with ZPAQ, which takes more bytes than ours on the same levels.
+    + """
+        VOCAB_SIZE=8192 QK_GAIN_INIT=5.25 SKIPS=gated NUM_LOOPS=2 PARALLEL=A LOADER=shuffled
+        EMBED_WD=0.085 MUON=muoneq_r RESERVE_SECONDS=12
+        ROUNDING=gptq CLIP=sigma CALIBRATION_TOKENS=6291456 CODEC=brotli_shuffle TTT=sgd""",
+    # PR 1855, 1.0611, by its log: the base of the last leaders (PR 2135, 1.0565). 35,945,671 parameters.
+    # Different: gates are fp16 (theirs int8); both factors of LQER have 4 bits and are fitted to the inputs (theirs 2 and
+    # 4 bits, plain); its 16 batches of 98,304 tokens are seen by all ranks together; streams are coded by rANS (ZPAQ).
     "phased_ttt": LATE
-    | dict(
-        vocab_size=8192,
-        caseops=True,
-        loader="packed",
-        doc_attention=True,
-        qk_gain_init=5.0,
-        skips="gated",
-        smear_gate="D",
-        output_gate_scale=0.5,
-        softcap="shifted",
-        num_loops=2,
-        parallel="D",
-        parallel_start=8,
-        embed_wd=0.085,
-        beta2=0.99,
-        muon="muoneq_r_polar",
-        matrix_lr=0.026,
-        muon_momentum=0.97,
-        warmdown_frac=0.85,
-        min_lr=0.1,
-        reserve_seconds=0.5,
-        embed_bits=7,
-        rounding="gptq",
-        clip="sigma",
-        matrix_clip_sigmas=13.0,
-        mlp_clip_sigmas=11.5,
-        embed_clip_sigmas=14.0,
-        lqer_rank=4,
-        codec="rans",
-        eval="doc",
-        ttt="phased",
-        ttt_lr=0.001,
-        ttt_epochs=1,
-        ttt_lora_rank=80,
-        ttt_lora_alpha=144.0,
-        ttt_lora_beta2=0.99,
-        ttt_warm_a=True,
-        ttt_phase_docs=2500,
-    ),
-    "cpu": dict(  # overlay: what two CPU cores train in two minutes, on the embedded sample or anything in its tokens
-        vocab_size=1024,
-        caseops=False,
-        num_layers=4,
-        model_dim=256,
-        num_heads=4,
-        num_kv_heads=2,
-        train_seq_len=512,
-        train_batch_tokens=8192,
-        micro_batch_tokens=8192,
-        eval_batch_tokens=16_384,
-        eval_seq_len=512,
-        eval_stride=128,
-        max_wallclock_seconds=120.0,
-        loader="shuffled",
-        lr_schedule="warmdown_frac",
-        warmdown_frac=0.6,
-        matrix_lr=0.04,
-        tied_embed_lr=0.05,
-        table_lr=0.05,
-        scalar_lr=0.04,
-        muon_momentum=0.95,
-        muon_momentum_warmup_start=0.85,
-        muon_momentum_warmup_steps=50,
-        warmup_steps=2,
-        train_log_every=20,
-        val_loss_every=0,
-        checkpoint_every=30.0,
-        reserve_seconds=2.0,
-        loop_start=1,
-        loop_end=2,
-        enable_looping_at=0.35,
-        parallel_start=3,
-        ema_decay=0.95,
-        swa_every=5,
-        calibration_tokens=16_384,
-        allocation="tag",
-        ttt_lora_chunk=128,
-        **at_most(
-            rope_dims=64,
-            xsa_last_n=4,
-            mlp_mult=2,
-            value_embed_last_n=2,
-            ttt_chunk_tokens=8192,
-            ttt_lora_rank=16,
-            ttt_lora_docs=8,
-            ttt_phase_docs=24,
-            num_loops=2,
-            loop_ramp_steps=10,
-            adam_l2=0.001,
-        ),
-    ),  # over a short run 0.095 keeps embeddings from growing
-    "tiny": dict(  # overlay: what a test runs in seconds; one layer before, one inside and one after a loop
-        vocab_size=1024,
-        caseops=False,
-        num_layers=3,
-        model_dim=64,
-        num_heads=2,
-        num_kv_heads=1,
-        train_seq_len=64,
-        train_batch_tokens=512,
-        micro_batch_tokens=512,
-        eval_batch_tokens=8192,
-        eval_seq_len=64,
-        eval_stride=32,
-        iterations=8,
-        max_wallclock_seconds=0.0,
-        loader="shuffled",
-        lr_schedule="warmdown_frac",
-        muon_momentum_warmup_steps=4,
-        warmup_steps=1,
-        train_log_every=1,
-        val_loss_every=0,
-        compile="off",
-        reserve_seconds=0.0,
-        engram_dim=8,
-        value_embed_dim=16,
-        loop_start=1,
-        loop_end=1,
-        parallel_start=2,
-        ema_decay=0.9,
-        swa_every=1,
-        held_out_tokens=512,
-        calibration_tokens=1024,
-        ttt_lora_chunk=32,
-        **at_most(
-            ttt_chunk_tokens=512,
-            ttt_lora_rank=4,
-            ttt_lora_docs=4,
-            ttt_phase_docs=9,
-            prequant_epochs=2,
-            bigram_buckets=512,
-            engram_buckets=128,
-            rope_dims=16,
-            xsa_last_n=2,
-            value_embed_last_n=2,
-            num_loops=2,
-            mup_base_width=64,
-            enable_looping_at=3.0,
-            loop_ramp_steps=3,
-            adam_l2=0.001,
-        ),
-    ),
-    "champion": dict(  # overlay: what the forge confirmed on turbo_engram+cpu; records/campaigns/cpu40
-        init="mimetic",
-        embed_init="svd",
-        tied_embed_init_std=0.01306,
-        smear_gate="C",
-        muon_momentum=0.9614,
-        beta1=0.8649,
-        adam_wd=0.04693,
-        averaging="none",
-        objective="mtp",
-    ),
+    + """
+        VOCAB_SIZE=8192 CASEOPS=1 LOADER=packed DOC_ATTENTION=1 QK_GAIN_INIT=5 SKIPS=gated SMEAR_GATE=D
+        OUTPUT_GATE_SCALE=0.5 SOFTCAP=shifted NUM_LOOPS=2 PARALLEL=D PARALLEL_START=8
+        EMBED_WD=0.085 BETA2=0.99 MUON=muoneq_r_polar MATRIX_LR=0.026 MUON_MOMENTUM=0.97
+        WARMDOWN_FRAC=0.85 MIN_LR=0.1 RESERVE_SECONDS=0.5
+        EMBED_BITS=7 ROUNDING=gptq CALIBRATION_TOKENS=1572864 LQER_RANK=4 CODEC=rans
+        CLIP=sigma MATRIX_CLIP_SIGMAS=13 MLP_CLIP_SIGMAS=11.5 EMBED_CLIP_SIGMAS=14
+        EVAL=doc TTT=phased TTT_LR=0.001 TTT_EPOCHS=1 TTT_PHASE_DOCS=2500
+        TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 TTT_LORA_BETA2=0.99 TTT_WARM_A=1""",
 }
-DEFAULT_PRESET = {"cuda": "mlp3x_seq4096", "cpu": "turbo_engram+cpu+champion"}
+# Overlays go on top of a system: PRESET=phased_ttt+cpu. `X<=4` lowers X to 4 and never raises it.
+OVERLAYS = {
+    # What two CPU cores train in two minutes, on the embedded sample or anything in its tokens. Decay inside the
+    # gradient (ADAM_L2) would keep embeddings from growing in a run so short.
+    "cpu": """
+        VOCAB_SIZE=1024 CASEOPS=0 NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2
+        ROPE_DIMS<=64 XSA_LAST_N<=4 MLP_MULT<=2 VALUE_EMBED_LAST_N<=2 MUP_BASE_WIDTH<=256 PARALLEL_START=3
+        NUM_LOOPS<=2 LOOP_START=1 LOOP_END=2 ENABLE_LOOPING_AT=0.35 LOOP_RAMP_STEPS<=10
+        TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=8192 MICRO_BATCH_TOKENS=8192 LOADER=shuffled
+        MAX_WALLCLOCK_SECONDS=120 RESERVE_SECONDS=2 WARMUP_STEPS=2 LR_SCHEDULE=warmdown_frac WARMDOWN_FRAC=0.6
+        MATRIX_LR=0.04 TIED_EMBED_LR=0.05 TABLE_LR=0.05 SCALAR_LR=0.04 ADAM_L2<=0.001
+        MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=50
+        EMA_DECAY=0.95 SWA_EVERY=5 CALIBRATION_TOKENS=16384 ALLOCATION=tag
+        EVAL_BATCH_TOKENS=16384 EVAL_SEQ_LEN=512 EVAL_STRIDE=128
+        TTT_CHUNK_TOKENS<=8192 TTT_PHASE_DOCS<=24 TTT_LORA_RANK<=16 TTT_LORA_DOCS<=8 TTT_LORA_CHUNK=128
+        TRAIN_LOG_EVERY=20 VAL_LOSS_EVERY=0 CHECKPOINT_EVERY=30""",
+    # What a test runs in seconds: one layer before, one inside and one after a loop.
+    "tiny": """
+        VOCAB_SIZE=1024 CASEOPS=0 NUM_LAYERS=3 MODEL_DIM=64 NUM_HEADS=2 NUM_KV_HEADS=1
+        BIGRAM_BUCKETS<=512 ENGRAM_BUCKETS<=128 ENGRAM_DIM=8 VALUE_EMBED_LAST_N<=2 VALUE_EMBED_DIM=16
+        ROPE_DIMS<=16 XSA_LAST_N<=2 MUP_BASE_WIDTH<=64 PARALLEL_START=2
+        NUM_LOOPS<=2 LOOP_START=1 LOOP_END=1 ENABLE_LOOPING_AT<=3 LOOP_RAMP_STEPS<=3
+        TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=512 MICRO_BATCH_TOKENS=512 LOADER=shuffled COMPILE=off
+        ITERATIONS=8 MAX_WALLCLOCK_SECONDS=0 RESERVE_SECONDS=0 WARMUP_STEPS=1 LR_SCHEDULE=warmdown_frac
+        MUON_MOMENTUM_WARMUP_STEPS=4 ADAM_L2<=0.001 EMA_DECAY=0.9 SWA_EVERY=1
+        HELD_OUT_TOKENS=512 CALIBRATION_TOKENS=1024 PREQUANT_EPOCHS<=2
+        EVAL_BATCH_TOKENS=8192 EVAL_SEQ_LEN=64 EVAL_STRIDE=32
+        TTT_CHUNK_TOKENS<=512 TTT_PHASE_DOCS<=9 TTT_LORA_RANK<=4 TTT_LORA_DOCS<=4 TTT_LORA_CHUNK=32
+        TRAIN_LOG_EVERY=1 VAL_LOSS_EVERY=0""",
+    # What the forge confirmed on turbo_engram+cpu: records/campaigns/cpu40.
+    "champion": """
+        INIT=mimetic EMBED_INIT=svd TIED_EMBED_INIT_STD=0.01306 SMEAR_GATE=C MUON_MOMENTUM=0.9614
+        BETA1=0.8649 ADAM_WD=0.04693 AVERAGING=none OBJECTIVE=mtp""",
+}
+PRESETS = SYSTEMS | OVERLAYS
+CPU_PRESET = "turbo_engram+cpu+champion"
+# The best admissible system by what the folder of the shards is called, best first.
+CUDA_PRESETS = {"caseops": "phased_ttt", "sp8192": "score_first_ttt", "sp1024": "turbo_engram"}
 
-# Cross-field rules: (broken when, message with values in braces). All broken ones are reported together.
-RULES: list[tuple[Callable[[dict], Any], str]] = [
+
+class Values(dict):
+    """{knob: value} whose values can also be read as attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+def head_width(v: Values) -> int:
+    return v.model_dim // v.num_heads
+
+
+def wants_noncompliant(v: Values) -> bool:
+    return v.ttt == "prequant" and v.prequant_text == "val" and v.run_mode == "train"
+
+
+def lanes_loop(v: Values) -> bool:
+    """Whether a block with two lanes lies in the loop."""
+    return v.num_loops > 0 and v.parallel in ("B", "D") and v.parallel_start <= v.loop_end
+
+
+def holds_out(v: Values) -> bool:
+    return v.averaging in ("iw_swa", "soup") or v.allocation == "loss"
+
+
+def doublings(first: int) -> list[int]:
+    return [first << i for i in range(17)]
+
+
+def plain_name(text: str) -> bool:
+    """Whether a text can name a folder anywhere and be pasted anywhere."""
+    odd = text != text.strip() or text[:1] in ("", ".", "-") or len(text.encode()) > 128
+    return not odd and text.isprintable() and not set(text) & set("/\\")
+
+
+def slides(v: Values) -> bool:
+    """Whether windows advance by EVAL_STRIDE."""
+    return v.eval == "sliding" or v.eval == "doc" and v.ttt not in ("lora", "phased")
+
+
+EVAL_OF_TTT = {"sgd": ("chunked", "sliding"), "lora": ("doc",), "phased": ("doc",)}
+# Cross-field rules: (broken when, message with values in braces). All broken ones are reported together, before any work:
+# what would fail after training is refused here.
+RULES: list[tuple[Callable[[Values], Any], str]] = [
     (
-        lambda v: v["model_dim"] % v["num_heads"],
+        lambda v: v.model_dim % v.num_heads,
         "MODEL_DIM={model_dim} is not divisible by NUM_HEADS={num_heads}",
     ),
     (
-        lambda v: v["num_heads"] % v["num_kv_heads"],
+        lambda v: v.num_heads % v.num_kv_heads,
         "NUM_HEADS={num_heads} is not divisible by NUM_KV_HEADS={num_kv_heads}",
     ),
     (
-        lambda v: (
-            v["rope_dims"] == 0
-            and v["model_dim"] % v["num_heads"] == 0
-            and v["model_dim"] // v["num_heads"] % 2
-        ),
+        lambda v: v.rope_dims == 0 and v.model_dim % v.num_heads == 0 and head_width(v) % 2,
         "MODEL_DIM={model_dim} over NUM_HEADS={num_heads} must be even for rotary positions",
     ),
     (
-        lambda v: (
-            v["rope_dims"] > 0
-            and (v["rope_dims"] % 2 or v["rope_dims"] > v["model_dim"] // v["num_heads"])
-        ),
-        "ROPE_DIMS={rope_dims} must be -1, or even and at most MODEL_DIM={model_dim} over NUM_HEADS={num_heads}",
+        lambda v: v.rope_dims > 0 and (v.rope_dims % 2 or v.rope_dims > head_width(v)),
+        "ROPE_DIMS={rope_dims} must be -1, or even and at most MODEL_DIM={model_dim} over "
+        "NUM_HEADS={num_heads}",
     ),
     (
-        lambda v: v["run_mode"] != "eval" and v["train_batch_tokens"] % v["train_seq_len"],
+        lambda v: v.run_mode != "eval" and v.train_batch_tokens % v.train_seq_len,
         "TRAIN_BATCH_TOKENS={train_batch_tokens} is not a multiple of TRAIN_SEQ_LEN={train_seq_len}",
     ),
     (
-        lambda v: (
-            v["seq_ramp_start"]
-            and v["train_seq_len"] not in (v["seq_ramp_start"] << i for i in range(17))
-        ),
+        lambda v: v.seq_ramp_start and v.train_seq_len not in doublings(v.seq_ramp_start),
         "SEQ_RAMP_START={seq_ramp_start} doubled some times is not TRAIN_SEQ_LEN={train_seq_len}",
     ),
     (
-        lambda v: (
-            (v["averaging"] in ("iw_swa", "soup") or v["allocation"] == "loss")
-            and v["held_out_tokens"] <= v["train_seq_len"]
-        ),
+        lambda v: holds_out(v) and v.held_out_tokens <= v.train_seq_len,
         "HELD_OUT_TOKENS={held_out_tokens} must be larger than TRAIN_SEQ_LEN={train_seq_len}",
     ),
     (
-        lambda v: v["eval"] in ("sliding", "doc") and v["eval_stride"] > v["eval_seq_len"],
+        lambda v: slides(v) and v.eval_stride > v.eval_seq_len,
         "EVAL_STRIDE={eval_stride} is larger than EVAL_SEQ_LEN={eval_seq_len}",
     ),
     (
-        lambda v: (
-            v["eval"]
-            not in {"lora": "doc", "phased": "doc", "sgd": "chunked sliding"}.get(
-                v["ttt"], v["eval"]
-            )
-        ),
+        lambda v: v.ttt in ("lora", "phased") and v.ttt_lora_chunk > v.eval_seq_len,
+        "TTT_LORA_CHUNK={ttt_lora_chunk} is larger than EVAL_SEQ_LEN={eval_seq_len}",
+    ),
+    (
+        lambda v: v.eval not in EVAL_OF_TTT.get(v.ttt, (v.eval,)),
         "EVAL={eval} does not go with TTT={ttt}: sgd needs chunked or sliding, lora and phased need doc",
     ),
     (
-        lambda v: (
-            v["ttt"] == "sgd"
-            and v["ttt_chunk_tokens"]
-            < (v["train_seq_len"] if v["eval"] == "chunked" else v["eval_stride"])
-        ),
-        "TTT_CHUNK_TOKENS={ttt_chunk_tokens} is less than what one window scores",
+        lambda v: v.ttt == "sgd" and v.eval == "chunked" and v.ttt_chunk_tokens < v.train_seq_len,
+        "TTT_CHUNK_TOKENS={ttt_chunk_tokens} is less than a window scores: TRAIN_SEQ_LEN={train_seq_len}",
     ),
     (
-        lambda v: (
-            v["ttt"] == "prequant"
-            and v["prequant_text"] == "val"
-            and v["run_mode"] == "train"
-            and not v["allow_noncompliant"]
-        ),
-        "TTT=prequant trains on validation text before it is scored, which the "
-        "competition does not admit; set ALLOW_NONCOMPLIANT=1 to do it all the same, or PREQUANT_TEXT=train",
+        lambda v: v.ttt == "sgd" and slides(v) and v.ttt_chunk_tokens < v.eval_stride,
+        "TTT_CHUNK_TOKENS={ttt_chunk_tokens} is less than a window scores: EVAL_STRIDE={eval_stride}",
     ),
-    (lambda v: v["bigram_buckets"] == 1, "BIGRAM_BUCKETS=1: want 0 (off) or at least 2"),
     (
-        lambda v: v["num_loops"] and not v["loop_start"] <= v["loop_end"] < v["num_layers"],
+        lambda v: wants_noncompliant(v) and not v.allow_noncompliant,
+        "TTT=prequant trains on validation text before it is scored, which the competition does not "
+        "admit; set ALLOW_NONCOMPLIANT=1 to do it all the same, or PREQUANT_TEXT=train",
+    ),
+    (lambda v: v.bigram_buckets == 1, "BIGRAM_BUCKETS=1: want 0 (off) or at least 2"),
+    (
+        lambda v: v.num_loops and not v.loop_start <= v.loop_end < v.num_layers,
         "LOOP_START={loop_start} to LOOP_END={loop_end} are not blocks of NUM_LAYERS={num_layers}",
     ),
     (
-        lambda v: v["parallel"] != "none" and v["parallel_start"] >= v["num_layers"],
+        lambda v: v.parallel != "none" and v.parallel_start >= v.num_layers,
         "PARALLEL_START={parallel_start} is not a block of NUM_LAYERS={num_layers}",
     ),
     (
-        lambda v: (
-            v["num_loops"] and v["parallel"] in ("B", "D") and v["parallel_start"] <= v["loop_end"]
-        ),
-        "PARALLEL_START={parallel_start} must be larger than LOOP_END={loop_end}: two lanes cannot be looped",
+        lanes_loop,
+        "PARALLEL_START={parallel_start} must be larger than LOOP_END={loop_end}: two lanes cannot "
+        "be looped",
     ),
     (
-        lambda v: v["skip_pairs"] == "around_loop" and not v["num_loops"],
+        lambda v: v.skip_pairs == "around_loop" and not v.num_loops,
         "SKIP_PAIRS=around_loop needs NUM_LOOPS of at least 1",
     ),
     (
-        lambda v: v["embed_init"] == "svd" and v["vocab_size"] > 16_384,
+        lambda v: v.embed_init == "svd" and v.vocab_size > 16_384,
         "EMBED_INIT=svd counts VOCAB_SIZE={vocab_size} squared pairs; want at most 16 384 tokens",
     ),
     (
-        lambda v: v["fit_budget"] == "steps" and v["clip"] != "sigma",
+        lambda v: v.fit_budget == "steps" and v.clip != "sigma",
         "FIT_BUDGET=steps needs CLIP=sigma, not CLIP={clip}",
     ),
     (
-        lambda v: v["fit_budget"] in ("bits", "prune") and v["rounding"] not in ("nearest", "gptq"),
+        lambda v: v.fit_budget in ("bits", "prune") and v.rounding not in ("nearest", "gptq"),
         "FIT_BUDGET={fit_budget} needs ROUNDING=nearest or gptq, not ROUNDING={rounding}",
     ),
     (
-        lambda v: v["allocation"] != "tag" and v["fit_budget"] != "bits" and v["clip"] != "sigma",
+        lambda v: v.allocation != "tag" and v.fit_budget != "bits" and v.clip != "sigma",
         "ALLOCATION={allocation} needs CLIP=sigma, not CLIP={clip}, or FIT_BUDGET=bits",
     ),
     (
-        lambda v: v["qat"] != "none" and v["rounding"] == "trellis",
+        lambda v: v.qat != "none" and v.rounding == "trellis",
         "QAT={qat} needs a grid that is known in training, which ROUNDING={rounding} has not",
     ),
     (
-        lambda v: v["codec"] not in available_packings(),
+        lambda v: v.codec not in available_packings(),
         "CODEC={codec} needs a package that is not installed; available: {codecs}",
     ),
     (
-        lambda v: v["max_wallclock_seconds"] and v["reserve_seconds"] >= v["max_wallclock_seconds"],
-        "RESERVE_SECONDS={reserve_seconds} must be less than MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}",
+        lambda v: v.max_wallclock_seconds and v.reserve_seconds >= v.max_wallclock_seconds,
+        "RESERVE_SECONDS={reserve_seconds} must be less than "
+        "MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}",
     ),
     (
-        lambda v: v["device"] == "cuda" and not torch.cuda.is_available(),
+        lambda v: v.device == "cuda" and not torch.cuda.is_available(),
         "DEVICE=cuda but this machine has no usable CUDA device; set DEVICE=cpu or auto",
     ),
     (
-        lambda v: any(c in v["run_id"] for c in "/\\\0") or v["run_id"] in ("", ".", ".."),
-        "RUN_ID={run_id!r} must be a plain folder name",
+        lambda v: not plain_name(v.run_id),
+        "RUN_ID={run_id!r} must be a plain folder name: up to 128 printable characters, none of them "
+        "a slash or backslash, no dot or dash in front and no space at the ends",
     ),
 ]
 SPECIAL_ENV = ("PRESET",)  # read by load() itself, not a field
@@ -1583,6 +1367,22 @@ def pick_device(env: dict[str, str]) -> str:
     return asked if asked in ("cpu", "cuda") else "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def default_preset(env: dict[str, str]) -> str:
+    """On CUDA the best admissible system for the shards at DATA_PATH or, by default, under data/datasets; on a CPU,
+    or with the embedded sample alone, what two cores train in two minutes."""
+    if pick_device(env) == "cpu":
+        return CPU_PRESET
+    given = env.get("DATA_PATH", "auto")
+    folders = [Path(given)]
+    if given == "auto":
+        folders = list((SCRIPT.parent / "data" / "datasets").glob("fineweb10B_*"))
+    names = [folder.name for folder in folders if any(folder.glob("fineweb_train_*.bin"))]
+    for mark, preset in CUDA_PRESETS.items():
+        if any(mark in name for name in names):
+            return preset
+    return "turbo_engram" if names else CPU_PRESET
+
+
 def parse_knob(name: str, text: str) -> Any:
     """The value of an environment string, checked against type, range and choices. Raises UserError with a reason."""
     f = KNOBS[name][1]
@@ -1696,8 +1496,12 @@ def preset_values(preset: str) -> tuple[dict[str, Any], dict[str, str]]:
             raise UserError(
                 f"PRESET={preset}: unknown preset {part!r}; want one of {known}, joined by +"
             )
-        for name, value in PRESETS[part].items():
-            values[name] = value(values) if callable(value) else value
+        for setting in PRESETS[part].split():
+            name, _, text = setting.partition("=")
+            most = name.endswith("<")
+            name = name.rstrip("<").lower()
+            value = parse_knob(name, text)
+            values[name] = min(values[name], value) if most else value
             origins[name] = part
     return values, origins
 
@@ -1716,7 +1520,7 @@ def set_knobs(values: dict, origins: dict, texts: dict[str, str], origin: str) -
 def broken_rules(values: dict[str, Any], wrong: Iterable[str]) -> list[str]:
     """The messages of all RULES that the values break, but for those that name a knob that is wrong already."""
     shown = values | dict(codecs=", ".join(available_packings()))
-    broken = [message.format(**shown) for rule, message in RULES if rule(values)]
+    broken = [message.format(**shown) for rule, message in RULES if rule(Values(values))]
     return [text for text in broken if not any(f"{name.upper()}=" in text for name in wrong)]
 
 
@@ -1724,7 +1528,7 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
     """Resolve default < preset < stored (an artifact's own values) < environment; what made its score is final.
     Raises UserError that lists every bad knob, rule and, under STRICT_ENV=1, every warning at once. Before an
     artifact is read (RUN_MODE=eval, nothing stored) the rules wait for its values."""
-    preset, errors = env.get("PRESET") or DEFAULT_PRESET[pick_device(env)], []
+    preset, errors = env.get("PRESET") or default_preset(env), []
     try:
         values, origins = preset_values(preset)
     except UserError as error:

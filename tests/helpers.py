@@ -10,7 +10,7 @@ import train_gpt as tg
 torch.set_num_threads(1)  # on tensors this small more threads only wait for each other
 
 OVERLAYS = ("cpu", "tiny")
-SYSTEMS = [name for name in tg.PRESETS if name not in (*OVERLAYS, "champion")]
+SYSTEMS = list(tg.SYSTEMS)
 # one entry per technique that a knob switches
 TECHNIQUES = {
     "plain": {},

@@ -152,13 +152,13 @@ def test_overlays_shrink_a_system_without_changing_its_techniques(system, overla
 
 
 def test_every_preset_is_a_known_overlay_or_system_and_sets_only_knobs():
-    assert {*OVERLAYS, *SYSTEMS, "champion"} == set(tg.PRESETS) and set(PUBLISHED) <= set(SYSTEMS)
-    for name, values in tg.PRESETS.items():
-        for knob, value in values.items():
-            assert knob in tg.KNOBS, f"{name}: {knob}"
-            assert callable(value) or type(value) is type(tg.KNOBS[knob][1].default), (
-                f"{name}: {knob}"
-            )
+    assert {*OVERLAYS, "champion"} == set(tg.OVERLAYS) and set(PUBLISHED) <= set(SYSTEMS)
+    for name, text in tg.PRESETS.items():
+        for setting in text.split():
+            knob, limit, value = re.fullmatch(r"([A-Z][A-Z0-9_]*)(<?)=(\S+)", setting).groups()
+            assert knob.lower() in tg.KNOBS, f"{name}: {setting}"
+            parsed = tg.parse_knob(knob.lower(), value)
+            assert not limit or type(parsed) in (int, float) and name in tg.OVERLAYS, setting
 
 
 def test_the_champion_is_the_one_of_its_campaign():
@@ -169,10 +169,39 @@ def test_the_champion_is_the_one_of_its_campaign():
         text=True,
         check=True,
     )
-    assert tg.PRESETS["champion"] == {
+    values, origins = tg.preset_values("baseline+champion")
+    assert {name: values[name] for name, origin in origins.items() if origin == "champion"} == {
         name.lower(): now for name, (_, now) in json.loads(done.stdout).items()
     }
-    assert tg.DEFAULT_PRESET["cpu"] == "turbo_engram+cpu+champion"
+    assert tg.default_preset({"DEVICE": "cpu"}) == "turbo_engram+cpu+champion"
+
+
+def test_the_default_on_cuda_is_the_best_admissible_system_for_the_shards(monkeypatch, tmp_path):
+    """Finding section 2: it was mlp3x_seq4096 whatever was there."""
+    monkeypatch.setattr(tg.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tg, "SCRIPT", tmp_path / "train_gpt.py")
+    sets = tmp_path / "data" / "datasets"
+
+    def shards(name):
+        (sets / name).mkdir(parents=True)
+        (sets / name / "fineweb_train_000000.bin").touch()
+
+    assert tg.default_preset({}) == "turbo_engram+cpu+champion", "nothing but the sample"
+    assert tg.default_preset({"DATA_PATH": str(sets / "none")}) == "turbo_engram+cpu+champion"
+    shards("sample_sp1024")
+    assert tg.default_preset({}) == "turbo_engram+cpu+champion"
+    for name, preset in (
+        ("fineweb10B_sp1024", "turbo_engram"),
+        ("fineweb10B_sp8192", "score_first_ttt"),
+        ("fineweb10B_sp8192_lossless_caps_caseops_v1_reserved", "phased_ttt"),
+    ):
+        shards(name)
+        assert tg.default_preset({}) == preset
+        assert tg.default_preset({"DATA_PATH": str(sets / name)}) == preset
+        assert tg.load({"PRESET": preset}).eval.compliant
+    shards("my_texts")
+    assert tg.default_preset({"DATA_PATH": str(sets / "my_texts")}) == "turbo_engram"
+    assert tg.default_preset({"DEVICE": "cpu"}) == "turbo_engram+cpu+champion"
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

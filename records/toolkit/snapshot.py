@@ -275,13 +275,15 @@ def set_by_overlay(script: bytes, overlay: str) -> set[str]:
     pairs = [
         (k, v) for n in ast.walk(tree) if isinstance(n, ast.Dict) for k, v in zip(n.keys, n.values)
     ]
-    return {
-        w.arg
-        for k, v in pairs
-        if isinstance(k, ast.Constant) and k.value == overlay
-        for w in ast.walk(v)
-        if isinstance(w, ast.keyword) and w.arg
-    }
+    found = set()
+    for key, value in pairs:
+        if isinstance(key, ast.Constant) and key.value == overlay:
+            for node in ast.walk(value):
+                if isinstance(node, ast.keyword) and node.arg:  # as older scripts write it
+                    found.add(node.arg)
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found |= {name.lower() for name in re.findall(r"([A-Z]\w*)<?=", node.value)}
+    return found
 
 
 def launch_script(runs: list[Run], tiny: set[str]) -> str:
