@@ -7,6 +7,7 @@ defaults; two knobs of different skills interact; the larger model only fits the
 bits. FAKE_* variables make it misbehave.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -190,6 +191,21 @@ def log_lines(v, score: float, steps: int = 10):
     yield f"final:official variant:chunked val_loss:{loss:.8f} val_bpb:{score:.8f} tokens:1000 bytes:2500"
 
 
+@contextlib.contextmanager
+def meet(folder: Path):
+    """Note who else is on this process's devices while it runs; a file is left by whoever is killed
+    and does not count."""
+    for device in os.environ["CUDA_VISIBLE_DEVICES"].split(","):
+        mine = folder / f"{device}.{os.getpid()}"
+        mine.write_text("", "utf-8")
+        pids = [int(p.suffix[1:]) for p in folder.glob(f"{device}.*") if p.suffix[1:].isdigit()]
+        others = [p for p in pids if p != os.getpid() and Path(f"/proc/{p}/cwd").exists()]
+        with open(folder / "met.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(device=device, others=others)) + "\n")
+    yield
+    mine.unlink()
+
+
 def main() -> int:
     env = dict(os.environ)
     try:
@@ -228,9 +244,14 @@ def main() -> int:
             time.sleep(300)
         print("step:1/10 train_loss:5.0 train_time:10ms", flush=True)
         time.sleep(300)
-    for line in lines[:-1]:
-        print(line, flush=True)
-        time.sleep(tricks.get("pause", 0.0))
+    pause = tricks.get("pause", 0.0)
+    if isinstance(pause, list):  # drawn by this process
+        pause = random.uniform(*pause)
+    met = meet(Path(tricks["meeting"])) if "meeting" in tricks else contextlib.nullcontext()
+    with met:
+        for line in lines[:-1]:
+            print(line, flush=True)
+            time.sleep(pause)
     if trick == "crash":
         raise RuntimeError("planted crash")
     if trick == "nan":

@@ -7,12 +7,27 @@ import os
 import socket
 import stat
 import subprocess
+from pathlib import Path
 
 import forge_lab
 import pytest
 from conftest import SCRIPT
-from forge import ForgeError, agent, campaign_folder, patches, runner, sandbox
+from forge import (
+    ForgeError,
+    agent,
+    campaign_folder,
+    patches,
+    report,
+    runner,
+    sandbox,
+    space,
+    standing,
+)
+from forge import forge as command
+from forge.campaign_folder import load_skills
 from forge.space import CODE
+
+import train_gpt
 
 GOOD = dict(
     schema="forge.hypothesis/1",
@@ -164,6 +179,117 @@ def test_the_loop_hardly_waits_for_an_agent(tmp_path, monkeypatch, text):
         assert (
             c.agent.call is None and "ended before it answered" in c.state.agent_calls[0]["reason"]
         )
+
+
+def test_what_an_agent_says_to_standard_error_is_kept_and_shown(tmp_path, capsys):
+    """Finding F5: a failing agent's own words stand in the ledger, the reason, `propose` and the
+    report, without control characters and at most so long."""
+    words = (
+        "head -c 9000 /dev/zero | tr '\\0' x >&2; printf '\\033[2Jno credit left\\n' >&2; exit 3"
+    )
+    c = forge_lab.real(
+        tmp_path, agent=dict(cmd=agent_script(tmp_path, words)), budget=dict(experiments=0)
+    )
+    assert command.main(["propose", str(c.folder), "--agent"]) == 0
+    out = capsys.readouterr().out
+    assert "exit code 3: " in out and "no credit left" in out and "\033" not in out
+    call = forge_lab.campaign_module.Campaign(c.folder).state.agent_calls[0]
+    assert call["stderr"].endswith("no credit left") and len(call["stderr"]) <= agent.STDERR_BYTES
+    c.loop(60, pause=0.05)
+    assert "no credit left" in report.page(standing.everything(c.view))
+
+
+@pytest.mark.parametrize(
+    "answer, price, calls, spent",
+    [
+        (dict(result=json.dumps(GOOD), total_cost_usd=0.04), 0.0, 2, 0.08),
+        (GOOD | dict(cost_usd=0.03), 0.0, 3, 0.09),
+        (GOOD, 0.05, 2, 0.10),
+        (GOOD | dict(cost_usd=-1), 0.05, 2, 0.10),
+        (GOOD, 0.0, 1, 0.0),
+    ],
+)
+def test_dollars_are_counted_by_what_the_agent_says(tmp_path, answer, price, calls, spent):
+    """Finding F5: [budget] agent_dollars ends the calls: by the cost that the answer states, by
+    dollars_per_call where it states none, and after one call where nobody knows a price."""
+    script = agent_script(tmp_path, f"cat <<'X'\n{json.dumps(answer)}\nX")
+    c = forge_lab.instant(
+        tmp_path,
+        budget=dict(experiments=9, agent_dollars=0.1),
+        agent=dict(cmd=script, share=1.0, dollars_per_call=price),
+    )
+    state = forge_lab.finish(c)
+    assert len(state.agent_calls) == calls and c.spent()["agent_dollars"] == pytest.approx(spent)
+    assert agent.unaffordable(c.view).startswith("agent_dollars: ")
+
+
+def ways_to_search(c, tmp_path, knob: str, value: str):
+    """Every door through which a knob could become searchable: (name, what happens)."""
+    skills = Path(c.folder / "skills")
+    spec = f"{knob}=1:9999" if value == "7" else f"{knob}={value},x"
+    new = ["skills", "new", "luck", "--about", "x", "--knob", spec]
+    idea = tmp_path / "idea.json"
+    idea.write_text(json.dumps(GOOD | dict(env={knob: value})), "utf-8")
+    yield "skills new", new + ["--script", str(forge_lab.FAKE), "--skills", str(skills)]
+    yield "skills new --of", new + ["--of", str(c.folder)]
+    yield "submit", ["submit", str(c.folder), str(idea)]
+    yield "compose", ["compose", str(c.folder), f"{knob}={value}", "MATRIX_LR=0.03"]
+    luck = tmp_path / "luck" / "luck"
+    if not luck.exists():
+        forge_lab.write_skills(tmp_path / "luck", dict(luck={knob: dict(low=1, high=9)}))
+    (luck / "assets" / "knobs.json").write_text(json.dumps({knob: dict(low=1, high=9)}), "utf-8")
+    where = ["--script", str(forge_lab.FAKE), "--skills", str(luck.parent)]
+    yield "skills validate", ["skills", "validate", *where]
+    yield "knobs", ["knobs", *where]
+    yield "init", ["init", str(tmp_path / "new"), *where]
+
+
+@pytest.mark.parametrize(
+    "knob, value, reason",
+    [
+        ("SEED", "7", "luck is no finding"),
+        ("RUNS_DIR", "x", "the forge sets it"),
+        ("ITERATIONS", "7", "a budget of data"),
+    ],
+)
+def test_what_is_no_treatment_is_refused_at_every_door(tmp_path, capsys, knob, value, reason):
+    """Finding F7: `skills new NAME --knob SEED=1:9999` made luck a searchable knob."""
+    c = forge_lab.real(tmp_path, budget=dict(experiments=0))
+    passed = []
+    for door, arguments in ways_to_search(c, tmp_path, knob, value):
+        code = command.main(arguments)
+        said = capsys.readouterr()
+        if code != 2 or f"{knob} is no treatment ({reason}" not in said.err:
+            passed.append(f"{door}: code {code}, {said.err or said.out}")
+    with pytest.raises(ForgeError, match=f"{knob} is no treatment"):
+        agent.check(dict(env={knob: value}), c.view)
+    with pytest.raises(ForgeError, match=f"{knob} is no treatment"):
+        c.space.normal({knob: value})
+    assert not passed, "\n".join(passed)
+    assert not (tmp_path / "new").exists() and not (c.folder / "skills" / "luck").exists()
+
+
+def test_a_campaign_does_not_fix_what_belongs_to_the_forge(tmp_path, capsys):
+    """Finding F7's brother: a base or rung that sets SEED would be overwritten in silence."""
+    script = ["--script", str(forge_lab.FAKE), "--skills", str(tmp_path / "skills")]
+    forge_lab.write_skills(tmp_path / "skills")
+    for option in (["--knob", "SEED=1"], ["--rung", "screen.RUN_ID=x"], ["--knob", "RESUME=auto"]):
+        assert command.main(["init", str(tmp_path / "new"), *script, *option]) == 2
+        assert "cannot be set: " in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_the_table_of_knobs_that_are_no_treatment_fits_the_script():
+    """Finding F7: every name in it exists, and every knob of the group that says how a run is kept
+    is refused; knobs that shipped skills own are not."""
+    names = {n.upper() for n in train_gpt.KNOBS}
+    assert set(space.OWN) | set(space.FIXED) <= names
+    for name, (group, _) in train_gpt.KNOBS.items():
+        if group == "run":
+            assert space.no_treatment(name.upper(), group), name
+    owned = {
+        n for t in load_skills(SCRIPT.parent / "records" / "forge" / "skills").values() for n in t
+    }
+    assert not [n for n in owned if space.no_treatment(n)]
 
 
 def test_a_late_answer_is_heard(tmp_path):

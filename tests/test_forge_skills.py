@@ -2,8 +2,10 @@
 runs end to end."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 
 import forge_lab
 import pytest
@@ -257,6 +259,55 @@ def test_records_are_sorted_with_reasons(tmp_path):
     assert "against 3_medium" in because["6_logs"], "what is over the budget is no bar for others"
     assert all(because.values()) and harvest.harvest(tmp_path) == found
     assert "no score" in harvest.text(found) and "over the budget" in harvest.text(found)
+
+
+def test_a_record_that_cannot_be_read_is_listed_and_the_rest_goes_on(tmp_path):
+    """Finding R4: 1e999, NaN, numbers too large, of the wrong type or nested without end, folders
+    and files that cannot be opened, logs without end."""
+    record(tmp_path, "good", dict(val_bpb=1.2, date="2026-03-01"))
+    sound = dict(date="2026-03-02", val_bpb=1.1)
+    bad = {
+        "huge": '{"val_bpb": 1.1, "bytes_total": 1e999}',
+        "nan": '{"val_bpb": NaN}',
+        "infinite": '{"val_bpb": -Infinity}',
+        "digits": '{"val_bpb": 1.1, "bytes_total": ' + "9" * 100_000 + "}",
+        "large": json.dumps(sound | dict(bytes_total=10**25)),
+        "negative": json.dumps(sound | dict(bytes_total=-1)),
+        "absurd": json.dumps(sound | dict(val_bpb=1e300)),
+        "types": json.dumps(dict(val_bpb=[1], seeds={"1": [2]}, bytes_total=dict(a=1))),
+        "true": json.dumps(dict(val_bpb=True)),
+        "deep": "[" * 100_000,
+        "deeper": '{"a":' * 5000 + "1" + "}" * 5000,
+        "list": "[1]",
+        "utf16": json.dumps(sound).encode("utf-16").decode("latin-1"),
+        "long": '{"val_bpb": 1.1, "x": "' + "y" * (2 << 20) + '"}',
+    }
+    for name, text in bad.items():
+        record(tmp_path, name, text)
+    os.mkfifo(tmp_path / "track" / "good" / "train_seed1.log")
+    (tmp_path / "track" / "good" / "README.md").symlink_to("/dev/zero")
+    (tmp_path / "track" / "loop").symlink_to(tmp_path)
+    odd = dict(sound, name=[1], date=5, seed_results={"1": "x", "2": None}, seeds=[dict(seed={})])
+    record(tmp_path, "odd", odd)
+    (tmp_path / "track" / "odd" / "train_seed2.log").write_text("final_x_exact " * 10**5, "utf-8")
+    begin = time.monotonic()
+    found = harvest.harvest(tmp_path)
+    assert time.monotonic() - begin < 10
+    assert {r["folder"] for r in found["records"]} == {"good", "odd"}
+    reasons = {u["folder"]: u["reason"] for u in found["unparsed"]}
+    assert set(reasons) == set(bad) and all(reasons.values()) and len(harvest.text(found)) < 5000
+    closed = tmp_path / "track" / "closed"
+    closed.mkdir(mode=0)
+    if not os.access(closed, os.R_OK):  # a superuser reads everything
+        reasons = {u["folder"] for u in harvest.harvest(tmp_path)["unparsed"]}
+        assert "closed" in reasons
+
+
+def test_variables_of_published_scripts_are_read_as_ours(tmp_path):
+    """A record that sets another script's name of a knob speaks for the skill that owns ours."""
+    told = harvest.translated(SCRIPT, [dict(PREQUANT_TTT_EPOCHS="3"), dict(MATRIX_LR="0.03"), {}])
+    assert told[0] == dict(PREQUANT_EPOCHS="3") and told[2] == {}
+    assert harvest.translated(forge_lab.FAKE, [{}]) == [{}], "a script that knows no names"
 
 
 def test_export_hands_the_confirmed_runs_to_the_records_tool(tmp_path, monkeypatch):

@@ -499,8 +499,6 @@ def test_skills_come_and_go(tmp_path, capsys):
     )
     assert not any(set(x.change) & {"INERT_A", "INERT_B", "INERT_C"} for x in c.state.searches())
     assert told(capsys, "propose", c.folder, "--skill", "inert")[0] == 2
-    from forge import agent
-
     with pytest.raises(ForgeError, match="INERT_A: of a retired skill"):
         agent.check(dict(env=dict(INERT_A=0.7)), c.view)
     assert "Retired: inert" in report.page(

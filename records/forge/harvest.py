@@ -128,7 +128,8 @@ def read_folder(folder: Path) -> dict[str, Any]:
     seeds = seeds_of(table)
     logs = {}
     for log in sorted(folder.glob("*.log")) + sorted(folder.glob("*.txt")):
-        if m := re.search(r"seed[_-]?(\d{1,6})", log.name):
+        m = re.search(r"seed[_-]?(\d{1,6})", log.name)
+        if m and log.is_file():  # no pipe, no device
             results = [c for c in read_log(log).claims if is_result(c)]
             if results:
                 logs[m[1]] = results[-1].bpb

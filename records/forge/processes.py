@@ -17,6 +17,7 @@ ALLOWED = re.compile(
     r"PATH|HOME|LANG|LANGUAGE|LC_\w+|TZ|TMPDIR|USER|LD_LIBRARY_PATH|VIRTUAL_ENV|OMP_NUM_THREADS|"
     r"(CUDA|NVIDIA|NCCL|GLOO|TORCH|TORCHINDUCTOR|TRITON)_\w+"
 )
+LIBC = ctypes.CDLL(None)
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH")
 
 
@@ -103,8 +104,14 @@ def marked(mark: str) -> list[int]:
 def adopt_orphans():
     """Make processes that daemonise below this one its children, so that none escapes by a new
     session (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    with contextlib.suppress(AttributeError):
+        LIBC.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def end_with_parent():
+    """Ask the kernel to end this process when the one that started it dies (Linux)."""
+    with contextlib.suppress(AttributeError):
+        LIBC.prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def end_all(left, grace: float = GRACE):

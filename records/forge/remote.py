@@ -263,12 +263,21 @@ def execute(order: dict, scratch: Path, code: str, data: Path | None) -> tuple[d
 
 
 def work(target: str, scratch: Path, idle: float, run: Callable = execute, every: float = 30.0):
-    """Pull and run until the queue is closed or empty for `idle` seconds."""
-    study, quiet = queue(connect(target)), time.monotonic()
+    """Pull and run until the queue is closed, its head is gone, or it is empty for `idle`
+    seconds."""
+    try:
+        pull(queue(connect(target)), scratch.resolve(), idle, run, min(every, idle / 4))
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "grpc":
+            raise
+        print(f"{target}: the head is gone", flush=True)
+
+
+def pull(study: optuna.Study, scratch: Path, idle: float, run: Callable, every: float):
+    """Take queued runs one by one."""
     data = Path(__file__).resolve().parents[2] / "data"
-    scratch = scratch.resolve()  # runs have folders of their own to work in
     scratch.mkdir(parents=True, exist_ok=True)
-    every = min(every, idle / 4)
+    quiet = time.monotonic()
     while time.monotonic() - quiet < idle:
         if not study.get_trials(deepcopy=False, states=WAITING):
             if study.user_attrs.get("closed"):
@@ -276,32 +285,35 @@ def work(target: str, scratch: Path, idle: float, run: Callable = execute, every
             time.sleep(min(0.2, every))
             continue
         trial = study.ask()
-        if (
-            "order" not in trial.user_attrs
-        ):  # another worker was faster and Optuna made up an empty trial
+        if "order" in trial.user_attrs:
+            run_trial(study, trial, scratch, data, run, every)
+            quiet = time.monotonic()
+        else:  # another worker was faster and Optuna made up an empty trial
             study.tell(trial, state=TrialState.FAIL)
-            continue
-        over, order = threading.Event(), json.loads(trial.user_attrs["order"])
-        beating = threading.Thread(
-            target=heartbeat, args=(study, trial._trial_id, over, every), daemon=True
-        )
-        beating.start()
-        try:
-            record, log = run(order, scratch, study.user_attrs["code:" + order["code"]], data)
-            record["worker"] = f"{socket.gethostname()}:{os.getpid()}"
-            trial.set_user_attr("record", json.dumps(record))
-            trial.set_user_attr("log", log)
-            study.tell(trial, 0.0)
-        except (optuna.exceptions.UpdateFinishedTrialError, ValueError) as error:
-            print(f"{order['key']}: given up by the decider meanwhile ({error})", flush=True)
-        except ForgeError as error:
-            print(f"{order['key']}: {error}", flush=True)
-            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):
-                study.tell(trial, state=TrialState.FAIL)
-        finally:
-            over.set()
-            beating.join()
-        quiet = time.monotonic()
+
+
+def run_trial(study: optuna.Study, trial, scratch: Path, data: Path, run: Callable, every: float):
+    """Run one queued order and hand its record and log back."""
+    order = json.loads(trial.user_attrs["order"])
+    over = threading.Event()
+    beat = (study, trial._trial_id, over, every)
+    beating = threading.Thread(target=heartbeat, args=beat, daemon=True)
+    beating.start()
+    try:
+        record, log = run(order, scratch, study.user_attrs["code:" + order["code"]], data)
+        record["worker"] = f"{socket.gethostname()}:{os.getpid()}"
+        trial.set_user_attr("record", json.dumps(record))
+        trial.set_user_attr("log", log)
+        study.tell(trial, 0.0)
+    except (optuna.exceptions.UpdateFinishedTrialError, ValueError) as error:
+        print(f"{order['key']}: given up by the decider meanwhile ({error})", flush=True)
+    except ForgeError as error:
+        print(f"{order['key']}: {error}", flush=True)
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):
+            study.tell(trial, state=TrialState.FAIL)
+    finally:
+        over.set()
+        beating.join()
 
 
 def start_on_slurm(target: str, partition: str, count: int, cluster: str = "slurm"):

@@ -30,6 +30,7 @@ from .processes import (
     adopt_orphans,
     clean_environment,
     end_all,
+    end_with_parent,
     group_members,
     identity,
     is_same,
@@ -83,7 +84,9 @@ def clear_orphans(folder: Path):
 
 # ---- One attempt ---------------------------------------------------------------------------------
 def limits(order: dict):
-    """In the child, before the script starts: no core dumps, bounded files."""
+    """In the child, before the script starts: no core dumps, bounded files, and an end when its
+    supervisor is killed, so that its devices come free."""
+    end_with_parent()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     size = int(order.get("file_gib", 16) * 2**30)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
