@@ -102,7 +102,7 @@ def knob(
     needs: str = "",
 ):
     """Declare a configuration field. Without what it `needs`, setting it has no effect: alternatives joined by " or ",
-    each of conditions joined by " and ", each "<field> <op> <value>", of values joined by commas after "in"."""
+    each of conditions joined by " and ", each "<field> <op> <value or field>", of values joined by commas after "in"."""
     meta = dict(
         doc=doc, lo=lo, hi=hi, choices=tuple(choices), unit=unit, source=source, needs=needs
     )
@@ -188,7 +188,7 @@ class ModelConfig:
         512,
         source="PR 315",
     )
-    rope_base: float = knob(10000.0, "rotary base", 10, 1e7)
+    rope_base: float = knob(10000.0, "rotary base", 10, 1e7, needs="rope_dims > -1")
     qk_gain_init: float = knob(
         1.5, "initial per-head inverse temperature of attention", 0.1, 20, source="PR 1125"
     )
@@ -434,7 +434,12 @@ class OptimConfig:
     muon_momentum: float = knob(0.95, "Muon momentum", 0, 0.9999)
     muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", 0, 0.9999)
     muon_momentum_warmup_steps: int = knob(
-        500, "steps until MUON_MOMENTUM is reached", 0, 10**6, unit="steps"
+        500,
+        "steps until MUON_MOMENTUM is reached",
+        0,
+        10**6,
+        unit="steps",
+        needs="muon_momentum_warmup_start != muon_momentum",
     )
     muon_momentum_cooldown_steps: int = knob(
         0, "last steps, over which it falls back", 0, 10**6, unit="steps"
@@ -1593,12 +1598,12 @@ def misspelt(env: dict[str, str]) -> list[str]:
 
 
 def holds(condition: str, values: dict[str, Any]) -> bool:
-    """Whether "<field> <op> <value>" is true of what acts: a field that has no effect counts as its default."""
+    """Whether "<field> <op> <value or field>" is true of what acts: a field without effect counts as its default."""
     name, op, want = condition.split()
     value = values[name] if acts(name, values) else KNOBS[name][1].default
     if op == "in":
         return str(value) in want.split(",")
-    return OPERATORS[op](value, parse_knob(name, want))
+    return OPERATORS[op](value, values[want] if want in KNOBS else parse_knob(name, want))
 
 
 def acts(name: str, values: dict[str, Any]) -> bool:

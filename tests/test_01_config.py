@@ -287,7 +287,8 @@ def test_what_a_knob_needs_can_be_read():
             field, op, want = condition.split()
             assert field in KNOBS and field != name and op in ("in", *train_gpt.OPERATORS), name
             for value in want.split(",") if op == "in" else [want]:
-                train_gpt.parse_knob(field, value)
+                if value not in KNOBS:
+                    train_gpt.parse_knob(field, value)
 
 
 def test_a_knob_without_effect_is_warned_about():

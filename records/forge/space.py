@@ -264,9 +264,9 @@ def holds(needs: str, values: dict[str, str]) -> bool:
 
 
 def is_met(condition: str, values: dict[str, str]) -> bool:
-    """Whether "<field> <op> <value>" is true of these texts, as numbers if both sides are."""
+    """Whether "<field> <op> <value or field>" is true of these texts, as numbers if both are."""
     name, op, want = condition.split()
-    have = str(values.get(name.upper(), ""))
+    have, want = str(values.get(name.upper(), "")), str(values.get(want.upper(), want))
     if op == "in":
         return have in want.split(",")
     try:
