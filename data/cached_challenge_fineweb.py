@@ -25,7 +25,7 @@ import re
 import shutil
 import struct
 import sys
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -43,7 +43,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 ROOT = Path(__file__).resolve().parent
 REPOSITORY, PREFIX = "willdepueoai/parameter-golf", "datasets"
-VARIANT = re.compile(r"byte260|sp\d+(_[a-z0-9_]+)?")
+VARIANT = re.compile(r"sp\d+(_[a-z0-9_]+)?")
 TRAIN_SHARDS = 80
 ATTEMPTS, WAIT, LONGEST_WAIT = (
     6,
@@ -52,7 +52,12 @@ ATTEMPTS, WAIT, LONGEST_WAIT = (
 )  # tries for one file, seconds before the second (doubled each time), bound
 PARALLEL = 4
 SPARE = 1 << 28  # bytes that a disk must have beyond what is downloaded
+STOP = threading.Event()  # set when the user interrupts: transfers end, pauses too
 NETWORK = (OSError, *HfHubHTTPError.__bases__)  # what a try may fail with and the next one succeed
+
+
+class Stopped(Exception):
+    """The user interrupted while a file was on its way."""
 
 
 class Remote(NamedTuple):
@@ -138,7 +143,8 @@ def patiently(what: str, work: Callable):
                     f"{what}: {reason(error)} ({ATTEMPTS} tries; is there a network?); what has arrived is "
                     "kept, run this again"
                 ) from None
-            time.sleep(min(WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1.25))
+            if STOP.wait(min(WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1.25)):
+                raise Stopped from None
 
 
 # ---- One file ----
@@ -176,6 +182,8 @@ def bar_for(total: tqdm.tqdm) -> type:
         def update(self, size: int):
             """So many bytes arrived (or, below zero, must come again)."""
             total.update(size)
+            if STOP.is_set():
+                raise Stopped
 
         def __enter__(self):
             return self
@@ -186,14 +194,11 @@ def bar_for(total: tqdm.tqdm) -> type:
     return Part
 
 
-def fetch(hub: Hub, remote: Remote, known: dict[str, str], bar: tqdm.tqdm) -> str:
-    """Make sure that a file is here; returns "kept" or "fetched". Raises DataError."""
+def fetch(hub: Hub, remote: Remote, bar: tqdm.tqdm) -> str:
+    """Make sure that a file is here; returns "kept" (its content was read and is right) or
+    "fetched". Raises DataError."""
     path = hub.local(remote)
-    if path.is_file() and (
-        known.get(path.name) == remote.sha256 != ""
-        and path.stat().st_size == remote.size
-        or not wrong_with(path, remote)
-    ):
+    if path.is_file() and not wrong_with(path, remote):
         bar.update(remote.size)
         return "kept"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,6 +246,8 @@ def fetch(hub: Hub, remote: Remote, known: dict[str, str], bar: tqdm.tqdm) -> st
 
 def connect() -> Hub:
     """The repository that the environment names, at its newest commit. Raises DataError."""
+    if constants.HF_HUB_OFFLINE:
+        raise DataError("HF_HUB_OFFLINE=1: the hub is switched off; unset it to download")
     repo = os.environ.get("MATCHED_FINEWEB_REPO_ID", REPOSITORY)
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/"))
     try:
@@ -260,9 +267,10 @@ def connect() -> Hub:
     )
 
 
-def get_all(hub: Hub, remotes: list[Remote], known: dict[str, str]) -> None:
-    """Fetch files in parallel, those that fail not stopping the others. Raises DataError for the first failure, and
-    before anything is fetched when the disk cannot hold all."""
+def get_all(hub: Hub, remotes: list[Remote]) -> None:
+    """Fetch files in parallel, those that fail not stopping the others. Raises DataError for the
+    first failure, and before anything is fetched when the disk cannot hold all. An interruption
+    ends what is on its way and drops what waits."""
     missing = [
         r for r in remotes if not hub.local(r).is_file() or hub.local(r).stat().st_size != r.size
     ]
@@ -272,19 +280,22 @@ def get_all(hub: Hub, remotes: list[Remote], known: dict[str, str]) -> None:
             f"{need / 1e9:.1f} GB are to be downloaded, the disk of {ROOT.name}/ has {free / 1e9:.1f} GB "
             f"free ({SPARE / 1e9:.1f} GB are kept)"
         )
-    with (
-        tqdm.tqdm(
-            total=sum(r.size for r in remotes), unit="B", unit_scale=True, disable=None
-        ) as bar,
-        concurrent.futures.ThreadPoolExecutor(PARALLEL) as pool,
-    ):
-        tasks = {pool.submit(fetch, hub, remote, known, bar): remote for remote in remotes}
-        failed = []
-        for task in concurrent.futures.as_completed(tasks):
-            if error := task.exception():
-                failed.append(error)
-            elif task.result() == "fetched":
-                bar.write(f"fetched {tasks[task].path} ({tasks[task].size:,} bytes)")
+    size = sum(r.size for r in remotes)
+    pool = concurrent.futures.ThreadPoolExecutor(PARALLEL)
+    failed = []
+    with tqdm.tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+        try:
+            tasks = {pool.submit(fetch, hub, remote, bar): remote for remote in remotes}
+            for task in concurrent.futures.as_completed(tasks):
+                if error := task.exception():
+                    failed.append(error)
+                elif task.result() == "fetched":
+                    bar.write(f"fetched {tasks[task].path} ({tasks[task].size:,} bytes)")
+        except KeyboardInterrupt:
+            STOP.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
     if failed:
         raise failed[0]
 
@@ -305,7 +316,7 @@ def download(variant: str, train_shards: int, skip_manifest: bool, with_docs: bo
     hub, name = connect(), f"fineweb10B_{variant}"
     manifest = ROOT / docs.MANIFEST
     if not skip_manifest:
-        get_all(hub, hub.find([docs.MANIFEST]), {})
+        get_all(hub, hub.find([docs.MANIFEST]))
     elif not manifest.is_file():
         raise DataError("--skip-manifest: there is no data/manifest.json from an earlier download")
     told = docs.read_json(manifest) or {}
@@ -333,10 +344,15 @@ def download(variant: str, train_shards: int, skip_manifest: bool, with_docs: bo
     models = [
         str(tokenizer[key]) for key in ("model_path", "vocab_path", "path") if tokenizer.get(key)
     ]
+    if not any(name.endswith(".model") for name in models):
+        raise DataError(
+            f"{hub.repo}: {name} has no SentencePiece model, without which train_gpt.py cannot count "
+            "bytes; --with-docs gives the text with another variant, data/prepare.py encodes it"
+        )
     texts = ["docs_selected.jsonl", "docs_selected.source_manifest.json"] if with_docs else []
     remotes, folder = hub.find(files + models + texts), ROOT / "datasets" / name
     before = (docs.read_json(folder / docs.MANIFEST) or {}).get("files", {})
-    get_all(hub, remotes, {file: e["sha256"] for file, e in before.items()})
+    get_all(hub, remotes)
     describe(hub, folder, remotes, [ROOT / m for m in models if m.endswith(".model")], before)
     return folder
 
@@ -399,7 +415,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--variant",
         default="sp1024",
-        help="byte260, sp<vocabulary> or a longer name of the "
+        help="sp<vocabulary> or a longer name of the "
         "repository, such as sp8192_lossless_caps_caseops_v1_reserved (default %(default)s)",
     )
     parser.add_argument(
@@ -415,8 +431,13 @@ def main(argv: list[str] | None = None) -> int:
 
     def fetch() -> int:
         if not VARIANT.fullmatch(asked.variant):
+            reason = ""
+            if asked.variant == "byte260":
+                reason = (
+                    ": its byte ids have no SentencePiece model, so train_gpt.py cannot use them"
+                )
             raise DataError(
-                f"--variant {asked.variant}: want byte260, sp<vocabulary> or sp<vocabulary>_<name>"
+                f"--variant {asked.variant}{reason}: want sp<vocabulary> or sp<vocabulary>_<name>"
             )
         shards = asked.train_shards if asked.positional is None else asked.positional
         folder = download(asked.variant, shards, asked.skip_manifest, asked.with_docs)

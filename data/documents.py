@@ -1,23 +1,21 @@
-"""Documents and what they become: reading text files and shards, tokenizers, fingerprints, files written atomically."""
+"""What documents become: tokenizers, shards, fingerprints, files written atomically."""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import importlib
 import json
-import lzma
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import caseops
 import numpy as np
 import sentencepiece as spm
-from build_sample import SEPARATOR, SPACE, save, sync
+from build_sample import SPACE, save, sync
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -86,102 +84,6 @@ def fingerprint(content: str | bytes) -> bytes:
     ).digest()
 
 
-# ---- Documents of text files ----
-
-
-def open_plain(path: Path) -> BinaryIO:
-    """The content of a file, decompressed when it ends in .xz or .gz."""
-    return {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)(path, "rb")
-
-
-def lines_of_json(path: Path, field: str) -> Iterator[str]:
-    """Documents of a .jsonl file: one JSON object per line with the text in a field, or one JSON string."""
-    with open_plain(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                found = json.loads(line)
-                text = found[field] if isinstance(found, dict) else found
-            except KeyError:
-                raise DataError(f"{path.name}, line {number}: no field {field!r}") from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path.name}, line {number}: {error}") from None
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{path.name}, line {number}: {field!r} is no text but {type(text).__name__}"
-                )
-            yield text
-
-
-def separated(path: Path) -> Iterator[str]:
-    """Documents of a text file that are separated by one blank line, without empty ones."""
-    rest, start = b"", 0
-    with open_plain(path) as file:
-        while chunk := file.read(TEXT_CHUNK):
-            *whole, rest = (rest + chunk).split(SEPARATOR.encode())
-            for raw in whole:
-                yield from _decoded(raw, path, start)
-                start += len(raw) + len(SEPARATOR)
-    yield from _decoded(rest, path, start)
-
-
-def _decoded(raw: bytes, path: Path, start: int) -> Iterator[str]:
-    try:
-        if (text := raw.decode("utf-8")).strip():
-            yield text
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: byte {start + error.start} is not valid UTF-8") from None
-
-
-def table_rows(path: Path, field: str) -> Iterator[str]:
-    """Documents of a .parquet file: the rows of a column."""
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise DataError(
-            f"{path.name}: reading parquet needs the package pyarrow, which is not installed"
-        ) from None
-    try:
-        table = parquet.ParquetFile(path)
-        if field not in table.schema_arrow.names:
-            raise DataError(
-                f"{path.name}: no column {field!r}; it has {', '.join(table.schema_arrow.names)}"
-            )
-        for batch in table.iter_batches(columns=[field], batch_size=256):
-            for row in batch.column(0).to_pylist():
-                if not isinstance(row, str):
-                    raise DataError(f"{path.name}: column {field!r} has a row without text")
-                yield row
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path.name}: {error}") from None
-
-
-def documents_of(paths: list[Path], field: str) -> Iterator[str]:
-    """Every document of some files, in order. Raises DataError that names file and place for what is no text."""
-    for path in paths:
-        kind = Path(path.name.removesuffix(".xz").removesuffix(".gz")).suffix
-        number = 0
-        try:
-            found = (
-                lines_of_json(path, field)
-                if kind in (".jsonl", ".json")
-                else table_rows(path, field)
-                if kind == ".parquet"
-                else separated(path)
-            )
-            for number, text in enumerate(found, 1):
-                text.encode("utf-8")  # a lone surrogate is no text
-                yield text
-        except UnicodeEncodeError:
-            raise DataError(
-                f"{path.name}, document {number}: a lone surrogate is not valid text"
-            ) from None
-        except (OSError, lzma.LZMAError, EOFError) as error:
-            raise DataError(f"{path.name}: {getattr(error, 'strerror', None) or error}") from None
-
-
 # ---- Tokenizers ----
 
 
@@ -195,6 +97,7 @@ class Tokenizer(NamedTuple):
     starts: np.ndarray  # (V,) int32, where each begins in all of them
     joined: np.ndarray  # uint8, all of them
     operators: list[int]  # ids of the case operators, none in an ordinary tokenizer
+    space_mark: list[int]  # byte pieces that spell U+2581; empty if there are none, see encode
     sha256: str
 
     @property
@@ -213,6 +116,20 @@ class Tokenizer(NamedTuple):
         )  # of a piece, less that of its text
         where += np.arange(len(where), dtype=narrow)
         return self.joined[where].tobytes()
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text (int32, no BOS). SentencePiece itself reads U+2581 as a space; here its
+        three bytes are spelt, by a tokenizer that changes no other text and has byte pieces."""
+        rows = self.processor.encode(texts, return_type="numpy", num_threads=1)
+        for i, text in enumerate(texts):
+            if SPACE in text and self.space_mark:
+                mark = np.array(self.space_mark, np.int32)
+                parts = self.processor.encode(text.split(SPACE), return_type="numpy", num_threads=1)
+                joined = [parts[0]]
+                for part in parts[1:]:
+                    joined += [mark, part]
+                rows[i] = np.concatenate(joined)
+        return rows
 
     def text(self, ids: np.ndarray) -> str:
         """The original text of one document. Raises UnicodeDecodeError when the bytes are no text."""
@@ -234,30 +151,35 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except Exception as error:
-        raise DataError(
-            f"{path.name}: not a SentencePiece model ({type(error).__name__})"
-        ) from None
-    if processor.bos_id() < 0 or processor.piece_to_id(SPACE) == processor.unk_id():
-        raise DataError(f"{path.name}: the tokenizer needs a BOS and a lone space piece")
+        kind = type(error).__name__
+        raise DataError(f"{path.name}: not a SentencePiece model ({kind})") from None
     if processor.vocab_size() > 2**16:
         raise DataError(f"{path.name}: {processor.vocab_size()} pieces do not fit 16 bits")
-    pieces = [spelling(processor, i) for i in range(processor.vocab_size())]
+    if processor.bos_id() < 0:
+        raise DataError(f"{path.name}: the tokenizer needs a BOS; train it with a bos_id")
+    if processor.piece_to_id(SPACE) == processor.unk_id():
+        raise DataError(f"{path.name}: the tokenizer needs a lone space piece ({SPACE})")
     try:
         operators = caseops.operator_ids(processor)
     except ValueError as error:
         raise DataError(f"{path.name}: {error}") from None
+    pieces = [spelling(processor, i) for i in range(processor.vocab_size())]
     sizes = np.array([len(piece) for piece in pieces], np.int32)
-    joined = np.frombuffer(b"".join(pieces), np.uint8)
-    return Tokenizer(
-        path,
-        processor,
-        pieces,
-        sizes,
-        np.cumsum(sizes) - sizes,
-        joined,
-        operators,
-        hashlib.sha256(raw).hexdigest(),
+    loaded = Tokenizer(
+        path=path,
+        processor=processor,
+        pieces=pieces,
+        sizes=sizes,
+        starts=np.cumsum(sizes) - sizes,
+        joined=np.frombuffer(b"".join(pieces), np.uint8),
+        operators=operators,
+        space_mark=[],
+        sha256=hashlib.sha256(raw).hexdigest(),
     )
+    mark = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode("utf-8")]
+    if loaded.changes_text() or not all(map(processor.is_byte, mark)):
+        return loaded
+    return loaded._replace(space_mark=mark)
 
 
 def spelling(processor: spm.SentencePieceProcessor, i: int) -> bytes:

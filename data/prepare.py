@@ -6,9 +6,12 @@
     python data/prepare.py reencode data/datasets/mine --from old.model --tokenizer new.model --out data/datasets/new
     python data/prepare.py verify data/datasets/new --tokenizer new.model
 
-DOCS are .jsonl (one object per line, its text in --field), .txt (UTF-8, documents separated by one blank line) or
-.parquet files, the first two also as .xz or .gz. The validation split is the first --val-docs documents, 50,000 as in
-the competition, or the files given with --val; a document that is in both splits is refused before anything is written.
+DOCS are .jsonl (an object per line, its text in --field), .json (one array of them), .parquet or
+text files (documents separated by one blank line). All but .parquet may be compressed (.gz, .bz2,
+.xz, .zst), may begin with a byte-order mark (UTF-8 without one) and have any line ending, which
+becomes \\n in text files. Blank documents are left out. The validation split is the first --val-docs
+documents, 50,000 as in the competition, or the files given with --val; a document that is in both
+splits is refused before anything is written.
 
 Every step may be killed at any moment and run again: it goes on from the last whole shard, and does nothing when all is
 done. The output folder is finished or absent. Exit codes: 0 done, 1 findings (verify), 2 unusable input.
@@ -37,6 +40,7 @@ import caseops
 import documents as docs
 import numpy as np
 import sentencepiece as spm
+import textfiles
 import tqdm
 import verify
 from build_sample import SPACE, TRAINER, exclusive, save, sha256_file, shard, sync
@@ -45,7 +49,7 @@ from documents import DataError, Tokenizer, load_tokenizer
 VAL_DOCUMENTS = 50_000  # of the competition's split
 SHARD_TOKENS = 100_000_000  # as in the competition's dataset
 BATCH_BYTES, BATCH_DOCUMENTS = 400_000, 512  # one task of a worker
-FORMAT = 1  # raise it whenever the same inputs would give another output
+FORMAT = 2  # raise it whenever the same inputs would give another output
 JOURNAL = "journal.json"
 HELD_OUT = 50  # every 50th document is kept from the tokenizer's training to measure it
 
@@ -63,14 +67,15 @@ class TextFiles(NamedTuple):
     tokenizer: Tokenizer | None = None  # documents are text already
 
     def items(self) -> Iterator[tuple[str, str]]:
-        """(split, text) of every document, validation first."""
-        val = itertools.chain(docs.documents_of(self.val_paths, self.field))
-        train = docs.documents_of(self.paths, self.field)
-        yield from (
-            ("val", text)
-            for text in itertools.chain(val, itertools.islice(train, self.val_documents))
-        )
-        yield from (("train", text) for text in train)
+        """(split, text) of every document that is not blank, validation first."""
+        train = textfiles.documents_of(self.paths, self.field)
+        val = textfiles.documents_of(self.val_paths, self.field)
+        for text in itertools.chain(val, itertools.islice(train, self.val_documents)):
+            if text.strip():
+                yield "val", text
+        for text in train:
+            if text.strip():
+                yield "train", text
 
     def inputs(self) -> dict:
         """What identifies the documents. Raises DataError when docs_selected.jsonl is not what its manifest says."""
@@ -131,7 +136,7 @@ def survey(source: TextFiles | Shards) -> Survey:
         mark = docs.fingerprint(item if isinstance(item, str) else item.tobytes())
         if split == "val":
             seen.add(mark)
-        elif mark in seen:
+        elif mark in seen and len(item):  # nothing can be learnt from an empty document of shards
             leaked.append(index)
         counts[split] += 1
         size += len(item)
@@ -142,8 +147,9 @@ def check_survey(found: Survey, drop: bool):
     """Raises DataError when a split is empty or the score would reward memory."""
     if not found.val or not found.train:
         raise DataError(
-            f"{found.val:,} validation and {found.train:,} training documents: both are needed; see "
-            "--val-docs and --val"
+            f"{found.val:,} validation and {found.train:,} training documents: both are needed. "
+            "The first --val-docs documents are validation, unless --val names other files; in a "
+            "text file, one blank line separates two documents"
         )
     if found.leaked and not drop:
         raise DataError(
@@ -193,7 +199,7 @@ def encode_documents(
     """Encode documents and prove that nothing is lost. Raises DataError for an unknown piece."""
     texts = [original(item, source) for item in items]
     spelt = [caseops.encode(text) for text in texts] if tokenizer.operators else texts
-    rows = tokenizer.processor.encode(spelt, return_type="numpy", num_threads=1)
+    rows = tokenizer.encode(spelt)
     lengths = [len(row) + 1 for row in rows]
     bos = np.array([tokenizer.bos], np.int32)
     tokens = np.concatenate([part for row in rows for part in (bos, row)])
@@ -249,6 +255,24 @@ def batches(items: Iterable[tuple[str, object]]) -> Iterator[tuple[str, list]]:
             yield split, batch
 
 
+def worker_pool(
+    workers: int, tokenizer: Tokenizer, source: Tokenizer | None
+) -> concurrent.futures.Executor:
+    """Processes that encode, or one thread where processes cannot share memory (no /dev/shm)."""
+    # A fork would copy locks that other threads may hold.
+    fresh = multiprocessing.get_context("spawn")
+    paths = (tokenizer.path, source and source.path)
+    try:
+        return concurrent.futures.ProcessPoolExecutor(workers, fresh, start_worker, paths)
+    except (OSError, ImportError) as error:
+        print(
+            f"note: no shared memory here ({error}): one process encodes; mount /dev/shm for more",
+            file=sys.stderr,
+        )
+    WORKER.update(tokenizer=tokenizer, source=source)
+    return concurrent.futures.ThreadPoolExecutor(1)
+
+
 def encoded(
     items: Iterable, tokenizer: Tokenizer, source: Tokenizer | None, workers: int
 ) -> Iterator[tuple[str, int, Encoded]]:
@@ -263,12 +287,7 @@ def encoded(
                 encode_documents(batch, tokenizer, source, sidecar and split == "val"),
             )
         return
-    fresh = multiprocessing.get_context(
-        "spawn"
-    )  # a fork would copy locks that other threads may hold
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, fresh, start_worker, (tokenizer.path, source and source.path)
-    ) as pool:
+    with worker_pool(workers, tokenizer, source) as pool:
         waiting: collections.deque = collections.deque()
         try:
             for split, batch in batches(items):
@@ -497,16 +516,20 @@ def training_texts(source: TextFiles | Shards, limit: int) -> tuple[list[str], l
     return train, held
 
 
+def cut_text(text: str, longest: int = 1 << 22) -> list[str]:
+    """A text in parts that the trainer does not skip for their length (16 MiB)."""
+    return [text[at : at + longest] for at in range(0, len(text), longest)]
+
+
 def train_model(texts: list[str], vocab_size: int, with_operators: bool) -> bytes:
     """Train a BPE tokenizer with byte fallback and a lone space piece. The same texts and version give the same bytes.
     Raises DataError when the text is too small for the vocabulary."""
     model = io.BytesIO()
     options = TRAINER | dict(vocab_size=vocab_size, required_chars=SPACE, minloglevel=2)
     if with_operators:
-        texts, options["user_defined_symbols"] = (
-            [caseops.encode(text) for text in texts],
-            list(caseops.OPERATORS),
-        )
+        texts = [caseops.encode(text) for text in texts]
+        options["user_defined_symbols"] = list(caseops.OPERATORS)
+    texts = [part for text in texts for part in cut_text(text)]
     try:
         spm.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **options)
     except RuntimeError as error:
@@ -517,10 +540,10 @@ def train_model(texts: list[str], vocab_size: int, with_operators: bool) -> byte
 def measure(tokenizer: Tokenizer, texts: list[str]) -> dict:
     """Bytes per token on documents. Raises DataError when one of them does not survive, or the probe does not."""
     batch = encode_documents(texts, tokenizer, None, False)
-    lossy = [i for i, changed in enumerate(batch.changed) if changed >= 0 and SPACE not in texts[i]]
+    lossy = sum(changed >= 0 for changed in batch.changed)
     if lossy or tokenizer.changes_text():
         raise DataError(
-            f"the tokenizer is lossy: {len(lossy)} of {len(texts)} held-out documents do not survive it"
+            f"the tokenizer is lossy: {lossy} of {len(texts)} held-out documents do not survive it"
         )
     tokens = sum(batch.lengths) - len(texts)
     return dict(
@@ -716,8 +739,8 @@ def run(asked: argparse.Namespace) -> int:
         )
         if sums["changed_documents"]:
             print(
-                f"      {sums['changed_documents']:,} documents were changed by the tokenizer's normalisation, "
-                f"{sums['lost_bytes']:,} bytes lost"
+                f"      {sums['changed_documents']:,} documents were changed: the tokenizer normalises "
+                f"text, or reads {SPACE} as a space; {sums['lost_bytes']:,} bytes lost"
             )
     print(
         f"train with DATA_PATH={asked.out} VOCAB_SIZE={manifest['vocab_size']}"

@@ -142,7 +142,7 @@ def sums_of(
         if split == "val":
             marks.add(mark)
             beginnings |= {beginning} if beginning else set()
-        elif val:
+        elif val and len(ids):
             leaked += [number] if mark in val.marks else []
             total["alike"] += beginning in val.beginnings
         total.update(
@@ -169,7 +169,9 @@ def sums_of(
             )
             if number % every == 0 and not last:
                 spelt = caseops.encode(text) if tokenizer.operators else text
-                total.update(sampled=1, foreign=tokenizer.processor.encode(spelt) != ids.tolist())
+                total.update(
+                    sampled=1, foreign=tokenizer.encode([spelt])[0].tolist() != ids.tolist()
+                )
     return SplitSums(
         number + 1,
         total["tokens"],

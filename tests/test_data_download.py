@@ -57,8 +57,14 @@ def repository() -> dict[str, bytes]:
                 tokenizer_name="evil",
                 stats=dict(files_train=1, files_val=1),
             ),
+            dict(
+                name="fineweb10B_sp512",
+                tokenizer_name="bytes",
+                stats=dict(files_train=1, files_val=1),
+            ),
         ],
         tokenizers=[
+            dict(name="bytes", path="tokenizers/fineweb_pure_byte.json"),
             dict(name="sp_bpe_1024", model_path="tokenizers/fineweb_1024_bpe.model"),
             dict(name="caseops", model_path="tokenizers/caseops.model"),
             dict(name="evil", model_path="../../outside.model"),
@@ -79,6 +85,9 @@ class Hub(http.server.ThreadingHTTPServer):
         self.ranges, self.served, self.lock = [], collections.Counter(), threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        """A client that left is no news."""
 
     def fault(self, what: str):
         """The next fault planned for it, if any."""
@@ -175,6 +184,7 @@ def hub(monkeypatch, tmp_path):
         tool.constants, "DOWNLOAD_CHUNK_SIZE", 4096
     )  # what arrives is written in these pieces
     monkeypatch.setattr(time, "sleep", lambda seconds, real=time.sleep: real(min(seconds, 0.05)))
+    monkeypatch.setattr(tool, "LONGEST_WAIT", 0.05)
     yield server
     server.shutdown()
 
@@ -263,13 +273,15 @@ def test_a_hub_that_is_busy_at_first_is_asked_again(hub, tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "foreign"])
 def test_a_damaged_file_of_an_earlier_download_is_replaced(hub, tmp_path, damage):
+    """Finding 5: one of the right size was kept when the manifest knew its sha256."""
     assert tool.main(["--train-shards", "3"]) == 0
     path = tmp_path / TRAIN1.removeprefix("datasets/")
     raw = path.read_bytes()
     path.write_bytes(
         {"truncated": raw[:-10], "changed": raw[:-1] + b"\xff", "foreign": b"<html>"}[damage]
     )
-    (path.parent / "manifest.json").unlink()  # as if another program had downloaded it
+    if damage == "foreign":
+        (path.parent / "manifest.json").unlink()  # as if another program had downloaded it
     assert tool.main(["--train-shards", "3"]) == 0 and complete(hub, tmp_path)
 
 
@@ -288,6 +300,8 @@ def test_what_is_not_possible_is_said_in_one_line(hub, tmp_path, monkeypatch, ca
         "--variant", "sp2048", "0", capsys=capsys
     )
     assert "--variant ../x: want" in failing("--variant", "../x", capsys=capsys)
+    assert "byte260: its byte ids have no" in failing("--variant", "byte260", capsys=capsys)
+    assert "sp512 has no SentencePiece model" in failing("--variant", "sp512", "0", capsys=capsys)
     hub.files.pop(TRAIN1)
     assert "has no datasets/datasets" in failing("--train-shards", "3", capsys=capsys)
     monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", "no/repo")
@@ -313,6 +327,45 @@ def test_a_full_disk_is_noticed_before_the_start(hub, tmp_path, monkeypatch, cap
     monkeypatch.setattr(tool, "SPARE", 1 << 60)
     assert "to be downloaded, the disk" in failing("--train-shards", "3", capsys=capsys)
     assert not hub.served and not list(tmp_path.rglob("*.bin"))
+
+
+def test_a_hub_that_is_switched_off_is_said_at_once(hub, monkeypatch, capsys):
+    """Finding 5: HF_HUB_OFFLINE=1 was tried for a minute."""
+    monkeypatch.setattr(tool.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(tool.STOP, "wait", lambda seconds: 1 / 0)
+    assert "HF_HUB_OFFLINE=1: the hub is switched off" in failing(capsys=capsys)
+
+
+def test_an_interruption_drops_what_waits_and_ends_what_runs(hub, tmp_path, monkeypatch):
+    """Finding 5: 24 queued files of 0.5 s each were waited for (3.0 s)."""
+    begun, pauses = [], threading.Event()
+
+    def slow(hub, remote, bar):
+        begun.append(remote)
+        if len(begun) == 2:
+            signal.raise_signal(signal.SIGINT)  # reaches the main thread
+        pauses.wait(0.2)
+        return "kept"
+
+    monkeypatch.setattr(tool, "fetch", slow)
+    monkeypatch.setattr(tool, "STOP", threading.Event())
+    remotes = [tool.Remote(f"datasets/{i}", 0, "", "") for i in range(24)]
+    with pytest.raises(KeyboardInterrupt):
+        tool.get_all(tool.Hub(None, "", "datasets", ""), remotes)
+    assert len(begun) <= 2 * tool.PARALLEL and tool.STOP.is_set()
+
+
+def test_a_transfer_ends_when_the_user_interrupts(hub, tmp_path, monkeypatch):
+    """The same, of a file on its way: it ends with the next bytes and is not tried again."""
+    monkeypatch.setattr(tool, "STOP", threading.Event())
+    tool.STOP.set()
+    hub.faults[TRAIN1] = ["slow"]
+    bar = tool.tqdm.tqdm(disable=True)
+    real = tool.connect()
+    (remote,) = real.find([TRAIN1.removeprefix("datasets/")])
+    with pytest.raises(tool.Stopped):
+        tool.fetch(real, remote, bar)
+    assert len(hub.ranges) == 1
 
 
 def test_no_network_is_said_in_one_line(hub, monkeypatch, capsys):

@@ -1,9 +1,7 @@
 """Parts of data/: the case transform and its byte counts, readers of documents, the writer of shards."""
 
 import contextlib
-import gzip
 import json
-import lzma
 import os
 import sys
 import time
@@ -14,6 +12,7 @@ import documents as docs
 import numpy as np
 import prepare
 import pytest
+import textfiles
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -171,33 +170,7 @@ def test_a_lossy_tokenizer_is_not_written(tmp_path, monkeypatch, capsys, options
 
 
 def read(*paths, field="text"):
-    return list(docs.documents_of(list(paths), field))
-
-
-@SETTINGS
-@given(pieces=st.lists(st.text("ab\n\u20ac", max_size=6), max_size=12), chunk=st.integers(1, 7))
-def test_text_is_split_alike_whatever_is_read_at_once(tmp_path_factory, pieces, chunk):
-    path = tmp_path_factory.mktemp("text") / "t.txt"
-    content = "\n\n".join(pieces)
-    path.write_bytes(content.encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(docs, "TEXT_CHUNK", chunk)
-        assert read(path) == [d for d in content.split("\n\n") if d.strip()]
-
-
-def test_the_same_documents_come_from_every_kind_of_file(tmp_path):
-    documents = ["one \x00", "two\nlines\r\nwith returns", "\u20ac\U0001f600", "4"]
-    lines = "\n".join(json.dumps(dict(text=d, other=1)) for d in documents).encode()
-    text = "\n\n".join(documents).encode()
-    for name, content in (
-        ("a.jsonl", lines),
-        ("a.jsonl.gz", gzip.compress(lines)),
-        ("b.txt", text),
-        ("b.txt.xz", lzma.compress(text)),
-        ("c.json", b"\n".join(b'"%s"' % d for d in (b"x", b"y"))),
-    ):
-        (tmp_path / name).write_bytes(content)
-        assert read(tmp_path / name) == (["x", "y"] if name == "c.json" else documents), name
+    return list(textfiles.documents_of(list(paths), field))
 
 
 def test_parquet_gives_its_column_or_says_what_is_missing(tmp_path, monkeypatch):
@@ -208,9 +181,9 @@ def test_parquet_gives_its_column_or_says_what_is_missing(tmp_path, monkeypatch)
         read(path)
     monkeypatch.undo()
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
 
-    pyarrow.parquet.write_table(pyarrow.table(dict(text=["one", "two"], n=[1, 2])), path)
+    parquet.write_table(pyarrow.table(dict(text=["one", "two"], n=[1, 2])), path)
     assert read(path) == ["one", "two"]
     for field, said in (("body", "no column 'body'"), ("n", "a row without text")):
         with pytest.raises(docs.DataError, match=said):
@@ -218,34 +191,6 @@ def test_parquet_gives_its_column_or_says_what_is_missing(tmp_path, monkeypatch)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(docs.DataError, match="d.parquet"):
         read(path)
-
-
-BAD_FILES = {
-    "invalid UTF-8.txt": (b"fine\n\nab\xffc", "byte 8 is not valid UTF-8"),
-    "invalid UTF-8.jsonl": (b'{"text": "ok"}\n{"text": "\xff"}', "line 2"),
-    "half a line.jsonl": (b'{"text": "ok"}\n{"text": "o', "line 2"),
-    "no field.jsonl": (b'{"body": "ok"}', "line 1: no field 'text'"),
-    "no text.jsonl": (b'{"text": 5}', "line 1: 'text' is no text but int"),
-    "a number.jsonl": (b"5", "line 1: 'text' is no text but int"),
-    "surrogate.jsonl": (b'{"text": "fine"}\n{"text": "a\\ud800b"}', "document 2: a lone surrogate"),
-    "deep.jsonl": (b"[" * 100_000, "line 1"),
-    "broken.txt.xz": (b"no xz", "broken.txt.xz"),
-    "cut.txt.xz": (lzma.compress(b"text " * 99)[:-20], "cut.txt.xz"),
-    "cut.txt.gz": (gzip.compress(b"text " * 99)[:-20], "cut.txt.gz"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_what_is_no_text_is_refused_by_file_and_place(tmp_path, name):
-    content, said = BAD_FILES[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(docs.DataError) as error:
-        read(tmp_path / name)
-    assert (
-        str(error.value).startswith(name)
-        and said in str(error.value)
-        and "\n" not in str(error.value)
-    )
 
 
 def test_odd_documents_are_encoded_and_counted_exactly(tokenizers):
@@ -267,9 +212,17 @@ def test_odd_documents_are_encoded_and_counted_exactly(tokenizers):
 
 
 def test_a_document_that_does_not_survive_is_counted_by_what_is_left(tokenizers):
-    """The space mark itself decodes to a space: three bytes go in, one comes out, and one is counted."""
-    batch = prepare.encode_documents(["a\u2581b"], tokenizers["plain"], None, False)
+    """Without byte pieces the space mark decodes to a space: one of three bytes is counted."""
+    blind = tokenizers["plain"]._replace(space_mark=[])
+    batch = prepare.encode_documents(["a\u2581b"], blind, None, False)
     assert batch.sizes == [3] and batch.changed == [5]
+
+
+def test_the_mark_of_a_space_is_spelt_in_bytes_among_case_operators_too(tokenizers):
+    texts = ["a\u2581B", "\u2581", "THE \u2581\u2581 End"]
+    for tokenizer in tokenizers.values():
+        batch = prepare.encode_documents(texts, tokenizer, None, bool(tokenizer.operators))
+        assert batch.changed == [-1] * 3 and batch.sizes == [len(t.encode()) for t in texts]
 
 
 # ---- Shards ----
