@@ -38,7 +38,9 @@ import signal
 import socket
 import statistics
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zlib
@@ -622,13 +624,6 @@ class QuantConfig:
         choices=("quantile", "search", "sigma"),
         source="PRs 374, 1394",
     )
-    clip_quantile: float = knob(0.9999984, "that quantile", 0.5, 1, needs="clip == quantile")
-    scale_group: int = knob(
-        0,
-        "columns that share a scale, if they divide the row; 0 = the row, -1 = the matrix",
-        -1,
-        65536,
-    )
     matrix_clip_sigmas: float = knob(
         12.85,
         "that multiple for attention",
@@ -679,7 +674,6 @@ class QuantConfig:
     lqer_rank: int = knob(
         0, "rank of a correction of the worst rounding errors; 0 = none", 0, 64, source="PR 1797"
     )
-    lqer_top: int = knob(3, "matrices that get one", 1, 10_000, needs="lqer_rank > 0")
     allocation: str = knob(
         "tag",
         "what divides precision among matrices: their tag alone, or the loss on held-out training "
@@ -699,9 +693,6 @@ class QuantConfig:
         "compressor of the artifact; rans = the entropy coder of this script, made for levels; "
         "best = the smallest for each stream, slowly",
         choices=("zlib", "lzma", "zstd", "brotli", "brotli_shuffle", "rans", "best"),
-    )
-    scale_bits: int = knob(
-        10, "mantissa bits of the rows' fp16 scales; fewer take less room", 1, 10, unit="bits"
     )
     artifact_budget_bytes: int = knob(16_000_000, "largest code + model", 1, 2**40, unit="bytes")
 
@@ -867,7 +858,7 @@ SYSTEMS = {
         MLP_MULT=3 TRAIN_SEQ_LEN=4096 TRAIN_BATCH_TOKENS=393216
         TIED_EMBED_LR=0.03 MATRIX_LR=0.02 SCALAR_LR=0.02 WARMDOWN_ITERS=3000
         MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
-        MATRIX_BITS=6 EMBED_BITS=16 QAT=ste CODEC=zstd
+        MATRIX_BITS=6 EMBED_BITS=16 QAT=ste FIT_BUDGET=prune CODEC=zstd
         EVAL=sliding EVAL_SEQ_LEN=4096 EVAL_STRIDE=64""",
     # PR 645, 1.8990: what it lists, put together on its 7 layers and 512-token rows; its run had none of the techniques.
     # Different: everything but layers, rows, batch, steps, clock and rates.
@@ -892,11 +883,11 @@ SYSTEMS = {
         MUON_MOMENTUM_WARMUP_START=0.95 MUON_MOMENTUM_WARMUP_STEPS=0
         TIED_EMBED_LR=0.01 SCALAR_LR=0.01 BETA2=0.999 ADAM_L2=0.095
         AVERAGING=iw_swa SWA_START=1.01 SWA_EVERY=3125
-        MATRIX_BITS=6 EMBED_BITS=6 QAT=ste QAT_START_FRAC=0.924""",
+        MATRIX_BITS=6 EMBED_BITS=6 QAT=ste QAT_START_FRAC=0.924 FIT_BUDGET=prune""",
     # PR 1126, 1.1123, again PR 1089, 1.1091: hashed n-grams, Turbo-Muon. 30,666,843 parameters. Rotary base: 10,000,
     # rescaled from 1,024 to 2,048 tokens, as the run had it by accident; so are the rows of the mimetic start.
     # Different: no QAT (theirs never ran); bits go where they lower a held-out loss (theirs by the trace of a Hessian,
-    # which the architecture fixes); what does not fit loses bits (theirs set 2.3 % of small levels to zero).
+    # which the architecture fixes); small levels become zero only if five bits do not fit (theirs 2.3 % always).
     "turbo_engram": LATE
     + """
         LEAKY_SLOPE=0.3 MLP_MULT=3.5 ROPE_BASE=22081 SMEAR_GATE=B ENGRAM_BUCKETS=8192 VALUE_EMBED_LAST_N=2
@@ -915,14 +906,15 @@ SYSTEMS = {
         VOCAB_SIZE=8192 ROPE_BASE=22081 QK_GAIN_INIT=5.25 SMEAR_GATE=B VALUE_EMBED_LAST_N=2 VALUE_EMBED_DIM=44
         SKIP_PAIRS=as_unlooped NUM_LOOPS=1 ENABLE_LOOPING_AT=3000 PARALLEL=B
         TABLE_LR=0.03 EMBED_WD=0.095 TABLE_WD=0.095 MUON=muoneq_r_polar MUON_STEPS=4
-        ROUNDING=gptq CLIP=sigma CALIBRATION=self CODEC=rans TTT=prequant""",
+        ROUNDING=gptq CLIP=sigma CALIBRATION=self FIT_BUDGET=steps CODEC=rans TTT=prequant""",
     # PR 1493, 1.0810: loops, score first then learn. 35,944,536 parameters.
     # Different: its 64 batches of 98,304 tokens are seen by all ranks together (theirs by each alone).
     "score_first_ttt": LATE
     + """
         VOCAB_SIZE=8192 QK_GAIN_INIT=5.25 SKIPS=gated NUM_LOOPS=2 PARALLEL=A LOADER=shuffled
         EMBED_WD=0.085 MUON=muoneq_r RESERVE_SECONDS=12
-        ROUNDING=gptq CLIP=sigma CALIBRATION_TOKENS=6291456 CODEC=brotli_shuffle TTT=sgd""",
+        ROUNDING=gptq CLIP=sigma CALIBRATION_TOKENS=6291456
+        FIT_BUDGET=steps CODEC=brotli_shuffle TTT=sgd""",
     # PR 1855, 1.0611, by its log: the base of the last leaders (PR 2135, 1.0565). 35,945,671 parameters.
     # Different: gates are fp16 (theirs int8); both factors of LQER have 4 bits and are fitted to the inputs (theirs 2 and
     # 4 bits, plain); its 16 batches of 98,304 tokens are seen by all ranks together; streams are coded by rANS (ZPAQ).
@@ -932,7 +924,7 @@ SYSTEMS = {
         OUTPUT_GATE_SCALE=0.5 SOFTCAP=shifted NUM_LOOPS=2 PARALLEL=D PARALLEL_START=8
         EMBED_WD=0.085 BETA2=0.99 MUON=muoneq_r_polar MATRIX_LR=0.026 MUON_MOMENTUM=0.97
         WARMDOWN_FRAC=0.85 MIN_LR=0.1 RESERVE_SECONDS=0.5
-        EMBED_BITS=7 ROUNDING=gptq CALIBRATION_TOKENS=1572864 LQER_RANK=4 CODEC=rans
+        EMBED_BITS=7 ROUNDING=gptq CALIBRATION_TOKENS=1572864 LQER_RANK=4 FIT_BUDGET=steps CODEC=rans
         CLIP=sigma MATRIX_CLIP_SIGMAS=13 MLP_CLIP_SIGMAS=11.5 EMBED_CLIP_SIGMAS=14
         EVAL=doc TTT=phased TTT_LR=0.001 TTT_EPOCHS=1 TTT_PHASE_DOCS=2500
         TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 TTT_LORA_BETA2=0.99 TTT_WARM_A=1""",
@@ -998,6 +990,13 @@ def lanes_loop(v: Values) -> bool:
 
 def holds_out(v: Values) -> bool:
     return v.averaging in ("iw_swa", "soup") or v.allocation == "loss"
+
+
+def grid_moves(v: Values) -> bool:
+    """Whether the export's steps depend on what is known after training only, or its values leave them."""
+    by_inputs = v.clip == "search" and v.rounding != "nearest"
+    by_size = v.fit_budget in ("steps", "bits") or v.allocation != "tag"
+    return by_inputs or by_size or v.rounding == "trellis" or v.lqer_rank > 0
 
 
 def doublings(first: int) -> list[int]:
@@ -1108,8 +1107,10 @@ RULES: list[tuple[Callable[[Values], Any], str]] = [
         "ALLOCATION={allocation} needs CLIP=sigma, not CLIP={clip}, or FIT_BUDGET=bits",
     ),
     (
-        lambda v: v.qat != "none" and v.rounding == "trellis",
-        "QAT={qat} needs a grid that is known in training, which ROUNDING={rounding} has not",
+        lambda v: v.qat != "none" and grid_moves(v),
+        "QAT={qat} trains on the grid of the export, which ROUNDING=trellis, LQER_RANK, ALLOCATION=loss, "
+        "FIT_BUDGET=steps or bits, and CLIP=search with ROUNDING=gptq move afterwards: ROUNDING={rounding}, "
+        "LQER_RANK={lqer_rank}, ALLOCATION={allocation}, FIT_BUDGET={fit_budget}, CLIP={clip}",
     ),
     (
         lambda v: v.codec not in available_packings(),
@@ -1266,7 +1267,7 @@ GPTQ_DAMP - 0.01
 GPTQ_ALL_REDUCE - 1
 PRUNE_RATIO - 0 : set FIT_BUDGET=prune
 LQER_ENABLED lqer_rank 1=0>4 0=0
-LQER_TOP_K lqer_top
+LQER_TOP_K - 3
 LQER_FACTOR_BITS - 4
 LQER_ASYM_ENABLED - 0 : both factors have 4 bits here
 LQER_ASYM_GROUP - : both factors have 4 bits and a step per row here
@@ -1893,11 +1894,16 @@ class Runtime:
 
 
 def log_header(cfg: Config, rt: Runtime):
-    """The first lines of a log: what code, which configuration, on what."""
-    source = SCRIPT.read_bytes()
-    rt.log(
-        f"audit:code sha256:{hashlib.sha256(source).hexdigest()} wrapped:{int(WRAPPED)} bytes:{len(source)}"
-    )
+    """The first lines of a log (rank 0): which code ships and which runs, which configuration, on what."""
+    if not rt.main:
+        return
+    ran, (shipped, reason) = SCRIPT.read_bytes(), shipped_code()
+    for what, code in (("code", shipped), ("source", ran)):
+        wrapped = int(code != ran or WRAPPED)
+        digest = hashlib.sha256(code).hexdigest()
+        rt.log(f"audit:{what} sha256:{digest} wrapped:{wrapped} bytes:{len(code)}")
+    if reason:
+        rt.log(f"warning: the plain script is what ships and counts ({reason})")
     gpu = torch.cuda.get_device_name() if rt.device.type == "cuda" else "none"
     host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
     rt.log(
@@ -4306,12 +4312,11 @@ AVERAGERS = {"none": LastWeights, "ema": EMA, "swa": SWA, "iw_swa": WeightedSWA,
 
 # ---- 7 Quantisation -------------------------------------------------------------------------------------------------
 class QTensor(NamedTuple):
-    """A tensor as it is stored: floats of any shape, or int8 levels (m,n) with the fp16 steps of equal runs of
-    consecutive columns (k of them, in storage order; one per row, or more, or fewer), times those of the columns."""
+    """A tensor as it is stored: floats of any shape, or int8 levels (m,n) that mean multiples of a step."""
 
     values: Tensor
-    scale: Tensor | None = None  # (k,) fp16
-    columns: Tensor | None = None  # (n,) fp16
+    scale: Tensor | None = None  # (m,) fp16, the step of each row
+    columns: Tensor | None = None  # (n,) fp16, factors of the steps by column
     trellis: bool = False  # half a step may belong to a level: see half_steps
     correction: "tuple[QTensor, QTensor] | None" = None  # (r,m) and (r,n), whose product is added
 
@@ -4322,8 +4327,7 @@ class QTensor(NamedTuple):
         units = half_steps(self.values)[0] if self.trellis else self.values.float()
         if self.columns is not None:
             units = units * self.columns.float()
-        runs = units.reshape(len(self.scale), self.values.numel() // max(1, len(self.scale)))
-        w = (runs * self.scale.float()[:, None]).view(self.values.shape)
+        w = units * self.scale.float()[:, None]
         if self.correction:
             for left, right in zip(*(factor.dequant() for factor in self.correction)):
                 w = w + left[:, None] * right
@@ -4331,7 +4335,7 @@ class QTensor(NamedTuple):
 
 
 class Cast(NamedTuple):
-    """Store as a float type. `fake` is the rounding that the export will do."""
+    """Store as a float type."""
 
     dtype: torch.dtype
 
@@ -4340,91 +4344,63 @@ class Cast(NamedTuple):
 
 
 class RoundToNearest(NamedTuple):
-    """Symmetric uniform levels -m..m, m = 2^(bits-1) - 1, of steps that a row shares, or `group` columns of it (0 = the
-    row, -1 = the matrix); what the largest level stands for is the clip. `floor` is the smallest clip: 1.0 reproduces
-    the published int8 export, 0 adapts to small rows."""
+    """Symmetric uniform levels -top..top, top = 2^(bits-1) - 1, of a step for each row; what the largest level stands
+    for is the clip."""
 
     bits: int
-    quantile: float
-    floor: float
-    scale_bits: int = 10
-    clip: str = "quantile"
-    sigmas: float = 0.0
-    group: int = 0
-
-    def runs(self, w: Tensor) -> Tensor:
-        """w (m,n) as (k, columns that share a step)."""
-        if self.group < 0:
-            return w.reshape(1, -1)
-        return w.reshape(-1, self.group) if self.group and w.size(1) % self.group == 0 else w
-
-    def scale(self, w: Tensor, hessian: Tensor | None = None) -> Tensor:
-        """Steps (k,) of the runs of w (m,n), each a normal fp16 number, never zero or infinite."""
-        runs = self.runs(w)
-        clip = CLIPS[self.clip](self, runs, hessian if runs.shape == w.shape else None).clamp(
-            min=self.floor
-        )
-        return rounded_mantissa((clip / self.top).clamp(2**-14, 49152), self.scale_bits)
+    clip: str = "quantile"  # see CLIPS
+    sigmas: float = 0.0  # for clip "sigma"
+    floor: float = (
+        0.0  # the smallest clip: 1 reproduces the published int8 export, 0 adapts to small rows
+    )
 
     @property
     def top(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
+    def scale(self, w: Tensor, hessian: Tensor | None = None) -> Tensor:
+        """Steps (m,) of the rows of w (m,n), each a normal fp16 number (kept as fp32), never zero or infinite."""
+        clip = CLIPS[self.clip](self, w, hessian).clamp(min=self.floor)
+        return rounded_to_half(clip / self.top)
+
     def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
         """w (m,n) fp32 -> levels and fp16 scales; hessian (n,n), the second moment of what w reads, if it is known.
         The error is at most half a scale inside the clip."""
         scale = self.scale(w, hessian)
-        levels = (self.runs(w) / scale[:, None]).round().clamp(-self.top, self.top)
-        return QTensor(levels.view_as(w).to(torch.int8), scale.half())
+        levels = (w / scale[:, None]).round().clamp(-self.top, self.top)
+        return QTensor(levels.to(torch.int8), scale.half())
 
 
-def own_grid(rule: Cast | RoundToNearest) -> Cast | RoundToNearest:
-    """The rule without making up for errors: known before anything is, and of as many bytes."""
-    return RoundToNearest(*rule) if isinstance(rule, GPTQ) else rule
-
-
-def run_steps(scale: Tensor, w: Tensor) -> Tensor:
-    """The step of every weight: scale (k,) -> (m,n)."""
-    return scale.repeat_interleave(w.numel() // len(scale)).view_as(w)
+def nearest(rule: Cast | RoundToNearest) -> Cast | RoundToNearest:
+    """The same grid, every weight rounded for itself."""
+    return rule if isinstance(rule, Cast) else RoundToNearest(*rule)
 
 
 class GPTQ(RoundToNearest):
     """The same grid, rounded column by column, largest inputs first, each column making up for the errors of those
     before it; without a Hessian the nearest levels. Source: arXiv 2210.17323. Knob: ROUNDING."""
 
-    BLOCK, AHEAD, DAMPING = (
-        128,
-        0,
-        0.01,
-    )  # columns searched together; how many only to look ahead; part of the mean
+    BLOCK = 128  # columns that are searched together
+    AHEAD = 0  # of them, how many only to look ahead
+    DAMPING = 0.01  # part of the mean input that is added to every input
+    TRELLIS = False  # whether levels mean half steps too
 
     def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
-        """As RoundToNearest.fit, with less error in what comes out of the matrix."""
+        """As RoundToNearest.fit, with less error in what comes out of the matrix. Columns whose input is always zero
+        become zero."""
         if hessian is None or not hessian.any():
             return super().fit(w)
-        scale, order = self.scale(w, hessian), self.order(hessian)
-        u = self.inverse_root(hessian[order][:, order])
-        steps, rest, found = run_steps(scale, w)[:, order], w[:, order], torch.zeros_like(w)
-        if (columns := self.columns(u, rest / steps)) is not None:
+        scale = self.scale(w, hessian)
+        order = self.order(hessian)
+        dead = hessian.diagonal()[order] == 0
+        upper = self.inverse_root(hessian[order][:, order])
+        rest = w[:, order].masked_fill(dead, 0)
+        steps = scale[:, None].expand_as(w)
+        columns = self.columns(upper, rest / steps, dead)
+        if columns is not None:
             steps = steps * columns
-        state, lo = torch.zeros(len(w), dtype=torch.int64, device=w.device), 0
-        while lo < w.size(1):
-            hi = min(lo + self.BLOCK, w.size(1))
-            end = hi if hi == w.size(1) else hi - self.AHEAD
-            levels = self.search(rest[:, lo:hi], steps[:, lo:hi], u[lo:hi, lo:hi], state)[
-                :, : end - lo
-            ]
-            units, state = self.units(levels, state)
-            wrong = rest[:, lo:end] - units * steps[:, lo:end]
-            errors = torch.linalg.solve_triangular(u[lo:end, lo:end], wrong, upper=True, left=False)
-            rest[:, end:] -= errors @ u[lo:end, end:]
-            found[:, lo:end], lo = levels, end
-        return QTensor(
-            found[:, order.argsort()].to(torch.int8),
-            scale.half(),
-            columns,
-            isinstance(self, Trellis),
-        )
+        levels = self.rounded(rest, steps, upper, dead)[:, order.argsort()]
+        return QTensor(levels.to(torch.int8), scale.half(), columns, self.TRELLIS)
 
     def order(self, hessian: Tensor) -> Tensor:
         """(n,) columns in the order of rounding."""
@@ -4436,150 +4412,140 @@ class GPTQ(RoundToNearest):
         h = h + self.DAMPING * h.diagonal().mean() * torch.eye(
             len(h), dtype=h.dtype, device=h.device
         )
-        return torch.linalg.cholesky(
-            torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True
-        ).float()
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        return torch.linalg.cholesky(inverse, upper=True).float()
 
-    def columns(self, u: Tensor, units: Tensor) -> Tensor | None:
+    def columns(self, upper: Tensor, units: Tensor, dead: Tensor) -> Tensor | None:
         """(n,) fp16 factors of the steps by column, or None; units (m,n), the weights in steps."""
         return None
 
-    def units(self, levels: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """What levels (m,b) mean in steps, and the state behind them."""
-        return levels, state
-
-    def search(self, rest: Tensor, steps: Tensor, u: Tensor, state: Tensor) -> Tensor:
-        """Levels (m,b) of a block: rest, steps (m,b), u (b,b)."""
-        rest, levels, reach = rest.clone(), torch.zeros_like(rest), self.reach
-        for j in range(rest.size(1)):
-            levels[:, j] = (rest[:, j] / steps[:, j]).round().clamp(-reach, reach)
-            errors = (rest[:, j] - levels[:, j] * steps[:, j]) / u[j, j]
-            rest[:, j:] -= errors[:, None] * u[j, j:]
+    def rounded(self, rest: Tensor, steps: Tensor, upper: Tensor, dead: Tensor) -> Tensor:
+        """Levels (m,n), a block of columns at a time. Overwrites `rest`, the weights (m,n), with what remains to be
+        rounded. steps (m,n), upper (n,n), dead (n,) bool."""
+        levels = torch.zeros_like(rest)
+        state = torch.zeros(len(rest), dtype=torch.int64, device=rest.device)
+        start, columns = 0, rest.size(1)
+        while start < columns:
+            stop = min(start + self.BLOCK, columns)
+            seen = slice(start, stop)
+            done = slice(start, stop if stop == columns else stop - self.AHEAD)
+            found = self.search(rest[:, seen], steps[:, seen], upper[seen, seen], dead[seen], state)
+            levels[:, done] = found[:, : done.stop - start]
+            units, state = self.units(levels[:, done], state)
+            wrong = rest[:, done] - units * steps[:, done]
+            errors = torch.linalg.solve_triangular(upper[done, done], wrong, upper=True, left=False)
+            rest[:, done.stop :] -= errors @ upper[done, done.stop :]
+            start = done.stop
         return levels
 
-    @property
-    def reach(self) -> int:
-        """The largest level."""
-        return self.top
+    def units(self, levels: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What levels (m,b) mean in steps, and the trellis states (m,) behind them."""
+        return levels, state
+
+    def search(
+        self, rest: Tensor, steps: Tensor, upper: Tensor, dead: Tensor, state: Tensor
+    ) -> Tensor:
+        """Levels (m,b) of a block: rest and steps (m,b), upper (b,b), dead (b,), state (m,) before the block."""
+        rest, levels = rest.clone(), torch.zeros_like(rest)
+        for j in range(rest.size(1)):
+            levels[:, j] = (rest[:, j] / steps[:, j]).round().clamp(-self.top, self.top)
+            errors = (rest[:, j] - levels[:, j] * steps[:, j]) / upper[j, j]
+            rest[:, j:] -= errors[:, None] * upper[j, j:]
+        return levels
 
 
-STATES, CHECKS = (
-    16,
-    (0o23, 0o04),
-)  # of the trellis: its parity checks, octal; source: Ungerboeck 1982, table I
+STATES = 16  # of the trellis
+CHECKS = (0o23, 0o04)  # its parity checks; source: Ungerboeck 1982, table I
 
 
 @functools.cache
 def trellis() -> tuple[Tensor, Tensor]:
     """(next (S,2), half (S,)): a state with half = 1 shifts its levels by half a step; whether a level is even or odd
     leads to the next state. A systematic feedback shift register whose lowest bit is `half`."""
-    bits, table = STATES.bit_length() - 1, []
+    table = torch.zeros(STATES, 2, dtype=torch.int64)
     for state in range(STATES):
         for odd in (0, 1):
-            tap = [
-                (CHECKS[0] >> i & state & 1) ^ (CHECKS[1] >> i & odd) for i in range(1, bits + 1)
-            ]
-            table.append((state >> 1) ^ sum((bit & 1) << i for i, bit in enumerate(tap)))
-    return torch.tensor(table).view(STATES, 2), torch.arange(STATES) & 1
+            following = state >> 1
+            for bit in range(1, STATES.bit_length()):
+                from_state = CHECKS[0] >> bit & state & 1
+                from_level = CHECKS[1] >> bit & odd
+                following ^= ((from_state ^ from_level) & 1) << (bit - 1)
+            table[state, odd] = following
+    return table, torch.arange(STATES) & 1
 
 
 def half_steps(levels: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Levels (m,n) -> (fp32 multiples of the step, last states (m,)): each row walks through the trellis from its
     state, or from state 0."""
     after, half = (t.to(levels.device) for t in trellis())
-    odd, out = (levels.long() & 1).T.contiguous(), levels.to(torch.float32, copy=True)
-    state = (
-        torch.zeros(len(levels), dtype=torch.int64, device=levels.device)
-        if state is None
-        else state
-    )
+    odd = (levels.long() & 1).T.contiguous()
+    units = levels.to(torch.float32, copy=True)
+    if state is None:
+        state = torch.zeros(len(levels), dtype=torch.int64, device=levels.device)
     for j in range(levels.size(1)):
-        out[:, j] += half[state] / 2
+        units[:, j] += half[state] / 2
         state = after[state, odd[j]]
-    return out, state
+    return units, state
 
 
 class Trellis(GPTQ):
-    """GPTQ whose columns have steps of their own, in proportion to how well later columns make up for an error, so that
-    what an entropy coder pays for a column is what the column is worth; on a grid that is finer by half while levels
-    cost what whole steps cost: the path through a trellis decides which half of the points a level may mean, and the
-    best path is searched, each survivor with corrections of its own.
+    """GPTQ with two more ideas. Columns have steps of their own, in proportion to how well later columns make up for an
+    error: what an entropy coder pays for a column is then what the column is worth. And the grid is finer by half while
+    levels cost what whole steps cost: the path through a trellis decides which half of the points a level may mean. The
+    best path is searched, each survivor with corrections of its own. Together they take two thirds of the 0.25 bit that
+    scalar levels leave above the rate-distortion bound.
     Sources: WaterSIC, arXiv 2603.04956; trellis-coded quantisation, Marcellin and Fischer 1990."""
 
-    BLOCK, AHEAD = 64, 16
-    reach = 127  # an entropy coder asks no price for levels that are not used
+    BLOCK, AHEAD, TRELLIS = 64, 16, True
+    REACH = 127  # the largest level: an entropy coder asks no price for levels that are not used
 
     def order(self, hessian: Tensor) -> Tensor:
         return torch.arange(len(hessian), device=hessian.device)
 
-    def columns(self, u: Tensor, units: Tensor) -> Tensor:
-        """Their geometric mean is 1, so they cost no bits, unless some must be larger lest a level be out of reach."""
-        d = u.diagonal()
-        factors = torch.maximum(d / d.log().mean().exp(), units.abs().amax(0) / (0.8 * self.reach))
-        return rounded_mantissa(factors.clamp(2**-14, 49152), self.scale_bits).half()
+    def columns(self, upper: Tensor, units: Tensor, dead: Tensor) -> Tensor:
+        """The geometric mean of columns that are read is 1, so they cost no bits, unless some must be larger lest a
+        level be out of reach."""
+        d = upper.diagonal()
+        factors = (d / d[~dead].log().mean().exp()).masked_fill(dead, 1)
+        return rounded_to_half(
+            torch.maximum(factors, units.abs().amax(0) / (0.8 * self.REACH))
+        ).half()
 
     def units(self, levels: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         return half_steps(levels, state)
 
-    def search(self, rest: Tensor, steps: Tensor, u: Tensor, state: Tensor) -> Tensor:
-        """As GPTQ.search. A survivor's row holds its levels in the columns that it has passed and what remains to be
-        rounded in the others."""
+    def search(
+        self, rest: Tensor, steps: Tensor, upper: Tensor, dead: Tensor, state: Tensor
+    ) -> Tensor:
+        """As GPTQ.search (Viterbi's algorithm). A survivor's row holds its levels in the columns that it has passed and
+        what remains to be rounded in the others."""
         after, half = (t.to(rest.device) for t in trellis())
-        ways = sorted(
-            (int(after[s, odd]), s, odd) for s in range(STATES) for odd in (0, 1)
-        )  # two into every state
-        _, source, odd = torch.tensor(ways, device=rest.device).view(STATES, 2, 3).unbind(-1)
+        into = after.flatten().argsort(stable=True).view(STATES, 2)  # two ways into every state
+        source, odd = into // 2, into % 2
         survivors = rest[:, None].repeat(1, STATES, 1)
-        cost = torch.full((len(rest), STATES), math.inf, device=rest.device).scatter_(
-            1, state[:, None], 0
-        )
-        largest = (self.reach - odd) // 2 * 2 + odd  # the largest level of each parity
+        cost = torch.full((len(rest), STATES), math.inf, device=rest.device)
+        cost.scatter_(1, state[:, None], 0)
+        largest = (self.REACH - odd) // 2 * 2 + odd  # the largest level of each parity
         for j in range(rest.size(1)):
             wanted = (survivors[:, :, j] / steps[:, j, None])[:, source] - half[source] / 2
-            found = torch.minimum(((wanted - odd) / 2).round() * 2 + odd, largest)
-            found = torch.maximum(found, -largest)
-            errors = (wanted - found) * (steps[:, j] / u[j, j])[:, None, None]
-            cost, way = (cost[:, source] + errors.square()).min(-1)
+            found = ((wanted - odd) / 2).round() * 2 + odd
+            found = torch.maximum(torch.minimum(found, largest), -largest)
+            errors = (wanted - found) * (steps[:, j] / upper[j, j])[:, None, None]
+            price = cost[:, source] + errors.square()
+            price = torch.where(
+                dead[j] & (found != 0), math.inf, price
+            )  # what nothing reads is zero
+            cost, way = price.min(-1)
             way = way[:, :, None]
-            survivors = survivors.gather(
-                1, source.expand(len(rest), -1, -1).gather(2, way).expand_as(survivors)
-            )
+            origin = source.expand(len(rest), -1, -1).gather(2, way)
+            survivors = survivors.gather(1, origin.expand_as(survivors))
             survivors[:, :, j] = found.gather(2, way)[..., 0]
-            survivors[:, :, j + 1 :] -= errors.gather(2, way) * u[j, j + 1 :]
+            survivors[:, :, j + 1 :] -= errors.gather(2, way) * upper[j, j + 1 :]
         return survivors[torch.arange(len(rest), device=rest.device), cost.argmin(1)]
 
 
 ROUNDINGS = {"nearest": RoundToNearest, "gptq": GPTQ, "trellis": Trellis}
-
-
-def best_quantile(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tensor:
-    """Per row the one of five quantiles whose levels have the least error, weighted by the inputs' size if known.
-    Source: GPTQ-lite, PR 374, whose code chose per matrix."""
-    weight = w.new_ones(w.size(1)) if hessian is None else hessian.diagonal()
-    clips = torch.stack([row_quantile(w.abs(), q) for q in (0.999, 0.9995, 0.9999, 0.99999, 1.0)])
-    scales = (clips / rule.top).clamp(min=2**-14)[:, :, None]
-    error = ((w - (w / scales).round().clamp(-rule.top, rule.top) * scales).square() * weight).sum(
-        -1
-    )
-    return clips.gather(0, error.argmin(0, keepdim=True))[0]
-
-
-# (rule, w (m,n), Hessian (n,n) or None) -> clip of each row (m,)
-CLIPS: dict[str, Callable[[RoundToNearest, Tensor, Tensor | None], Tensor]] = {
-    "quantile": lambda rule, w, hessian: row_quantile(w.abs(), rule.quantile),
-    "search": best_quantile,
-    "sigma": lambda rule, w, hessian: (
-        rule.sigmas * (w.std(1) if w.size(1) > 1 else w.abs().amax(1))
-    ),
-}
-
-
-def rounded_mantissa(x: Tensor, bits: int) -> Tensor:
-    """Positive fp32 in [2^-14, 49152] rounded to some mantissa bits, ties to even, still as fp32; 10 bits make fp16.
-    In integer arithmetic, because a compiler may drop a cast to fp16 and back, and the training grid would then
-    differ from the exported one."""
-    b, drop = x.view(torch.int32), 23 - bits
-    return ((b + (1 << drop - 1) - 1 + (b >> drop & 1)) >> drop << drop).view(torch.float32)
+QUANTILE = 0.9999984  # of a row's magnitudes, as published
 
 
 def row_quantile(a: Tensor, q: float) -> Tensor:
@@ -4591,13 +4557,44 @@ def row_quantile(a: Tensor, q: float) -> Tensor:
     return torch.lerp(largest[:, -1], upper, position - below)
 
 
+def best_quantile(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tensor:
+    """Per row the one of five quantiles whose levels have the least error, weighted by the inputs' size if known.
+    Source: GPTQ-lite, PR 374, whose code chose per matrix."""
+    weight = w.new_ones(w.size(1)) if hessian is None else hessian.diagonal()
+    clips = torch.stack([row_quantile(w.abs(), q) for q in (0.999, 0.9995, 0.9999, 0.99999, 1.0)])
+    scales = (clips / rule.top).clamp(min=2**-14)[:, :, None]
+    levels = (w / scales).round().clamp(-rule.top, rule.top)
+    errors = ((w - levels * scales).square() * weight).sum(-1)
+    return clips.gather(0, errors.argmin(0, keepdim=True))[0]
+
+
+def deviations(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tensor:
+    """Multiples of each row's standard deviation; of its magnitude when it has one entry."""
+    return rule.sigmas * (w.std(1) if w.size(1) > 1 else w.abs().amax(1))
+
+
+# CLIP -> function of (rule, w (m,n), Hessian (n,n) or None) that returns the clip of each row (m,)
+CLIPS: dict[str, Callable[[RoundToNearest, Tensor, Tensor | None], Tensor]] = {
+    "quantile": lambda rule, w, hessian: row_quantile(w.abs(), QUANTILE),
+    "search": best_quantile,
+    "sigma": deviations,
+}
+
+
+def rounded_to_half(x: Tensor) -> Tensor:
+    """Positive fp32 as the nearest normal finite fp16 number, ties to even, still as fp32. In integer arithmetic,
+    because a compiler may drop a cast to fp16 and back, and the training grid would then differ from the exported."""
+    bits = x.clamp(2**-14, 49152).view(torch.int32)
+    drop = 23 - 10  # mantissa bits of the two types
+    rounded = bits + (1 << drop - 1) - 1 + (bits >> drop & 1)
+    return (rounded >> drop << drop).view(torch.float32)
+
+
 def quantiser(bits: int, sigmas: float, cfg: QuantConfig) -> Cast | RoundToNearest:
     """The quantiser of a bit width: 16 means fp16."""
     if bits == 16:
         return Cast(torch.float16)
-    return ROUNDINGS[cfg.rounding](
-        bits, cfg.clip_quantile, cfg.scale_floor, cfg.scale_bits, cfg.clip, sigmas, cfg.scale_group
-    )
+    return ROUNDINGS[cfg.rounding](bits, cfg.clip, sigmas, cfg.scale_floor)
 
 
 # tag of a parameter -> its quantiser
@@ -4610,28 +4607,27 @@ QUANTISERS: dict[str, Callable[[QuantConfig], Cast | RoundToNearest]] = {
     "keep": lambda c: Cast(torch.float32),
 }
 LEARNED_GRID = ("matrix", "mlp")  # tags that quantisation-aware training covers
+Rules = dict[str, Cast | RoundToNearest]  # by the parameter's name
+Hessians = dict[nn.Parameter, Tensor]  # second moments (n,n) of what matrices read
 
 
 class FakeQuant(nn.Module):
-    """Weight site: in the forward the exported values bit for bit, in the backward the identity.
-    `on` is a tensor, so switching it mid-run takes effect inside a compiled graph; it rises from 0 to 1 between
-    QAT_START_FRAC and the end. Knobs: QAT, QAT_START_FRAC."""
+    """Weight site: in the forward the values on the export grid bit for bit, in the backward the identity. `on` is a
+    tensor, so switching it mid-run takes effect inside a compiled graph. RULES keep the export on the same grid.
+    Knobs: QAT, QAT_START_FRAC."""
 
     def __init__(self, rule: Cast | RoundToNearest):
         super().__init__()
-        self.rule = own_grid(rule)
+        self.rule = nearest(rule)
         self.register_buffer("on", torch.zeros(()), persistent=False)
 
     def forward(self, w: Tensor) -> Tensor:
-        return torch.where(self.on > 0, self.stored(w.detach()), w.detach()) + (w - w.detach())
-
-    def stored(self, w: Tensor) -> Tensor:
-        """The values that the export would store."""
-        return self.rule.fit(w).dequant()
+        on_grid = self.rule.fit(w.detach()).dequant()
+        return torch.where(self.on > 0, on_grid, w.detach()) + (w - w.detach())
 
 
 def attach_qat(model: GPT, cfg: QuantConfig) -> dict[nn.Parameter, FakeQuant]:
-    """Give every block matrix its fake quantiser; returns them so that the training loop can switch them."""
+    """Give every block matrix its fake quantiser; returns them so that training can switch them."""
     attached = {}
     for module in model.modules() if cfg.qat != "none" else ():
         if isinstance(module, Linear) and module.weight.quant in LEARNED_GRID:
@@ -4653,109 +4649,142 @@ class QatStrength(StepHook):
             site.on.fill_(ramps["qat"])
 
 
-Hessians = dict[nn.Parameter, Tensor]
-
-
 def weighted_error(w: Tensor, t: QTensor, hessian: Tensor | None) -> float:
     """What the errors of t do to the outputs of w: tr(E H E^T), or of all inputs alike."""
     e = w - t.dequant()
     return float((e * (e if hessian is None else e @ hessian)).sum())
 
 
+def harm_ratio(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> float:
+    """Weighted error of the rule over that of the nearest levels, on up to 64 rows of w (m,n): how much of the harm of
+    plain rounding remains."""
+    if hessian is None or not hessian.any():
+        return 1.0
+    rows = w[:: -(-len(w) // 64)]
+    plain = weighted_error(rows, nearest(rule).fit(rows, hessian), hessian)
+    return weighted_error(rows, rule.fit(rows, hessian), hessian) / plain if plain > 0 else 1.0
+
+
+LQER_TOP = 3  # matrices that get a correction, as published
+
+
 def corrected(w: Tensor, t: QTensor, hessian: Tensor | None, rank: int) -> QTensor:
     """t with a correction of low rank in four bits. The errors are weighted by the root of the inputs' second moment
     before the singular value decomposition; the second factor is solved for when the first has been rounded.
     Sources: LQER, arXiv 2402.02446; PR 1797. Knob: LQER_RANK."""
-    rule, error = RoundToNearest(4, 1.0, 0.0), (w - t.dequant()).double()
+    rule, error = RoundToNearest(4), (w - t.dequant()).double()
     root = torch.eye(w.size(1), dtype=torch.float64, device=w.device)
     if hessian is not None and hessian.any():
         values, vectors = torch.linalg.eigh(hessian.double())
         root = vectors * values.clamp(min=float(values.max()) * 1e-9).sqrt()
     u, s, _ = torch.linalg.svd(error @ root, full_matrices=False)
     left = rule.fit((u[:, :rank] * s[:rank]).T.float().contiguous())
-    best = torch.linalg.lstsq(
-        left.dequant().double().T, error
-    ).solution  # the least squares of any weighting
+    best = torch.linalg.lstsq(left.dequant().double().T, error).solution  # whatever the weighting
     return t._replace(correction=(left, rule.fit(best.float())))
 
 
+def correctable(w: Tensor, t: QTensor, hessian: Tensor | None, rank: int) -> float:
+    """The most weighted error that any correction of this rank can remove. It removes at most the largest eigenvalues of
+    E H E^T, whose sum is at most the root of `rank` times the sum of all squares, tr((E^T E H)^2)."""
+    e = w - t.dequant()
+    moment = e.T @ (e if hessian is None else e @ hessian)
+    return math.sqrt(rank * max(0.0, float((moment * moment.T).sum())))
+
+
+def corrections(
+    weights: dict[str, Tensor],
+    tensors: dict[str, QTensor],
+    hessians: dict[str, Tensor | None],
+    rank: int,
+) -> dict[str, QTensor]:
+    """The LQER_TOP matrices that gain most, corrected. Only those that might be among them are decomposed."""
+    wide = {name: (w, tensors[name], hessians[name]) for name, w in weights.items()}
+    wide = {name: found for name, found in wide.items() if min(found[0].shape) > rank}
+    most = {name: correctable(*found, rank) for name, found in wide.items()}
+    best: list[tuple[float, str, QTensor]] = []
+    for name in sorted(most, key=most.get, reverse=True):
+        if len(best) == LQER_TOP and most[name] <= best[-1][0]:
+            break
+        w, t, hessian = wide[name]
+        better = corrected(w, t, hessian, rank)
+        gain = weighted_error(w, t, hessian) - weighted_error(w, better, hessian)
+        best = sorted([*best, (gain, name, better)], key=lambda found: -found[0])[:LQER_TOP]
+    return {name: better for _, name, better in best}
+
+
 def quantise(
-    model: GPT,
-    cfg: QuantConfig,
-    hessians: Hessians | None = None,
-    rules: dict[str, Cast | RoundToNearest] | None = None,
+    model: GPT, cfg: QuantConfig, hessians: Hessians | None = None, rules: Rules | None = None
 ) -> dict[str, QTensor]:
     """Every parameter through its rule (that of its tag unless told otherwise), on the CPU in the end."""
-    hessians, rules, tensors, gains = hessians or {}, rules or rules_by_tag(model, cfg), {}, {}
-    for name, p in model.exported().items():
-        w, h = p.detach().float(), hessians.get(p)
-        if isinstance(rules[name], Cast):
-            tensors[name] = rules[name].fit(w)
-            continue
-        tensors[name] = t = rules[name].fit(w, h)
-        if cfg.lqer_rank and min(w.shape) > cfg.lqer_rank:
-            better = corrected(w, t, h, cfg.lqer_rank)
-            gains[name] = weighted_error(w, t, h) - weighted_error(w, better, h), better
-    for name in sorted(gains, key=lambda name: -gains[name][0])[: cfg.lqer_top]:
-        tensors[name] = gains[name][1]
+    rules = rules or rules_by_tag(model, cfg)
+    weights = {name: p.detach().float() for name, p in model.exported().items()}
+    seen = {name: (hessians or {}).get(p) for name, p in model.exported().items()}
+    tensors = {name: rules[name].fit(w, seen[name]) for name, w in weights.items()}
+    if cfg.lqer_rank:
+        on_grid = {name: w for name, w in weights.items() if not isinstance(rules[name], Cast)}
+        tensors |= corrections(on_grid, tensors, seen, cfg.lqer_rank)
     return {name: on_cpu(t) for name, t in tensors.items()}
 
 
 def on_cpu(t: QTensor) -> QTensor:
     """The same tensor in the memory that serialisation reads."""
     values, scale, columns = (part if part is None else part.cpu() for part in t[:3])
-    return QTensor(
-        values, scale, columns, t.trellis, t.correction and tuple(map(on_cpu, t.correction))
-    )
+    correction = t.correction and tuple(map(on_cpu, t.correction))
+    return QTensor(values, scale, columns, t.trellis, correction)
 
 
-def rules_by_tag(model: GPT, cfg: QuantConfig) -> dict[str, Cast | RoundToNearest]:
+def rules_by_tag(model: GPT, cfg: QuantConfig) -> Rules:
     """What the tag of every exported parameter says."""
     return {name: QUANTISERS[p.quant](cfg) for name, p in model.exported().items()}
 
 
+def finest(rule: RoundToNearest) -> float:
+    """The factor by which a grid by standard deviations becomes one of eight bits that still reaches six of them."""
+    return min(1.0, 6 / 127 * rule.top / rule.sigmas)
+
+
 def rescaled(rule: Cast | RoundToNearest, factor: float) -> Cast | RoundToNearest:
-    """A grid by standard deviations with steps times a factor; more levels where clips would come below six sigma."""
+    """A grid by standard deviations with steps times a factor, no less than the finest; more levels where clips would
+    come below six of them."""
     if isinstance(rule, Cast):
         return rule
-    bits, step = rule.bits, factor / rule.top
+    step = max(factor, finest(rule)) / rule.top
+    bits = rule.bits
     while step * (2 ** (bits - 1) - 1) * rule.sigmas < 6 and bits < 8:
         bits += 1
     clip = step * (2 ** (bits - 1) - 1)
     return rule._replace(bits=bits, sigmas=rule.sigmas * clip, floor=rule.floor * clip)
 
 
-def allocated(
-    model: GPT, cfg: QuantConfig, harms: dict[str, float]
-) -> dict[str, Cast | RoundToNearest]:
+def allocated(model: GPT, cfg: QuantConfig, harms: dict[str, float]) -> Rules:
     """The rules by tag with steps such that one more byte helps every matrix alike. harms: what the rounding of each
     costs now. A step's factor f multiplies harm by f^2 and saves log2 f bits per weight, so f^2 is proportional to
     weights per harm; factors are kept within 1/4 and 4, their bits cancel out. Knob: ALLOCATION."""
-    rules, count = (
-        rules_by_tag(model, cfg),
-        {name: p.numel() for name, p in model.exported().items()},
-    )
+    rules = rules_by_tag(model, cfg)
     if not harms:
         return rules
+    count = {name: p.numel() for name, p in model.exported().items()}
     least = 1e-3 * max(harms.values()) + 1e-30
     ideal = {name: 0.5 * math.log(count[name] / max(harm, least)) for name, harm in harms.items()}
+
+    def shifted(by: float) -> dict[str, float]:
+        return {name: min(max(f - by, -math.log(4)), math.log(4)) for name, f in ideal.items()}
+
     low, high = min(ideal.values()), max(ideal.values())
-    for _ in range(60):  # the shift by which clipped factors cancel out
-        shift = (low + high) / 2
-        bounded = {
-            name: min(max(f - shift, -math.log(4)), math.log(4)) for name, f in ideal.items()
-        }
-        low, high = (
-            (shift, high)
-            if sum(f * count[name] for name, f in bounded.items()) > 0
-            else (low, shift)
-        )
-    return {name: rescaled(rule, math.exp(bounded.get(name, 0.0))) for name, rule in rules.items()}
+    for _ in range(60):  # the shift by which the bits of clipped factors cancel out
+        middle = (low + high) / 2
+        if sum(f * count[name] for name, f in shifted(middle).items()) > 0:
+            low = middle
+        else:
+            high = middle
+    logs = shifted((low + high) / 2)
+    return {name: rescaled(rule, math.exp(logs.get(name, 0.0))) for name, rule in rules.items()}
 
 
 # ---- 8 Artifact: a self-describing file, safe to read from strangers ------------------------------------------------
 class Codec(NamedTuple):
-    """A byte compressor. `unpack(data, size)` returns at most `size` bytes, whatever the data claims."""
+    """A byte compressor. `unpack(data, size)` returns at most `size` bytes, whatever the data claims, and takes little
+    more memory than these; it may raise anything on damaged data."""
 
     number: int  # identifies it in the file
     pack: Callable[[bytes], bytes]
@@ -4764,26 +4793,27 @@ class Codec(NamedTuple):
 
 
 def unzstd(data: bytes, size: int) -> bytes:
-    """At most `size` bytes of a zstd stream."""
-    reader = zstandard.ZstdDecompressor(max_window_size=1 << 28).stream_reader(data)
-    return reader.read(size)
+    """At most `size` bytes of a zstd stream, whose window may be no larger than they are."""
+    window = max(1 << 10, 1 << size.bit_length())
+    return zstandard.ZstdDecompressor(max_window_size=window).stream_reader(data).read(size)
 
 
 def unbrotli(data: bytes, size: int) -> bytes:
     """At most `size` bytes of a brotli stream."""
-    decoder, out = brotli.Decompressor(), b""
+    decoder, out = brotli.Decompressor(), bytearray()
     while len(out) < size and not decoder.is_finished():
         piece = decoder.process(b"" if out else data, output_buffer_limit=size - len(out))
         if not piece:
             break
         out += piece
-    return out[:size]
+    return bytes(out[:size])
 
 
 RANS_BITS = 14  # probabilities are multiples of 2^-14; states lie in [2^16, 2^32)
 RANS_HEAD = struct.Struct(
-    "<IIIHB"
-)  # symbols, symbols per block, bytes of side information, least symbol, classes
+    "<IBIB"
+)  # symbols, index of the cut, bytes of side information, least symbol
+RANS_CUTS = ((1 << 32, 1), (1024, 8), (256, 16))  # symbols of a lane that share a class; classes
 
 
 def rans_lanes(count: int) -> tuple[int, int, int]:
@@ -4806,11 +4836,10 @@ def rans_grid(symbols: np.ndarray) -> tuple[np.ndarray, int]:
 def rans_frequencies(counts: np.ndarray) -> np.ndarray:
     """Counts (classes, symbols) -> whole numbers whose rows sum to 2^14, at least 1 where a count is."""
     sums = np.maximum(counts.sum(1, keepdims=True), 1)
-    f = np.maximum(
-        np.rint(counts * ((1 << RANS_BITS) - (counts > 0).sum(1, keepdims=True)) / sums), counts > 0
-    )
-    f[np.arange(len(f)), f.argmax(1)] += (1 << RANS_BITS) - f.sum(1)
-    return f.astype(np.int64)
+    room = (1 << RANS_BITS) - (counts > 0).sum(1, keepdims=True)
+    table = np.maximum(np.rint(counts * room / sums), counts > 0)
+    table[np.arange(len(table)), table.argmax(1)] += (1 << RANS_BITS) - table.sum(1)
+    return table.astype(np.int64)
 
 
 def rans_classes(histograms: np.ndarray, classes: int) -> np.ndarray:
@@ -4819,31 +4848,37 @@ def rans_classes(histograms: np.ndarray, classes: int) -> np.ndarray:
     weight = histograms / np.maximum(histograms.sum(1, keepdims=True), 1)
     spread = weight @ places**2 - (weight @ places) ** 2
     chosen = np.searchsorted(np.quantile(spread, np.arange(1, classes) / classes), spread)
-    for _ in range(8 * (classes > 1)):
+    for _ in range(8 if classes > 1 else 0):
         sums = np.stack([histograms[chosen == k].sum(0) for k in range(classes)]) + 0.01
         chosen = (histograms @ -np.log2(sums / sums.sum(1, keepdims=True)).T).argmin(1)
     return chosen.astype(np.uint8)
 
 
-def rans_model(
-    grid: np.ndarray, full: int, block: int, classes: int
-) -> tuple[float, np.ndarray, np.ndarray, bytes]:
-    """(bytes in all, class of each block and lane, frequencies, side information) of one way to cut."""
+class RansModel(NamedTuple):
+    """One way to cut symbols into classes, each coded by a table of its own."""
+
+    size: float  # estimated bytes in all
+    cut: int  # index in RANS_CUTS
+    chosen: np.ndarray  # (blocks, lanes), the class of each piece of a lane
+    table: np.ndarray  # (classes, symbols), frequencies
+    side: bytes  # table and classes as they are stored
+
+
+def rans_model(grid: np.ndarray, full: int, cut: int) -> RansModel:
+    """The tables of one cut for a grid (longest, lanes), of which `full` lanes use the last row."""
+    block, classes = RANS_CUTS[cut]
     width, lanes = int(grid.max()) + 1, grid.shape[1]
     ids = grid + width * np.arange(lanes)
-    counts = np.stack(
-        [
-            np.bincount(ids[i : i + block].ravel(), minlength=width * lanes)
-            for i in range(0, len(grid), block)
-        ]
-    ).reshape(-1, lanes, width)
+    pieces = [ids[i : i + block].ravel() for i in range(0, len(grid), block)]
+    counts = np.stack([np.bincount(piece, minlength=width * lanes) for piece in pieces])
+    counts = counts.reshape(-1, lanes, width)
     counts[-1, full:, 0] -= 1  # beyond the end
     chosen = rans_classes(counts.reshape(-1, width), classes).reshape(-1, lanes)
     sums = np.stack([counts[chosen == k].sum(0) for k in range(classes)])
     table = rans_frequencies(sums)
     bits = (sums * (RANS_BITS - np.log2(np.maximum(table, 1)))).sum()
     side = zlib.compress(table.astype("<u2").tobytes() + chosen.tobytes(), 9)
-    return bits / 8 + len(side), chosen, table, side
+    return RansModel(bits / 8 + len(side), cut, chosen, table, side)
 
 
 def rans_pack(data: bytes) -> bytes:
@@ -4851,68 +4886,74 @@ def rans_pack(data: bytes) -> bytes:
     histogram each, so that rows, columns and matrices of different spread are coded apart; the cheapest cut is taken.
     Source: arXiv 1311.2540."""
     if not data:
-        return RANS_HEAD.pack(0, 1, 0, 0, 1)
+        return RANS_HEAD.pack(0, 0, 0, 0)
     symbols = np.frombuffer(data, np.uint8) ^ 128  # signed numbers in order
     least = int(symbols.min())
     grid, full = rans_grid(symbols - least)
-    cuts = [(len(grid), 1)] + [
-        (block, classes) for block, classes in ((1024, 8), (256, 16)) if len(grid) >= block
-    ]
-    block, (_, chosen, table, side) = min(
-        ((cut[0], rans_model(grid, full, *cut)) for cut in cuts), key=lambda found: found[1][0]
-    )
-    starts = np.cumsum(table, 1) - table
+    cuts = [cut for cut, (block, _) in enumerate(RANS_CUTS) if cut == 0 or len(grid) >= block]
+    model = min((rans_model(grid, full, cut) for cut in cuts), key=lambda m: m.size)
+    block, starts = RANS_CUTS[model.cut][0], np.cumsum(model.table, 1) - model.table
     state, words = np.full(grid.shape[1], 1 << 16, np.uint64), []
     for t in range(len(grid) - 1, -1, -1):
         active = slice(0, full if t == len(grid) - 1 else None)
-        row = chosen[t // block, active], grid[t, active]
-        f, x = table[row].astype(np.uint64), state[active]
+        row = model.chosen[t // block, active], grid[t, active]
+        f, x = model.table[row].astype(np.uint64), state[active]
         large = x >= f << np.uint64(32 - RANS_BITS)
         words.append(x[large].astype("<u2"))
         x = np.where(large, x >> np.uint64(16), x)
         state[active] = (x // f << np.uint64(RANS_BITS)) + x % f + starts[row].astype(np.uint64)
-    head = RANS_HEAD.pack(len(symbols), block, len(side), least, len(table))
-    return (
-        head + side + state.astype("<u4").tobytes() + b"".join(w.tobytes() for w in reversed(words))
-    )
+    head = RANS_HEAD.pack(len(symbols), model.cut, len(model.side), least)
+    coded = b"".join(w.tobytes() for w in reversed(words))
+    return head + model.side + state.astype("<u4").tobytes() + coded
+
+
+def rans_tables(side: bytes, blocks: int, lanes: int, cut: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inverse of RansModel.side: (chosen, table). Raises ValueError."""
+    classes = RANS_CUTS[cut][1]
+    raw = zlib.decompressobj().decompress(side, blocks * lanes + 2 * 256 * classes)
+    width, odd = divmod(len(raw) - blocks * lanes, 2 * classes)
+    if width < 1 or odd:
+        raise ValueError("tables of another size")
+    table = np.frombuffer(raw, "<u2", width * classes).reshape(classes, width).astype(np.int64)
+    chosen = np.frombuffer(raw, np.uint8, offset=2 * width * classes).reshape(blocks, lanes)
+    if (table.sum(1) != 1 << RANS_BITS).any() or chosen.max() >= classes:
+        raise ValueError("impossible tables")
+    return chosen, table
 
 
 def rans_unpack(data: bytes, size: int) -> bytes:
-    """Inverse of rans_pack. Raises ValueError when the data cannot be right, more than `size` bytes included."""
-    count, block, length, least, classes = RANS_HEAD.unpack_from(data)
+    """Inverse of rans_pack. Raises ValueError, struct.error or zlib.error when the data cannot be right, more than
+    `size` bytes included."""
+    count, cut, length, least = RANS_HEAD.unpack_from(data)
     if not count:
         return b""
-    if count > size or not block:
+    if count > size or cut >= len(RANS_CUTS):
         raise ValueError("impossible size")
     lanes, longest, full = rans_lanes(count)
-    blocks = -(-longest // block)
-    offset = RANS_HEAD.size + length
-    side = zlib.decompressobj().decompress(
-        data[RANS_HEAD.size : offset], blocks * lanes + 512 * classes
-    )
-    width = (len(side) - blocks * lanes) // (2 * classes)
-    table = np.frombuffer(side, "<u2", width * classes).reshape(classes, width).astype(np.int64)
-    chosen = np.frombuffer(side, np.uint8, offset=2 * width * classes).reshape(blocks, lanes)
-    if (table.sum(1) != 1 << RANS_BITS).any() or chosen.max() >= classes or least + width > 256:
-        raise ValueError("impossible tables")
-    symbol = np.stack([np.repeat(np.arange(width), row) for row in table]).ravel().astype(np.uint8)
-    starts = np.cumsum(table, 1) - table
+    block, offset = RANS_CUTS[cut][0], RANS_HEAD.size + length
+    side = data[RANS_HEAD.size : offset]
+    chosen, table = rans_tables(side, -(-longest // block), lanes, cut)
+    classes, width = table.shape
+    if least + width > 256:
+        raise ValueError("impossible symbols")
+    symbol = np.repeat(np.tile(np.arange(width, dtype=np.uint8), classes), table.ravel())
     row = np.repeat(np.arange(classes), 1 << RANS_BITS)
+    starts = np.cumsum(table, 1) - table
     step = table[row, symbol].astype(np.uint32)
     first = (np.arange(len(row)) % (1 << RANS_BITS) - starts[row, symbol]).astype(np.uint32)
     state = np.frombuffer(data, "<u4", lanes, offset).astype(np.uint32)
-    words, read = np.frombuffer(data, "<u2", offset=offset + 4 * lanes).astype(np.uint32), 0
+    words, read = np.frombuffer(data, "<u2", offset=offset + 4 * lanes), 0
     grid, mask = np.zeros((longest, lanes), np.uint8), np.uint32((1 << RANS_BITS) - 1)
     for t in range(longest):
         active = slice(0, full if t == longest - 1 else None)
-        if t % block == 0:
-            base = chosen[t // block].astype(np.uint32) << np.uint32(RANS_BITS)
+        base = chosen[t // block, active].astype(np.uint32) << np.uint32(RANS_BITS)
         x = state[active]
-        at = base[active] + (x & mask)
+        at = base + (x & mask)
         grid[t, active] = symbol[at]
         x = step[at] * (x >> np.uint32(RANS_BITS)) + first[at]
         small = np.flatnonzero(x < 1 << 16)
-        x[small] = (x[small] << np.uint32(16)) | words[read : read + len(small)]
+        fresh = words[read : read + len(small)].astype(np.uint32)
+        x[small] = (x[small] << np.uint32(16)) | fresh
         read += len(small)
         state[active] = x
     if read != len(words) or (state != 1 << 16).any():
@@ -4921,14 +4962,17 @@ def rans_unpack(data: bytes, size: int) -> bytes:
     return ((symbols + np.uint8(least)) ^ np.uint8(128)).tobytes()
 
 
-def shuffled(data: bytes, back: bool = False) -> bytes:
-    """First every even byte, then every odd one (or `back`), so that the halves of fp16 numbers lie together."""
-    a = np.frombuffer(data, np.uint8)
-    if not back:
-        return a[::2].tobytes() + a[1::2].tobytes()
-    out = np.empty_like(a)
-    out[::2], out[1::2] = a[: len(a) - len(a) // 2], a[len(a) - len(a) // 2 :]
-    return out.tobytes()
+def shuffled(data: bytes) -> bytes:
+    """First every even byte, then every odd one, so that the halves of fp16 numbers lie together."""
+    return data[::2] + data[1::2]
+
+
+def unshuffled(data: bytes) -> bytes:
+    """Inverse of shuffled."""
+    out, half = bytearray(len(data)), len(data) - len(data) // 2
+    out[::2] = data[:half]
+    out[1::2] = data[half:]
+    return bytes(out)
 
 
 LZMA = dict(
@@ -4951,7 +4995,7 @@ CODECS = {
     "brotli_shuffle": Codec(
         5,
         lambda b: brotli.compress(shuffled(b), quality=11, lgwin=24),
-        lambda b, n: shuffled(unbrotli(b, n), back=True),
+        lambda b, n: unshuffled(unbrotli(b, n)),
         brotli,
     ),
     "rans": Codec(6, rans_pack, rans_unpack),
@@ -4974,128 +5018,127 @@ PACKINGS = {name: Packing((name,), (name,)) for name in CODECS} | {
 
 def available_packings() -> list[str]:
     """What CODEC may be on this machine."""
-    return [
-        name
-        for name, packing in PACKINGS.items()
-        if name == "best" or all(CODECS[codec].module for codec in packing.levels + packing.rest)
-    ]
+
+    def usable(packing: Packing) -> bool:
+        return all(CODECS[codec].module for codec in packing.levels + packing.rest)
+
+    return [name for name, packing in PACKINGS.items() if name == "best" or usable(packing)]
 
 
 def packed_smallest(data: bytes, names: tuple[str, ...]) -> tuple[Codec, bytes]:
     """The codec that makes least of the data, and what it makes."""
-    tried = [(c, c.pack(data)) for c in (CODECS[name] for name in names) if c.module]
-    return min(tried, key=lambda pair: len(pair[1]))
+    codecs = [CODECS[name] for name in names if CODECS[name].module]
+    return min(((codec, codec.pack(data)) for codec in codecs), key=lambda pair: len(pair[1]))
 
 
-MAGIC, FORMAT_VERSION, PREFIX = (
-    b"GOLF",
-    3,
-    struct.Struct("<4sHBxII"),
-)  # magic, version, codec, header bytes, raw bytes
-MAX_STREAM_BYTES = 1 << 30
+MAGIC = b"GOLF"
+FORMAT_VERSION = 4
+PREFIX = struct.Struct("<4sHBxII")  # magic, version, codec, header bytes, raw bytes of the header
+MAX_HEADER_BYTES = 1 << 18  # raw; 64 layers need a third of it
+MAX_STREAM_BYTES = 1 << 30  # raw, of all streams together
 DTYPES = {"i1": torch.int8, "f2": torch.float16, "f4": torch.float32}
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+STREAMS = DTYPES | {
+    "scale": torch.float16,
+    "columns": torch.float16,
+}  # numbers of a kind lie together
+NUMPY_TYPES = {torch.int8: "<i1", torch.float16: "<f2", torch.float32: "<f4"}
+
+
+class Entry(NamedTuple):
+    """One tensor as the header describes it."""
+
+    name: str
+    kind: str  # of its values
+    shape: list[int]
+    scaled: int = 0  # 1: rows have steps
+    columns: int = 0  # 1: so do columns
+    trellis: int = 0
+    rank: int = 0  # of its correction
+
+    def parts(self) -> Iterator[tuple[str, list[int]]]:
+        """(stream, shape) of all that is stored of it, in order."""
+        yield self.kind, self.shape
+        if self.scaled:
+            yield "scale", self.shape[:1]
+        if self.columns:
+            yield "columns", self.shape[1:]
+        for size in self.shape if self.rank else ():
+            yield from Entry("", "i1", [self.rank, size], 1).parts()
+
+
+def stored_parts(t: QTensor) -> Iterator[Tensor]:
+    """All tensors in t, in the order of Entry.parts."""
+    yield from (part for part in t[:3] if part is not None)
+    for factor in t.correction or ():
+        yield from stored_parts(factor)
+
+
+def described(name: str, t: QTensor) -> Entry:
+    """The header's line about a tensor."""
+    flags = [int(part is not None) for part in (t.scale, t.columns)]
+    rank = len(t.correction[0].values) if t.correction else 0
+    return Entry(name, KINDS[t.values.dtype], list(t.values.shape), *flags, int(t.trellis), rank)
+
+
+def packed_stream(key: str, arrays: list[np.ndarray], packing: Packing) -> tuple[list, bytes]:
+    """(the header's line, bytes) of one stream, in the order of rows or columns that packs best."""
+    if key != "i1":
+        packing = Packing(packing.rest, packing.rest)
+    tried = []
+    for order in packing.orders:
+        memory = "F" if order == "columns" else "C"
+        data = b"".join(a.tobytes(memory) for a in arrays)
+        tried.append((order, *packed_smallest(data, packing.levels)))
+    order, codec, body = min(tried, key=lambda found: len(found[2]))
+    return [key, codec.number, sum(a.nbytes for a in arrays), len(body), order], body
 
 
 def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], packing: Packing) -> bytes:
     """Serialise: prefix, packed JSON header, one packed stream per kind of number, sha256 of all before it.
     Values of equal type lie in one stream in the order of the header, which lets the codec see them together."""
-    table, parts = [], {}
-    for name, t in tensors.items():
-        kind = {v: k for k, v in DTYPES.items()}[t.values.dtype]
-        table.append(
-            [
-                name,
-                kind,
-                list(t.values.shape),
-                0 if t.scale is None else len(t.scale),
-                int(t.columns is not None),
-                int(t.trellis),
-                len(t.correction[0].values) if t.correction else 0,
-            ]
-        )
-        for key, part in stored_parts(t):
-            parts.setdefault(key, []).append(
-                part.numpy().astype(part.numpy().dtype.newbyteorder("<"))
-            )
-    sizes, bodies = [], []
-    for key, arrays in parts.items():
-        orders, names = (
-            (packing.orders, packing.levels) if key == "i1" else (("rows",), packing.rest)
-        )
-        tried = [
-            (
-                order,
-                *packed_smallest(
-                    b"".join(a.tobytes("F" if order == "columns" else "C") for a in arrays), names
-                ),
-            )
-            for order in orders
-        ]
-        order, codec, body = min(tried, key=lambda found: len(found[2]))
-        sizes.append([key, codec.number, sum(a.nbytes for a in arrays), len(body), order])
-        bodies.append(body)
-    text = json.dumps(dict(header, tensors=table, streams=sizes), separators=(",", ":")).encode()
+    entries = [described(name, t) for name, t in tensors.items()]
+    arrays: dict[str, list[np.ndarray]] = {}
+    for entry, t in zip(entries, tensors.values()):
+        for (key, _), part in zip(entry.parts(), stored_parts(t)):
+            arrays.setdefault(key, []).append(part.numpy().astype(NUMPY_TYPES[part.dtype]))
+    packed = [packed_stream(key, found, packing) for key, found in arrays.items()]
+    lines = dict(tensors=entries, streams=[line for line, _ in packed])
+    text = json.dumps(header | lines, separators=(",", ":")).encode()
     codec, small = packed_smallest(text, packing.rest)
-    body = (
-        PREFIX.pack(MAGIC, FORMAT_VERSION, codec.number, len(small), len(text))
-        + small
-        + b"".join(bodies)
-    )
+    prefix = PREFIX.pack(MAGIC, FORMAT_VERSION, codec.number, len(small), len(text))
+    body = prefix + small + b"".join(data for _, data in packed)
     return body + hashlib.sha256(body).digest()
-
-
-def stored_parts(t: QTensor) -> Iterator[tuple[str, Tensor]]:
-    """(stream, tensor) of everything in t, in the order in which it is read back."""
-    yield {v: k for k, v in DTYPES.items()}[t.values.dtype], t.values
-    yield from (
-        (key, part)
-        for key, part in (("scale", t.scale), ("columns", t.columns))
-        if part is not None
-    )
-    for factor in t.correction or ():
-        yield from stored_parts(factor)
 
 
 def unpack_stream(data: bytes, number: int, size: int) -> bytes:
     """Decompress one stream to exactly `size` bytes. Raises UserError on anything else."""
-    found = [codec for codec in CODECS.values() if codec.number == number]
-    if not found or not found[0].module:
+    codec = next((codec for codec in CODECS.values() if codec.number == number), None)
+    if codec is None or not codec.module:
         raise UserError(f"its codec {number!r} is not available here")
-    if type(size) is not int or not 0 <= size <= MAX_STREAM_BYTES:
-        raise UserError(f"a stream claims {size!r} bytes")
     try:
-        raw = found[0].unpack(data, size + 1)  # one more, so that a stream with too much is noticed
-    except Exception as error:
+        raw = codec.unpack(data, size + 1)  # one more, so that a stream with too much is noticed
+    except Exception as error:  # whatever a library makes of damaged data
         raise UserError(f"a stream does not decompress ({type(error).__name__})") from None
     if len(raw) != size:
-        raise UserError(
-            f"a stream holds {'more' if len(raw) > size else len(raw)} instead of {size} bytes"
-        )
+        held = "more" if len(raw) > size else len(raw)
+        raise UserError(f"a stream holds {held} instead of {size} bytes")
     return raw
 
 
-def unpack_streams(lines: list, body: bytes) -> dict[str, memoryview]:
-    """All streams by name. Raises UserError unless names are known and different and every byte belongs to one."""
-    names = {line[0] for line in lines}
-    if len(names) != len(lines) or not names <= {*DTYPES, "scale", "columns"}:
-        raise UserError("its streams are repeated or unknown")
-    if not all(type(n) is int and n >= 0 for line in lines for n in line[1:4]) or any(
-        line[4] not in ("rows", "columns") for line in lines
-    ):
-        raise UserError("its streams have impossible sizes or orders")
-    if (claimed := sum(raw for _, _, raw, *_ in lines)) > MAX_STREAM_BYTES:
-        raise UserError(f"it claims {claimed} bytes in its streams")
-    if sum(length for *_, length, _ in lines) != len(body):
-        raise UserError("its streams do not fill the file")
-    streams, offset = {}, 0
-    for key, number, raw, length, _ in lines:
-        streams[key] = memoryview(unpack_stream(body[offset : offset + length], number, raw))
-        offset += length
-    return streams
+@contextlib.contextmanager
+def malformed():
+    """Whatever goes wrong while a header is read is a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+        raise UserError(f"malformed header ({error!r:.200})") from None
 
 
-def unpack_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, QTensor]]:
-    """Inverse of pack_artifact: (header, tensors). Executes nothing from the file. Raises UserError with the reason."""
+def unpack_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
+    """(header, packed streams) of an artifact. Raises UserError with the reason."""
     if len(blob) < PREFIX.size + 32 or blob[:4] != MAGIC:
         raise UserError("not an artifact (too short, or wrong magic)")
     _, version, number, packed, size = PREFIX.unpack_from(blob)
@@ -5103,64 +5146,83 @@ def unpack_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, QTensor]]:
         raise UserError(f"format version {version}; this script reads {FORMAT_VERSION}")
     if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
         raise UserError("checksum mismatch: truncated or corrupted")
-    try:
+    if size > MAX_HEADER_BYTES:
+        raise UserError(f"its header claims {size} bytes; {MAX_HEADER_BYTES} are enough")
+    with malformed():
         header = json.loads(unpack_stream(blob[PREFIX.size : PREFIX.size + packed], number, size))
-        streams = unpack_streams(header["streams"], blob[PREFIX.size + packed : -32])
-        tensors: dict[str, QTensor] = {}
-        by_columns = {line[0] for line in header["streams"] if line[4] == "columns"}
-        for name, *described in header["tensors"]:
-            if type(name) is not str or name in tensors:
-                raise ValueError("a tensor has no name, or has one twice")
-            tensors[name] = take_tensor(streams, by_columns, *described)
-        if any(map(len, streams.values())):
-            raise ValueError("a stream is longer than its tensors")
-    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
-        raise UserError(
-            str(error) if isinstance(error, UserError) else f"malformed header ({error!r})"
-        ) from None
-    return header, tensors
+        stored_entries(header)
+    return header, blob[PREFIX.size + packed : -32]
 
 
-def take_tensor(
-    streams: dict[str, memoryview],
-    by_columns: set[str],
-    kind: str,
-    shape: list[int],
-    scales: int,
-    columns: int,
-    path: int,
-    rank: int,
-) -> QTensor:
-    """Cut the next tensor off the streams, as a header line describes it. Raises ValueError or KeyError."""
-    if (
-        type(scales) is not int
-        or type(rank) is not int
-        or (scales or columns or path or rank)
-        and (kind != "i1" or len(shape) != 2 or scales < 1 or math.prod(shape) % scales or rank < 0)
-    ):
-        raise ValueError("a tensor has scales that it cannot have")
-    values = take(streams, kind, DTYPES[kind], shape[::-1] if kind in by_columns else shape)
-    values = values.T.contiguous() if kind in by_columns else values
-    scale = take(streams, "scale", torch.float16, [scales]) if scales else None
-    factors = take(streams, "columns", torch.float16, shape[1:]) if columns else None
-    correction = (
-        [take_tensor(streams, by_columns, "i1", [rank, n], rank, 0, 0, 0) for n in shape]
-        if rank
-        else ()
-    )
-    return QTensor(values, scale, factors, bool(path), tuple(correction) or None)
+def stored_entries(header: dict[str, Any]) -> list[Entry]:
+    """The tensors that a header describes. Raises ValueError and its like when it describes none."""
+    entries = [Entry(*line) for line in header["tensors"]]
+    if len({entry.name for entry in entries}) < len(entries):
+        raise ValueError("a tensor's name appears twice")
+    for e in entries:
+        if type(e.name) is not str or e.kind not in DTYPES or type(e.shape) is not list:
+            raise ValueError("a tensor has no name, kind or shape")
+        if not all(type(n) is int and n >= 0 for n in [*e.shape, *e[3:]]):
+            raise ValueError(f"shape or count {e.shape!r:.99}")
+        if max(e[3:6]) > 1 or (
+            any(e[3:]) and (e.kind != "i1" or len(e.shape) != 2 or not e.scaled)
+        ):
+            raise ValueError("a tensor has scales that it cannot have")
+        if e.rank > min(e.shape, default=0):
+            raise ValueError(f"a correction of rank {e.rank}")
+    return entries
 
 
-def take(streams: dict[str, memoryview], key: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    """Cut the next tensor off a stream. Raises ValueError when the stream is too short or the shape is not one."""
-    if not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"shape {shape!r}"[:200])
-    size = math.prod(shape) * dtype.itemsize
-    if size > len(streams[key]):
-        raise ValueError(f"stream {key} is too short")
-    data, streams[key] = streams[key][:size], streams[key][size:]
-    numpy_dtype = {torch.int8: "<i1", torch.float16: "<f2", torch.float32: "<f4"}[dtype]
-    return torch.from_numpy(np.frombuffer(data, numpy_dtype).astype(numpy_dtype[1:]).reshape(shape))
+def unpack_tensors(header: dict[str, Any], body: bytes) -> dict[str, QTensor]:
+    """The tensors behind a header. Executes nothing from the file; before any memory is taken, every stream must be
+    exactly as long as its tensors, and every byte of the file must belong to a stream. Raises UserError."""
+    with malformed():
+        entries, needed = stored_entries(header), collections.Counter()
+        for key, shape in (part for entry in entries for part in entry.parts()):
+            needed[key] += math.prod(shape) * STREAMS[key].itemsize
+        if sum(needed.values()) > MAX_STREAM_BYTES:
+            raise UserError(f"it claims {sum(needed.values())} bytes in its streams")
+        streams, by_columns, offset = {}, set(), 0
+        for key, number, raw, length, order in header["streams"]:
+            if key in streams or key not in needed or order not in ("rows", "columns"):
+                raise ValueError("a stream is repeated or unknown")
+            if raw != needed[key] or type(length) is not int or length < 0:
+                raise ValueError(
+                    f"a stream of {raw!r:.99} bytes where its tensors take {needed[key]}"
+                )
+            data = body[offset : offset + length]
+            streams[key] = memoryview(unpack_stream(data, number, needed[key]))
+            offset += length
+            if order == "columns":
+                by_columns.add(key)
+        if offset != len(body):
+            raise ValueError("its streams do not fill the file")
+        return {entry.name: taken(entry, streams, by_columns) for entry in entries}
+
+
+def taken(entry: Entry, streams: dict[str, memoryview], by_columns: set[str]) -> QTensor:
+    """Cut the next tensor off the streams. Raises ValueError, of numbers that are not finite too."""
+    parts = []
+    for key, shape in entry.parts():
+        kind = NUMPY_TYPES[STREAMS[key]]
+        size = math.prod(shape) * np.dtype(kind).itemsize
+        data, streams[key] = streams[key][:size], streams[key][size:]
+        order = "F" if key in by_columns else "C"
+        array = np.frombuffer(data, kind).reshape(shape, order=order)
+        if not np.isfinite(array).all():
+            raise ValueError(f"{entry.name}: numbers that are not finite")
+        parts.append(torch.from_numpy(array.astype(kind[1:], order="C")))
+    values = parts.pop(0)
+    scale = parts.pop(0) if entry.scaled else None
+    columns = parts.pop(0) if entry.columns else None
+    factors = tuple(QTensor(*pair) for pair in zip(parts[::2], parts[1::2]))
+    return QTensor(values, scale, columns, bool(entry.trellis), factors or None)
+
+
+def unpack_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, QTensor]]:
+    """Inverse of pack_artifact: (header, tensors). Raises UserError with the reason."""
+    header, body = unpack_header(blob)
+    return header, unpack_tensors(header, body)
 
 
 class Packer(NamedTuple):
@@ -5177,90 +5239,113 @@ class Packer(NamedTuple):
         """Bytes that ARTIFACT_BUDGET_BYTES leaves beside the code."""
         return self.cfg.artifact_budget_bytes - code_bytes()
 
-    def rules(self) -> dict[str, Cast | RoundToNearest]:
+    def rules(self) -> Rules:
         """The quantiser of each parameter before anything is fitted to the budget."""
         return allocated(self.model, self.cfg, self.harms if self.cfg.fit_budget != "bits" else {})
 
-    def tensors(self, rules: dict[str, Cast | RoundToNearest]) -> dict[str, QTensor]:
+    def tensors(self, rules: Rules) -> dict[str, QTensor]:
         return quantise(self.model, self.cfg, self.hessians, rules)
 
     def blob(self, tensors: dict[str, QTensor]) -> bytes:
         return pack_artifact(tensors, self.header, PACKINGS[self.cfg.codec])
 
+    def expected(self, rules: Rules) -> float:
+        """Bytes of the artifact by the entropy of a few of its levels: good enough to begin the search with."""
+        total = 0.0
+        for name, p in self.model.exported().items():
+            if isinstance(rules[name], Cast):
+                total += p.numel() * rules[name].dtype.itemsize
+                continue
+            rows = p.detach()[:: -(-p.numel() // 2**16)].float()
+            counts = nearest(rules[name]).fit(rows).values.unique(return_counts=True)[1]
+            share = counts / counts.sum()
+            total += p.numel() * float(-(share * share.log2()).sum()) / 8 + 2 * len(p)
+        return total
 
-def packed_to(
-    room: int,
-    make: Callable[[float], bytes],
-    slope: float,
-    limits: tuple[float, float] | None = None,
-) -> tuple[float, bytes, int]:
-    """(x, make(x), packings): the largest of a handful of artifacts that fits, or the smallest when none does. Tries
-    x = 0 first; bytes change by about `slope` per unit of x; within `limits` x is a whole number."""
-    tried, x = {}, 0.0
+
+class Slope(NamedTuple):
+    """How the size of an artifact depends on what is searched, as far as it is known beforehand."""
+
+    start: float  # what to try first
+    bytes_per_unit: float
+    low: float
+    high: float
+    whole: bool = False  # only whole numbers are tried
+
+
+def packed_to(room: int, make: Callable[[float], bytes], s: Slope) -> tuple[float, bytes, int]:
+    """(x, make(x), packings): the largest of a handful of artifacts that fits, or the smallest when none does."""
+    tried, x, slope = {}, min(max(s.start, s.low), s.high), s.bytes_per_unit
     for _ in range(9):
         tried[x] = make(x)
-        nearest = sorted(tried.items(), key=lambda item: abs(len(item[1]) - room))
-        if 0.998 * room <= len(nearest[0][1]) <= room:
+        nearest_first = sorted(tried.items(), key=lambda item: abs(len(item[1]) - room))
+        best_x, best = nearest_first[0]
+        if 0.998 * room <= len(best) <= room:
             break
-        if len(nearest) > 1:
-            (a, u), (b, v) = nearest[:2]
-            slope = math.copysign(max(abs(len(u) - len(v)) / abs(a - b), abs(slope) / 5), slope)
-        x = nearest[0][0] + (0.9991 * room - len(nearest[0][1])) / slope
-        x = min(max(round(x), limits[0]), limits[1]) if limits else x
+        if len(tried) > 1:
+            other_x, other = nearest_first[1]
+            measured = abs(len(best) - len(other)) / abs(best_x - other_x)
+            slope = math.copysign(max(measured, abs(slope) / 5), slope)
+        x = best_x + (0.9991 * room - len(best)) / slope
+        x = min(max(round(x) if s.whole else x, s.low), s.high)
         if x in tried:
             break
-    fitting = [item for item in tried.items() if len(item[1]) <= room]
-    x, blob = (
-        max(fitting, key=lambda item: len(item[1]))
-        if fitting
-        else min(tried.items(), key=lambda i: len(i[1]))
-    )
-    return x, blob, len(tried)
+    fitting = {x: blob for x, blob in tried.items() if len(blob) <= room}
+    if fitting:
+        x = max(fitting, key=lambda x: len(fitting[x]))
+    else:
+        x = min(tried, key=lambda x: len(tried[x]))
+    return x, tried[x], len(tried)
 
 
 def fit_steps(p: Packer) -> tuple[bytes, str]:
-    """All steps times one factor: twice the step saves about a bit per weight."""
+    """All steps times one factor exp(x): twice the step saves about a bit per weight."""
     rules, sizes = p.rules(), {name: q.numel() for name, q in p.model.exported().items()}
-    weights = sum(sizes[name] for name, rule in rules.items() if not isinstance(rule, Cast))
+    grids = {name: rule for name, rule in rules.items() if not isinstance(rule, Cast)}
+    slope = -max(1, sum(sizes[name] for name in grids)) / (8 * math.log(2))
 
     def scaled(x: float) -> bytes:
-        return p.blob(
-            p.tensors({name: rescaled(rule, math.exp(x)) for name, rule in rules.items()})
-        )
+        factor = math.exp(x)
+        return p.blob(p.tensors({name: rescaled(rule, factor) for name, rule in rules.items()}))
 
-    x, blob, count = packed_to(p.room, scaled, -weights / (8 * math.log(2)))
+    start = (p.room - p.expected(rules)) / slope
+    low = min((math.log(finest(rule)) for rule in grids.values()), default=0.0)
+    x, blob, count = packed_to(p.room, scaled, Slope(start, slope, low, 3.0))
     text = f"{count} packings, steps times {math.exp(x):.4f}"
-    return blob, text + (
-        "; finer steps are beyond eight bits" if len(blob) < 0.998 * p.room else ""
-    )
+    if len(blob) < 0.998 * p.room:
+        text += "; finer steps are beyond eight bits"
+    return blob, text
 
 
 def fit_bits(p: Packer) -> tuple[bytes, str]:
     """One more bit at a time, up to seven, for the matrix where a byte helps most; a bit leaves a quarter of the harm.
     If not even the first model fits, small levels become zero. Source: PR 1089."""
-    rules, order = p.rules(), []
-    matrices = {
-        name: q
+    rules = p.rules()
+    sizes = {
+        name: q.numel()
         for name, q in p.model.exported().items()
         if q.quant in LEARNED_GRID and not isinstance(rules[name], Cast)
     }
-    harm = {name: p.harms.get(name, q.numel()) / q.numel() for name, q in matrices.items()}
-    bits = {name: rules[name].bits for name in matrices}
-    while waiting := [name for name in matrices if bits[name] < 7]:
-        order.append(max(waiting, key=lambda name: harm[name]))
-        bits[order[-1]], harm[order[-1]] = bits[order[-1]] + 1, harm[order[-1]] / 4
+    harm = {name: p.harms.get(name, size) / size for name, size in sizes.items()}
+    bits = {name: rules[name].bits for name in sizes}
+    order: list[str] = []  # of promotions
+    while waiting := [name for name in sizes if bits[name] < 7]:
+        name = max(waiting, key=harm.get)
+        order.append(name)
+        bits[name] += 1
+        harm[name] /= 4
 
-    def promoted(x: float) -> dict[str, Cast | RoundToNearest]:
-        more = collections.Counter(order[: int(x)])
-        return {
-            n: rule._replace(bits=rule.bits + more[n]) if more[n] else rule
-            for n, rule in rules.items()
-        }
+    def promoted(x: float) -> Rules:
+        changed = dict(rules)
+        for name, more in collections.Counter(order[: int(x)]).items():
+            changed[name] = rules[name]._replace(bits=rules[name].bits + more)
+        return changed
 
-    mean = sum(matrices[name].numel() for name in order) / max(1, len(order)) / 8
-    x, blob, count = packed_to(
-        p.room, lambda x: p.blob(p.tensors(promoted(x))), max(1.0, mean), (0, len(order))
-    )
+    mean = sum(sizes[name] for name in order) / max(1, len(order)) / 8
+    grown = list(itertools.accumulate(sizes[name] / 8 for name in order))
+    start = bisect.bisect_right(grown, p.room - p.expected(rules))
+    slope = Slope(start, max(1.0, mean), 0, len(order), whole=True)
+    x, blob, count = packed_to(p.room, lambda x: p.blob(p.tensors(promoted(x))), slope)
     if len(blob) > p.room:
         return fit_zeros(p)
     return blob, f"{count} packings, {int(x)} of {len(order)} promotions by a bit"
@@ -5275,26 +5360,25 @@ def fit_zeros(p: Packer) -> tuple[bytes, str]:
     for name, t in whole.items():
         if by_name[name].quant in LEARNED_GRID and t.scale is not None:
             h = p.hessians.get(by_name[name])
-            error = t.values.float() * run_steps(t.scale.float(), t.values)
-            cost = error.square() * (h.diagonal().cpu() if h is not None else 1)
-            costs[name] = cost.masked_fill(
-                (t.values == 0) | (t.values.abs() > SMALL_LEVELS), math.inf
-            ).flatten()
-    every = torch.cat(list(costs.values()) or [torch.zeros(0)])
+            cost = (t.values.float() * t.scale.float()[:, None]).square()
+            if h is not None:
+                cost = cost * h.diagonal().cpu()
+            kept = (t.values == 0) | (t.values.abs() > SMALL_LEVELS)
+            costs[name] = cost.masked_fill(kept, math.inf).flatten()
+    every = torch.cat([torch.zeros(0), *costs.values()])
     candidates, ranked = int(every.isfinite().sum()), every.argsort(stable=True)
 
     def without(x: float) -> dict[str, QTensor]:
         chosen = torch.zeros(len(every), dtype=torch.bool)
         chosen[ranked[: int(x)]] = True
-        parts = dict(zip(costs, chosen.split([len(cost) for cost in costs.values()])))
-        return {
-            name: t._replace(values=t.values.masked_fill(parts[name].view_as(t.values), 0))
-            if name in parts
-            else t
-            for name, t in whole.items()
-        }
+        changed = dict(whole)
+        for name, part in zip(costs, chosen.split([len(cost) for cost in costs.values()])):
+            t = whole[name]
+            changed[name] = t._replace(values=t.values.masked_fill(part.view_as(t.values), 0))
+        return changed
 
-    x, blob, count = packed_to(p.room, lambda x: p.blob(without(x)), -0.25, (0, candidates))
+    slope = Slope(0, -0.25, 0, candidates, whole=True)
+    x, blob, count = packed_to(p.room, lambda x: p.blob(without(x)), slope)
     return blob, f"{count} packings, {int(x)} of {candidates} small levels set to zero"
 
 
@@ -5309,17 +5393,77 @@ FITS: dict[str, Callable[[Packer], tuple[bytes, str]]] = {
 def pack_to_fit(p: Packer, rt: Runtime) -> bytes:
     """The artifact, as FIT_BUDGET fits it to the budget. One that cannot fit is kept and said to be too large: a run
     must not be lost for it."""
-    blob, text = FITS[p.cfg.fit_budget](p)
+    fit = p.cfg.fit_budget
+    blob, text = FITS[fit](p)
     if text:
+        share = 100 * len(blob) / p.room
+        rt.log(f"fit_budget:{fit} {text}, {share:.2f} % of {p.room} bytes")
+    if fit != "none" and len(blob) > p.room:
         rt.log(
-            f"fit_budget:{p.cfg.fit_budget} {text}, {100 * len(blob) / p.room:.2f} % of {p.room} bytes"
-        )
-    if p.cfg.fit_budget != "none" and len(blob) > p.room:
-        rt.log(
-            f"warning: FIT_BUDGET={p.cfg.fit_budget} found nothing that fits {p.room} bytes beside the code, the "
-            f"smallest takes {len(blob)}; raise ARTIFACT_BUDGET_BYTES or shrink the model"
+            f"warning: FIT_BUDGET={fit} found nothing that fits {p.room} bytes beside the code, "
+            f"the smallest takes {len(blob)}; raise ARTIFACT_BUDGET_BYTES or shrink the model"
         )
     return blob
+
+
+def packed_by_tool(tool: Path) -> bytes:
+    """This script as `records/tools.py pack` makes it. Raises UserError with what the tool says."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / SCRIPT.name
+        command = [sys.executable, str(tool), "pack", str(SCRIPT), "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+        if done.returncode:
+            raise UserError((done.stderr.strip() or "no reason given").splitlines()[-1])
+        return out.read_bytes()
+
+
+@functools.cache
+def shipped_code() -> tuple[bytes, str]:
+    """(the file that is shipped as code, why it is not packed). A packed script ships itself. The plain one is packed
+    by the tool beside it, once: the result lies beside Python's own cache; without the tool it ships itself."""
+    source = SCRIPT.read_bytes()
+    tool = SCRIPT.parent / "records" / "tools.py"
+    if WRAPPED:
+        return source, ""
+    if not tool.is_file():
+        return source, "records/tools.py is not beside it"
+    maker = [path.read_bytes() for path in sorted(tool.parent.glob("toolkit/pack*.py"))]
+    digest = hashlib.sha256(b"".join([source, *maker])).hexdigest()[:16]
+    cache = Path(importlib.util.cache_from_source(str(SCRIPT))).parent
+    kept = cache / f"{SCRIPT.stem}-{digest}.packed"
+    with contextlib.suppress(OSError):
+        return kept.read_bytes(), ""
+    try:
+        packed = packed_by_tool(tool)
+    except UserError as error:
+        return source, str(error)
+    with contextlib.suppress(OSError):  # a folder that only may be read
+        cache.mkdir(exist_ok=True)
+        write_atomic(kept, lambda f: f.write(packed))
+    return packed, ""
+
+
+def code_bytes() -> int:
+    """Bytes of code that count against the budget: those of the file that is shipped."""
+    return len(shipped_code()[0])
+
+
+def submit_code(rt: Runtime):
+    """Before any training: keep in the run's folder the code that the run is counted with (on rank 0)."""
+    folder = rt.folder / "submission"
+    folder.mkdir(exist_ok=True)
+    write_atomic(folder / "train_gpt.py", lambda f: f.write(shipped_code()[0]))
+
+
+def submit_model(path: Path):
+    """Put the artifact beside the code that reads it, as a second name of the same file where the disk knows such."""
+    beside = path.parent / "submission" / path.name
+    beside.unlink(missing_ok=True)
+    try:
+        beside.hardlink_to(path)
+    except OSError:
+        blob = path.read_bytes()
+        write_atomic(beside, lambda f: f.write(blob))
 
 
 STORED_GROUPS = ("model", "eval")  # what an artifact must know to be scored again
@@ -5335,36 +5479,32 @@ STORED_FIELDS = (
 
 def export(trainer: "Trainer") -> Path:
     """Quantise, pack and write the artifact of a finished run (on rank 0); returns its path."""
-    cfg, rt, model, numerics, data = (
-        trainer.cfg,
-        trainer.rt,
-        trainer.model,
-        trainer.numerics,
-        trainer.data,
-    )
+    cfg, rt, model = trainer.cfg, trainer.rt, trainer.model
     stored = cfg.values(*STORED_GROUPS) | {name: cfg.values()[name] for name in STORED_FIELDS}
     header = dict(
         config=stored,
-        numerics=numerics._asdict(),
-        tokenizer_sha256=data.tokenizer_sha256,
+        numerics=trainer.numerics._asdict(),
+        tokenizer_sha256=trainer.data.tokenizer_sha256,
         plan=trainer.plan,
         compliant=cfg.eval.compliant,
     )
+    path = rt.folder / "model.golf"
     with rt.phase("quantise"):
         blob = pack_to_fit(Packer(model, cfg.quant, trainer.hessians, trainer.harms, header), rt)
-        path = rt.folder / "model.golf"
-        write_atomic(path, lambda f: f.write(blob))
+        try:
+            write_atomic(path, lambda f: f.write(blob))
+            submit_model(path)
+        except OSError as error:
+            raise RunFailed(
+                f"{relative(path)}: {len(blob)} bytes not written ({error.strerror}); a checkpoint is "
+                f"left as it was: make room, then continue with RUN_ID={rt.folder.name} RESUME=auto"
+            ) from None
     rt.log(f"Serialized model: {sum(p.numel() * 4 for p in model.exported().values())} bytes")
     rt.log(f"Code size: {code_bytes()} bytes")
     rt.log(f"Total submission size: {len(blob) + code_bytes()} bytes")
     rt.log(f"Serialized model int{cfg.quant.matrix_bits}+{cfg.quant.codec}: {len(blob)} bytes")
     rt.log(f"audit:artifact sha256:{hashlib.sha256(blob).hexdigest()} bytes:{len(blob)}")
     return path
-
-
-def code_bytes() -> int:
-    """Bytes of code that count against the budget: this file as it runs."""
-    return SCRIPT.stat().st_size
 
 
 @contextlib.contextmanager
@@ -5377,8 +5517,8 @@ def blamed_on(path: Path):
         raise UserError(f"ARTIFACT={relative(path)}: {reason}") from None
 
 
-def read_artifact(path: Path, rt: Runtime) -> tuple[dict[str, Any], dict[str, QTensor]]:
-    """Read an artifact on rank 0, verify it on every rank. Raises UserError naming the file."""
+def read_artifact(path: Path, rt: Runtime) -> tuple[dict[str, Any], bytes]:
+    """(header, packed streams) of a file that rank 0 reads, checked on every rank. Raises UserError naming the file."""
 
     def work():
         if path.stat().st_size > MAX_STREAM_BYTES:
@@ -5386,9 +5526,9 @@ def read_artifact(path: Path, rt: Runtime) -> tuple[dict[str, Any], dict[str, QT
         return path.read_bytes()
 
     with blamed_on(path):
-        header, tensors = unpack_artifact(rt.on_main(work))
+        header, body = unpack_header(rt.on_main(work))
         check_header(header)
-    return header, tensors
+    return header, body
 
 
 def check_header(header: dict[str, Any]):
@@ -5424,17 +5564,21 @@ def artifact_config(env: dict[str, str], path: Path, header: dict[str, Any]) -> 
         return load(env, header["config"])
 
 
-def build_from_artifact(cfg: Config, tensors: dict[str, QTensor], numerics: Numerics) -> GPT:
-    """A model made of nothing but the file: configuration from its header, weights from its streams."""
-    with torch.device("meta"):  # compare shapes before any memory is taken
-        shapes = GPT(cfg.model, cfg.data.vocab_size, numerics)
-    wanted = {name: tuple(p.shape) for name, p in shapes.exported().items()}
-    if wanted != {name: tuple(t.values.shape) for name, t in tensors.items()}:
+def build_from_artifact(
+    cfg: Config, header: dict[str, Any], body: bytes, numerics: Numerics
+) -> GPT:
+    """A model made of nothing but the file: configuration from its header, weights from its streams. Before any memory
+    is taken the header's tensors must be those of the model. Raises UserError."""
+    with torch.device("meta"):
+        shapes = GPT(cfg.model, cfg.data.vocab_size, numerics).exported()
+    wanted = {name: list(p.shape) for name, p in shapes.items()}
+    if wanted != {entry.name: entry.shape for entry in stored_entries(header)}:
         raise UserError("its tensors do not fit its own configuration")
+    tensors = unpack_tensors(header, body)
     model = GPT(cfg.model, cfg.data.vocab_size, numerics)
     with torch.no_grad():
         for name, p in model.exported().items():
-            p.copy_(tensors[name].dequant())
+            p.copy_(tensors.pop(name).dequant())
     return model.eval().requires_grad_(False)
 
 
@@ -5447,32 +5591,45 @@ def stored_plan(cfg: Config, header: dict[str, Any]) -> Plan:
 
 
 def predict_model_bytes(model: GPT, cfg: QuantConfig) -> int:
-    """Size of the artifact before training: the real quantisers and codec on Gaussian rows of the real lengths.
-    Assumes entries of unit-free Gaussian shape; a SCALE_FLOOR makes trained size depend on their size as well."""
-    room, plain = cfg.artifact_budget_bytes - code_bytes(), unfitted_bytes(model, cfg)
+    """Size of the artifact before training, as FIT_BUDGET will make it."""
+    room, plain = cfg.artifact_budget_bytes - code_bytes(), gaussian_bytes(model, cfg)
+    if cfg.fit_budget == "none":
+        return plain
+    finest = replace(cfg, matrix_bits=8, mlp_bits=8, embed_bits=8)
+    if cfg.fit_budget == "steps":
+        finest = replace(finest, matrix_clip_sigmas=6, mlp_clip_sigmas=6, embed_clip_sigmas=6)
+        return min(room, gaussian_bytes(model, finest))
+    if plain > room:
+        return max(room, gaussian_bytes(model, cfg, SMALL_LEVELS))
     if cfg.fit_budget == "bits":
-        return max(plain, min(room, unfitted_bytes(model, replace(cfg, matrix_bits=7, mlp_bits=7))))
-    return {"none": plain, "steps": room, "prune": min(plain, room)}[cfg.fit_budget]
+        finest = replace(cfg, matrix_bits=7, mlp_bits=7)
+        return min(room, gaussian_bytes(model, finest))
+    return plain
 
 
-def unfitted_bytes(model: GPT, cfg: QuantConfig) -> int:
-    """The same before anything is fitted to the budget."""
+def gaussian_bytes(model: GPT, cfg: QuantConfig, small_levels: int = 0) -> int:
+    """Size of an artifact that nothing fits to a budget, by the real quantisers and codec on Gaussian rows of the real
+    lengths; levels of the block matrices up to small_levels become zero. Assumes entries of unit-free Gaussian shape; a
+    SCALE_FLOOR makes trained size depend on their size as well."""
     samples: dict[tuple[str, int], float] = {}
     total, generator, sums = 400.0, torch.Generator().manual_seed(0), []
     for p in model.exported().values():
         columns = p.size(-1)
         if (p.quant, columns) not in samples:
             rows = max(1, min(2**19 // columns, 4096))
-            t = own_grid(QUANTISERS[p.quant](cfg)).fit(
+            t = nearest(QUANTISERS[p.quant](cfg)).fit(
                 torch.randn(rows, columns, generator=generator)
             )
-            names = PACKINGS[cfg.codec].rest if t.scale is None else PACKINGS[cfg.codec].levels
-            packed = len(packed_smallest(t.values.numpy().tobytes(), names)[1])
-            scales = 0 if t.scale is None or cfg.scale_group < 0 else len(t.scale)
-            samples[p.quant, columns] = (packed + 2 * scales) / (rows * columns)
+            values, packing = t.values, PACKINGS[cfg.codec]
+            if p.quant in LEARNED_GRID and t.scale is not None:
+                values = values.masked_fill(values.abs() <= small_levels, 0)
+            names = packing.rest if t.scale is None else packing.levels
+            packed = len(packed_smallest(values.numpy().tobytes(), names)[1])
+            scales = 0 if t.scale is None else 2 * rows
+            samples[p.quant, columns] = (packed + scales) / (rows * columns)
         total += p.numel() * samples[p.quant, columns] + 12
-        sums.append(sum(p.shape) * (p.dim() == 2))
-    return int(total + sum(sorted(sums)[-cfg.lqer_top :]) * cfg.lqer_rank / 2)
+        sums.append(sum(p.shape) if p.dim() == 2 else 0)
+    return int(total + sum(sorted(sums)[-LQER_TOP:]) * cfg.lqer_rank / 2)
 
 
 # ---- 9 Evaluation: one loop for every strategy; a loss is banked before anything may adapt --------------------------
@@ -6279,18 +6436,20 @@ class Trainer:
     @torch.no_grad()
     def observe_harms(self) -> dict[str, float]:
         """Nats per token of held-out training text that the rounding of each matrix costs by itself. Its errors are
-        enlarged fourfold, above the noise, and taken with both signs, so that the slope of the loss cancels out."""
+        enlarged fourfold, above the noise, and taken with both signs, so that the slope of the loss cancels out. What
+        is measured for the nearest levels is scaled by how much of their error ROUNDING leaves."""
         harms, size, before = {}, 4.0, self.held_out_loss()
         for name, p in self.model.exported().items():
-            rule, kept = own_grid(QUANTISERS[p.quant](self.cfg.quant)), p.detach().clone()
+            rule, kept = QUANTISERS[p.quant](self.cfg.quant), p.detach().clone()
             if isinstance(rule, Cast):
                 continue
-            error, losses = rule.fit(kept.float()).dequant() - kept, []
+            error, losses = nearest(rule).fit(kept.float()).dequant() - kept, []
             for sign in (size, -size):
                 p.copy_(kept + sign * error)
                 losses.append(self.held_out_loss())
             p.copy_(kept)
-            harms[name] = (statistics.mean(losses) - before) / size**2
+            harm = (statistics.mean(losses) - before) / size**2
+            harms[name] = harm * harm_ratio(rule, kept.float(), self.hessians.get(p))
         return harms
 
     def held_out_loss(self) -> float:
@@ -6648,7 +6807,8 @@ def plan_only(cfg: Config, rt: Runtime):
     """RUN_MODE=plan: what a run would be, without data or training, and a drawing of its ramps."""
     log_header(cfg, rt)
     torch.manual_seed(cfg.run.seed)
-    model = GPT(cfg.model, cfg.data.vocab_size, Numerics(), cfg.optim)
+    with torch.device("meta"):  # shapes alone
+        model = GPT(cfg.model, cfg.data.vocab_size, Numerics(), cfg.optim)
     parameter_report(model, cfg, rt)
     predicted, budget = predict_model_bytes(model, cfg.quant), cfg.quant.artifact_budget_bytes
     rt.log(
@@ -6684,7 +6844,7 @@ def official_score(
 ) -> tuple[Config, Score]:
     """Score the model that the file at `path` holds; nothing of a live model is used. Logs the one official line."""
     with rt.phase("load"):
-        header, tensors = read_artifact(path, rt)
+        header, body = read_artifact(path, rt)
         cfg = artifact_config(env, path, header)
         if header["tokenizer_sha256"] != data.tokenizer_sha256:
             raise UserError(
@@ -6694,7 +6854,8 @@ def official_score(
         apply_numerics(numerics, rt)
         with blamed_on(path):
             plan = stored_plan(cfg, header)
-            model = build_from_artifact(cfg, tensors, numerics).to(rt.device)
+            model = build_from_artifact(cfg, header, body, numerics)
+        model.to(rt.device)
     with rt.phase("eval"):
         begin = time.monotonic()
         result = score_model(cfg, rt, model, numerics, data, cfg.eval.eval, plan, cfg.eval.ttt)
@@ -6715,7 +6876,9 @@ def official_score(
 
 
 def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
-    """The fixed block that ends a run, then the official line."""
+    """The fixed block that ends a run, then the official line (rank 0)."""
+    if not rt.main:
+        return
     model_bytes, budget = path.stat().st_size, cfg.quant.artifact_budget_bytes
     total = model_bytes + code_bytes()
     scored = variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt)
@@ -6841,6 +7004,7 @@ def run(cfg: Config, rt: Runtime, env: dict[str, str]):
         except UserError:
             rt.drop_run()
             raise
+        rt.on_main(lambda: submit_code(rt))
         path = train_and_export(cfg, rt, data)
     scored, result = official_score(cfg, rt, path, data, env)
     summary(scored, rt, path, data, result)

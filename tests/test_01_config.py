@@ -504,7 +504,9 @@ def test_plan_predicts_a_run_without_data(preset, tmp_path):
         re.M,
     )
     model, code, total, fits = map(int, size.groups())
-    assert code == SCRIPT.stat().st_size and total == model + code and fits == (total <= 16_000_000)
+    assert (
+        code == train_gpt.code_bytes() and total == model + code and fits == (total <= 16_000_000)
+    )
     shown = re.findall(r"^config:([A-Z0-9_]+)=(.*) \((\w+)\)$", done.out, re.MULTILINE)
     assert sorted(name for name, _, _ in shown) == sorted(name.upper() for name in KNOBS)
     origins = {name: origin for name, _, origin in shown}

@@ -109,8 +109,10 @@ def test_run_folder_holds_what_it_promises(finished):
         "model.golf",
         "checkpoint.pt",
         "doc_loss.npy",
+        "submission",
     }
-    assert log(folder).splitlines()[0].startswith(f"audit:code sha256:{sha256(SCRIPT)} ")
+    assert log(folder).splitlines()[0].startswith("audit:code sha256:")
+    assert log(folder).splitlines()[1].startswith(f"audit:source sha256:{sha256(SCRIPT)} ")
     stored = json.loads((folder / "config.json").read_text())
     assert stored["preset"] == "baseline+tiny" and set(stored["knobs"]) == set(train_gpt.KNOBS)
     want = dict(
@@ -162,7 +164,8 @@ def test_log_has_the_size_lines_of_the_competition(finished):
     parameters = int(only(finished, r"model_params:(\d+)")[0])
     # embedding, 3 blocks of q k v proj up down, their scales and gains, one skip: by hand
     assert parameters == 1024 * 64 + 3 * (3 * 64 * 64 + 2 * 64 * 128 + 4 * 64 + 2) + 64
-    code, model = SCRIPT.stat().st_size, (finished.folder / "model.golf").stat().st_size
+    code = (finished.folder / "submission" / "train_gpt.py").stat().st_size
+    model = (finished.folder / "model.golf").stat().st_size
     assert int(only(finished, r"Serialized model: (\d+) bytes")[0]) == 4 * parameters
     assert int(only(finished, r"Serialized model int8\+zlib: (\d+) bytes")[0]) == model
     assert int(only(finished, r"Code size: (\d+) bytes")[0]) == code

@@ -41,22 +41,23 @@ def unshuffle(data: bytes) -> bytes:
 
 def scalar_rans(data: bytes) -> bytes:
     """The entropy coder's format read symbol by symbol and lane by lane, in plain integers."""
-    count, block, length, least, classes = struct.unpack_from("<IIIHB", data)
+    count, cut, length, least = struct.unpack_from("<IBIB", data)
     if not count:
         return b""
+    block, classes = ((2**32, 1), (1024, 8), (256, 16))[cut]
     lanes = min(4096, max(1, count // 8192))
     longest = -(-count // lanes)
     full, blocks = count - lanes * (longest - 1), -(-longest // block)
-    side = zlib.decompress(data[15 : 15 + length])
+    side = zlib.decompress(data[10 : 10 + length])
     width = (len(side) - blocks * lanes) // (2 * classes)
     tables = [struct.unpack_from(f"<{width}H", side, 2 * width * k) for k in range(classes)]
     symbols = [[s for s in range(width) for _ in range(table[s])] for table in tables]
     starts = [[sum(table[:s]) for s in range(width)] for table in tables]
     kinds = side[2 * width * classes :]
-    states = list(struct.unpack_from(f"<{lanes}I", data, 15 + length))
+    states = list(struct.unpack_from(f"<{lanes}I", data, 10 + length))
     words = iter(
         struct.unpack(
-            f"<{(len(data) - 15 - length - 4 * lanes) // 2}H", data[15 + length + 4 * lanes :]
+            f"<{(len(data) - 10 - length - 4 * lanes) // 2}H", data[10 + length + 4 * lanes :]
         )
     )
     out = [bytearray() for _ in range(lanes)]
@@ -94,7 +95,7 @@ def examples(count: int):
 def parse(blob: bytes) -> tuple[dict, dict[str, bytes], bytes]:
     """Header, unpacked streams and the packed body of an artifact."""
     magic, version, codec, packed, size = PREFIX.unpack_from(blob)
-    assert (magic, version) == (b"GOLF", 3) and hashlib.sha256(blob[:-32]).digest() == blob[-32:]
+    assert (magic, version) == (b"GOLF", 4) and hashlib.sha256(blob[:-32]).digest() == blob[-32:]
     text = UNPACK[codec](blob[PREFIX.size : PREFIX.size + packed])
     assert len(text) == size
     header, body, streams, offset = json.loads(text), blob[PREFIX.size + packed : -32], {}, 0
@@ -115,7 +116,7 @@ def forge(header, body: bytes, **claims) -> bytes:
     """An artifact with a valid checksum around any header; `claims` replaces what the prefix says."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     small = zlib.compress(text)
-    said = dict(version=3, codec=1, packed=len(small), size=len(text)) | claims
+    said = dict(version=4, codec=1, packed=len(small), size=len(text)) | claims
     return seal(
         PREFIX.pack(b"GOLF", said["version"], said["codec"], said["packed"], said["size"])
         + small
@@ -128,13 +129,14 @@ def weights(blob: bytes) -> dict[str, np.ndarray]:
     header, streams, _ = parse(blob)
     used, found = dict.fromkeys(streams, 0), {}
     orders = {line[0]: line[4] for line in header["streams"]}
-    for name, kind, shape, scales, columns, path, rank in header["tensors"]:
-        assert not path and not rank and scales in (0, *shape[:1])
+    for name, kind, shape, scaled, columns, path, rank in header["tensors"]:
+        assert not path and not rank and scaled in (0, 1)
         found[name] = cut(streams[kind], used, kind, shape, orders[kind]).astype(np.float32)
-        scale = cut(streams["scale"], used, "scale", [scales]).astype(np.float32)
+        if scaled:
+            scale = cut(streams["scale"], used, "scale", shape[:1]).astype(np.float32)
         if columns:
             found[name] *= cut(streams["columns"], used, "columns", shape[1:]).astype(np.float32)
-        if scales:
+        if scaled:
             found[name] *= scale[:, None]
     assert used == {key: len(stream) for key, stream in streams.items()}
     return found
@@ -156,7 +158,7 @@ def cut(
 
 @st.composite
 def qtensors(draw) -> QTensor:
-    """A stored tensor of any kind with arbitrary bits, NaN payloads included."""
+    """A stored tensor of any kind with arbitrary finite bits, signed zeros and subnormals included."""
     kind = draw(st.sampled_from(["levels", "f2", "f4"]))
     shape = draw(st.sampled_from([(1, 1), (1, 7), (5, 1)]) | st.tuples(*[st.integers(1, 9)] * 2))
     if kind != "levels":
@@ -166,29 +168,33 @@ def qtensors(draw) -> QTensor:
         draw(st.binary(min_size=size, max_size=size)),
         {"levels": "i1", "f2": "f2", "f4": "f4"}[kind],
     )
-    values = torch.from_numpy(raw.reshape(shape).copy())
+    values = torch.from_numpy(finite(raw).reshape(shape))
     if values.dim() == 2 and draw(st.booleans()):
         values = values.t().contiguous().t()  # the same numbers in another memory order
     if kind != "levels":
         return QTensor(values)
     m, n = shape
     factors = [
-        QTensor(torch.full((2, size), 3, dtype=torch.int8), halves(draw, 2)) for size in shape
+        QTensor(torch.full((1, size), 3, dtype=torch.int8), halves(draw, 1)) for size in shape
     ]
     return QTensor(
         values,
-        halves(draw, draw(st.sampled_from([m, m * n, 1]))),
+        halves(draw, m),
         halves(draw, n) if draw(st.booleans()) else None,
         draw(st.booleans()),
         tuple(factors) if draw(st.booleans()) else None,
     )
 
 
+def finite(raw: np.ndarray) -> np.ndarray:
+    """A copy in which zeros stand where bits mean no number."""
+    return np.where(np.isfinite(raw), raw, raw.dtype.type(0))
+
+
 def halves(draw, count: int) -> torch.Tensor:
-    """(count,) fp16 of any bits."""
-    return torch.from_numpy(
-        np.frombuffer(draw(st.binary(min_size=2 * count, max_size=2 * count)), np.float16).copy()
-    )
+    """(count,) fp16 of any finite bits."""
+    raw = np.frombuffer(draw(st.binary(min_size=2 * count, max_size=2 * count)), np.float16)
+    return torch.from_numpy(finite(raw))
 
 
 def bits(part):
@@ -395,9 +401,9 @@ def test_another_process_reads_the_exported_weights_bit_for_bit(tmp_path):
     child = """if True:
         import hashlib, pathlib, sys, train_gpt as g
         cfg = g.load({"DEVICE": "cpu"})
-        header, tensors = g.read_artifact(pathlib.Path(sys.argv[1]), g.Runtime(cfg, {}))
+        header, body = g.read_artifact(pathlib.Path(sys.argv[1]), g.Runtime(cfg, {}))
         cfg = g.load({"DEVICE": "cpu"}, header["config"])
-        model = g.build_from_artifact(cfg, tensors, g.Numerics())
+        model = g.build_from_artifact(cfg, header, body, g.Numerics())
         for name, p in model.named_parameters():
             print(name, hashlib.sha256(p.numpy().tobytes()).hexdigest())"""
     done = subprocess.run(
@@ -468,23 +474,59 @@ def test_the_predicted_size_is_that_of_packed_gaussian_weights(knobs):
     assert abs(predicted / real - 1) < 0.02, f"predicted {predicted}, really {real}"
 
 
-def test_the_submission_is_the_script_as_it_is_plus_the_artifact(trained):
-    code, model = SCRIPT.stat().st_size, len(trained.blob)
-    assert f"Code size: {code} bytes" in trained.out
-    assert f"Total submission size: {code + model} bytes" in trained.out
-    assert (
-        f"audit:artifact sha256:{hashlib.sha256(trained.blob).hexdigest()} bytes:{model}"
-        in trained.out
-    )
+def test_what_ships_is_the_packed_script_and_the_artifact(trained, toy, tmp_path):
+    """Issue 16, budgets: the code that counts is the one that ships; it is packed before training, runs alone, names
+    itself in the log, and scores the same."""
+    folder = trained.folder / "submission"
+    assert {path.name for path in folder.iterdir()} == {"train_gpt.py", "model.golf"}
+    code, model = (folder / "train_gpt.py").read_bytes(), (folder / "model.golf").read_bytes()
+    assert model == trained.blob and len(code) < 0.3 * SCRIPT.stat().st_size
+    for what, wrapped, file in (("code", 1, code), ("source", 0, SCRIPT.read_bytes())):
+        digest = hashlib.sha256(file).hexdigest()
+        line = f"audit:{what} sha256:{digest} wrapped:{wrapped} bytes:{len(file)}"
+        assert line in trained.out.splitlines()
+    assert f"Code size: {len(code)} bytes" in trained.out
+    assert f"Total submission size: {len(code) + len(model)} bytes" in trained.out
+    digest = hashlib.sha256(model).hexdigest()
+    assert f"audit:artifact sha256:{digest} bytes:{len(model)}" in trained.out
+    for name in ("train_gpt.py", "model.golf"):
+        shutil.copy(folder / name, tmp_path)
+    env = dict(RUN_MODE="eval", ARTIFACT="model.golf", DATA_PATH=toy, PRESET="baseline+tiny")
+    alone = run_script(script=tmp_path / "train_gpt.py", cwd=tmp_path, **env)
+    assert alone.code == 0 and official(alone.out) == official(trained.out), alone.err
+    assert f"bytes = code {len(code):,} + model {len(model):,}" in alone.out, "it counts itself"
+    assert f"audit:source sha256:{hashlib.sha256(code).hexdigest()} wrapped:1" in alone.out
 
 
-def test_the_code_size_is_that_of_the_file_that_runs(tmp_path):
+def test_a_script_without_its_tool_ships_and_counts_as_it_is(tmp_path):
     longer = tmp_path / "train_gpt.py"
     shutil.copy(SCRIPT, longer)
     with open(longer, "a", encoding="utf-8") as file:
         file.write("# \u20ac" * 100)
     run = run_script(script=longer, cwd=tmp_path, PRESET="baseline+tiny", RUN_MODE="plan")
     assert f" code:{os.path.getsize(longer)} " in run.out, run.err
+    assert "the plain script is what ships and counts (records/tools.py" in run.out
+
+
+def test_the_script_is_packed_once_and_a_tool_that_fails_is_quoted(tmp_path):
+    """The packed form lies beside Python's cache, whatever the run; another script or tool is packed anew."""
+    script, tool = tmp_path / "train_gpt.py", tmp_path / "records" / "tools.py"
+    shutil.copy(SCRIPT, script)
+    tool.parent.mkdir()
+    tool.write_text("import sys\nopen(sys.argv[4], 'wb').write(b'x' * 99)\n")
+    child = "import train_gpt as g; print(g.shipped_code()[1], g.code_bytes())"
+
+    def counted() -> str:
+        command = [sys.executable, "-B", "-c", child]
+        done = subprocess.run(command, cwd=tmp_path, env=clean_env(), capture_output=True)
+        return done.stdout.decode().strip()
+
+    assert counted() == "99"
+    tool.write_text("import sys\nsys.exit('error: no minifier')\n")
+    assert counted() == "99", "kept"
+    with open(script, "a") as file:
+        file.write("# another\n")
+    assert counted() == f"error: no minifier {script.stat().st_size}"
 
 
 # ---- Bombs ----
@@ -542,6 +584,81 @@ def test_a_bomb_that_claims_nothing_yields_nothing(explode, codec):
 
 def test_the_bombs_would_explode(explode):
     assert "MemoryError" in explode("zlib", 1 << 30)
+
+
+def hostile_files(blob: bytes) -> dict[str, bytes]:
+    """Small files with a valid checksum that would take hundreds of megabytes if anything believed them."""
+    header, streams, body = parse(blob)
+    lines, at, exploding = header["streams"], 0, {}
+    for i, (key, _, raw, length, _) in enumerate(lines):
+        if key == "i1":
+            for codec, data in bombs().items():
+                changed = replaced(
+                    header, ("streams", i), [key, CODECS[codec].number, raw, len(data), "rows"]
+                )
+                exploding[codec] = forge(changed, body[:at] + data + body[at + length :])
+            wide = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+            squeezer = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+            data = squeezer.compress(bytes(1 << 28)) + squeezer.flush()
+            changed = replaced(header, ("streams", i), [key, 3, raw, len(data), "rows"])
+            exploding["zstd window"] = forge(changed, body[:at] + data + body[at + length :])
+            for cut in range(3):
+                side = zlib.compress(bytes(1 << 28))
+                data = struct.pack("<IBIB", raw, cut, len(side), 0) + side
+                changed = replaced(header, ("streams", i), [key, 6, raw, len(data), "rows"])
+                exploding[f"rans {cut}"] = forge(changed, body[:at] + data + body[at + length :])
+        at += length
+    shape = [2**14, 2**14]
+    large = replaced(header, ("tensors", 0, 2), shape)
+    exploding["a larger matrix"] = forge(large, body)
+    exploding["40 MB of header"] = forge(b'{"x":[' + b"[],{}," * 7_000_000 + b"0]}", b"")
+    exploding["many tensors"] = forge(
+        header | dict(tensors=[[f"t{i}", "i1", [1], 0, 0, 0, 0] for i in range(500_000)]), body
+    )
+    return exploding
+
+
+def test_hostile_files_take_no_more_memory_than_the_model(trained, toy, tmp_path):
+    """Finding Q6: 16 kB of rANS took 383 MB, a header of 40 MB was accepted. Through the real entry point."""
+    child = """if True:
+        import sys, train_gpt as g
+        def status(key):
+            text = open("/proc/self/status").read().split(key + ":")[1]
+            return int(text.split()[0]) >> 10
+        def peak(work):
+            open("/proc/self/clear_refs", "w").write("5")
+            before = status("VmRSS")
+            code = work()
+            print("peak", code, status("VmHWM") - before)
+        peak(lambda: len(bytes(100 << 20)) and 0)
+        g.main([], g.environment() | dict(ARTIFACT=sys.argv[1]))  # the model itself
+        for path in sys.argv[2:]:
+            peak(lambda: g.main([], g.environment() | dict(ARTIFACT=path)))"""
+    files = hostile_files(trained.blob)
+    for name, blob in files.items():
+        (tmp_path / f"{name}.golf").write_bytes(blob)
+        assert len(blob) < 4_000_000
+    env = clean_env(RUN_MODE="eval", PRESET="baseline+tiny", DEVICE="cpu", DATA_PATH=toy)
+    paths = [trained.folder / "model.golf", *(tmp_path / f"{name}.golf" for name in files)]
+    command = [sys.executable, "-c", child, *map(str, paths)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    lines = re.findall(r"^peak (\d+) (-?\d+)$", done.stdout, re.MULTILINE)
+    found = [(int(code), int(megabytes)) for code, megabytes in lines]
+    assert found[0][1] >= 99, "memory is measured"
+    assert len(found) == len(files) + 1, done.stderr[-2000:]
+    odd = {name: made for name, made in zip(files, found[1:]) if made[0] != 2 or made[1] > 48}
+    assert not odd and done.stderr.count("error: ARTIFACT=") == len(files), done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_steps_that_are_no_numbers_are_refused(value):
+    """Finding Q6: NaN and infinite scales were read."""
+    for field in ("scale", "columns"):
+        parts = dict(scale=torch.ones(2), columns=torch.ones(3))
+        parts[field][1] = value
+        t = QTensor(torch.ones(2, 3).char(), parts["scale"].half(), parts["columns"].half())
+        with pytest.raises(UserError, match="w: numbers that are not finite"):
+            unpack_artifact(pack_artifact(dict(w=t), {}, PACKINGS["zlib"]))
 
 
 # ---- Lies about sizes ----
@@ -869,8 +986,8 @@ def test_a_header_that_is_no_header_is_refused_by_name(evaluate, text):
 @pytest.mark.parametrize(
     "claims",
     [
-        dict(version=4),
-        dict(version=2),
+        dict(version=5),
+        dict(version=3),
         dict(version=0),
         dict(codec=0),
         dict(codec=200),
@@ -956,10 +1073,10 @@ BROKEN = {
     "truncated": (lambda b: b[:-1000], "checksum"),
     "a script": (lambda b: b"import os; os.mkdir('owned')\n" * 99, "not an artifact"),
     "one bit flipped": (lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:], "checksum"),
-    "from the future": (lambda b: seal(b[:4] + b"\x04" + b[5:-32]), "version 4"),
+    "from the future": (lambda b: seal(b[:4] + b"\x05" + b[5:-32]), "version 5"),
     "negative shape": (lambda b: hostile(b, (*FIRST, 2), [-1, 64]), "shape"),
     "deep header": (lambda b: forge(b"[" * 200_000, b""), "malformed"),
-    "a GiB and a byte": (lambda b: hostile(b, ("streams", 0, 2), 2**30 + 1), "claims"),
+    "a GiB and a byte": (lambda b: hostile(b, ("streams", 0, 2), 2**30 + 1), "bytes where"),
 }
 
 

@@ -54,7 +54,8 @@ class Log:
     knobs: dict[str, str] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     preset: str | None = None
-    code_sha256: list[str] = field(default_factory=list)
+    code_sha256: list[str] = field(default_factory=list)  # of the file that ships
+    source_sha256: list[str] = field(default_factory=list)  # of the file that ran
     code_bytes: list[int] = field(default_factory=list)
     model_bytes: int | None = None
     total_bytes: list[int] = field(default_factory=list)
@@ -314,6 +315,8 @@ def read_log(path: Path) -> Log:
     before = [c for c in log.claims if not is_result(c)]
     log.before_quantisation = before[-1] if before else None
     log.code_sha256 = list(dict.fromkeys(found_in(r"^audit:code sha256:([0-9a-f]{64}) ", text)))
+    ran = found_in(r"^audit:source sha256:([0-9a-f]{64}) ", text)
+    log.source_sha256 = list(dict.fromkeys(ran))
     log.artifact_sha256 = last(r"^audit:artifact sha256:([0-9a-f]{64}) ", text, str)
     read_time(text, log)
     read_sizes(text, log)

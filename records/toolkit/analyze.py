@@ -74,7 +74,7 @@ def score_tokens(env: dict[str, str], limit: int = 500_000) -> dict[str, Any]:
     cfg = tg.load(env)
     rt, path = tg.Runtime(cfg, {}), Path(cfg.run.artifact)
     rt.log = lambda text, echo=True: None
-    header, tensors = tg.read_artifact(path, rt)
+    header, body = tg.read_artifact(path, rt)
     cfg = tg.artifact_config(env, path, header)
     data, numerics = tg.open_data(cfg, rt), tg.Numerics()
     if header["tokenizer_sha256"] != data.tokenizer_sha256:
@@ -82,10 +82,8 @@ def score_tokens(env: dict[str, str], limit: int = 500_000) -> dict[str, Any]:
             "DATA_PATH belongs to another tokenizer than the run's; name the right one"
         )
     data = data._replace(val=data.val[: limit + 1], val_bytes=data.val_bytes[:limit])
-    model, losses = (
-        tg.build_from_artifact(cfg, tensors, numerics).to(rt.device),
-        np.zeros(len(data.val) - 1),
-    )
+    model = tg.build_from_artifact(cfg, header, body, numerics).to(rt.device)
+    losses = np.zeros(len(data.val) - 1)
 
     def keep(batch: tg.Batch, found):
         for (_, first, n), row in zip(batch.items.tolist(), found.numpy()):

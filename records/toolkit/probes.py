@@ -116,9 +116,10 @@ def subject(env: dict[str, str]) -> tuple[tg.Config, tg.GPT, tg.Plan]:
     """(configuration, model, plan) to probe: a shrunk preset, or an artifact. Raises UserError."""
     if path := env.get("ARTIFACT"):
         rt = tg.Runtime(tg.load(env | {"RUN_MODE": "eval"}), {})
-        header, tensors = tg.read_artifact(Path(path), rt)
+        header, body = tg.read_artifact(Path(path), rt)
         cfg = tg.artifact_config(env | {"RUN_MODE": "eval"}, Path(path), header)
-        return cfg, tg.build_from_artifact(cfg, tensors, tg.Numerics()), tg.stored_plan(cfg, header)
+        model = tg.build_from_artifact(cfg, header, body, tg.Numerics())
+        return cfg, model, tg.stored_plan(cfg, header)
     shrunk = dict(
         VOCAB_SIZE=VOCAB,
         EVAL_SEQ_LEN=32,

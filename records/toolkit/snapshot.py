@@ -438,10 +438,20 @@ def draw(folder: Path):
             (folder / name).write_text(drawn)
 
 
+def shipped_code(runs: list[Run], script: Path) -> bytes:
+    """The code that the runs were counted with: what they kept of the script's packed form, else the script itself."""
+    source = script.read_bytes()
+    kept = runs[0].folder / "submission" / "train_gpt.py"
+    ran = [hashlib.sha256(source).hexdigest()]
+    if kept.is_file() and all(run.log.source_sha256 == ran for run in runs):
+        return kept.read_bytes()
+    return source
+
+
 def new(folders: list[Path], script: Path, records: Path, wanted: Wanted) -> Path:
     """Make records/track_<track>/<date>_<name>/ and return it. Raises ValueError with every reason not to."""
     runs = sorted((read_run(f) for f in folders), key=lambda r: r.log.seed)
-    code = script.read_bytes()
+    code = shipped_code(runs, script)
     refuse(runs, code, wanted)
     made = max((r.folder / "log.txt").stat().st_mtime for r in runs)
     date = wanted.date or datetime.datetime.fromtimestamp(made, datetime.UTC).strftime("%Y-%m-%d")
