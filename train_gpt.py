@@ -5906,7 +5906,8 @@ class ScoreFirstSGD(Fixed):
         items, chunks = self.windows.items(targets), cut(0, targets, c.ttt_chunk_tokens)
         for k, (begin, end) in enumerate(chunks.tolist()):
             mine = items[slice(*np.searchsorted(items[:, 1], [begin, end]))]
-            yield dealt(mine, self.windows.size, self.windows.stride, self.budget)
+            if len(mine):  # earlier windows have scored a short last chunk
+                yield dealt(mine, self.windows.size, self.windows.stride, self.budget)
             rows = cut(begin, end, self.windows.size)
             for _ in range(c.ttt_epochs if end < targets else 0):
                 tuner.step(*ledger.read(rows), cosine_rate(c.ttt_lr, k, len(chunks)))
