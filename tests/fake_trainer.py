@@ -174,21 +174,34 @@ def noisy_score(v, sigma: float) -> float:
 def log_lines(v, score: float, steps: int = 10):
     """What the real script prints, in its order."""
     total = model_bytes(v) + 1000
-    yield f"audit:code sha256:{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()} wrapped:0 bytes:1000"
-    yield "audit:env python:3 torch:fake cuda:None gpu:none host_hash:000000000000 world_size:1 threads:1"
-    yield "audit:data manifest:fake train_shards:1 val_tokens:1000 val_bytes:2500 tokenizer_sha256:fake"
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    yield f"audit:code sha256:{code} wrapped:0 bytes:1000"
+    yield (
+        "audit:env python:3 torch:fake cuda:None gpu:none host_hash:000000000000 world_size:1 "
+        "threads:1"
+    )
+    yield (
+        "audit:data manifest:fake train_shards:1 val_tokens:1000 val_bytes:2500 "
+        "tokenizer_sha256:fake"
+    )
     yield f"model_params:{model_bytes(v)}"
     for step in range(1, steps + 1):
         yield (
-            f"step:{step}/{steps} train_loss:{score * 1.7 + 3 / step:.4f} train_time:{step * 10}ms step_avg:10.00ms "
-            "tok/s:1 left:0s"
+            f"step:{step}/{steps} train_loss:{score * 1.7 + 3 / step:.4f} "
+            f"train_time:{step * 10}ms step_avg:10.00ms tok/s:1 left:0s"
         )
-    yield f"step:{steps}/{steps} val_loss:{score * 1.73:.4f} val_bpb:{score:.4f} train_time:{steps * 10}ms step_avg:1ms"
+    yield (
+        f"step:{steps}/{steps} val_loss:{score * 1.73:.4f} val_bpb:{score:.4f} "
+        f"train_time:{steps * 10}ms step_avg:1ms"
+    )
     yield "Code size: 1000 bytes"
     yield f"Total submission size: {total} bytes"
     loss = score * 2500 / 1000 * math.log(2)
     yield f"final_int8_zlib_roundtrip_exact val_loss:{loss:.8f} val_bpb:{score:.8f}"
-    yield f"final:official variant:chunked val_loss:{loss:.8f} val_bpb:{score:.8f} tokens:1000 bytes:2500"
+    yield (
+        f"final:official variant:chunked val_loss:{loss:.8f} val_bpb:{score:.8f} tokens:1000 "
+        "bytes:2500"
+    )
 
 
 @contextlib.contextmanager
@@ -216,8 +229,9 @@ def main() -> int:
     total = model_bytes(v) + 1000
     if v["run_mode"] == "plan":
         print(
-            f"model_params:{model_bytes(v)}\nplan:0 flops_per_token:1e6 slots:0 skips:\npredicted_bytes model:"
-            f"{model_bytes(v)} code:1000 total:{total} budget:{BUDGET} fits:{int(total <= BUDGET)}"
+            f"model_params:{model_bytes(v)}\nplan:0 flops_per_token:1e6 slots:0 skips:\n"
+            f"predicted_bytes model:{model_bytes(v)} code:1000 total:{total} "
+            f"budget:{BUDGET} fits:{int(total <= BUDGET)}"
         )
         return 0
     if v["run_mode"] == "eval":

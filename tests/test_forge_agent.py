@@ -38,6 +38,9 @@ GOOD = dict(
 )
 SOURCE = forge_lab.FAKE.read_text("utf-8")
 REAL = SCRIPT.read_text("utf-8")
+SCORE_DOC = (
+    '    """What a run with this seed scores; knobs that a patch adds do not change the noise."""\n'
+)
 
 
 def diff(old: str, new: str) -> str:
@@ -316,7 +319,8 @@ def test_a_late_answer_is_heard(tmp_path):
 
 
 def test_agents_have_a_budget(tmp_path):
-    """Acceptance 11: ten calls, each with another good answer, and then no more; dollars likewise."""
+    """Acceptance 11: ten calls, each with another good answer, and then no more; dollars
+    likewise."""
     command = agent_script(
         tmp_path,
         f"echo x >> {tmp_path}/calls; n=$((10 + $(wc -l < {tmp_path}/calls)))\n"
@@ -473,25 +477,22 @@ def test_patched_code_runs_without_a_network_and_its_score_is_measured_again(tmp
     lying = with_knob(
         SOURCE,
         "    sigma = sigma - v['patch_gain'] * 0 - 50\n",
-        '"""What a run with this seed scores; knobs that a patch adds do not change the noise."""\n',
+        SCORE_DOC,
     )
     with pytest.raises(ForgeError, match="at its default the patch changes the losses"):
         agent.check(GOOD | dict(kind="patch", patch=lying), c.view)
-    place = (
-        '"""What a run with this seed scores; knobs that a patch adds do not change the noise."""\n'
-    )
-    skips = with_knob(SOURCE, "    v = dict(v, matrix_lr=1e-6)\n", place)
+    skips = with_knob(SOURCE, "    v = dict(v, matrix_lr=1e-6)\n", SCORE_DOC)
     with pytest.raises(ForgeError, match="at its default the patch changes the losses"):
         agent.check(GOOD | dict(kind="patch", patch=skips), c.view)
     skips = with_knob(
         SOURCE,
         "    v = dict(v, matrix_lr=1e-6 if v.get('patch_gain') else v['matrix_lr'])\n",
-        place,
+        SCORE_DOC,
     )
     sly = with_knob(
         SOURCE,
         "    sigma = sigma + 20 * (v['matrix_lr'] == 0.022) * (v['run_mode'] == 'train')\n",
-        '"""What a run with this seed scores; knobs that a patch adds do not change the noise."""\n',
+        SCORE_DOC,
     )
     (c.folder / "inbox").mkdir()
     (c.folder / "inbox" / "1.json").write_text(json.dumps(GOOD | dict(kind="patch", patch=sly)))

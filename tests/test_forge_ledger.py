@@ -123,7 +123,8 @@ def test_state_is_a_pure_replay(tmp_path):
 
 
 def test_an_interrupted_decision_is_taken_again_the_same_way(tmp_path):
-    """A campaign that is cut off after any event and goes on ends exactly like one that never was."""
+    """A campaign that is cut off after any event and goes on ends exactly like one that never
+    was."""
     straight = forge_lab.instant(tmp_path, budget=dict(experiments=8))
     forge_lab.finish(straight)
     events = straight.ledger.read()

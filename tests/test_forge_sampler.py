@@ -132,7 +132,8 @@ def test_search_beats_hill_climbing_and_plain_tpe(campaigns):
 
 def test_a_skill_that_does_nothing_starves_and_is_flagged(campaigns):
     """Acceptance 3: of runs 10 to 60 the skill without effect gets at most 16 %, and the campaign's
-    own last word says so in 80 % of the seeds; no useful skill is called inert in more than 10 %."""
+    own last word says so in 80 % of the seeds; no useful skill is called inert in more than 10
+    %."""
     late = [x.skill for c, _, _ in campaigns for x in c.state.searches()[10:]]
     assert late.count("inert") / len(late) <= 0.16, late.count("inert") / len(late)
     called = Counter(skill for _, _, state in campaigns for skill in state.metas[-1]["inert"])

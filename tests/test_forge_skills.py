@@ -17,7 +17,15 @@ from forge.ledger import Ledger
 from forge.state import replay
 
 SKILLS = ROOT / "records" / "forge" / "skills"
-GOOD = '---\nname: my-skill\ndescription: "Does: this. Use when that."\nmetadata:\n  forge-version: "1"\n---\n\nBody.\n'
+GOOD = """---
+name: my-skill
+description: "Does: this. Use when that."
+metadata:
+  forge-version: "1"
+---
+
+Body.
+"""
 
 
 def test_shipped_skills_are_valid_and_fit_the_script():
@@ -206,7 +214,8 @@ def record(
 
 
 def test_records_are_sorted_with_reasons(tmp_path):
-    """Acceptance 18 on planted folders; every shape that the public tree has for per-seed scores."""
+    """Acceptance 18 on planted folders; every shape that the public tree has for per-seed
+    scores."""
     seeds = {"1": dict(val_bpb=1.199), "2": dict(val_bpb=1.201)}
     record(tmp_path, "1_first", dict(val_bpb=1.22, date="2026-03-01", bytes_total=15_000_000))
     record(tmp_path, "2_high", dict(val_bpb=1.20, date="2026-03-02", seed_results=seeds))

@@ -309,7 +309,8 @@ def record(root, name: str, bpb: float, seeds: int, script: str, readme: str = "
 def tree(root):
     """Four records: the first, one better by its rate, one worse by its layers, one of
     records/tools.py."""
-    read = 'a = os.environ.get("MATRIX_LR", 0.04)\nb = int(os.environ.get("NUM_LAYERS", "9"))\nc = 524_288\n'
+    read = 'a = os.environ.get("MATRIX_LR", 0.04)\n'
+    read += 'b = int(os.environ.get("NUM_LAYERS", "9"))\nc = 524_288\n'
     record(root, "2026-03-01_first", 1.22, 1, read)
     record(
         root,
@@ -542,7 +543,10 @@ def test_the_agent_shows_a_proposal_without_running_it(tmp_path, capsys, answers
         (tmp_path / f"answer{i}").write_text(
             json.dumps(dict(schema="forge.hypothesis/1", hypothesis="h") | answer)
         )
-    command = f"cat > /dev/null; cd {tmp_path}; n=$(ls asked.* 2>/dev/null | wc -l); touch asked.$n; cat answer$n"
+    command = (
+        f"cat > /dev/null; cd {tmp_path}; n=$(ls asked.* 2>/dev/null | wc -l); touch asked.$n; "
+        "cat answer$n"
+    )
     c = forge_lab.real(tmp_path, agent=dict(cmd=command), budget=dict(experiments=5, agent_calls=2))
     code, out, _ = told(capsys, "propose", c.folder, "--agent", "--skill", "optimizer", "--json")
     found, state = json.loads(out), replay(Ledger(c.folder / "events.jsonl").read())

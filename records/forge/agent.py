@@ -27,7 +27,8 @@ SCHEMA = "forge.hypothesis/1"
 PROMPT_BYTES = 24_000
 ANSWER_BYTES = 1 << 20
 STDERR_BYTES = 2000  # of an agent's standard error are kept
-BREAKER, PAUSE = 3, 10  # failures in a row that silence the agent, and for how many experiments
+BREAKER = 3
+PAUSE = 10
 PATIENCE = 0.1  # part of a run's time that the loop waits for an answer
 
 

@@ -262,7 +262,8 @@ class Campaign(Studies):
 
     def too_few(self, rung: str) -> str:
         """Why a run on a rung can never start here; empty when it can."""
-        wanted, there = self.slots_needed(rung), len(self.slots())
+        wanted = self.slots_needed(rung)
+        there = len(self.slots())
         if not self.runs.owns_devices or wanted <= there:
             return ""
         return f"a run on {rung} needs {wanted} devices, {there} are visible here"

@@ -1,4 +1,5 @@
-"""What a campaign's folder holds besides its ledger: code by content, skills, a print of the data."""
+"""What a campaign's folder holds besides its ledger: code by content, skills, a print of the
+data."""
 
 import contextlib
 import json

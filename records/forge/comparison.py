@@ -5,7 +5,7 @@ Scores are bits per byte, lower is better. sigma is the standard deviation of on
 score over seeds on one rung and one class of hosts, sigma_d that of the difference of two runs.
 Error rates of `look` + `fresh_test` (20 degrees of freedom, differences in sigma_d): a change that
 does nothing is accepted in about 0.3 % of cases, one worth 2 in about 91 %;
-tests/test_forge_judge.py simulates both.
+tests/test_forge_statistics.py simulates both.
 """
 
 import itertools
@@ -20,11 +20,8 @@ from scipy.special import stdtr, stdtrit
 LOOKS = {1: (-3.0, -0.25), 2: (-2.5, -0.5), 3: (-2.2, -0.8), 5: (-1.9, -1.9)}
 FRESH = 3  # runs per arm of the last test
 ALPHA = 0.05  # its one-sided level
-SUSPICION, PAIRABLE = (
-    0.2,
-    6,
-)  # chance that a design without interactions suspects one; most changes among which a
-# design of twelve runs can tell the pairs apart
+SUSPICION = 0.2  # chance that a design without interactions suspects one
+PAIRABLE = 6  # most changes among which a design of twelve runs can tell the pairs apart
 
 
 class Noise(NamedTuple):
@@ -68,13 +65,16 @@ def compare(new: Sequence[float], old: Sequence[float], noise: Noise) -> Test:
 
 
 def look(differences: Sequence[float], sigma_d: float) -> str:
-    """What to do after this many paired differences (new minus old): "fresh", "reject" or "more"."""
+    """What to do after this many paired differences (new minus old): "fresh", "reject" or
+    "more"."""
     n = len(differences)
     if n not in LOOKS:
         return "more"
     t = float(np.mean(differences)) / (sigma_d / math.sqrt(n))
     accept, reject = LOOKS[n]
-    return "fresh" if t < accept else "reject" if t > reject else "more"
+    if t < accept:
+        return "fresh"
+    return "reject" if t > reject else "more"
 
 
 def next_look(pairs: int) -> int:
@@ -117,7 +117,8 @@ def anchor_step(
 
 
 def minimal_gain(rung: str, noise: Noise) -> float:
-    """The smallest difference worth knowing: 0.0005 bits per byte on `target`, one sigma elsewhere."""
+    """The smallest difference worth knowing: 0.0005 bits per byte on `target`, one sigma
+    elsewhere."""
     return 0.0005 if rung == "target" else noise.sigma
 
 
@@ -151,8 +152,13 @@ def suspect(
     """
     if np.shape(design)[1] > PAIRABLE:
         return None
-    design, y, found = np.asarray(design, float), np.asarray(scores, float), []
-    product = lambda p: design[:, p[0]] * design[:, p[1]]  # noqa: E731
+    design = np.asarray(design, float)
+    y = np.asarray(scores, float)
+    found = []
+
+    def product(pair: tuple[int, int]) -> np.ndarray:
+        return design[:, pair[0]] * design[:, pair[1]]
+
     model = np.column_stack([np.ones(len(y)), design, *map(product, known)])
     for pair in itertools.combinations(range(design.shape[1]), 2):
         own = product(pair) - model @ np.linalg.lstsq(model, product(pair), rcond=None)[0]
@@ -174,7 +180,8 @@ def interaction(
     groups = [np.asarray(g, float) for g in (both, first, second, none)]
     delta = float(sum(sign * g.mean() for sign, g in zip((1, -1, -1, 1), groups)))
     error = noise.sigma * math.sqrt(sum(1 / len(g) for g in groups))
-    half, t = stdtrit(noise.df, 0.975) * error, delta / error
+    half = stdtrit(noise.df, 0.975) * error
+    t = delta / error
     return Test(delta, delta - half, delta + half, t, noise.df, float(stdtr(noise.df, t)))
 
 

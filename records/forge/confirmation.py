@@ -104,43 +104,46 @@ class Studies:
     def open_confirm(self, asked_for: bool = False) -> bool:
         """Put the anchor's claim to the test when it is asked for, its gain is large, it is
         overdue, or nothing else can be afforded."""
-        state, loop, rung = self.state, self.config["loop"], self.config["search"]["rung"]
-        rival, slimmer = self.rival(), state.anchor.items() < state.champion.items()
+        state = self.state
+        loop = self.config["loop"]
+        rung = self.config["search"]["rung"]
+        rival = self.rival()
+        slimmer = state.anchor.items() < state.champion.items()
         if config_id(state.anchor) in (config_id(state.champion), config_id(rival)):
             return False
-        since = next(
-            (
-                i
-                for i, x in enumerate(reversed(list(state.experiments.values())))
-                if x.kind == "confirm"
-            ),
-            len(state.experiments),
-        )
-        noise, old, new = (
-            state.noise(rung),
-            state.scores(state.champion, rung),
-            state.scores(state.anchor, rung),
-        )
-        gain = sum(old) / len(old) - sum(new) / len(new) if old and new and not slimmer else 0.0
+        since = 0  # experiments after the last confirmation
+        for x in reversed(list(state.experiments.values())):
+            if x.kind == "confirm":
+                break
+            since += 1
+        noise = state.noise(rung)
+        old = state.scores(state.champion, rung)
+        new = state.scores(state.anchor, rung)
+        gain = 0.0
+        if old and new and not slimmer:
+            gain = sum(old) / len(old) - sum(new) / len(new)
         over = "asked for" if asked_for else self.search_over()
-        large = loop["confirm"] != "end" and gain > 3 * comparison.minimal_gain(rung, noise)
-        if not (over or large or loop["confirm"] != "end" and since >= loop["confirm_every"]):
+        large = gain > 3 * comparison.minimal_gain(rung, noise)
+        due = loop["confirm"] != "end" and (large or since >= loop["confirm_every"])
+        if not over and not due:
             return False
-        where, last = self.config["search"].get("confirm_rung") or rung, len(self.reserve(rival))
+        where = self.config["search"].get("confirm_rung") or rung
+        last = len(self.reserve(rival))
         if self.exhausted(where, last):
             return False
         short = bool(self.exhausted(where, last + 4))
+        text = over or "the gain is large"
+        if short:
+            text = "fresh seeds only: the reserve is all that is left"
+        elif slimmer:
+            text = "the champion with fewer changes"
         self.open(
             "confirm",
             state.anchor,
             where,
             parent=rival,
             seeds=self.fresh_seeds(),
-            text="fresh seeds only: the reserve is all that is left"
-            if short
-            else "the champion with fewer changes"
-            if slimmer
-            else over or "the gain is large",
+            text=text,
             factors=[] if slimmer else self.factors(),
             source="reserve" if short else "judge",
         )
@@ -164,9 +167,12 @@ class Studies:
     def pairs_look(self, x: Experiment) -> tuple[str, int] | None:
         """The sequential part of a confirmation: (decision, pairs), or None while runs are missing.
         When the next look cannot be paid any more, fresh seeds decide alone."""
-        seeds, pairs, state = self.config["seeds"]["judge"], 0, self.state
+        seeds = self.config["seeds"]["judge"]
+        pairs = 0
+        state = self.state
         while True:
-            done, pairs = pairs, comparison.next_look(pairs)
+            done = pairs
+            pairs = comparison.next_look(pairs)
             new = [
                 1
                 for c in (x.change, x.parent)
@@ -193,7 +199,8 @@ class Studies:
     def step_confirm(self, x: Experiment):
         """Anchor against champion: sequential looks on common seeds, then the deciding test on
         fresh ones."""
-        state, pairs = self.state, 0
+        state = self.state
+        pairs = 0
         back = dict(anchor_after=state.champion)
         if x.source != "reserve":
             looked = self.pairs_look(x)
@@ -207,7 +214,7 @@ class Studies:
                 return self.close(
                     x,
                     "refuted",
-                    f"no clear gain on {pairs} common seed{'s' * (pairs > 1)}",
+                    f"no clear gain on {pairs} common seed{'s' if pairs > 1 else ''}",
                     pairs=pairs,
                     **back,
                     **self.numbers(test),
@@ -356,7 +363,9 @@ class Studies:
     def factors(self) -> list[dict]:
         """The chapter's moves as independent switches: which knobs, from what, to what. A knob that
         was moved twice belongs to its last move."""
-        state, space, found = self.state, self.space, {}
+        state = self.state
+        space = self.space
+        found = {}
         old, new = space.values(state.champion), space.values(state.anchor)
         moves = [state.experiments[name] for name in state.chapter]
         for knob in sorted(n for n in new if old[n] != new[n]):
@@ -378,7 +387,8 @@ class Studies:
     def compose(self, changes: list[dict]) -> str:
         """Open an interaction test of several changes of the anchor that were named by hand;
         returns its name. Raises ForgeError when they overlap or are not 2 to 11."""
-        values, factors = self.space.values(self.state.anchor), []
+        values = self.space.values(self.state.anchor)
+        factors = []
         for change in map(self.space.normal, changes):
             knobs = {n: [values[n], v] for n, v in change.items() if values[n] != v}
             twice = set(knobs) & {n for f in factors for n in f["knobs"]}
@@ -439,7 +449,9 @@ class Studies:
     def design_of(self, x: Experiment) -> tuple:
         """A study's design and its twelve runs. Rows that are one configuration get a seed each:
         the same run counted twice would be no repetition."""
-        design, seen, runs = comparison.plackett_burman(len(x.factors)), Counter(), []
+        design = comparison.plackett_burman(len(x.factors))
+        seen = Counter()
+        runs = []
         for row in design:
             change = self.space.normal(toggled(x.change, x.factors, row))
             runs.append((change, x.rung, x.seeds[seen[config_id(change)] % len(x.seeds)]))
@@ -511,14 +523,17 @@ class Studies:
 
     def step_pair(self, x: Experiment):
         """When two changes interact, the anchor takes their best corner, and the study's other
-        effects are corrected for the third of the interaction that the design had mixed into them."""
+        effects are corrected for the third of the interaction that the design had mixed into
+        them."""
         changes = [self.space.normal(toggled(x.change, x.factors, signs)) for signs in CORNERS]
         scores = self.gather(x, [(c, x.rung, s) for c in changes for s in x.seeds])
         if scores is None:
             return
         if None in scores:
             return self.close(x, "failed", "a run of the 2x2 failed")
-        noise, n, study = self.state.noise(x.rung), len(x.seeds), self.state.experiments[x.study]
+        noise = self.state.noise(x.rung)
+        n = len(x.seeds)
+        study = self.state.experiments[x.study]
         corners = {signs: scores[i * n : (i + 1) * n] for i, signs in enumerate(CORNERS)}
         test = comparison.interaction(*corners.values(), noise)
         text = f"together {test.delta:+.4f} [{test.low:+.4f}, {test.high:+.4f}] beyond their sum"
@@ -537,10 +552,8 @@ class Studies:
             y - sum(d / 4 * row[i] * row[j] for (i, j), d in found.items())
             for y, row in zip(measured, design)
         ]
-        tests, best = (
-            comparison.effects(design, clean, noise),
-            comparison.best_corner(corners, noise),
-        )
+        tests = comparison.effects(design, clean, noise)
+        best = comparison.best_corner(corners, noise)
         settled = {
             i: e["keep"]
             for i, e in enumerate(study.verdict["effects"])
@@ -595,11 +608,9 @@ class Studies:
     def open_promotion(self) -> bool:
         """Move the best third and a random tenth one rung up, so that transfer is measured and not
         assumed."""
-        state, search, up = (
-            self.state,
-            self.config["search"]["rung"],
-            self.config["search"].get("promote_to", ""),
-        )
+        state = self.state
+        search = self.config["search"]["rung"]
+        up = self.config["search"].get("promote_to", "")
         if not up or self.exhausted(up, reserve=True):
             return False
         if up not in state.reference:

@@ -10,12 +10,12 @@ from scipy.special import stdtr, stdtrit
 from .space import Space
 from .state import State
 
-TOO_FEW, ENOUGH = 8, 12  # shared configurations: below, no statement; from here, a rule
-TRANSFERS, FAILS = 0.4, 0.3  # bounds of tau
-FORECAST_FROM, HOPELESS = (
-    8,
-    0.05,
-)  # finished runs before a forecast; chance below which a run is not worth its end
+TOO_FEW = 8  # shared configurations: with fewer, no statement
+ENOUGH = 12  # from here on, a rule
+TRANSFERS = 0.4  # least lower bound of tau
+FAILS = 0.3  # greatest upper bound of tau
+FORECAST_FROM = 8  # finished runs before a forecast
+HOPELESS = 0.05  # chance below which a run is not worth its end
 PRIOR = dict(
     schedule="does not transfer",
     batch="does not transfer",
@@ -52,10 +52,14 @@ def transfer(
     if len(x) < TOO_FEW:
         return dict(n=len(x), word="too few")
     rows = np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))
-    tau, (lo, hi) = float(kendall(x, y)), np.quantile(kendall(x[rows], y[rows]), [0.1, 0.9])
+    tau = float(kendall(x, y))
+    (lo, hi) = np.quantile(kendall(x[rows], y[rows]), [0.1, 0.9])
     word = "unknown"
     if len(x) >= ENOUGH:
-        word = "transfers" if lo >= TRANSFERS else "does not transfer" if hi <= FAILS else "unknown"
+        if lo >= TRANSFERS:
+            word = "transfers"
+        elif hi <= FAILS:
+            word = "does not transfer"
     signs = float((np.sign(x - base[0]) == np.sign(y - base[1])).mean()) if base else None
     return dict(
         n=len(x),
@@ -70,7 +74,8 @@ def transfer(
 
 def report(state: State, space: Space) -> list[dict]:
     """Transfer of every pair of neighbouring rungs, for all configurations and per knob class."""
-    rungs, found = [r for r in state.config["rungs"] if r in state.reference], []
+    rungs = [r for r in state.config["rungs"] if r in state.reference]
+    found = []
     for lower, upper in zip(rungs, rungs[1:]):
         shared = {}
         for x in state.experiments.values():
@@ -110,7 +115,8 @@ def forecast(
     x, y = np.array(seen, float).reshape(-1, 2).T
     if len(x) < FORECAST_FROM or not np.ptp(x):
         return None
-    df, square = len(x) - 2, ((x - x.mean()) ** 2).sum()
+    df = len(x) - 2
+    square = ((x - x.mean()) ** 2).sum()
     slope = ((x - x.mean()) * (y - y.mean())).sum() / square
     middle = float(y.mean() + slope * (reading - x.mean()))
     rest = y - y.mean() - slope * (x - x.mean())
@@ -128,7 +134,8 @@ def forecast(
 
 
 def calibration(state: State) -> tuple[int, float]:
-    """How many of the last 20 forecasts have met their score, and the part of them that covered it."""
+    """How many of the last 20 forecasts have met their score, and the part of them that covered
+    it."""
     met = [
         r.forecast["low"] <= r.score <= r.forecast["high"]
         for r in state.runs.values()
@@ -192,7 +199,8 @@ def project(
     )
     weight = np.exp(log - log.max()).ravel()
     weight /= weight.sum()
-    rng, out = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    out = []
     pick = rng.choice(len(weight), 8000, p=weight)
     noise = rng.normal(0, sigma, len(pick))
     fitted_error = sigma / np.sqrt(norm)[None, :]  # of a, given c and alpha
@@ -200,10 +208,8 @@ def project(
         a.ravel()[pick]
         + rng.normal(0, 1, len(pick)) * np.broadcast_to(fitted_error, a.shape).ravel()[pick]
     )
-    exponent, floor = (
-        np.broadcast_to(alphas, a.shape).ravel()[pick],
-        np.repeat(cs, len(alphas))[pick],
-    )
+    exponent = np.broadcast_to(alphas, a.shape).ravel()[pick]
+    floor = np.repeat(cs, len(alphas))[pick]
     for w in want:
         values = floor + amplitude * (w / scale) ** -exponent + noise
         out.append(np.quantile(values, [(1 - level) / 2, 0.5, (1 + level) / 2]))

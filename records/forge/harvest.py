@@ -268,6 +268,7 @@ def text(found: dict) -> str:
         seeds = f"{len(r['seeds'])} seeds"
         lines.append(f"{r['bucket']:<7} {r['bpb']:.4f} {seeds}  {r['folder']}: {r['reason']}")
     lines += [f"unread  {u['folder']}: {u['reason']}" for u in found["unparsed"]]
-    records, unread = len(found["records"]), len(found["unparsed"])
+    records = len(found["records"])
+    unread = len(found["unparsed"])
     lines.append(f"{records} records, {found['with_seeds']} with several seeds, {unread} unread")
     return "\n".join(lines)

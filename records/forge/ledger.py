@@ -71,7 +71,8 @@ def seal(event: dict) -> str:
 
 
 def unseal(line: str) -> dict:
-    """The event of a line without its newline. Raises ValueError when the checksum does not hold."""
+    """The event of a line without its newline. Raises ValueError when the checksum does not
+    hold."""
     event = json.loads(line)
     if (
         not isinstance(event, dict)
@@ -87,10 +88,13 @@ class Ledger:
     it)."""
 
     def __init__(self, path: Path, clock: Callable[[], str] = now, durable: bool = True):
-        self.path, self.clock, self.durable = Path(path), clock, durable
+        self.path = Path(path)
+        self.clock = clock
+        self.durable = durable
 
     def read(self) -> list[dict]:
-        """All acknowledged events in order. Raises ForgeError naming the line when one is damaged."""
+        """All acknowledged events in order. Raises ForgeError naming the line when one is
+        damaged."""
         blob = self.path.read_bytes() if self.path.exists() else b""
         *lines, torn = blob.decode("utf-8", "replace").split("\n")
         events = []
@@ -101,8 +105,8 @@ class Ledger:
                     raise ValueError("number")
             except (ValueError, KeyError):
                 raise ForgeError(
-                    f"{self.path.name}: line {number} of {len(lines)} is damaged; restore the file from "
-                    "a copy or cut it before this line"
+                    f"{self.path.name}: line {number} of {len(lines)} is damaged; restore the file "
+                    "from a copy or cut it before this line"
                 ) from None
         return events
 
@@ -139,7 +143,8 @@ class Ledger:
 
     def tail(self, handle: int) -> tuple[int, int]:
         """Where the last acknowledged line ends, and its number (0 and 0 for an empty file)."""
-        size, block = os.fstat(handle).st_size, 1 << 16
+        size = os.fstat(handle).st_size
+        block = 1 << 16
         while True:
             begin = max(0, size - block)
             blob = os.pread(handle, size - begin, begin)

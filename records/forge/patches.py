@@ -80,116 +80,116 @@ BANNED_MODULES = {
     "importlib",
     "signal",
 }
+BANNED_CALLS = {
+    "os.system",
+    "os.popen",
+    "os.fork",
+    "os.kill",
+    "os.remove",
+    "os.unlink",
+    "open",
+    "io.open",
+    "os.open",
+    "Path.write_bytes",
+    "optional_import",
+}
+BANNED_METHODS = {
+    "write_text",
+    "write_bytes",
+    "unlink",
+    "rmdir",
+    "read_bytes",
+    "read_text",
+    "memmap",
+}
 MAX_LINES = 400
 SMOKE_WAIT = 3600.0  # seconds that the smoke run of a patch waits for a device
+
+
+def names_of(node: ast.stmt) -> list[str]:
+    """Names that a statement at the top of a script defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, ast.Assign):
+        return [t.id for t in node.targets if isinstance(t, ast.Name)]
+    single = isinstance(node, (ast.AnnAssign, ast.AugAssign)) and isinstance(node.target, ast.Name)
+    return [node.target.id] if single else []
 
 
 def protected_digest(source: str) -> dict[str, str]:
     """{protected section or name: hash of its syntax}; comments and layout do not count. Raises
     SyntaxError."""
-    starts = [
-        (i, int(m[1]))
-        for i, line in enumerate(source.splitlines(), 1)
-        if (m := re.match(r"# -{4} (\d+) \S.* -{3,}$", line))
-    ]
+    starts = []
+    for i, line in enumerate(source.splitlines(), 1):
+        if m := re.match(r"# -{4} (\d+) \S.* -{3,}$", line):
+            starts.append((i, int(m[1])))
     found: dict[str, str] = {}
     for node in ast.parse(source).body:
         section = max(((i, n) for i, n in starts if i <= node.lineno), default=(0, -1))[1]
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        names = (
-            [node.name]
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-            else [t.id for t in targets if isinstance(t, ast.Name)]
-        )
-        for region in [f"section {section}"] * (section in SECTIONS) + [
-            n for n in names if n in PROTECTED
-        ]:
-            found[region] = hashlib.sha256(
-                (found.get(region, "") + ast.dump(node)).encode()
-            ).hexdigest()[:16]
+        regions = [n for n in names_of(node) if n in PROTECTED]
+        if section in SECTIONS:
+            regions.insert(0, f"section {section}")
+        for region in regions:
+            text = found.get(region, "") + ast.dump(node)
+            found[region] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return found
+
+
+def shared_names(tree: ast.Module) -> set[str]:
+    """Modules, functions and classes that the whole script sees."""
+    found = set()
+    for n in ast.walk(tree):
+        if isinstance(n, (ast.Import, ast.ImportFrom)):
+            found |= {a.asname or a.name.split(".")[0] for a in n.names}
+    return found | {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+
+
+def danger(node: ast.AST, shared: set[str]) -> Iterator[str]:
+    """What one piece of syntax could reach outside or change of what is protected."""
+    if isinstance(node, ast.Assign):
+        for t in node.targets:
+            if isinstance(t, ast.Attribute) and isinstance(t.value, ast.Name):
+                if t.value.id in shared:
+                    yield f"assignment to {ast.unparse(t)}"
+    if isinstance(node, ast.Global):
+        yield "global " + ", ".join(node.names)
+    modules = []
+    if isinstance(node, ast.Import):
+        modules = [a.name for a in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        modules = [node.module or ""]
+    yield from (f"import {m}" for m in modules if m.split(".")[0] in BANNED_MODULES)
+    if isinstance(node, ast.Call):
+        name = ast.unparse(node.func)
+        module = name.split(".")[0]
+        if name in BANNED_NAMES or name in BANNED_CALLS or module in BANNED_MODULES:
+            yield f"call of {name}"
+        if isinstance(node.func, ast.Attribute) and node.func.attr in BANNED_METHODS:
+            yield f"call of .{node.func.attr}"
+    if isinstance(node, (ast.Assign, ast.AugAssign, ast.Delete)):
+        if "os.environ" in ast.unparse(node):
+            yield "change of os.environ"
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        if re.search(r"fineweb_val|final:official|_exact val_loss|audit:", node.value):
+            yield f"text {node.value[:40]!r}"
+    if isinstance(node, ast.Attribute) and node.attr.startswith("__"):
+        if node.attr not in ("__init__", "__doc__"):
+            yield f"attribute {node.attr}"
 
 
 def dangers(source: str) -> list[str]:
-    """Statements of a script that could reach outside or change what is protected, one text each."""
-    found, tree = [], ast.parse(source)
-    shared = {
-        a.asname or a.name.split(".")[0]
-        for n in ast.walk(tree)
-        if isinstance(n, (ast.Import, ast.ImportFrom))
-        for a in n.names
-    } | {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    for node in ast.walk(tree):
-        for t in getattr(node, "targets", []) if isinstance(node, ast.Assign) else []:
-            if (
-                isinstance(t, ast.Attribute)
-                and isinstance(t.value, ast.Name)
-                and t.value.id in shared
-            ):
-                found.append(f"assignment to {ast.unparse(t)}")
-        if isinstance(node, ast.Global):
-            found.append("global " + ", ".join(node.names))
-        modules = (
-            [a.name for a in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-        found += [f"import {m}" for m in modules if m.split(".")[0] in BANNED_MODULES]
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            if (
-                name in BANNED_NAMES
-                or name.split(".")[0] in BANNED_MODULES
-                or name
-                in (
-                    "os.system",
-                    "os.popen",
-                    "os.fork",
-                    "os.kill",
-                    "os.remove",
-                    "os.unlink",
-                    "open",
-                    "io.open",
-                    "os.open",
-                    "Path.write_bytes",
-                    "optional_import",
-                )
-            ):
-                found.append(f"call of {name}")
-            if isinstance(node.func, ast.Attribute) and node.func.attr in (
-                "write_text",
-                "write_bytes",
-                "unlink",
-                "rmdir",
-                "read_bytes",
-                "read_text",
-                "memmap",
-            ):
-                found.append(f"call of .{node.func.attr}")
-        if isinstance(
-            node, (ast.Assign, ast.AugAssign, ast.Delete)
-        ) and "os.environ" in ast.unparse(node):
-            found.append("change of os.environ")
-        if (
-            isinstance(node, ast.Constant)
-            and isinstance(node.value, str)
-            and re.search(r"fineweb_val|final:official|_exact val_loss|audit:", node.value)
-        ):
-            found.append(f"text {node.value[:40]!r}")
-        if (
-            isinstance(node, ast.Attribute)
-            and node.attr.startswith("__")
-            and node.attr not in ("__init__", "__doc__")
-        ):
-            found.append(f"attribute {node.attr}")
-    return found
+    """Statements of a script that could reach outside or change what is protected, one text
+    each."""
+    tree = ast.parse(source)
+    shared = shared_names(tree)
+    return [text for node in ast.walk(tree) for text in danger(node, shared)]
 
 
 def apply_patch(source: str, patch: str) -> str:
     """The script after a unified diff of exactly that file. Raises ForgeError with the reason."""
-    lines, result, at = source.splitlines(), [], 0
+    lines = source.splitlines()
+    result = []
+    at = 0
     headers = re.findall(r"^(?:---|\+\+\+) (\S+)", patch, re.M)
     if not headers or any(Path(h).name != "train_gpt.py" for h in headers):
         raise ForgeError("the patch must be a unified diff of train_gpt.py and of nothing else")

@@ -32,15 +32,19 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings(
     "ignore", category=optuna.exceptions.ExperimentalWarning
 )  # the proxy, since Optuna 4.2
-STUDY, RETRIES, LOG_BYTES = "forge-queue", 2, 1 << 20
-WAITING, RUNNING = (TrialState.WAITING,), (TrialState.WAITING, TrialState.RUNNING)
+STUDY = "forge-queue"
+RETRIES = 2
+LOG_BYTES = 1 << 20
+WAITING = (TrialState.WAITING,)
+RUNNING = (TrialState.WAITING, TrialState.RUNNING)
 
 
 class DyingLock:
     """A file lock that the kernel frees when its owner dies. Same calls as Optuna's own."""
 
     def __init__(self, path: str):
-        self.path, self.handle = path + ".flock", -1
+        self.path = path + ".flock"
+        self.handle = -1
 
     def acquire(self) -> bool:
         self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -57,7 +61,8 @@ class TornSafe(JournalFileBackend):
 
     def __init__(self, path: Path):
         super().__init__(str(path), DyingLock(str(path)))
-        self.path, self.guard = path, threading.Lock()
+        self.path = path
+        self.guard = threading.Lock()
 
     def append_logs(self, logs: list[dict[str, Any]]):
         blob = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
@@ -184,7 +189,8 @@ class QueueRuns:
 
     def keep(self, key: str, trial) -> dict:
         """Put what a worker handed back into the run's folder here; returns the record."""
-        folder, record = self.folder / key, json.loads(trial.user_attrs["record"])
+        folder = self.folder / key
+        record = json.loads(trial.user_attrs["record"])
         if not (folder / "metrics.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / f"a{record['attempt']}.out", trial.user_attrs.get("log", ""))
@@ -199,7 +205,8 @@ class QueueRuns:
 
 
 def serve(c, port: int, hours: float, publish: Callable):
-    """Decide for workers elsewhere: open the proxy on localhost and tick until the campaign stops."""
+    """Decide for workers elsewhere: open the proxy on localhost and tick until the campaign
+    stops."""
     storage = journal(c.folder / "study.journal")
     try:
         from optuna.storages import run_grpc_proxy_server

@@ -1,4 +1,5 @@
-"""What a run's log and folder say: numbers, the status that they justify, and the record of both."""
+"""What a run's log and folder say: numbers, the status that they justify, and the record of
+both."""
 
 import contextlib
 import json
@@ -107,7 +108,9 @@ def host_class(parsed: dict) -> str:
     if parsed["gpu"] not in (None, "none"):
         return f"{parsed['world']}x{parsed['gpu']}"
     with contextlib.suppress(OSError):
-        m = re.search(r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.M)
+        m = re.search(
+            r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text("utf-8", "replace"), re.M
+        )
         if m:
             return f"{m[1].strip()} x{parsed['threads'] or 1}"
     return f"{platform.machine()} x{parsed['threads'] or 1}"
@@ -166,7 +169,8 @@ def collect(
     folder: Path, order: dict, attempt: int, code: int | None, killed: str, started: str
 ) -> dict:
     """Judge an ended attempt and write metrics.json."""
-    out, script = folder / f"a{attempt}.out", Path(order["script"])
+    out = folder / f"a{attempt}.out"
+    script = Path(order["script"])
     text = out.read_text("utf-8", "replace") if out.exists() else ""
     parsed = parse_log(text, order.get("batch_tokens", 0))
     status, reason = classify(order, parsed, text, code, killed)

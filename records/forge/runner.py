@@ -138,7 +138,8 @@ def command(folder: Path, order: dict) -> list[str]:
 
 
 def environment(folder: Path, order: dict, attempt: int, mark: str) -> dict[str, str]:
-    """What a run finds in its environment: allowed names of this machine, its knobs, its devices."""
+    """What a run finds in its environment: allowed names of this machine, its knobs, its
+    devices."""
     env = clean_environment(located(order["env"], Path(order["script"])))
     env |= dict(RUNS_DIR=str(folder), RUN_ID=f"a{attempt}", SEED=str(order["seed"]))
     if order.get("devices"):
@@ -212,16 +213,16 @@ def supervise(folder: Path) -> dict | None:
         write_identity(folder / "supervisor.json", os.getpid())
         order = json.loads((folder / "run.json").read_text("utf-8"))
         clear_orphans(folder)
-        attempt = len(list(folder.glob("a*.out")))
-        if attempt and FINAL.search((folder / f"a{attempt}.out").read_text("utf-8", "replace")):
-            return collect(folder, order, attempt, 0, "", order.get("ordered", now()))
-        if attempt >= MAX_ATTEMPTS:
-            return collect(folder, order, attempt, None, f"interrupted {attempt} times", now())
+        made = len(list(folder.glob("a*.out")))
+        if made and FINAL.search((folder / f"a{made}.out").read_text("utf-8", "replace")):
+            return collect(folder, order, made, 0, "", order.get("ordered", now()))
+        if made >= MAX_ATTEMPTS:
+            return collect(folder, order, made, None, f"interrupted {made} times", now())
         with on_devices(order) as (names, handles):
             order["devices"] = names[: order.get("nproc", 1)]
             started = now()
             order["begin"] = time.time()
-            for attempt in range(attempt + 1, MAX_ATTEMPTS + 1):
+            for attempt in range(made + 1, MAX_ATTEMPTS + 1):
                 code, killed = run_attempt(folder, order, attempt, handles)
                 if killed or code not in KILLED_FROM_OUTSIDE:
                     break

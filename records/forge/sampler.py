@@ -19,16 +19,14 @@ from .space import Knob, Space, config_id
 from .state import State
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-DISCOUNT = (
-    0.6  # weight of a credit per later try of the same skill: what a skill had to give, it gave
-)
-SPREAD = 1.5  # of the posterior; below 1.5 an early winner starves the rest, above 2 the inert skill costs more
+# Weight of a credit per later try of the same skill: what a skill had to give, it gave.
+DISCOUNT = 0.6
+# Of the posterior: below 1.5 an early winner starves the rest, above 2 the inert skill costs more.
+SPREAD = 1.5
 TRUST = 1.5  # spreads between a skill of which every record speaks well and one of average
-SUBSET, MOST = (
-    0.6,
-    4,
-)  # chance of a further knob of the skill to move along; most knobs of one proposal: eight drawn
-# at once from a tuned configuration are hardly ever better
+SUBSET = 0.6  # chance of a further knob of the skill to move along
+# Most knobs of one proposal: eight drawn at once from a tuned configuration are hardly ever better.
+MOST = 4
 FLOOR = 0.05  # smallest share of proposals of every skill
 REDRAWS = 8
 
@@ -150,10 +148,8 @@ def study_of(knobs: dict[str, Knob], state: State, sampler) -> optuna.Study:
 
 def sample(state: State, space: Space, skill: str, seed: int) -> dict[str, Any]:
     """A change of the anchor in some of the skill's knobs, by TPE over everything seen."""
-    rng, names = (
-        np.random.default_rng(seed),
-        [n for n, k in space.knobs.items() if k.skill == skill],
-    )
+    rng = np.random.default_rng(seed)
+    names = [n for n, k in space.knobs.items() if k.skill == skill]
     chosen = rng.choice(
         len(names), 1 + rng.binomial(min(len(names), MOST) - 1, SUBSET), replace=False
     )
@@ -176,7 +172,8 @@ def ranges_of(state: State, skill: str) -> dict[str, tuple[float, float]]:
 
 
 def generator(state: State, *more: Any) -> np.random.Generator:
-    """Randomness that depends on the campaign's seed and on where it stands, never on the moment."""
+    """Randomness that depends on the campaign's seed and on where it stands, never on the
+    moment."""
     return np.random.default_rng(
         int(digest([state.config["seed"], len(state.experiments), len(state.refused), *more]), 16)
     )
@@ -188,13 +185,15 @@ def propose(state: State, space: Space, skill: str = "") -> tuple[str, dict] | N
     seen = {x.cid for x in state.experiments.values()} | {
         config_id(p["change"]) for p in state.refused
     }
-    rng, last = generator(state), state.refused[-1] if state.refused else {}
+    rng = generator(state)
+    last = state.refused[-1] if state.refused else {}
     again = sum(p["at"] == len(state.experiments) for p in state.refused) % 4
     for attempt in range(REDRAWS):
         if (
             again and last["oversize"] and attempt < REDRAWS // 2
         ):  # all its smaller forms may have been tried
-            chosen, change = last["skill"], shrunk(last["change"], space, rng, state.retired)
+            chosen = last["skill"]
+            change = shrunk(last["change"], space, rng, state.retired)
         else:
             chosen = skill or choose_skill(state, space.skills, rng)
             change = sample(state, space, chosen, int(rng.integers(2**31)))

@@ -23,8 +23,8 @@ metadata:
 
 {text}
 
-Knobs and ranges are in `assets/knobs.json`. `assets/evidence.json` and `references/playbook.md` of a campaign's copy
-are written by the forge: numbers there were measured, the text above was not.
+Knobs and ranges are in `assets/knobs.json`. `assets/evidence.json` and `references/playbook.md` of
+a campaign's copy are written by the forge: numbers there were measured, the text above was not.
 """
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -51,10 +51,11 @@ def check(folder: Path) -> list[str]:
     """What is wrong with one skill folder, by rule; empty when it is valid."""
     path = folder / "SKILL.md"
     try:
-        head, body = frontmatter(path.read_text())
+        head, body = frontmatter(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         return [f"{folder.name}/SKILL.md: {error}"]
-    name, description = head.get("name", ""), head.get("description", "")
+    name = head.get("name", "")
+    description = head.get("description", "")
     rules = [
         (name == folder.name, f"name {name!r} is not the folder's"),
         (
@@ -87,8 +88,8 @@ def check_all(skills: Path, script: Path, env: dict | None = None) -> list[str]:
     tables = {}
     for path in sorted(skills.glob("*/assets/knobs.json")):
         try:
-            tables[path.parts[-3]] = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            tables[path.parts[-3]] = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
             problems.append(f"{path.parts[-3]}/assets/knobs.json: {error}")
     try:
         space.Space.build(space.describe(script, env or {}), tables, env or {})
@@ -109,13 +110,16 @@ def knob_of(item: str) -> tuple[str, dict]:
             return name, dict(choices=rest.split(","))
         if set(more[1:]) - {"log", "steps"}:
             raise ValueError
-        return name, dict(low=float(low), high=float(more[0])) | (
-            {"log": True} if "log" in more else {}
-        ) | ({"as": "fraction_of_steps"} if "steps" in more else {})
+        found = dict(low=float(low), high=float(more[0]))
+        if "log" in more:
+            found["log"] = True
+        if "steps" in more:
+            found["as"] = "fraction_of_steps"
+        return name, found
     except ValueError:
         raise ForgeError(
-            f"--knob {item}: want NAME=LOW:HIGH, with :log or :steps (a part of all steps) behind it, or "
-            "NAME=CHOICE,CHOICE"
+            f"--knob {item}: want NAME=LOW:HIGH, with :log or :steps (a part of all steps) behind "
+            "it, or NAME=CHOICE,CHOICE"
         ) from None
 
 
@@ -139,9 +143,11 @@ def create(
         shutil.copytree(skills, drafts)
         (drafts / name / "assets").mkdir(parents=True)
         (drafts / name / "SKILL.md").write_text(
-            TEMPLATE.format(name=name, about=json.dumps(about), text=about)
+            TEMPLATE.format(name=name, about=json.dumps(about), text=about), "utf-8"
         )
-        (drafts / name / "assets" / "knobs.json").write_text(json.dumps(knobs, indent=2) + "\n")
+        (drafts / name / "assets" / "knobs.json").write_text(
+            json.dumps(knobs, indent=2) + "\n", "utf-8"
+        )
         if problems := check(drafts / name) or check_all(drafts, script, env):
             raise ForgeError("\n".join(problems))
         shutil.copytree(drafts / name, skills / name)

@@ -13,12 +13,15 @@ from . import comparison, sampler
 from .space import Space
 from .state import State
 
-MIN_COMPARISONS, MIN_PARENTS, MIN_SIGNS = 3, 2, 0.8
+MIN_COMPARISONS = 3
+MIN_PARENTS = 2
+MIN_SIGNS = 0.8
 WORTH = 0.0003  # smallest mean gain of a proven claim on `target`, bits per byte
 STALE_AFTER = 50  # experiments without new evidence
 INERT_AFTER = 5  # tries, all alike, that make a skill inert
 NARROW_AFTER = 20  # tries before ranges are narrowed
-ROLLBACK_USES, ROLLBACK_AT = 10, 0.9
+ROLLBACK_USES = 10
+ROLLBACK_AT = 0.9
 
 
 def claim_name(skill: str, knobs: dict[str, list], space: Space) -> str:
@@ -43,8 +46,10 @@ def crystallise(
     gain worth having, and four of five signs negative. refuted: the lower bound excludes a gain of
     sigma. stale: nothing new for 50 experiments; `was` is what it had been. Else a heuristic.
     """
-    deltas, errors = np.array([e["delta"] for e in evidence]), np.array([e["se"] for e in evidence])
-    k, mean = len(deltas), float(deltas.mean())
+    deltas = np.array([e["delta"] for e in evidence])
+    errors = np.array([e["se"] for e in evidence])
+    k = len(deltas)
+    mean = float(deltas.mean())
     within = float(np.sqrt((errors**2).mean()))
     spread = max(
         float(deltas.std(ddof=1)) if k > 1 else 0.0, within
@@ -80,7 +85,8 @@ def crystallise(
 def claims(state: State) -> list[dict]:
     """Every claim with its standing per rung. `proven` without a suffix needs the next rung up as
     well."""
-    found, now = [], len(state.searches())
+    found = []
+    now = len(state.searches())
     rungs = list(state.config["rungs"])
     for number, (claim, evidence) in enumerate(sorted(state.evidence.items()), 1):
         for rung in dict.fromkeys(e["rung"] for e in evidence):
@@ -114,7 +120,8 @@ def line_of(c: dict) -> str:
     moves = ", ".join(f"{n} {a} -> {b}" for n, (a, b) in sorted(c["knobs"].items()))
     interval = f" [{c['low']:+.4f}, {c['high']:+.4f}]" if c["low"] is not None else ""
     return (
-        f"{c['id']} {c['label']} (k={c['k']}, parents {c['parents']}): {moves}, delta {c['mean']:+.4f}{interval} "
+        f"{c['id']} {c['label']} (k={c['k']}, parents {c['parents']}): {moves}, delta "
+        f"{c['mean']:+.4f}{interval} "
         f"bits per byte on {c['rung']}; evidence {', '.join(c['experiments'])}"
     )
 
@@ -140,7 +147,8 @@ def survivors(state: State) -> dict[str, int]:
 def skill_table(state: State, space: Space) -> list[dict]:
     """How every skill did: tries, moves, survivors, gain per try with 95 % interval, failures,
     minutes per 0.001."""
-    upheld, rows = survivors(state), []
+    upheld = survivors(state)
+    rows = []
     for arm in sampler.arms(state, space.skills):
         mine = [x for x in state.searches() if x.skill == arm.skill]
         failed = sum(x.verdict["delta"] is None for x in mine)
@@ -191,7 +199,8 @@ def inert_skills(state: State, skills: list[str]) -> list[str]:
 
 
 def importance(state: State, space: Space) -> dict[str, float]:
-    """PED-ANOVA importance of every knob over the search so far; empty while there is too little."""
+    """PED-ANOVA importance of every knob over the search so far; empty while there is too
+    little."""
     import optuna
 
     if len(state.searches()) < NARROW_AFTER:
@@ -236,9 +245,33 @@ def narrowed(state: State, space: Space, skill: str) -> dict[str, list[float]]:
 def probability_worse(after: tuple[int, int], before: tuple[int, int]) -> float:
     """P(win rate after < win rate before) for (wins, tries) each, with flat priors."""
     grid = np.linspace(0, 1, 2001)
-    (wa, na), (wb, nb) = after, before
+    (wa, na) = after
+    (wb, nb) = before
     below = np.diff(betainc(1 + wb, 1 + nb - wb, grid))  # mass of "before" between grid points
     return float((below * betainc(1 + wa, 1 + na - wa, (grid[1:] + grid[:-1]) / 2)).sum())
+
+
+def rolled_back(skill: str, versions: list[dict], mine: list, text: str) -> dict | None:
+    """The version that takes a playbook's ranges back, when its skill wins less often since; None
+    when there is no ground for that."""
+    last = versions[-1] if versions else {}
+    if not last.get("ranges") or last["reason"] == "rollback":
+        return None
+    won = [x.verdict["verdict"] == "tentative" for x in mine]
+    after, before = won[last["at"] :], won[max(0, last["at"] - NARROW_AFTER) : last["at"]]
+    worse = probability_worse((sum(after), len(after)), (sum(before), len(before)))
+    if len(after) < ROLLBACK_USES or worse <= ROLLBACK_AT:
+        return None
+    return dict(
+        skill=skill,
+        version=len(versions) + 1,
+        at=len(mine),
+        text=text,
+        ranges=versions[-2]["ranges"] if len(versions) > 1 else {},
+        reason="rollback",
+        note=f"{sum(after)} of {len(after)} tries won since version {len(versions)}, "
+        f"{sum(before)} of {len(before)} before",
+    )
 
 
 def edits(state: State, space: Space, standing: list[dict]) -> list[dict]:
@@ -248,66 +281,29 @@ def edits(state: State, space: Space, standing: list[dict]) -> list[dict]:
     found = []
     for skill in space.skills:
         versions = state.playbooks.get(skill, [])
-        mine = [x for x in state.searches() if x.skill == skill]
-        lines = [
-            line_of(c)
-            for c in standing
-            if c["skill"] == skill and c["status"] in ("proven", "refuted")
-        ]
-        text, ranges, reason = (
-            "\n".join(lines),
-            versions[-1]["ranges"] if versions else {},
-            "claims",
-        )
-        if versions and versions[-1]["ranges"] and versions[-1]["reason"] != "rollback":
-            cut = versions[-1]["at"]
-            won = [x.verdict["verdict"] == "tentative" for x in mine]
-            after, before = won[cut:], won[max(0, cut - NARROW_AFTER) : cut]
-            if (
-                len(after) >= ROLLBACK_USES
-                and probability_worse((sum(after), len(after)), (sum(before), len(before)))
-                > ROLLBACK_AT
-            ):
-                old = versions[-2] if len(versions) > 1 else dict(ranges={}, text="")
-                found.append(
-                    dict(
-                        skill=skill,
-                        version=len(versions) + 1,
-                        at=len(mine),
-                        text=text,
-                        ranges=old["ranges"],
-                        reason="rollback",
-                        note=f"{sum(after)} of {len(after)} tries won since version {len(versions)}, "
-                        f"{sum(before)} of {len(before)} before",
-                    )
-                )
-                continue
+        tried = [x for x in state.searches() if x.skill == skill]
+        claims_of = [c for c in standing if c["skill"] == skill]
+        settled = [c for c in claims_of if c["status"] in ("proven", "refuted")]
+        text = "\n".join(map(line_of, settled))
+        if edit := rolled_back(skill, versions, tried, text):
+            found.append(edit)
+            continue
+        known = (versions[-1]["text"], versions[-1]["ranges"]) if versions else ("", {})
+        ranges = known[1]
+        proven = any(c["status"] == "proven" for c in claims_of)
         taken_back = any(v["reason"] == "rollback" for v in versions)
-        if (
-            any(c["skill"] == skill and c["status"] == "proven" for c in standing)
-            and not ranges
-            and not taken_back
-        ):
-            ranges, reason = narrowed(state, space, skill), "claims"
-        if (text, ranges) != (
-            (versions[-1]["text"], versions[-1]["ranges"]) if versions else ("", {})
-        ):
-            found.append(
-                dict(
-                    skill=skill,
-                    version=len(versions) + 1,
-                    at=len(mine),
-                    text=text,
-                    ranges=ranges,
-                    reason=reason,
-                )
-            )
+        if proven and not ranges and not taken_back:
+            ranges = narrowed(state, space, skill)
+        if (text, ranges) != known:
+            version = dict(skill=skill, version=len(versions) + 1, at=len(tried))
+            found.append(version | dict(text=text, ranges=ranges, reason="claims"))
     return found
 
 
 def summarise(state: State, space: Space, index: int) -> dict[str, Any]:
     """Everything that one pass of the meta-layer finds."""
-    table, standing = skill_table(state, space), claims(state)
+    table = skill_table(state, space)
+    standing = claims(state)
     rungs = sorted({r.rung for r in state.runs.values() if r.score is not None})
     return dict(
         index=index,

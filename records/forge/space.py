@@ -64,8 +64,9 @@ spec.loader.exec_module(script)
 knobs = {}
 for name, (group, f) in script.KNOBS.items():
     m = f.metadata
-    knobs[name.upper()] = dict(group=group, type=type(f.default).__name__, lo=m["lo"], hi=m["hi"], doc=m["doc"],
-                               choices=list(m["choices"]), unit=m["unit"], needs=m["needs"])
+    knobs[name.upper()] = dict(group=group, type=type(f.default).__name__, lo=m["lo"], hi=m["hi"],
+                               doc=m["doc"], choices=list(m["choices"]), unit=m["unit"],
+                               needs=m["needs"])
 try:
     values = {k.upper(): v for k, v in script.load(json.loads(sys.argv[2])).values().items()}
     print(json.dumps(dict(knobs=knobs, values=values)))
@@ -95,7 +96,7 @@ class Knob:
         """The nearest value of the space, in its canonical form. Raises ForgeError for one that
         cannot be read."""
         if self.kind == "choice":
-            text = str(int(value)) if isinstance(value, bool) else str(value)
+            text = text_of(value)
             if text not in self.choices:
                 raise ForgeError(f"{self.name}={text}: want one of {', '.join(self.choices)}")
             return text
@@ -170,12 +171,15 @@ def describe(script: Path, env: dict[str, str]) -> dict[str, Any]:
 
 
 class Space:
-    """All knobs that the skills of a campaign may change, and how a change becomes an environment."""
+    """All knobs that the skills of a campaign may change, and how a change becomes an
+    environment."""
 
     def __init__(
         self, knobs: dict[str, Knob], base_env: dict[str, str], base_values: dict[str, Any]
     ):
-        self.knobs, self.base_env, self.base_values = knobs, base_env, base_values
+        self.knobs = knobs
+        self.base_env = base_env
+        self.base_values = base_values
         self.skills = sorted({k.skill for k in knobs.values()})
         self.switches: set[str] = set()  # knobs that patches added: set by hypotheses, not searched
 
@@ -183,7 +187,8 @@ class Space:
     def build(cls, described: dict, skills: dict[str, dict], base_env: dict[str, str]) -> "Space":
         """From a script's description and {skill: contents of its knobs.json}. All mistakes are
         reported at once."""
-        knobs, errors = {}, []
+        knobs = {}
+        errors = []
         for skill, table in sorted(skills.items()):
             for name, want in table.items():
                 try:
@@ -229,7 +234,8 @@ class Space:
         rung that names `tokens`, runs end by tokens and never by the clock: a larger batch gets
         fewer steps. Counts of steps follow the expected steps."""
         env = dict(self.base_env)
-        values, steps = self.base_values | change, rung["steps"]
+        values = self.base_values | change
+        steps = rung["steps"]
         fixed = {k: str(v) for k, v in rung.get("env", {}).items()}
         if rung.get("tokens"):
             steps = max(
@@ -256,7 +262,8 @@ class Space:
 
 
 def holds(needs: str, values: dict[str, str]) -> bool:
-    """Whether a `needs` rule of the script is met: ways joined by " or ", each of conditions joined by " and "."""
+    """Whether a `needs` rule of the script is met: ways joined by " or ", each of conditions joined
+    by " and "."""
     return not needs or any(
         all(is_met(condition, values) for condition in way.split(" and "))
         for way in needs.split(" or ")
@@ -276,6 +283,11 @@ def is_met(condition: str, values: dict[str, str]) -> bool:
     return {"==": a == b, "!=": a != b, "<": a < b, ">": a > b}[op]
 
 
+def text_of(value: Any) -> str:
+    """A choice as the environment says it."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
 def make_knob(name: str, skill: str, want: dict, described: dict) -> Knob:
     """One knob of a skill, checked against the script. Raises ForgeError."""
     known = described["knobs"].get(name)
@@ -283,54 +295,51 @@ def make_knob(name: str, skill: str, want: dict, described: dict) -> Knob:
         raise ForgeError("the script has no such knob")
     if barred := no_treatment(name, known["group"]):
         raise ForgeError(barred)
-    value, of_steps = described["values"][name], want.get("as") == "fraction_of_steps"
     klass = want.get("class") or class_of(known["group"], name, known["unit"])
     if klass not in CLASSES:
         raise ForgeError(f"class {klass!r}: want one of {', '.join(CLASSES)}")
     common = dict(name=name, skill=skill, klass=klass, needs=known["needs"])
+    value = described["values"][name]
     if known["type"] == "bool" or "choices" in want:
-        text = lambda v: str(int(v)) if isinstance(v, bool) else str(v)  # noqa: E731
-        choices = list(map(text, want.get("choices", [False, True])))
-        wrong = (
-            set(choices) - set(map(text, known["choices"] or [False, True]))
-            if known["type"] in ("bool", "str") or known["choices"]
-            else set()
-        )
-        if wrong:
-            raise ForgeError(f"choices {', '.join(sorted(wrong))} are not among the script's")
+        base = text_of(value)
+        choices = choices_of(want, known)
         return Knob(
-            kind="choice",
-            base=text(value),
-            choices=tuple(dict.fromkeys([*choices, text(value)])),
-            **common,
+            kind="choice", base=base, choices=tuple(dict.fromkeys([*choices, base])), **common
         )
+    return numeric_knob(want, known, value, described["values"], common)
+
+
+def choices_of(want: dict, known: dict) -> list[str]:
+    """The choices that a skill names, all of them the script's. Raises ForgeError."""
+    choices = [text_of(v) for v in want.get("choices", [False, True])]
+    if known["type"] in ("bool", "str") or known["choices"]:
+        allowed = {text_of(v) for v in known["choices"] or [False, True]}
+        if wrong := sorted(set(choices) - allowed):
+            raise ForgeError(f"choices {', '.join(wrong)} are not among the script's")
+    return choices
+
+
+def numeric_knob(want: dict, known: dict, value: Any, values: dict, common: dict) -> Knob:
+    """A knob with a range, which is widened to hold the base. Raises ForgeError."""
+    of_steps = want.get("as") == "fraction_of_steps"
+    log = bool(want.get("log"))
     low, high = float(want["low"]), float(want["high"])
-    if (
-        "at_most" in want
-    ):  # a knob whose larger values all mean the same, such as "top blocks" beyond NUM_LAYERS
-        high = min(high, float(described["values"][want["at_most"]]))
-    limits = (0, 1) if of_steps else (known["lo"], known["hi"])
-    if not limits[0] <= low < high <= limits[1]:
-        raise ForgeError(
-            f"range {low:g} to {high:g}: want a range inside {limits[0]} to {limits[1]}"
-        )
-    if want.get("log") and low <= 0:
+    if "at_most" in want:  # larger values all mean the same, as "top blocks" beyond NUM_LAYERS
+        high = min(high, float(values[want["at_most"]]))
+    least, most = (0, 1) if of_steps else (known["lo"], known["hi"])
+    if not least <= low < high <= most:
+        raise ForgeError(f"range {low:g} to {high:g}: want a range inside {least} to {most}")
+    if log and low <= 0:
         raise ForgeError("a logarithmic range begins above 0")
-    base = value / described["values"].get("ITERATIONS", 1) if of_steps else value
-    base = float(f"{min(base, 1.0):.4g}") if of_steps else base
-    low, high = (low, high) if want.get("log") and base <= 0 else (min(low, base), max(high, base))
+    base = value
+    if of_steps:
+        base = float(f"{min(value / values.get('ITERATIONS', 1), 1.0):.4g}")
+    if not log or base > 0:
+        low, high = min(low, base), max(high, base)
     if not low <= base <= high:
         raise ForgeError(f"the base value {base:g} lies outside a logarithmic range")
     kind = "float" if of_steps or known["type"] == "float" else "int"
-    return Knob(
-        kind=kind,
-        base=base,
-        low=low,
-        high=high,
-        log=bool(want.get("log")),
-        of_steps=of_steps,
-        **common,
-    )
+    return Knob(kind=kind, base=base, low=low, high=high, log=log, of_steps=of_steps, **common)
 
 
 def plan(

@@ -64,7 +64,8 @@ def run_kinds(state: State) -> dict[str, int]:
 
 def standing(view: View) -> dict[str, Any]:
     """Where a campaign stands, for people and programs."""
-    state, rung = view.state, view.rung
+    state = view.state
+    rung = view.rung
     named = dict(base={}, anchor=state.anchor, champion=state.champion)
     means = {}
     for name, change in named.items():
@@ -116,7 +117,8 @@ def what_happened(x: Experiment, delta: float | None, sigma: float) -> str:
 
 
 def failed_ideas(view: View) -> list[dict]:
-    """What did not work, claims that fell on fresh seeds first, then failed runs, then the worst."""
+    """What did not work, claims that fell on fresh seeds first, then failed runs, then the
+    worst."""
     rows = []
     for x in view.state.experiments.values():
         if not x.verdict or x.verdict["verdict"] not in ("reject", "refuted", "not upheld"):
@@ -178,7 +180,8 @@ def pairs(state: State) -> list[dict]:
 # ---- The report's pictures -----------------------------------------------------------------------
 def progress(view: View) -> dict[str, Any]:
     """Every try, the anchor's stairs, and the bands of base and champion, on the search's rung."""
-    state, rung = view.state, view.rung
+    state = view.state
+    rung = view.rung
     points, stairs = [], []
     anchor: dict = {}
     for i, x in enumerate(state.searches(), 1):
@@ -224,7 +227,8 @@ def minutes_spent(state: State) -> dict[str, float]:
 
 def curves(view: View) -> dict[str, list]:
     """{name: [step, nats]} of one run each of base, anchor and champion, as their folders say."""
-    state, rung = view.state, view.rung
+    state = view.state
+    rung = view.rung
     scored = [r for r in state.runs.values() if r.score is not None and r.rung == rung]
     found = {}
     for name, change in (("base", {}), ("anchor", state.anchor), ("champion", state.champion)):

@@ -12,7 +12,8 @@ from .space import config_id
 
 @dataclass
 class Run:
-    """One process to be, in being, or done. `record` is what the supervisor found, once it is over."""
+    """One process to be, in being, or done. `record` is what the supervisor found, once it is
+    over."""
 
     key: str
     exp: str
@@ -96,7 +97,8 @@ class State:
         self.config = e["config"]
 
     def on_config(self, e):
-        self.config, self.stopped = e["config"], ""
+        self.config = e["config"]
+        self.stopped = ""
 
     def on_proposed(self, e):
         names = Experiment.__dataclass_fields__
@@ -150,7 +152,8 @@ class State:
         for claim in x.verdict.get("evidence", ()):
             self.evidence[claim["claim"]].append(claim | dict(exp=x.id, at=len(self.searches())))
         if "champion_after" in x.verdict:
-            self.champion, self.chapter = x.verdict["champion_after"], []
+            self.champion = x.verdict["champion_after"]
+            self.chapter = []
         if "anchor_after" in x.verdict:
             self.anchor = x.verdict["anchor_after"]
             if x.verdict["verdict"] == "tentative":
@@ -198,7 +201,8 @@ class State:
 
     def scores(self, change: dict, rung: str, seeds: Iterable[int] | None = None) -> list[float]:
         """Finished scores of a configuration on a rung, of these seeds or of all."""
-        cid, allowed = config_id(change), None if seeds is None else set(seeds)
+        cid = config_id(change)
+        allowed = None if seeds is None else set(seeds)
         return [
             r.score
             for (c, g, s), r in self.by_place.items()
@@ -215,10 +219,8 @@ class State:
 
     def noise(self, rung: str) -> comparison.Noise:
         """The rung's noise over all replicates so far, on the host class that has most runs."""
-        groups, hosts = (
-            defaultdict(list),
-            Counter(r.record["host"] for r in self.runs.values() if r.score is not None),
-        )
+        groups = defaultdict(list)
+        hosts = Counter(r.record["host"] for r in self.runs.values() if r.score is not None)
         host = hosts.most_common(1)[0][0] if hosts else ""
         for (cid, where, _), run in self.by_place.items():
             if where == rung and run.score is not None and run.record["host"] == host:
@@ -239,7 +241,8 @@ class State:
 
     def expected_seconds(self, rung: str, change: dict | None = None) -> float:
         """How long a run on this rung takes: the median so far, of this configuration if it ran
-        there, or half the rung's limit before any is known. Runs that were cut short do not count."""
+        there, or half the rung's limit before any is known. Runs that were cut short do not
+        count."""
         runs = [
             r
             for r in self.runs.values()

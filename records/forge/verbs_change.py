@@ -185,7 +185,8 @@ def harvest(asked):
             if not prior:
                 nothing = f"no record there changed a knob of {asked.into}'s skills"
                 raise ForgeError(f"{asked.folder}: {nothing}")
-            folder, count = Path(asked.folder).name, len(found["records"])
+            folder = Path(asked.folder).name
+            count = len(found["records"])
             c.record("harvested", folder=folder, records=count, prior=prior)
         for skill, (good, bad) in sorted(prior.items()):
             text += f"\n{skill}: {good:g} for, {bad:g} against"

@@ -60,7 +60,8 @@ def knobs(asked):
     base = dict(PRESET=asked.preset)
     described = space_module.describe(Path(asked.script), base)
     space = space_module.Space.build(described, load_skills(Path(asked.skills)), base)
-    free, barred = [], {}
+    free = []
+    barred = {}
     for name in sorted(set(described["knobs"]) - set(space.knobs)):
         why = space_module.no_treatment(name, described["knobs"][name]["group"])
         if why:
