@@ -143,6 +143,9 @@ def group(tmp_path, name: str, gain: float, **what) -> str:
     return str(Record(runs, name=name).write(tmp_path))
 
 
+LINE = dict(train_seq_len=2048, train_batch_tokens=786432, num_layers=11, model_dim=512)
+
+
 def run(*args: str):
     return subprocess.run([*TOOLS, "compare", *args], capture_output=True, text=True, timeout=60)
 
@@ -167,10 +170,10 @@ def test_a_chain_of_records(tmp_path):
 
 def test_pairs_only_within_a_lineage(tmp_path):
     base, new = (
-        group(tmp_path, "2026-05-01_A", 0.0),
-        group(tmp_path, "2026-05-02_B", 0.01, knobs=dict(matrix_lr=0.03)),
+        group(tmp_path, "2026-05-01_A", 0.0, knobs=LINE),
+        group(tmp_path, "2026-05-02_B", 0.01, knobs=LINE | dict(matrix_lr=0.03)),
     )
-    other = group(tmp_path, "2026-05-03_C", 0.01, knobs=dict(num_layers=12))
+    other = group(tmp_path, "2026-05-03_C", 0.01, knobs=LINE | dict(num_layers=12))
     single = str(Record(RUNS[:1], name="2026-05-04_D").write(tmp_path))
     paired = compare.compare_all([base, new], pair=True)[0]
     gains = 0.01 * np.array([1, 1.05, 1.1])
@@ -183,6 +186,40 @@ def test_pairs_only_within_a_lineage(tmp_path):
         with pytest.raises(ValueError, match=reason):
             compare.compare_all([base, wrong], pair=True)
     assert compare.compare_all([base, single])[0]["p_any_gain"] is None
+
+
+def test_unknown_lineage_and_other_tokenizers_are_not_paired(tmp_path):
+    """Finding R5: what both logs left out counted as equal, and groups of other tokenizers were paired."""
+    groups = dict(
+        base=dict(knobs=LINE),
+        silent=dict(),
+        short=dict(knobs=LINE | dict(model_dim="")),
+        smaller=dict(
+            knobs=LINE | dict(vocab_size=1024), tokens=62_021_632, ratio=TEXT_BYTES / 62_021_632
+        ),
+        recut=dict(knobs=LINE, tokens=TOKENS + 2048, ratio=TEXT_BYTES / (TOKENS + 2048)),
+        uncounted=dict(knobs=LINE, count_shown=False),
+        shards=dict(knobs=LINE | dict(train_shards=10)),
+    )
+    made = {
+        name: group(tmp_path, f"2026-05-0{i + 1}_{name}", 0.01 * i, **what)
+        for i, (name, what) in enumerate(groups.items())
+    }
+    reasons = dict(
+        silent="unknown train_seq_len, unknown train_batch_tokens, unknown num_layers",
+        short="other model_dim",
+        smaller="other vocabulary, other tokenizer",
+        recut="other tokenizer",
+        uncounted="unknown tokenizer",
+        shards="other data",
+    )
+    for name, reason in reasons.items():
+        done = run(made["base"], made[name], "--paired")
+        assert done.returncode == 2 and reason in done.stderr, (name, done.stderr)
+        assert len(done.stderr.splitlines()) == 1
+    done = run(made["silent"], made["silent"], "--paired")
+    assert done.returncode == 2 and "unknown model_dim" in done.stderr
+    assert run(made["base"], made["smaller"]).returncode == 0, "unpaired, on the same text"
 
 
 def test_other_texts_are_refused_and_documents_are_used(tmp_path):

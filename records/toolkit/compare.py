@@ -6,6 +6,7 @@ byte for every tokenizer; it is converted by the ratio of bytes to tokens of the
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,11 @@ from facts.statistics import (
 from .readme import refreshed
 
 # What two lineages have in common when a seed means the same start and the same order of text in both.
+# The first ones must be known: a log that does not print them says nothing about its lineage.
+NECESSARY = ("train_seq_len", "train_batch_tokens", "num_layers", "model_dim")
 LINEAGE = (
-    "vocab_size",
-    "train_seq_len",
-    "train_batch_tokens",
+    *NECESSARY,
     "loader",
-    "num_layers",
-    "model_dim",
     "init",
     "embed_init",
     "mlp_mult",
@@ -93,12 +92,40 @@ def read_group(text: str) -> Group:
 
 
 def lineage(base: Group, new: Group) -> list[str]:
-    """Why seeds cannot be paired; empty when they can."""
-    one, other = base.logs[base.seeds[0]], new.logs[new.seeds[0]]
-    reasons = [] if base.seeds == new.seeds and len(base.seeds) > 1 else ["other seeds"]
-    reasons += [f"other {k}" for k in LINEAGE if one.knobs.get(k) != other.knobs.get(k)]
-    reasons += [] if one.parameters == other.parameters else ["another number of parameters"]
-    return reasons + ([] if one.manifest == other.manifest else ["other data"])
+    """Why seeds cannot be paired, each reason once; empty when they can. What is unknown is a reason."""
+    if base.seeds != new.seeds or len(base.seeds) < 2:
+        return ["other seeds"]
+    found = [r for s in base.seeds for r in other_lineage(base.logs[s], new.logs[s])]
+    return list(dict.fromkeys(found))
+
+
+def other_lineage(one: Log, other: Log) -> Iterator[str]:
+    """Reasons why one seed does not mean the same start and order of text in two logs."""
+    for name in LINEAGE:
+        values = one.knobs.get(name), other.knobs.get(name)
+        if name in NECESSARY and None in values:
+            yield f"unknown {name}"
+        elif values[0] != values[1]:
+            yield f"other {name}"
+    facts = dict(
+        vocabulary=(one.vocabulary, other.vocabulary),
+        parameters=(one.parameters, other.parameters),
+        data=known(one.manifest, other.manifest, one.train_shards, other.train_shards),
+        tokenizer=known(
+            one.tokenizer_sha256, other.tokenizer_sha256, one.val_tokens, other.val_tokens
+        ),
+    )
+    for name, (a, b) in facts.items():
+        if a is None or b is None:
+            yield f"unknown {name}"
+        elif a != b:
+            yield f"other {name}"
+
+
+def known(one: Any, other: Any, second: Any, second_other: Any) -> tuple[Any, Any]:
+    """A pair of facts: the hashes where both logs have one, else what stands for them (numbers of shards
+    or of tokens of the same text), which logs of other scripts print."""
+    return (one, other) if one is not None and other is not None else (second, second_other)
 
 
 def document_gains(base: Group, new: Group, margin: float) -> list[dict[str, Any]]:
@@ -131,7 +158,8 @@ def compare(
             f"{base.name} and {new.name} were not scored on the same text "
             f"({min(texts):,.0f} and {max(texts):,.0f} bytes)"
         )
-    if pair and (reasons := lineage(base, new)):
+    reasons = lineage(base, new) if pair else []
+    if reasons:
         raise ValueError(
             f"seeds of {base.name} and {new.name} cannot be paired: {', '.join(reasons)}"
         )
