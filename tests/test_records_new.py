@@ -10,6 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from conftest import ROOT, SCRIPT, clean_env
 from helpers import config, distance
 from running import launch, made_once, train, wait_until
-from synthetic import Record
+from synthetic import RUNS, Record, changed
 
 import train_gpt
 
@@ -319,6 +320,43 @@ def test_a_report_is_one_page_that_loads_nothing(record, runs, tmp_path):
     )
     one = report.report(runs[0])
     assert "Learning rate" in one and "Loss and score" in one
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_report_of_a_foreign_folder_has_no_empty_picture(tmp_path):
+    """Finding R6: plot warnings, an empty plot, legends cut off, a star under the legend."""
+    lines = "".join(
+        f"{i * 100}/20000 train_loss: {9 - i:.4f} train_time: {i}m\n" for i in range(1, 6)
+    )
+    for name, runs in dict(
+        lines=tuple(replace(r, extra=lines) for r in RUNS),
+        assigned=changed(dialect="assigned"),
+        silent=(replace(RUNS[0], before=1.1, knobs=dict(seed=1)),),
+    ).items():
+        folder = Record(runs, name=f"2026-05-02_{name}").write(tmp_path)
+        if name == "silent":
+            (folder / "train_seed42.log").rename(folder / "run_a.log")
+            text = (folder / "run_a.log").read_text().split("\n")
+            (folder / "run_a.log").write_text("\n".join(t for t in text if "/20000" not in t))
+        page = report.report(folder)
+        drawn = page.count("<svg")
+        assert drawn == page.count("<h2>") == {"lines": 3, "assigned": 3, "silent": 1}[name], name
+        assert "nan" not in page.lower() and "unknown" not in page and "None" not in page
+        assert "1.0811" in page or name == "silent"
+    import matplotlib.pyplot as plt
+
+    for (
+        title
+    ) in report.PICTURES:  # in the real renderer: legends lie inside the figure, off the axes
+        figure, axes = plt.subplots(figsize=(9, report.PICTURES[title][1]), layout="constrained")
+        folder = tmp_path / "track_10min_16mb" / "2026-05-02_lines"
+        if report.PICTURES[title][0](axes, report.read_curves(folder)):
+            figure.canvas.draw()
+            for legend in figure.legends:
+                box = legend.get_window_extent()
+                assert figure.bbox.fully_containsx(box.x0) and figure.bbox.fully_containsx(box.x1)
+                assert box.y0 >= 0 and not box.overlaps(axes.get_window_extent()), title
+        plt.close(figure)
 
 
 def test_a_report_of_an_unfinished_run_projects_the_loss(runs, tmp_path):
