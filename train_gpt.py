@@ -375,7 +375,6 @@ class OptimConfig:
             "muon_polar",
             "muoneq_r",
             "muoneq_r_polar",
-            "neomuon",
             "turbo_muon",
             "muon_plus",
             "normuon",
@@ -3537,9 +3536,9 @@ def orthogonalise(u: Tensor, table, hp: Hyper, margin: float = 1.0) -> Tensor:
     return on_short_side(x, lambda x: polynomials(x, table)).to(u.dtype)
 
 
-def newton_schulz(u: Tensor, state: dict[str, Tensor], hp: Hyper, steps: int = 5) -> Tensor:
+def newton_schulz(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
     """Equal quintic steps; singular values end within about [0.7, 1.2]. Knob: MUON_STEPS."""
-    return orthogonalise(u, (QUINTIC,) * (hp.cfg.muon_steps or steps), hp)
+    return orthogonalise(u, (QUINTIC,) * (hp.cfg.muon_steps or 5), hp)
 
 
 def polar_express(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
@@ -3677,8 +3676,6 @@ MUON: dict[str, tuple[Callable[[Tensor, dict[str, Tensor], Hyper], Tensor], ...]
     "muon_polar": (nesterov, polar_express, aspect_scale),
     "muoneq_r": (nesterov, row_norm, newton_schulz, aspect_scale),
     "muoneq_r_polar": (nesterov, row_norm, polar_express, aspect_scale),
-    # MuonEq-R under another name, with three steps
-    "neomuon": (nesterov, row_norm, functools.partial(newton_schulz, steps=3), aspect_scale),
     "turbo_muon": (nesterov, turbo, post_norm, aspect_scale),
     "muon_plus": (nesterov, newton_schulz, post_norm, aspect_scale_plus),
     "normuon": (nesterov, newton_schulz, neuron_norm, aspect_scale),

@@ -301,14 +301,11 @@ class Reference:
             return self.quintics(u, five)
         if kind == "muon_polar":
             return self.quintics(u, POLAR_EXPRESS, 1.02)
-        if kind in ("muoneq_r", "muoneq_r_polar", "neomuon", "rmnp"):
+        if kind in ("muoneq_r", "muoneq_r_polar", "rmnp"):
             return {
                 "muoneq_r": lambda x: self.quintics(x, five),
                 "rmnp": lambda x: x,
                 "muoneq_r_polar": lambda x: self.quintics(x, POLAR_EXPRESS, 1.02),
-                "neomuon": lambda x: self.quintics(
-                    x / np.sqrt((x * x).mean(1, keepdims=True)), five[:3]
-                ),
             }[kind](rows(u))
         if kind == "muon_plus":
             return columns(rows(self.quintics(u, five)))
