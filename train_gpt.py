@@ -382,8 +382,6 @@ class OptimConfig:
             "rmnp",
             "mousse",
             "newton_muon",
-            "adamw",
-            "ademamix",
         ),
     )
     matrix_lr: float = knob(0.04, "learning rate of matrices", 0, 1)
@@ -3687,9 +3685,7 @@ MUON: dict[str, tuple[Callable[[Tensor, dict[str, Tensor], Hyper], Tensor], ...]
     ),  # no orthogonalisation at all, arXiv 2603.20527; wants a lower rate
     "mousse": (nesterov, whitened_polar, aspect_scale),
     "newton_muon": (input_whitening, nesterov, newton_schulz, aspect_scale),
-    "adamw": (adam,),
-    "ademamix": (ademamix,),
-}  # for comparison; they want a much lower rate
+}
 
 
 # How updates meet weights: (w (K,m,n), update, learning rate, weight decay, norms of the start (K,1,1)), in place
