@@ -421,9 +421,6 @@ class OptimConfig:
         choices=("inverse", "forward"),
         needs="muon == mousse",
     )
-    muon_cautious: bool = knob(
-        False, "drop entries of the update that would undo the gradient", source="2411.16085"
-    )
     muon_decay: str = knob(
         "decoupled",
         "what bounds matrices: MUON_WD on all entries, on those that the update "
@@ -3663,12 +3660,6 @@ def aspect_scale_plus(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
     return u * (u.size(-2) / u.size(-1)) ** 0.5
 
 
-def cautious(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """Drop entries that would undo the gradient and make up for their share. arXiv 2411.16085. Knob: MUON_CAUTIOUS."""
-    agrees = (u * hp.gradient > 0).to(u.dtype)
-    return u * agrees / agrees.mean(dim=(-2, -1), keepdim=True).clamp(min=1e-3)
-
-
 MUON: dict[str, tuple[Callable[[Tensor, dict[str, Tensor], Hyper], Tensor], ...]] = {
     "muon": (nesterov, newton_schulz, aspect_scale),
     "muon_polar": (nesterov, polar_express, aspect_scale),
@@ -3727,7 +3718,7 @@ class Optimiser:
         """`reach`: what reached() says of each plan; without it every plan reaches every parameter."""
         self.flat, self.cfg, self.rt = flat, cfg, rt
         self.stages, self.decay = (
-            MUON[cfg.muon] + (cautious,) * cfg.muon_cautious,
+            MUON[cfg.muon],
             DECAYS[cfg.muon_decay],
         )
         self.hyper = Hyper(
