@@ -356,10 +356,6 @@ class OptimConfig:
         0.6, "part of the run that decays", 0, 1, needs="lr_schedule != warmdown_iters"
     )
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", 0, 1)
-    batch_ramp_start: float = knob(1.0, "part of TRAIN_BATCH_TOKENS in the first step", 0.01, 1)
-    batch_ramp_frac: float = knob(
-        0.3, "part of the run until all of it", 0, 1, needs="batch_ramp_start < 1"
-    )
     seq_ramp_start: int = knob(
         0, "first length of training rows, doubled until TRAIN_SEQ_LEN; 0 = off", 0, 65536
     )
@@ -2254,14 +2250,10 @@ class Loader:
         """Tokens dealt so far to all ranks."""
         return (self.epoch * self.rows_in_epoch() + self.index) * self.seq
 
-    def rows_of(self, share: float) -> int:
-        """Rows of a step that has a share of the full batch."""
-        return max(1, round(share * self.rows))
-
-    def next(self, rank: int, world: int, share: float = 1.0) -> np.ndarray:
-        """Rows rank, rank + world, ... of the next step, which has a share of the full batch, as (rows of this rank,
-        T + 1) uint16. The step after it is expected to be as large; if it is not, its rows are read when asked for."""
-        wanted = self.epoch, self.index, rank, world, self.rows_of(share)
+    def next(self, rank: int, world: int) -> np.ndarray:
+        """Rows rank, rank + world, ... of the next step as (rows of this rank, T + 1) uint16. Those of
+        the step after it are read meanwhile."""
+        wanted = self.epoch, self.index, rank, world, self.rows
         if self.ahead[0] != wanted:
             self.read_ahead(wanted)
         rows, self.epoch, self.index = self.ahead[1].result()
@@ -4081,12 +4073,6 @@ def row_length(p: Progress, cfg: Config) -> int:
     return lengths[min(len(lengths) - 1, int(part * (len(lengths) - 1)))]
 
 
-def batch_share(p: Progress, cfg: OptimConfig) -> float:
-    """Part of TRAIN_BATCH_TOKENS in a step: linear from BATCH_RAMP_START to 1 over BATCH_RAMP_FRAC of the run."""
-    part = min(1.0, p.frac / cfg.batch_ramp_frac) if cfg.batch_ramp_frac else 1.0
-    return cfg.batch_ramp_start + (1 - cfg.batch_ramp_start) * part
-
-
 def plan_index(p: Progress, cfg: ModelConfig) -> int:
     """Which of plans() a step uses."""
     begun = (p.frac if cfg.enable_looping_at <= 1 else p.step) >= cfg.enable_looping_at
@@ -4116,7 +4102,6 @@ RAMPS: dict[str, Callable[[Progress, Config], float]] = {
     "wd": lambda p, c: wd_taper(p, c.optim),
     "alpha": lambda p, c: c.optim.ademamix_alpha * p.frac,
     "beta3": lambda p, c: slow_decay(p, c.optim),
-    "batch": lambda p, c: batch_share(p, c.optim),
     "row": row_length,
     "qat": lambda p, c: qat_progress(p, c.quant),
     "plan": lambda p, c: plan_index(p, c.model),
@@ -6244,7 +6229,6 @@ def full_speed(cfg: Config) -> dict[str, float]:
         wd=1.0,
         alpha=0.0,
         beta3=0.0,
-        batch=1.0,
         row=cfg.data.train_seq_len,
         qat=1.0,
         plan=0,
@@ -6364,7 +6348,7 @@ class Trainer:
             hook.before_step(ramps)
         self.plan = int(ramps["plan"])
         self.flat.gradients.zero_()
-        share = 1 / (self.loader.rows_of(ramps["batch"]) * self.cfg.data.train_seq_len)
+        share = 1 / (self.loader.rows * self.cfg.data.train_seq_len)
         for ids, targets, real in self.micro_batches(rows, int(ramps["row"])):
             objective, nats = self.loss(ids, targets, self.plans[self.plan])
             (objective * share).backward()
@@ -6611,9 +6595,7 @@ class Trainer:
             while not self.stop_reason(elapsed):
                 begin, p = elapsed, self.progress(elapsed)
                 ramps = {name: ramp(p, self.cfg) for name, ramp in RAMPS.items()}
-                loss = self.step(
-                    self.loader.next(self.rt.rank, self.rt.world, ramps["batch"]), ramps
-                )
+                loss = self.step(self.loader.next(self.rt.rank, self.rt.world), ramps)
                 self.check_finite()
                 self.step_number += 1
                 self.pending = (self.step_number, loss)

@@ -1099,13 +1099,11 @@ def test_cosine_is_half_a_wave_over_the_last_part():
     assert values == pytest.approx([1, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2, 0.01])
 
 
-def test_batches_and_rows_grow_over_their_part_of_the_run():
+def test_rows_grow_over_their_part_of_the_run():
     cfg = config(
         train_seq_len=64,
         seq_ramp_start=16,
         seq_ramp_frac=0.4,
-        batch_ramp_start=0.25,
-        batch_ramp_frac=0.5,
     )
     assert tg.row_lengths(cfg) == [16, 32, 64] and tg.row_lengths(config(train_seq_len=64)) == [64]
     assert [tg.RAMPS["row"](at(frac=f), cfg) for f in (0, 0.19, 0.2, 0.39, 0.4, 1)] == [
@@ -1116,8 +1114,7 @@ def test_batches_and_rows_grow_over_their_part_of_the_run():
         64,
         64,
     ]
-    assert [tg.RAMPS["batch"](at(frac=f), cfg) for f in (0, 0.25, 0.5, 1)] == [0.25, 0.625, 1, 1]
-    assert tg.RAMPS["row"](at(), config()) == 64 and tg.RAMPS["batch"](at(), config()) == 1
+    assert tg.RAMPS["row"](at(), config()) == 64
 
 
 def test_warmdown_frac_is_constant_then_linear():
@@ -1216,14 +1213,12 @@ def test_qat_switches_on_at_its_part_of_the_run():
     assert tg.RAMPS["qat"](at(frac=0), config(qat="ste", qat_start_frac=0)) > 0
 
 
-def test_ramped_runs_train_on_the_same_text_in_shorter_rows_and_smaller_batches(toy, tmp_path):
+def test_ramped_runs_train_on_the_same_text_in_shorter_rows(toy, tmp_path):
     """The text dealt is the same and every token of it is trained on once; micro-batches and ranks change nothing."""
     knobs = dict(
         ITERATIONS=8,
         SEQ_RAMP_START=16,
         SEQ_RAMP_FRAC=0.5,
-        BATCH_RAMP_START=0.25,
-        BATCH_RAMP_FRAC=0.5,
         TRAIN_LOG_EVERY=1,
     )
     runs = [
@@ -1235,7 +1230,6 @@ def test_ramped_runs_train_on_the_same_text_in_shorter_rows_and_smaller_batches(
         assert run.code == 0, run.err
         events = metrics(run.folder, "train")
         assert [e["row"] for e in events] == [16, 16, 32, 32, 64, 64, 64, 64]
-        assert [round(8 * e["batch"]) for e in events] == [2, 4, 5, 6, 8, 8, 8, 8]
         losses = [
             [e["loss"] for e in metrics(folder, "train")] for folder in (run.folder, runs[0].folder)
         ]
