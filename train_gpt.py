@@ -4109,35 +4109,6 @@ RAMPS: dict[str, Callable[[Progress, Config], float]] = {
 }
 
 
-def schedule_plot(cfg: Config, points: int = 400) -> str:
-    """The ramps that move, over a run of exactly ITERATIONS steps, as an SVG file: one strip each."""
-    steps = cfg.optim.iterations
-    at = [
-        Progress(i, i / steps, steps - i, 1.0)
-        for i in (round(x * steps / points) for x in range(points + 1))
-    ]
-    curves = {name: [float(ramp(p, cfg)) for p in at] for name, ramp in RAMPS.items()}
-    curves = {name: values for name, values in curves.items() if min(values) < max(values)}
-    body = []
-    for row, (name, values) in enumerate(curves.items()):
-        top, low, high = 30 + 60 * row, min(values), max(values)
-        line = " ".join(
-            f"{100 + 500 * i / points:.1f},{top + 40 - 40 * (v - low) / (high - low):.1f}"
-            for i, v in enumerate(values)
-        )
-        body += [
-            f'<polyline points="{line}" fill="none" stroke="#1f77b4" stroke-width="1.5"/>',
-            f'<text x="90" y="{top + 24}" text-anchor="end">{name}</text>',
-            f'<text x="606" y="{top + 8}">{high:g}</text>',
-            f'<text x="606" y="{top + 44}">{low:g}</text>',
-        ]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{50 + 60 * len(curves)}" font-size="12" '
-        f'font-family="sans-serif"><rect width="100%" height="100%" fill="white"/>'
-        f'<text x="100" y="18">what changes during {steps} steps ({cfg.preset})</text>{"".join(body)}</svg>\n'
-    )
-
-
 class LastWeights:
     """No averaging: what is exported is what the last step left. Interface of every averager."""
 
@@ -6771,7 +6742,7 @@ def parameter_report(model: GPT, cfg: Config, rt: Runtime):
 
 
 def plan_only(cfg: Config, rt: Runtime):
-    """RUN_MODE=plan: what a run would be, without data or training, and a drawing of its ramps."""
+    """RUN_MODE=plan: what a run would be, without data or training."""
     log_header(cfg, rt)
     torch.manual_seed(cfg.run.seed)
     with torch.device("meta"):  # shapes alone
@@ -6782,20 +6753,6 @@ def plan_only(cfg: Config, rt: Runtime):
         f"predicted_bytes model:{predicted} code:{code_bytes()} total:{predicted + code_bytes()} budget:{budget} "
         f"fits:{int(predicted + code_bytes() <= budget)}"
     )
-    rt.log(f"schedules:{relative(rt.on_main(lambda: draw_schedules(cfg)))}")
-
-
-def draw_schedules(cfg: Config) -> Path:
-    """Write the drawing of a configuration's ramps; returns its path. Raises UserError."""
-    path = Path(cfg.run.runs_dir) / "schedule.svg"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, lambda f: f.write(schedule_plot(cfg).encode()))
-    except OSError as error:
-        raise UserError(
-            f"RUNS_DIR={relative(path.parent)}: cannot write {path.name} ({error.strerror})"
-        ) from None
-    return path
 
 
 def artifact_numerics(cfg: Config, rt: Runtime, header: dict[str, Any]) -> Numerics:

@@ -5,7 +5,6 @@ import io
 import math
 import subprocess
 import sys
-import xml.etree.ElementTree
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -1273,43 +1272,6 @@ def test_every_mid_run_switch_really_switches_compiled_code(toy, tmp_path):
         assert (
             eager[:3] == pytest.approx(never[:3], rel=1e-6) and abs(eager[3] - never[3]) > 1e-3
         ), name
-
-
-def test_the_plan_draws_the_ramps(tmp_path):
-    done = train(
-        tmp_path,
-        tmp_path,
-        "plan",
-        PRESET="phased_ttt+tiny",
-        RUN_MODE="plan",
-        QAT="ste",
-        QAT_START_FRAC=0.5,
-        ITERATIONS=100,
-    )
-    assert done.code == 0, done.err
-    svg = xml.etree.ElementTree.parse(tmp_path / "schedule.svg").getroot()
-    space = "{http://www.w3.org/2000/svg}"
-    labels = [t.text for t in svg.iter(space + "text")]
-    cfg = config("phased_ttt+tiny", qat="ste", qat_start_frac=0.5, iterations=100)
-    moving = [
-        name
-        for name, ramp in tg.RAMPS.items()
-        if len({ramp(at(i, i / 100, 100 - i, 1.0), cfg) for i in range(101)}) > 1
-    ]
-    assert {"lr", "momentum", "qat", "plan"} <= set(moving) and [
-        name for name in tg.RAMPS if name in labels
-    ] == moving
-    lines = dict(zip(moving, svg.iter(space + "polyline")))
-    points = [tuple(map(float, p.split(","))) for p in lines["lr"].get("points").split()]
-    heights = [max(y for _, y in points) - y for _, y in points]
-    drawn = [h / max(heights) for h in heights]
-    values = [tg.RAMPS["lr"](at(frac=f), cfg) for f in np.linspace(0, 1, len(points))]
-    low = min(values)
-    assert drawn == pytest.approx([(v - low) / (1 - low) for v in values], abs=0.02), (
-        "the curve is the ramp"
-    )
-    (tmp_path / "file").write_text("")
-    refused(train(tmp_path, tmp_path / "file", "x", RUN_MODE="plan"), "RUNS_DIR")
 
 
 # ---- Averaging ----
