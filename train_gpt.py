@@ -328,7 +328,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    iterations: int = knob(20_000, "upper bound of steps", 1, 10**8, unit="steps")
+    iterations: int = knob(20_000, "upper bound of optimiser steps", 1, 10**8, unit="steps")
     max_wallclock_seconds: float = knob(
         600.0, "training time; 0 = stop by ITERATIONS alone", 0, 10**7, unit="seconds"
     )
@@ -345,22 +345,34 @@ class OptimConfig:
     )
     lr_schedule: str = knob(
         "warmdown_iters",
-        "shape of the learning rate: constant, then linear over WARMDOWN_ITERS "
-        "steps, or linear or half a cosine over WARMDOWN_FRAC of the run",
+        "shape of the learning rate: constant, then linear over WARMDOWN_ITERS steps, or linear or "
+        "half a cosine over WARMDOWN_FRAC of the run",
         choices=("warmdown_iters", "warmdown_frac", "cosine"),
     )
     warmdown_iters: int = knob(
-        1200, "steps of the decay", 0, 10**7, needs="lr_schedule == warmdown_iters"
+        1200,
+        "last steps, over which the learning rate decays",
+        0,
+        10**7,
+        needs="lr_schedule == warmdown_iters",
     )
     warmdown_frac: float = knob(
-        0.6, "part of the run that decays", 0, 1, needs="lr_schedule != warmdown_iters"
+        0.6,
+        "last part of the run, over which the learning rate decays",
+        0,
+        1,
+        needs="lr_schedule != warmdown_iters",
     )
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", 0, 1)
     seq_ramp_start: int = knob(
         0, "first length of training rows, doubled until TRAIN_SEQ_LEN; 0 = off", 0, 65536
     )
     seq_ramp_frac: float = knob(
-        0.3, "part of the run until the full length", 0, 1, needs="seq_ramp_start > 0"
+        0.3,
+        "part of the run until training rows have their full length",
+        0,
+        1,
+        needs="seq_ramp_start > 0",
     )
     muon: str = knob(
         "muon",
@@ -371,7 +383,9 @@ class OptimConfig:
             "muon_polar",
             "muoneq_r",
             "muoneq_r_polar",
+            "muoneq_short_polar",
             "turbo_muon",
+            "turbo_muon_plus",
             "muon_plus",
             "normuon",
             "mud",
@@ -382,49 +396,38 @@ class OptimConfig:
     )
     matrix_lr: float = knob(0.04, "learning rate of matrices", 0, 1)
     muon_steps: int = knob(
-        0, "steps of orthogonalisation; 0 = as many as the variant has (5, 4, 3 or 1)", 0, 12
-    )
-    muon_table: str = knob(
-        "record",
-        "turbo_muon's four steps: as in PR 1089, or of the paper's library",
-        choices=("record", "library"),
-        needs="muon == turbo_muon",
-    )
-    muon_post_norm: str = knob(
-        "row_col",
-        "what turbo_muon and muon_plus make equal after orthogonalisation, in turn",
-        choices=("col", "row", "col_row", "row_col"),
-        needs="muon in turbo_muon,muon_plus",
+        0,
+        "steps of orthogonalisation, 4 or 5 for the polar variants; 0 = as published (5, MUD 1)",
+        0,
+        12,
+        needs="muon in muon,muon_polar,muoneq_r,muoneq_r_polar,muoneq_short_polar,muon_plus,"
+        "normuon,mud,newton_muon",
     )
     muon_beta2: float = knob(
         0.95,
-        "decay of the second moments of normuon, mousse, newton_muon",
+        "decay of the second moments of normuon, mousse and newton_muon",
         0,
         0.99999,
         needs="muon in normuon,mousse,newton_muon",
     )
     muon_refresh: int = knob(
-        10,
-        "steps between two inversions of mousse, newton_muon",
-        1,
+        0,
+        "steps between two inversions; 0 = as published (mousse 10, newton_muon 32)",
+        0,
         10**6,
         unit="steps",
         needs="muon in mousse,newton_muon",
     )
-    mousse: str = knob(
-        "inverse",
-        "how mousse returns from whitened coordinates",
-        choices=("inverse", "forward"),
-        needs="muon == mousse",
-    )
     muon_decay: str = knob(
         "decoupled",
-        "what bounds matrices: MUON_WD on all entries, on those that the update "
-        "shrinks too, or their norm at the start",
+        "what bounds matrices: MUON_WD on all entries, MUON_WD on those that the update shrinks "
+        "too, or the norm of the start, with a relative MATRIX_LR",
         choices=("decoupled", "cautious", "fixed_norm"),
     )
     muon_momentum: float = knob(0.95, "Muon momentum", 0, 0.9999)
-    muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", 0, 0.9999)
+    muon_momentum_warmup_start: float = knob(
+        0.85, "Muon momentum at step 0 and at the end of its cool-down", 0, 0.9999
+    )
     muon_momentum_warmup_steps: int = knob(
         500,
         "steps until MUON_MOMENTUM is reached",
@@ -434,7 +437,7 @@ class OptimConfig:
         needs="muon_momentum_warmup_start != muon_momentum",
     )
     muon_momentum_cooldown_steps: int = knob(
-        0, "last steps, over which it falls back", 0, 10**6, unit="steps"
+        0, "last steps, over which Muon momentum falls back", 0, 10**6, unit="steps"
     )
     muon_wd: float = knob(
         0.0, "decoupled weight decay of the matrices", 0, 10, needs="muon_decay != fixed_norm"
@@ -442,7 +445,9 @@ class OptimConfig:
     wd_taper_at: float = knob(
         1.0, "part of the run after which MUON_WD changes linearly", 0, 1, needs="muon_wd > 0"
     )
-    wd_taper_to: float = knob(0.5, "its multiplier at the end", 0, 10, needs="wd_taper_at < 1")
+    wd_taper_to: float = knob(
+        0.5, "multiplier of MUON_WD at the end of the run", 0, 10, needs="wd_taper_at < 1"
+    )
     tied_embed_lr: float = knob(
         0.05, "AdamW learning rate of the tied embedding", 0, 10, needs="tie_embeddings == 1"
     )
@@ -465,45 +470,18 @@ class OptimConfig:
     )
     scalar_lr: float = knob(0.04, "AdamW learning rate of gains, scales, mixes and gates", 0, 10)
     adam_wd: float = knob(0.0, "decoupled weight decay of the AdamW groups", 0, 10)
-    embed_wd: float = knob(-1.0, "that of token embeddings; -1 = ADAM_WD", -1, 10)
-    head_wd: float = knob(
-        -1.0, "that of heads; -1 = ADAM_WD", -1, 10, needs="tie_embeddings < 1 or objective == mtp"
-    )
-    table_wd: float = knob(
-        -1.0,
-        "that of tables; -1 = ADAM_WD",
-        -1,
-        10,
-        needs="bigram_buckets > 0 or engram_buckets > 0 or value_embed_last_n > 0",
+    embed_wd: float = knob(
+        -1.0, "decoupled weight decay of embeddings and of all tables; -1 = ADAM_WD", -1, 10
     )
     adam_l2: float = knob(
         0.0, "weight decay inside the gradient of the AdamW groups, as plain Adam has it", 0, 10
     )
-    beta1: float = knob(0.9, "AdamW beta1", 0, 0.9999)
-    embed_beta1: float = knob(0.0, "that of token embeddings; 0 = BETA1", 0, 0.9999)
-    head_beta1: float = knob(
-        0.0, "that of heads; 0 = BETA1", 0, 0.9999, needs="tie_embeddings < 1 or objective == mtp"
+    beta1: float = knob(0.9, "decay of AdamW's mean gradient", 0, 0.9999)
+    embed_beta1: float = knob(
+        0.0, "decay of the mean gradient of embeddings, tables and heads; 0 = BETA1", 0, 0.9999
     )
-    table_beta1: float = knob(
-        0.0,
-        "that of tables; 0 = BETA1",
-        0,
-        0.9999,
-        needs="bigram_buckets > 0 or engram_buckets > 0 or value_embed_last_n > 0",
-    )
-    beta2: float = knob(0.95, "AdamW beta2", 0, 0.99999)
-    embed_beta2: float = knob(0.0, "that of token embeddings; 0 = BETA2", 0, 0.99999)
-    head_beta2: float = knob(
-        0.0, "that of heads; 0 = BETA2", 0, 0.99999, needs="tie_embeddings < 1 or objective == mtp"
-    )
-    table_beta2: float = knob(
-        0.0,
-        "that of tables; 0 = BETA2",
-        0,
-        0.99999,
-        needs="bigram_buckets > 0 or engram_buckets > 0 or value_embed_last_n > 0",
-    )
-    adam_eps: float = knob(1e-8, "AdamW epsilon", 1e-12, 1e-2)
+    beta2: float = knob(0.95, "decay of AdamW's mean square gradient", 0, 0.99999)
+    adam_eps: float = knob(1e-8, "what AdamW adds to the root mean square", 1e-12, 1e-2)
     ademamix: str = knob(
         "none",
         "groups with a second, slow momentum: embeddings, heads and tables, scalars, or all",
@@ -511,73 +489,61 @@ class OptimConfig:
         source="arXiv 2409.03137",
     )
     ademamix_alpha: float = knob(
-        2.0,
-        "weight of the slow momentum at the end, from 0",
-        0,
-        100,
-        needs="ademamix != none or muon == ademamix",
+        2.0, "weight of the slow momentum at the end, from 0", 0, 100, needs="ademamix != none"
     )
     ademamix_beta3: float = knob(
         0.999,
-        "its decay at the end, from BETA1",
+        "decay of the slow momentum at the end, from BETA1",
         0.01,
         0.99999,
-        needs="ademamix != none or muon == ademamix",
+        needs="ademamix != none",
     )
     grad_clip_norm: float = knob(0.0, "bound of the norm of the reduced gradient; 0 = off", 0, 1e6)
     averaging: str = knob(
         "none",
-        "what is exported: the last weights, their moving average, the mean of snapshots, "
-        "that weighted by held-out loss, or the best growing mean",
-        choices=("none", "ema", "swa", "iw_swa", "soup"),
+        "what is exported: the last weights, their moving average, the mean of late snapshots, or "
+        "the mean of those of the second half, weighted by the inverse of their held-out loss",
+        choices=("none", "ema", "swa", "iw_swa"),
     )
     ema_decay: float = knob(
-        0.997, "decay per step", 0, 0.99999, needs="averaging == ema", source="PR 287"
+        0.997,
+        "decay of the moving average per step",
+        0,
+        0.99999,
+        needs="averaging == ema",
+        source="PR 287",
     )
     swa_start: float = knob(
         0.2,
         "snapshots begin when the learning rate is below this part of its peak",
         0,
         1.01,
-        needs="averaging in swa,iw_swa,soup",
+        needs="averaging == swa",
     )
     swa_every: int = knob(
-        50, "steps between snapshots", 1, 10**6, unit="steps", needs="averaging in swa,iw_swa,soup"
-    )
-    swa_snapshots: int = knob(
-        8,
-        "how many snapshots iw_swa and soup keep, the last ones",
-        1,
-        100,
-        needs="averaging in iw_swa,soup",
-    )
-    swa_temperature: float = knob(
-        0.003,
-        "difference of loss that divides a weight by e",
-        1e-6,
-        10,
-        unit="nats",
-        needs="averaging == iw_swa",
+        50, "steps between snapshots", 1, 10**6, unit="steps", needs="averaging in swa,iw_swa"
     )
     held_out_tokens: int = knob(
         65_536,
-        "end of the training text that is kept to score averages (iw_swa, soup) and "
+        "end of the training text that is kept to score snapshots (AVERAGING=iw_swa) and "
         "roundings (ALLOCATION=loss)",
         8,
         10**8,
         unit="tokens",
-        needs="averaging in iw_swa,soup or allocation == loss",
+        needs="averaging == iw_swa or allocation == loss",
     )
     objective: str = knob(
         "ce",
-        "what is minimised: cross-entropy, the same weighted by bytes, or with multi-token prediction; the log reports "
-        "nats",
+        "what is minimised: cross-entropy, the same weighted by bytes, or with multi-token "
+        "prediction; the log reports nats",
         choices=("ce", "byte", "mtp"),
     )
     mtp_heads: int = knob(
         1, "further tokens predicted by heads that are not exported", 1, 8, needs="objective == mtp"
     )
-    mtp_weight: float = knob(0.2, "weight of their mean loss", 0, 10, needs="objective == mtp")
+    mtp_weight: float = knob(
+        0.2, "weight of the mean loss of multi-token heads", 0, 10, needs="objective == mtp"
+    )
 
 
 @dataclass(frozen=True)
@@ -872,7 +838,7 @@ SYSTEMS = {
         MUON=muoneq_r MATRIX_LR=0.022 MUON_WD=0.095
         MUON_MOMENTUM_WARMUP_START=0.95 MUON_MOMENTUM_WARMUP_STEPS=0
         TIED_EMBED_LR=0.01 SCALAR_LR=0.01 BETA2=0.999 ADAM_L2=0.095
-        AVERAGING=iw_swa SWA_START=1.01 SWA_EVERY=3125
+        AVERAGING=iw_swa SWA_EVERY=3125
         MATRIX_BITS=6 EMBED_BITS=6 QAT=ste QAT_START_FRAC=0.924 FIT_BUDGET=prune""",
     # PR 1126, 1.1123, again PR 1089, 1.1091: hashed n-grams, Turbo-Muon. 30,666,843 parameters. Rotary base: 10,000,
     # rescaled from 1,024 to 2,048 tokens, as the run had it by accident; so are the rows of the mimetic start.
@@ -882,20 +848,20 @@ SYSTEMS = {
     + """
         LEAKY_SLOPE=0.3 MLP_MULT=3.5 ROPE_BASE=22081 SMEAR_GATE=B ENGRAM_BUCKETS=8192 VALUE_EMBED_LAST_N=2
         SKIPS=gated INIT=mimetic_rows LOADER=coprime
-        TIED_EMBED_LR=0.035 TABLE_LR=0.035 SCALAR_LR=0.025 ADAM_WD=0.04 EMBED_BETA1=0.7 TABLE_BETA1=0.7
-        MUON=turbo_muon MATRIX_LR=0.025 MUON_WD=0.04
+        TIED_EMBED_LR=0.035 TABLE_LR=0.035 SCALAR_LR=0.025 ADAM_WD=0.04 EMBED_BETA1=0.7
+        MUON=turbo_muon_plus MATRIX_LR=0.025 MUON_WD=0.04
         LR_SCHEDULE=warmdown_iters WARMDOWN_ITERS=3500 MIN_LR=0.05 AVERAGING=swa RESERVE_SECONDS=14
         MATRIX_BITS=5 ROUNDING=gptq CLIP=search CALIBRATION_TOKENS=6291456
         ALLOCATION=loss FIT_BUDGET=bits CODEC=brotli_shuffle""",
     # PR 1539, 1.0587, not admissible: it trains on the validation text before it is scored. 36,311,132 parameters. Rotary
     # base as above; it kept the five skips of the plain list after looping began.
-    # Different: four polar steps made for four (theirs five, cut); rows, never columns, are made equal before them;
-    # embeddings are rounded with GPTQ (theirs to nearest), and inputs seen with loops and lanes (theirs without).
+    # Different: four polar steps made for four (theirs five, cut); embeddings are rounded with GPTQ
+    # (theirs to nearest), and inputs seen with loops and lanes (theirs without).
     "prequant_ttt": LATE
     + """
         VOCAB_SIZE=8192 ROPE_BASE=22081 QK_GAIN_INIT=5.25 SMEAR_GATE=B VALUE_EMBED_LAST_N=2 VALUE_EMBED_DIM=44
         SKIP_PAIRS=as_unlooped NUM_LOOPS=1 ENABLE_LOOPING_AT=3000 PARALLEL=B
-        TABLE_LR=0.03 EMBED_WD=0.095 TABLE_WD=0.095 MUON=muoneq_r_polar MUON_STEPS=4
+        TABLE_LR=0.03 EMBED_WD=0.095 MUON=muoneq_short_polar MUON_STEPS=4
         ROUNDING=gptq CLIP=sigma CALIBRATION=self FIT_BUDGET=steps CODEC=rans TTT=prequant""",
     # PR 1493, 1.0810: loops, score first then learn. 35,944,536 parameters.
     # Different: its 64 batches of 98,304 tokens are seen by all ranks together (theirs by each alone).
@@ -931,7 +897,7 @@ OVERLAYS = {
         MAX_WALLCLOCK_SECONDS=120 RESERVE_SECONDS=2 WARMUP_STEPS=2 LR_SCHEDULE=warmdown_frac WARMDOWN_FRAC=0.6
         MATRIX_LR=0.04 TIED_EMBED_LR=0.05 TABLE_LR=0.05 SCALAR_LR=0.04 ADAM_L2<=0.001
         MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=50
-        EMA_DECAY=0.95 SWA_EVERY=5 CALIBRATION_TOKENS=16384 ALLOCATION=tag
+        EMA_DECAY=0.95 SWA_EVERY=5 HELD_OUT_TOKENS=8192 CALIBRATION_TOKENS=16384 ALLOCATION=tag
         EVAL_BATCH_TOKENS=16384 EVAL_SEQ_LEN=512 EVAL_STRIDE=128
         TTT_CHUNK_TOKENS<=8192 TTT_PHASE_DOCS<=24 TTT_LORA_RANK<=16 TTT_LORA_DOCS<=8 TTT_LORA_CHUNK=128
         TRAIN_LOG_EVERY=20 VAL_LOSS_EVERY=0 CHECKPOINT_EVERY=30""",
@@ -979,7 +945,7 @@ def lanes_loop(v: Values) -> bool:
 
 
 def holds_out(v: Values) -> bool:
-    return v.averaging in ("iw_swa", "soup") or v.allocation == "loss"
+    return v.averaging == "iw_swa" or v.allocation == "loss"
 
 
 def grid_moves(v: Values) -> bool:
@@ -1028,6 +994,10 @@ RULES: list[tuple[Callable[[Values], Any], str]] = [
     (
         lambda v: v.run_mode != "eval" and v.train_batch_tokens % v.train_seq_len,
         "TRAIN_BATCH_TOKENS={train_batch_tokens} is not a multiple of TRAIN_SEQ_LEN={train_seq_len}",
+    ),
+    (
+        lambda v: "polar" in v.muon and v.muon_steps not in (0, *POLAR_EXPRESS),
+        "MUON_STEPS={muon_steps}: MUON={muon} has coefficients for 4 or 5 steps, 0 = 5",
     ),
     (
         lambda v: v.seq_ramp_start and v.train_seq_len not in doublings(v.seq_ramp_start),
@@ -3300,94 +3270,88 @@ def see_data(model: GPT, data: Data):
 
 
 # ---- 6 Optimisation: one Muon made of stages, AdamW groups, ramps, averaging ----------------------------------------
+State = dict[str, Tensor]  # what an optimiser remembers of something
+
+
 class Bank:
-    """Matrices of one shape as one contiguous stack (K,m,n), dealt to the ranks in equal shares. Modules keep ordinary
-    parameters, which are views of it. Optimiser state exists for this rank's share only, always fp32."""
+    """Matrices of one shape as one contiguous stack (K,m,n), dealt to the ranks in equal shares.
+    Modules keep ordinary parameters, which are views of it. Optimiser state exists for this rank's
+    share only, always fp32."""
 
     def __init__(self, params: list[nn.Parameter], weights: Tensor, gradients: Tensor, rt: Runtime):
-        self.params, self.weights, self.gradients = (
-            params,
-            weights,
-            gradients,
-        )  # gradients padded to equal shares
-        self.share, count = len(gradients) // rt.world, len(params)
-        self.mine = slice(min(count, rt.rank * self.share), min(count, (rt.rank + 1) * self.share))
-        self.owned = self.mine.stop - self.mine.start
-        self.reduced = gradients if rt.world == 1 else torch.zeros_like(gradients[: self.share])
-        self.norms = weights.norm(dim=(1, 2), keepdim=True)  # what MUON_DECAY=fixed_norm keeps
-        self.norms[self.norms == 0] = (
-            weights.size(1) / 3
-        ) ** 0.5  # what the framework's default would have drawn
+        self.params, self.weights = params, weights
+        self.gradients = gradients  # padded with matrices of zeros to equal shares
+        self.share = len(gradients) // rt.world
+        first = min(len(params), rt.rank * self.share)
+        self.owned = min(len(params), first + self.share) - first
+        self.mine = slice(first, first + self.owned)
+        self.reduced = gradients  # this rank's share of the mean gradient
+        if rt.world > 1:
+            self.reduced = torch.zeros_like(gradients[: self.share])
+        # what MUON_DECAY=fixed_norm keeps; for a start at zero, what the framework would have drawn
+        self.norms = weights.norm(dim=(1, 2), keepdim=True)
+        self.norms[self.norms == 0] = (weights.size(1) / 3) ** 0.5
         self.joined: dict[
             int, Tensor
-        ] = {}  # plan -> (K,1,1), 0 for a matrix that it does not reach
-        self.state: dict[str, Tensor] = {}
+        ] = {}  # plan -> (K,1,1), 0 for matrices that it does not reach
+        self.state: State = {}
 
 
 class FlatParameters:
-    """All weights as views of one fp32 vector and all gradients as views of another: first a bank per shape of matrix,
-    the largest first, then the other parameters by tag, then one extra number, the loss: `rest` carries both in one
-    all-reduce. Gradients are padded so that every rank owns as many matrices of a bank."""
+    """All weights as views of one fp32 vector and all gradients as views of another: first a bank
+    per shape of matrix, the largest bank first, then the other parameters by tag, then one extra
+    number, the loss: `rest` carries both in one all-reduce. Gradients are padded so that every rank
+    owns as many matrices of a bank."""
 
     def __init__(self, model: GPT, rt: Runtime):
-        counts = collections.Counter(p.shape for p in model.parameters() if p.opt == "matrix")
-        self.rt, self.params = (
-            rt,
-            sorted(
-                model.parameters(),
-                key=lambda p: (  # stable
-                    p.opt != "matrix",
-                    p.opt,
-                    -p.numel() * counts[p.shape] * (p.opt == "matrix"),
-                    p.shape,
-                ),
-            ),
-        )
-        kinds = [
-            (key, list(group))
-            for key, group in itertools.groupby(
-                self.params, lambda p: (p.opt, p.shape if p.opt == "matrix" else None)
-            )
-        ]
-        sizes = [sum(p.numel() for p in group) for _, group in kinds]
-        spare = [
-            -len(group) % rt.world * group[0].numel() * (key[0] == "matrix") for key, group in kinds
-        ]
-        device, matrices = self.params[0].device, sum(key[0] == "matrix" for key, _ in kinds)
-        self.weights = torch.zeros(sum(sizes), device=device)
-        self.gradients = torch.zeros(sum(sizes) + sum(spare) + 1, device=device)
-        self.rest = self.gradients[sum(sizes[:matrices]) + sum(spare) :]
-        self.banks, self.vectors = [], {}  # tag -> (weights, gradients), both flat
-        w = g = 0
-        for ((tag, shape), group), size, extra in zip(kinds, sizes, spare):
-            weights, gradients = self.weights[w : w + size], self.gradients[g : g + size]
-            for p, a, b in zip(
-                group,
-                weights.split([p.numel() for p in group]),
-                gradients.split([p.numel() for p in group]),
-            ):
-                a.copy_(p.data.flatten())
-                p.data, p.grad = a.view(p.shape), b.view(p.shape)
-            if tag == "matrix":
-                self.banks.append(
-                    Bank(
-                        group,
-                        weights.view(-1, *shape),
-                        self.gradients[g : g + size + extra].view(-1, *shape),
-                        rt,
-                    )
-                )
+        self.rt = rt
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        by_tag: dict[str, list[nn.Parameter]] = {}
+        for p in model.parameters():
+            if p.opt == "matrix":
+                by_shape.setdefault(p.shape, []).append(p)
             else:
-                self.vectors[tag] = weights, gradients
-            w, g = w + size, g + size + extra
+                by_tag.setdefault(p.opt, []).append(p)
+        banks = sorted(by_shape.values(), key=lambda ps: (-len(ps) * ps[0].numel(), ps[0].shape))
+        vectors = [sorted(by_tag[tag], key=lambda p: p.shape) for tag in sorted(by_tag)]
+        self.params = [p for group in (*banks, *vectors) for p in group]
+
+        padding = [-len(ps) % rt.world * ps[0].numel() for ps in banks]
+        matrices = sum(p.numel() for ps in banks for p in ps) + sum(padding)
+        size = sum(p.numel() for p in self.params)
+        device = self.params[0].device
+        self.weights = torch.zeros(size, device=device)
+        self.gradients = torch.zeros(size + sum(padding) + 1, device=device)
+        self.rest = self.gradients[matrices:]
+        self.filled = [0, 0]  # how far weights and gradients have been dealt out
+        self.banks: list[Bank] = []
+        for ps, extra in zip(banks, padding):
+            shape = (-1, *ps[0].shape)
+            weights, gradients = self.adopt(ps, extra)
+            self.banks.append(Bank(ps, weights.view(shape), gradients.view(shape), rt))
+        # tag -> (weights, gradients), both flat
+        self.vectors = {ps[0].opt: self.adopt(ps) for ps in vectors}
+
+    def adopt(self, params: list[nn.Parameter], padding: int = 0) -> tuple[Tensor, Tensor]:
+        """Move parameters to the next free places; returns these places, gradients with padding."""
+        w, g = self.filled
+        begin = w, g
+        for p in params:
+            weights = self.weights[w : w + p.numel()].view(p.shape)
+            weights.copy_(p.data)
+            p.data, p.grad = weights, self.gradients[g : g + p.numel()].view(p.shape)
+            w, g = w + p.numel(), g + p.numel()
+        self.filled = [w, g + padding]
+        return self.weights[begin[0] : w], self.gradients[begin[1] : g + padding]
 
     def clip(self, bound: float):
         """Scale the reduced gradient down to the given norm; 0 leaves it alone."""
-        if bound:
-            shares = torch.stack([bank.reduced.square().sum() for bank in self.banks]).sum()
-            norm = (self.rt.all_reduce(shares) + self.rest[:-1].square().sum()).sqrt()
-            for part in (self.rest[:-1], *(bank.reduced for bank in self.banks)):
-                part.mul_((bound / (norm + 1e-6)).clamp(max=1.0))
+        if not bound:
+            return
+        shares = torch.stack([bank.reduced.square().sum() for bank in self.banks]).sum()
+        norm = (self.rt.all_reduce(shares) + self.rest[:-1].square().sum()).sqrt()
+        for part in (self.rest[:-1], *(bank.reduced for bank in self.banks)):
+            part.mul_((bound / (norm + 1e-6)).clamp(max=1.0))
 
 
 @dataclass
@@ -3404,96 +3368,82 @@ class Hyper:
     gradient: Tensor | None = None  # what the first stage received
 
 
-# Stages: stage(u (K,m,n), state, hp) -> (K,m,n). `state` belongs to the share of a bank: tensors with K rows.
-def kept(state: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+# Stages: stage(u (K,m,n), state, hp) -> (K,m,n). The state belongs to the share of a bank: K rows.
+def kept(state: State, name: str, like: Tensor) -> Tensor:
     """A tensor of the state, zeros at first."""
     return state.setdefault(name, torch.zeros_like(like))
 
 
-def nesterov(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """Heavy-ball buffer b <- mu*b + g, look-ahead g + mu*b."""
-    buffer = kept(state, "momentum", u)
-    buffer.mul_(hp.momentum).add_(u)
-    return u + hp.momentum * buffer
+def heavy_ball(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """Momentum: buffer b <- mu * b + g, returned."""
+    return kept(state, "momentum", u).mul_(hp.momentum).add_(u)
 
 
-def normalised(u: Tensor, *axes: int) -> Tensor:
-    """Unit norm along one axis after the other: -1 makes rows equal, -2 columns."""
-    for axis in axes:
-        u = u / u.norm(dim=axis, keepdim=True).clamp(min=1e-7)
-    return u
+def nesterov(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """Heavy-ball momentum b with a look ahead: g + mu * b."""
+    return u + hp.momentum * heavy_ball(u, state, hp)
 
 
-def row_norm(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """Equal norm for every output row before orthogonalisation. Source: MuonEq-R, arXiv 2603.28254."""
+def input_whitening(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """The gradient times the damped inverse second moment of what its matrix reads, in diagonal
+    blocks (see InputWatch); as it is until the first is known. Source: Newton-Muon, arXiv
+    2604.01472."""
+    if "inverse" not in state:
+        return u
+    inverse = state["inverse"]  # (K, blocks, n/blocks, n/blocks)
+    blocks = u.unflatten(-1, inverse.shape[1:3])
+    return torch.einsum("kmbi,kbij->kmbj", blocks, inverse).flatten(-2)
+
+
+def normalised(u: Tensor, axis: int) -> Tensor:
+    """Unit norm along an axis: -1 makes rows equal, -2 columns."""
+    return u / u.norm(dim=axis, keepdim=True).clamp(min=1e-12)
+
+
+def row_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """Equal norm for every output row. Source: MuonEq-R, arXiv 2603.28254."""
     return normalised(u, -1)
 
 
+def short_side_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """Equal norm along the shorter side, so columns of a tall matrix: PR 1539 normalises after it
+    has transposed."""
+    return on_short_side(u, lambda x: normalised(x, -1))
+
+
 QUINTIC = (3.4445, -4.7750, 2.0315)
-POLAR_EXPRESS = (  # arXiv 2505.16932, made for exactly five steps with a 2 % margin on the input norm
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+DION = (  # five steps of growing precision, github.com/microsoft/dion
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
 )
-TURBO = {  # four steps after the AOL scaling, arXiv 2512.04632: as PR 1089 ran it, and as the paper's library has it
-    "record": (
-        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+# Number of steps -> each step's quintic, the nearest to 1 on what the steps before leave: five as
+# published, arXiv 2505.16932; four by its algorithm, with the lowest bound from which all singular
+# values end within 1 +- 0.15. Never cut a table: its first steps aim low and end far from 1.
+POLAR_EXPRESS = {
+    4: (
+        (8.187100137536577, -23.310841492026714, 17.091393708248805),
+        (3.885919117294662, -2.7467840914578177, 0.4999734794458932),
+        (3.3167784504392626, -2.396176387981248, 0.46946605402795777),
+        (2.3323193774248265, -1.6500306392935618, 0.3931924029216462),
     ),
-    "library": (
-        (4.6051, -9.6552, 5.6769),
-        (4.7505, -6.0861, 2.1790),
-        (2.7763, -2.3190, 0.5523),
-        (2.4231, -2.2861, 0.8193),
+    5: (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ),
 }
-
-
-def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
-    """(a,b,c) of the odd quintic ax + bx^3 + cx^5 that is nearest to 1 on [low, high]; exchange algorithm of Remez."""
-    inner, points = 0.0, np.array([low, (3 * low + high) / 4, (low + 3 * high) / 4, high])
-    for _ in range(100):
-        system = np.stack([points, points**3, points**5, [1, -1, 1, -1]], 1)
-        a, b, c, _ = np.linalg.solve(system, np.ones(4))
-        root = math.sqrt(9 * b * b - 20 * a * c)  # the extremes between: a + 3bx^2 + 5cx^4 = 0
-        points[1:3] = np.sqrt(np.sort([(-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)]))
-        if abs(points[1] - inner) < 1e-14:
-            break
-        inner = points[1]
-    return float(a), float(b), float(c)
-
-
-def polar_table(steps: int, low: float, margin: float = 1.02) -> list[tuple[float, float, float]]:
-    """Each step's best quintic for what the steps before leave of [low, 1]: the composition nearest to the polar
-    factor. A step never aims below 0.024 of the largest value, which costs the largest less, and expects values to be
-    larger than promised by a margin, because beyond its range a polynomial explodes. Source: arXiv 2505.16932."""
-    table, high, cushion = [], 1.0, 0.02407327424182761
-    for _ in range(steps):
-        abc = np.array(minimax_quintic(max(low, cushion * high), high))
-        ends = [float(abc @ [x, x**3, x**5]) for x in (low, high)]
-        abc *= 2 / sum(ends) if low < cushion * high else 1.0  # the ends lie equally far from 1
-        table.append(tuple(abc.tolist()))
-        low = float(abc @ [low, low**3, low**5])
-        high = margin * (2 - low)
-    return table
-
-
-@functools.cache
-def best_polar_table(steps: int) -> tuple[tuple[float, float, float], ...]:
-    """The table for a number of steps: all singular values above some bound end within 1 +- 0.15, the bound being as
-    low as the steps allow, at least 0.001. The first steps of a longer table aim lower and end far from 1: never cut
-    one."""
-    lowest, highest = 1e-3, 0.5  # the bound is found by bisection of its logarithm
-    for _ in range(40):
-        low = end = math.sqrt(lowest * highest)
-        for a, b, c in polar_table(steps, low):
-            end = a * end + b * end**3 + c * end**5
-        lowest, highest = (lowest, low) if end > 0.85 else (low, highest)
-    return tuple(polar_table(steps, highest))
+POLAR_AFTER_AOL = (  # the second to the fifth of seven steps from 0.001, as PR 1089 has them
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+Quintics = Sequence[tuple[float, float, float]]
 
 
 def on_short_side(u: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
@@ -3503,200 +3453,284 @@ def on_short_side(u: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
 
 def as_large_as(x: Tensor, y: Tensor) -> Tensor:
     """x with the Frobenius norm of y, matrix by matrix."""
-    return x * (
-        y.norm(dim=(-2, -1), keepdim=True) / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    )
+    norm = x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
+    return x * (y.norm(dim=(-2, -1), keepdim=True) / norm)
 
 
-def polynomials(x: Tensor, table) -> Tensor:
-    """Odd polynomials of the singular values of x (K,m,n), m <= n: X <- aX + (bA + cA^2)X with A = XX^T."""
-    for a, b, c in table:
-        gram = x @ x.mT
+def polynomials(x: Tensor, gram: Tensor, table: Quintics) -> Tensor:
+    """Odd polynomials of the singular values of x (K,m,n), m <= n: X <- aX + (bA + cA^2)X, where A
+    is the Gram matrix XX^T, given for the first step."""
+    for step, (a, b, c) in enumerate(table):
+        if step:
+            gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
-def orthogonalise(u: Tensor, table, hp: Hyper, margin: float = 1.0) -> Tensor:
+def orthogonalise(u: Tensor, table: Quintics, hp: Hyper, margin: float = 1.0) -> Tensor:
     """Replace singular values by about one, after division by the Frobenius norm times a margin."""
     x = u.to(hp.dtype)
-    x = x / (margin * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    return on_short_side(x, lambda x: polynomials(x, table)).to(u.dtype)
+    x = x / (margin * x.norm(dim=(-2, -1), keepdim=True)).clamp(min=1e-12)
+    return on_short_side(x, lambda x: polynomials(x, x @ x.mT, table)).to(u.dtype)
 
 
-def newton_schulz(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
+def newton_schulz(u: Tensor, state: State, hp: Hyper) -> Tensor:
     """Equal quintic steps; singular values end within about [0.7, 1.2]. Knob: MUON_STEPS."""
     return orthogonalise(u, (QUINTIC,) * (hp.cfg.muon_steps or 5), hp)
 
 
-def polar_express(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """Minimax steps, the published five or as many as MUON_STEPS says, after a 2 % margin for rounding."""
-    steps = hp.cfg.muon_steps or 5
-    return orthogonalise(u, POLAR_EXPRESS if steps == 5 else best_polar_table(steps), hp, 1.02)
+def polar_express(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """Minimax steps after a 2 % margin for rounding. Source: arXiv 2505.16932. Knob: MUON_STEPS."""
+    return orthogonalise(u, POLAR_EXPRESS[hp.cfg.muon_steps or 5], hp, margin=1.02)
 
 
-def turbo(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """Almost-orthogonal scaling, which bounds the largest singular value by one without shrinking all, saves a step:
-    rows of the short side are divided by the root of their sum of |XX^T|. arXiv 2208.03160, 2512.04632; PR 1089."""
-    table = (
-        TURBO[hp.cfg.muon_table]
-        if hp.cfg.muon_steps in (0, 4)
-        else best_polar_table(hp.cfg.muon_steps)
-    )
+def almost_orthogonal(u: Tensor, table: Quintics, hp: Hyper) -> Tensor:
+    """Divide rows of the short side by the root of their sum of |XX^T|, which bounds the largest
+    singular value by one without shrinking all and saves a step, then apply polynomials. Sources:
+    AOL, arXiv 2208.03160; Turbo-Muon, arXiv 2512.04632."""
 
     def work(x: Tensor) -> Tensor:
-        bound = (x @ x.mT).float().abs().sum(-1, keepdim=True).clamp(min=1e-14)
-        return polynomials(
-            (x * (bound.rsqrt() / 1.02)).to(hp.dtype), table
-        )  # a margin for rounding, as above
+        gram = x @ x.mT
+        bound = gram.float().abs().sum(-1, keepdim=True).clamp(min=1e-24)
+        scale = bound.rsqrt().to(hp.dtype)
+        return polynomials(scale * x, scale * gram * scale.mT, table)
 
     return on_short_side(u.to(hp.dtype), work).to(u.dtype)
 
 
-POST_NORMS = {"col": (-2,), "row": (-1,), "col_row": (-2, -1), "row_col": (-1, -2)}
+def turbo(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """Four steps with the coefficients that the library of the paper took over. Source:
+    Turbo-Muon."""
+    return almost_orthogonal(u, DION[1:], hp)
 
 
-def post_norm(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """Unit rows, columns or both in turn, after orthogonalisation. Muon+, arXiv 2602.21545. Knob: MUON_POST_NORM."""
-    return normalised(u, *POST_NORMS[hp.cfg.muon_post_norm])
+def turbo_polar(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """Four steps with coefficients of Polar Express. Source: PR 1089."""
+    return almost_orthogonal(u, POLAR_AFTER_AOL, hp)
 
 
-def neuron_norm(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """Divide each row by the root of its running mean square, then restore the norm of the whole. Source: NorMuon,
-    arXiv 2510.05491. Knob: MUON_BETA2."""
+def post_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """Unit rows, then unit columns, after orthogonalisation: the Frobenius norm becomes sqrt(n),
+    larger than a polar factor's when n > m. Source: Muon+, arXiv 2602.21545."""
+    return normalised(normalised(u, -1), -2)
+
+
+def neuron_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """Divide each row by the root of its running mean square, then restore the norm of the whole.
+    Source: NorMuon, arXiv 2510.05491. Knob: MUON_BETA2."""
     mean = kept(state, "rows", u[..., :1])
     mean.lerp_(u.square().mean(-1, keepdim=True), 1 - hp.cfg.muon_beta2)
     return as_large_as(u / (mean.sqrt() + 1e-10), u)
 
 
-def triangular(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """In place of orthogonalisation: equal rows, then the inverse of the lower triangle of their Gram matrix, then
-    equal rows, MUON_STEPS times or once; depends on the order of rows. Source: MUD, arXiv 2603.17970."""
+def triangular(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """In place of orthogonalisation: equal rows, then the inverse of the lower triangle of their
+    Gram matrix, then equal rows; once, or MUON_STEPS times. Depends on the order of rows. Source:
+    MUD, arXiv 2603.17970."""
 
     def work(x: Tensor) -> Tensor:
         ridge = 1e-6 * torch.eye(x.size(-2), device=x.device)
         for _ in range(hp.cfg.muon_steps or 1):
             x = normalised(x, -1)
-            x = normalised(
-                torch.linalg.solve_triangular((x @ x.mT + ridge).tril(), x, upper=False), -1
-            )
+            lower = (x @ x.mT + ridge).tril()
+            x = normalised(torch.linalg.solve_triangular(lower, x, upper=False), -1)
         return x
 
     return on_short_side(u.float(), work)
 
 
-def matrix_power(a: Tensor, exponent: float) -> Tensor:
-    """Power of symmetric positive (K,n,n) of any size, made of mean eigenvalue 1 beforehand; no eigenvalue is below
-    1e-4, where fp32 knows little."""
-    mean = a.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    values, vectors = torch.linalg.eigh(
-        a / mean.clamp(min=1e-30) + 1e-4 * torch.eye(a.size(-1), device=a.device)
-    )
-    return (vectors * values.clamp(min=1e-4).pow(exponent).unsqueeze(-2)) @ vectors.mT
+def inverse_eighth_root(moment: Tensor) -> Tensor:
+    """moment^(-1/8) of symmetric (K,n,n), made of mean eigenvalue 1 beforehand and shifted to be
+    positive."""
+    n = moment.size(-1)
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    damped = moment / mean.clamp(min=1e-30) + 1e-10 * torch.eye(n, device=moment.device)
+    values, vectors = torch.linalg.eigh(damped)
+    values = values - values.amin(-1, keepdim=True).clamp(max=0) + 1e-10
+    return (vectors * values.pow(-0.125).unsqueeze(-2)) @ vectors.mT
 
 
-def whitened_polar(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """Orthogonalise L^-a U R^-a, L and R being running second moments of the gradient's rows and columns and a = 1/8,
-    then multiply once more, which solves the steepest descent bounded in the whitened coordinates (MOUSSE=inverse;
-    "forward" undoes the whitening, as a digest of the paper has it), and restore the norm. Mousse, arXiv 2603.09697.
-    Knobs: MOUSSE, MUON_BETA2, MUON_REFRESH."""
-    g, powers = hp.gradient, []
-    for name, moment in (("left", g @ g.mT), ("right", g.mT @ g)):
-        kept(state, name, moment).lerp_(
-            moment, 1 - hp.cfg.muon_beta2
-        )  # a common factor is normalised away
-        if hp.step % hp.cfg.muon_refresh == 0 or f"{name}_power" not in state:
-            state[f"{name}_power"] = matrix_power(state[name], -0.125)
-        powers.append(state[f"{name}_power"])
-    y = newton_schulz(powers[0] @ u @ powers[1], state, hp)
-    back = powers if hp.cfg.mousse == "inverse" else [torch.linalg.inv(p) for p in powers]
-    return as_large_as(back[0] @ y @ back[1], y)
+def whitened_polar(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """Orthogonalise L U R, multiply once more by L and R on the two sides, and restore the norm; L
+    and R are the inverse eighth roots of running second moments of the gradient's rows and columns.
+    Among all updates bounded in the whitened coordinates this is the steepest. Source: Mousse,
+    arXiv 2603.09697. Knobs: MUON_BETA2, MUON_REFRESH (0 = 10 steps)."""
+    g, roots = hp.gradient, []
+    for side, moment in (("left", g @ g.mT), ("right", g.mT @ g)):
+        # no bias correction: a common factor is normalised away
+        kept(state, side, moment).lerp_(moment, 1 - hp.cfg.muon_beta2)
+        if hp.step % (hp.cfg.muon_refresh or 10) == 0 or f"{side}_root" not in state:
+            state[f"{side}_root"] = inverse_eighth_root(state[side])
+        roots.append(state[f"{side}_root"])
+    y = orthogonalise(roots[0] @ u @ roots[1], DION, hp)
+    return as_large_as(roots[0] @ y @ roots[1], y)
 
 
-def input_whitening(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """The gradient times the damped inverse second moment of what its matrix reads, before momentum; what it reads is
-    observed every MUON_REFRESH steps (see InputWatch). Source: Newton-Muon, arXiv 2604.01472."""
-    return u @ state["inverse"] if "inverse" in state else u
+def aspect_scale(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """sqrt(max(1, rows/columns)): a polar factor gets the same update size per entry, wide or
+    tall."""
+    return u * max(1.0, u.size(-2) / u.size(-1)) ** 0.5
 
 
-def adam_moments(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> tuple[Tensor, Tensor]:
+def aspect_scale_plus(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """sqrt(rows/columns), smaller for wide matrices too. Sources: Muon+, Mousse."""
+    return u * (u.size(-2) / u.size(-1)) ** 0.5
+
+
+Stage = Callable[[Tensor, State, Hyper], Tensor]
+MUON: dict[str, tuple[Stage, ...]] = {
+    "muon": (nesterov, newton_schulz, aspect_scale),
+    "muon_polar": (nesterov, polar_express, aspect_scale),
+    "muoneq_r": (nesterov, row_norm, newton_schulz, aspect_scale),
+    "muoneq_r_polar": (nesterov, row_norm, polar_express, aspect_scale),
+    "muoneq_short_polar": (nesterov, short_side_norm, polar_express, aspect_scale),  # PR 1539
+    "turbo_muon": (nesterov, turbo, aspect_scale),  # the paper: no norm after the polynomials
+    "turbo_muon_plus": (
+        nesterov,
+        turbo_polar,
+        post_norm,
+        aspect_scale,
+    ),  # PR 1089: wide ones larger
+    "muon_plus": (nesterov, newton_schulz, post_norm, aspect_scale_plus),
+    "normuon": (nesterov, newton_schulz, neuron_norm, aspect_scale),
+    "mud": (nesterov, triangular, aspect_scale),
+    "rmnp": (nesterov, row_norm, aspect_scale),  # arXiv 2603.20527; wants a lower rate
+    "mousse": (heavy_ball, whitened_polar, aspect_scale_plus),
+    "newton_muon": (input_whitening, nesterov, newton_schulz, aspect_scale),
+}
+
+
+# Adam: what happens to a part of a vector; its weight decay is decoupled, arXiv 1711.05101
+def adam_moments(u: Tensor, state: State, hp: Hyper) -> tuple[Tensor, Tensor]:
     """Bias-corrected running mean and root mean square of the gradient. Source: arXiv 1412.6980."""
-    (beta1, beta2), t = hp.betas, hp.step + 1
+    beta1, beta2 = hp.betas
     mean, square = kept(state, "mean", u), kept(state, "square", u)
     mean.lerp_(u, 1 - beta1)
     square.mul_(beta2).addcmul_(u, u, value=1 - beta2)
+    t = hp.step + 1
     return mean / (1 - beta1**t), (square / (1 - beta2**t)).sqrt() + hp.cfg.adam_eps
 
 
-def adam(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """Mean over root mean square; its weight decay is decoupled. Source: arXiv 1711.05101."""
+def adam(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """Mean over root mean square."""
     mean, root = adam_moments(u, state, hp)
     return mean / root
 
 
-def ademamix(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """Adam whose mean has a second, slow one added, alpha times and not bias-corrected. Source: arXiv 2409.03137.
-    Knobs: ADEMAMIX_ALPHA, ADEMAMIX_BETA3."""
+def ademamix(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """Adam whose mean has a second, slow one added, alpha times and not bias-corrected. Source:
+    arXiv 2409.03137. Knobs: ADEMAMIX_ALPHA, ADEMAMIX_BETA3."""
     mean, root = adam_moments(u, state, hp)
     slow = kept(state, "slow", u)
     slow.lerp_(u, 1 - hp.beta3)
     return (mean + hp.alpha * slow) / root
 
 
-def aspect_scale(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """sqrt(max(1, rows/columns)): the same update size per entry for wide and tall matrices."""
-    return u * max(1.0, u.size(-2) / u.size(-1)) ** 0.5
-
-
-def aspect_scale_plus(u: Tensor, state: dict[str, Tensor], hp: Hyper) -> Tensor:
-    """sqrt(rows/columns), smaller for wide matrices too, as Muon+ has it."""
-    return u * (u.size(-2) / u.size(-1)) ** 0.5
-
-
-MUON: dict[str, tuple[Callable[[Tensor, dict[str, Tensor], Hyper], Tensor], ...]] = {
-    "muon": (nesterov, newton_schulz, aspect_scale),
-    "muon_polar": (nesterov, polar_express, aspect_scale),
-    "muoneq_r": (nesterov, row_norm, newton_schulz, aspect_scale),
-    "muoneq_r_polar": (nesterov, row_norm, polar_express, aspect_scale),
-    "turbo_muon": (nesterov, turbo, post_norm, aspect_scale),
-    "muon_plus": (nesterov, newton_schulz, post_norm, aspect_scale_plus),
-    "normuon": (nesterov, newton_schulz, neuron_norm, aspect_scale),
-    "mud": (nesterov, triangular, aspect_scale),
-    "rmnp": (
-        nesterov,
-        row_norm,
-        aspect_scale,
-    ),  # no orthogonalisation at all, arXiv 2603.20527; wants a lower rate
-    "mousse": (nesterov, whitened_polar, aspect_scale),
-    "newton_muon": (input_whitening, nesterov, newton_schulz, aspect_scale),
-}
-
-
-# How updates meet weights: (w (K,m,n), update, learning rate, weight decay, norms of the start (K,1,1)), in place
-def decoupled(w: Tensor, u: Tensor, lr: float, wd: float, norms: Tensor):
+# How updates meet weights, in place: (w (K,m,n), update, learning rate, weight decay or (K,1,1) of
+# it, norms of the start (K,1,1))
+def decoupled(w: Tensor, u: Tensor, lr: float, wd: float | Tensor, norms: Tensor):
     """Shrink all weights by lr * wd, then step."""
     w.mul_(1 - lr * wd).sub_(u, alpha=lr)
 
 
-def cautious_decay(w: Tensor, u: Tensor, lr: float, wd: float, norms: Tensor):
-    """Shrink only weights that the update shrinks too, as modded-nanogpt does."""
+def cautious_decay(w: Tensor, u: Tensor, lr: float, wd: float | Tensor, norms: Tensor):
+    """Shrink only weights that the update shrinks too. Sources: modded-nanogpt, arXiv
+    2510.12402."""
     w.sub_(w * (u * w > 0) * wd, alpha=lr).sub_(u, alpha=lr)
 
 
-def fixed_norm(w: Tensor, u: Tensor, lr: float, wd: float, norms: Tensor):
-    """Back to the norm of the start after the step, in place of decay; what starts at zero may grow up to the norm of
-    an ordinary start."""
-    w.sub_(u, alpha=lr)
-    w.mul_(norms / torch.maximum(w.norm(dim=(1, 2), keepdim=True), norms))
+def fixed_norm(w: Tensor, u: Tensor, lr: float, wd: float | Tensor, norms: Tensor):
+    """A step of lr times the norm of the start, along the update, then back to that norm exactly;
+    no decay. The rate is relative. What starts at zero has the norm of an ordinary start from the
+    first step on. Source: MuonH (hyperball) of modded-nanogpt's third track."""
+    w.sub_(as_large_as(u, norms), alpha=lr)
+    w.copy_(as_large_as(w, norms))
 
 
 DECAYS = {"decoupled": decoupled, "cautious": cautious_decay, "fixed_norm": fixed_norm}
 
 
+# What reached() says of each plan; empty: every plan reaches everything
+Reach = Sequence[dict[nn.Parameter, Tensor]]
+
+
+@torch.enable_grad()
+def reached(model: GPT, plan: Plan) -> dict[nn.Parameter, Tensor]:
+    """Which elements of each parameter the loss of a plan depends on: bool, in the shape of the
+    parameter. A loss of NaN sent backward turns the gradient of all that it touches into NaN, also
+    where the true gradient is zero, and leaves the rest at zero. Scalars are judged one by one
+    (rows of skip weights and of loop gates join with their slots), matrices and tables as a whole:
+    a row of a table that no token of a batch reads has a gradient, zero."""
+    ids = torch.arange(16, device=model.embed.device).unsqueeze(0) % len(model.embed)
+    loss = model(ids, ids, plan)[0] * math.nan
+    params = list(model.parameters())
+    found = {}
+    for p, gradient in zip(params, torch.autograd.grad(loss, params, allow_unused=True)):
+        touched = torch.zeros_like(p, dtype=torch.bool) if gradient is None else gradient.isnan()
+        found[p] = touched if p.opt == "scalar" else touched.any().expand_as(p)
+    return found
+
+
+class AdamGroup(NamedTuple):
+    """How one tag's vector is updated."""
+
+    lr: float
+    wd: float
+    betas: tuple[float, float]
+    rule: Stage
+
+
+ADEMAMIX = {  # which tags have a second, slow momentum
+    "none": (),
+    "embed": ("embed", "head", "table"),
+    "scalar": ("scalar",),
+    "all": ("embed", "head", "table", "scalar"),
+}
+
+
+def adam_groups(c: OptimConfig, tied: bool) -> dict[str, AdamGroup]:
+    """Tag -> its group. EMBED_WD is for embeddings and tables, EMBED_BETA1 for heads too."""
+    rules = {tag: ademamix if tag in ADEMAMIX[c.ademamix] else adam for tag in ADEMAMIX["all"]}
+    embed_lr = c.tied_embed_lr if tied else c.embed_lr
+    embed_wd = c.adam_wd if c.embed_wd < 0 else c.embed_wd
+    embed_betas = (c.embed_beta1 or c.beta1, c.beta2)
+    return {
+        "embed": AdamGroup(embed_lr, embed_wd, embed_betas, rules["embed"]),
+        "head": AdamGroup(c.head_lr, c.adam_wd, embed_betas, rules["head"]),
+        "table": AdamGroup(c.table_lr, embed_wd, embed_betas, rules["table"]),
+        "scalar": AdamGroup(c.scalar_lr, c.adam_wd, (c.beta1, c.beta2), rules["scalar"]),
+    }
+
+
+class AdamPart:
+    """A contiguous part of one tag's vector whose elements the same plans reach. While the plan
+    does not reach it, it stands still: no decay, no step counted, as the framework's Adam skips
+    what has no gradient."""
+
+    def __init__(self, group: AdamGroup, weights: Tensor, gradient: Tensor, idle: frozenset[int]):
+        self.group, self.weights, self.gradient = group, weights, gradient
+        self.idle = idle  # indices of the plans that do not reach it
+        self.steps = 0  # updates done before; bias correction counts from the first
+        self.state: State = {}
+
+
+def idle_runs(params: list[nn.Parameter], reach: Reach) -> list[tuple[int, frozenset[int]]]:
+    """Parameters laid end to end, cut where the plans that reach them change: (elements, indices of
+    the plans that do not reach them) of each run."""
+    size = sum(p.numel() for p in params)
+    codes = torch.zeros(size, dtype=torch.int64, device=params[0].device)
+    for i, found in enumerate(reach):
+        codes += torch.cat([~found[p].flatten() for p in params]).long() << i
+    runs = torch.stack(torch.unique_consecutive(codes, return_counts=True), 1).tolist()
+    return [(n, frozenset(i for i in range(len(reach)) if code >> i & 1)) for code, n in runs]
+
+
 class Optimiser:
-    """Muon over banks of matrices, AdamW or AdEMAMix over one vector per other tag. Every rank reduces, remembers and
-    orthogonalises its own share of each bank, largest bank first; while one bank's gradients or updates travel, others
-    are computed. The result depends on the number of ranks through rounding alone. Sources: Keller Jordan's Muon,
-    PR 399 (banks), arXiv 2511.07464."""
+    """Muon over banks of matrices, AdamW or AdEMAMix over one vector per other tag. Every rank
+    reduces, remembers and orthogonalises its own share of each bank, largest bank first; while one
+    bank's gradients or updates travel, others are computed. The result depends on the number of
+    ranks through rounding alone. Sources: Keller Jordan's Muon, PR 399 (banks), arXiv
+    2511.07464."""
 
     def __init__(
         self,
@@ -3705,26 +3739,23 @@ class Optimiser:
         rt: Runtime,
         dtype: torch.dtype,
         tied: bool = True,
-        reach: Sequence[dict[nn.Parameter, Tensor]] = (),
+        reach: Reach = (),
     ):
-        """`reach`: what reached() says of each plan; without it every plan reaches every parameter."""
+        """`reach` has what reached() says of each plan; without it every plan reaches
+        everything."""
         self.flat, self.cfg, self.rt = flat, cfg, rt
-        self.stages, self.decay = (
-            MUON[cfg.muon],
-            DECAYS[cfg.muon_decay],
-        )
-        self.hyper = Hyper(
-            cfg, dtype, torch.zeros((), device=flat.weights.device), betas=(cfg.beta1, cfg.beta2)
-        )
-        self.groups = {
-            tag: group for tag, group in adam_groups(cfg, tied).items() if tag in flat.vectors
-        }
-        if set(flat.vectors) != set(self.groups):
+        self.stages, self.decay = MUON[cfg.muon], DECAYS[cfg.muon_decay]
+        momentum = torch.zeros((), device=flat.weights.device)
+        self.hyper = Hyper(cfg, dtype, momentum)
+        groups = adam_groups(cfg, tied)
+        if not set(flat.vectors) <= set(groups):
             raise RuntimeError("a parameter's `opt` tag belongs to no optimiser group")
-        self.parts: dict[str, list[AdamPart]] = {}
-        for tag in self.groups:
-            params = [p for p in flat.params if p.opt == tag]
-            self.parts[tag] = adam_parts(params, *flat.vectors[tag], reach)
+        self.parts: list[AdamPart] = []
+        for tag, (weights, gradients) in flat.vectors.items():
+            runs = idle_runs([p for p in flat.params if p.opt == tag], reach)
+            sizes = [size for size, _ in runs]
+            for w, g, (_, idle) in zip(weights.split(sizes), gradients.split(sizes), runs):
+                self.parts.append(AdamPart(groups[tag], w, g, idle))
         for bank in flat.banks:
             for i, found in enumerate(reach):
                 joined = torch.stack([found[p].any() for p in bank.params])
@@ -3734,37 +3765,38 @@ class Optimiser:
     @torch.no_grad()
     def step(self, ramps: dict[str, float]):
         """One update of all weights from the gradients of all ranks."""
-        arrivals = [
-            self.rt.reduce_scatter(bank.reduced, bank.gradients) for bank in self.flat.banks
-        ]
+        arrivals = [self.rt.reduce_scatter(b.reduced, b.gradients) for b in self.flat.banks]
         rest_arrived = self.rt.start_all_reduce(self.flat.rest)
-        for arrived in (*arrivals, rest_arrived) if self.cfg.grad_clip_norm else (rest_arrived,):
-            arrived()
+        if self.cfg.grad_clip_norm:
+            for arrived in arrivals:
+                arrived()
+        rest_arrived()
         self.flat.clip(self.cfg.grad_clip_norm)
         self.hyper.momentum.fill_(ramps["momentum"])
         self.hyper.alpha, self.hyper.beta3 = ramps["alpha"], ramps["beta3"]
         self.step_vectors(ramps)
-        finish = lambda: None  # noqa: E731  (what remains of the bank before)
+        finish = None  # what remains of the bank before, while the next one's gradients arrive
         for bank, arrived in zip(self.flat.banks, arrivals):
             arrived()
             update, landed = self.rt.all_gather(self.direction(bank))
-            finish()
+            if finish:
+                finish()
             finish = functools.partial(self.apply, bank, update, landed, ramps)
-        finish()
+        if finish:
+            finish()
         self.hyper.step += 1
 
     def step_vectors(self, ramps: dict[str, float]):
         """AdamW, or AdEMAMix, for all but matrices."""
-        for tag, group in self.groups.items():
-            lr = group.lr * ramps["lr"]
-            for part in self.parts[tag]:
-                if ramps["plan"] in part.idle:
-                    continue
-                part.gradient.add_(part.weights, alpha=self.cfg.adam_l2)
-                hp = replace(self.hyper, betas=group.betas, step=part.steps)
-                update = group.rule(part.gradient, part.state, hp)
-                part.weights.mul_(1 - lr * group.wd).sub_(update, alpha=lr)
-                part.steps += 1
+        for part in self.parts:
+            if ramps["plan"] in part.idle:
+                continue
+            group, lr = part.group, part.group.lr * ramps["lr"]
+            hp = replace(self.hyper, betas=group.betas, step=part.steps)
+            part.gradient.add_(part.weights, alpha=self.cfg.adam_l2)
+            update = group.rule(part.gradient, part.state, hp)
+            part.weights.mul_(1 - lr * group.wd).sub_(update, alpha=lr)
+            part.steps += 1
 
     def direction(self, bank: Bank) -> Tensor:
         """The update of this rank's share of a bank, (share,m,n) in the dtype that travels."""
@@ -3777,12 +3809,12 @@ class Optimiser:
     def apply(self, bank: Bank, update: Tensor, landed: Callable[[], Any], ramps: dict[str, float]):
         """Change the weights of a whole bank, the same on every rank."""
         landed()
+        lr, wd = self.cfg.matrix_lr * ramps["lr"], self.cfg.muon_wd * ramps["wd"]
         update = update[: len(bank.weights)].float()
-        wd = self.cfg.muon_wd * ramps["wd"]
-        joined = bank.joined.get(ramps["plan"])
-        if joined is not None:
+        if ramps["plan"] in bank.joined:
+            joined = bank.joined[ramps["plan"]]
             update, wd = update * joined, wd * joined
-        self.decay(bank.weights, update, self.cfg.matrix_lr * ramps["lr"], wd, bank.norms)
+        self.decay(bank.weights, update, lr, wd, bank.norms)
 
     def state_dict(self) -> dict[str, Any]:
         """The same on any number of ranks; every rank must call it."""
@@ -3790,130 +3822,36 @@ class Optimiser:
         for bank in self.flat.banks:
             full = {}
             for name, value in bank.state.items():
-                padded = F.pad(value, (0, 0) * (value.dim() - 1) + (0, bank.share - bank.owned))
-                gathered, landed = self.rt.all_gather(padded)
+                rows = (0, 0) * (value.dim() - 1) + (0, bank.share - bank.owned)
+                gathered, landed = self.rt.all_gather(F.pad(value, rows))
                 landed()
                 full[name] = gathered[: len(bank.weights)]
             banks.append(full)
-        parts = [
-            dict(steps=part.steps, state=part.state)
-            for tag in self.parts
-            for part in self.parts[tag]
-        ]
+        parts = [dict(steps=part.steps, state=part.state) for part in self.parts]
         return dict(step=self.hyper.step, banks=banks, parts=parts)
 
     def load_state_dict(self, state: dict[str, Any]):
+        """Inverse of state_dict(), on any number of ranks."""
         device = self.flat.weights.device
         self.hyper.step = state["step"]
         for bank, full in zip(self.flat.banks, state["banks"], strict=True):
-            bank.state = {
-                name: value[bank.mine].to(device, copy=True) for name, value in full.items()
-            }
-        parts = [part for tag in self.parts for part in self.parts[tag]]
-        for part, saved in zip(parts, state["parts"], strict=True):
+            bank.state = {k: v[bank.mine].to(device, copy=True) for k, v in full.items()}
+        for part, saved in zip(self.parts, state["parts"], strict=True):
             part.steps = saved["steps"]
-            part.state = {
-                name: value.to(device, copy=True) for name, value in saved["state"].items()
-            }
-
-
-def reached(model: GPT, plan: Plan) -> dict[nn.Parameter, Tensor]:
-    """Which elements of each parameter the loss of a plan depends on: bool, in the shape of the parameter. A loss of
-    NaN sent backward turns the gradient of all that it touches into NaN, also where the true gradient is zero, and
-    leaves the rest at zero. Scalars are judged one by one (rows of skip weights and of loop gates join with their
-    slots), matrices and tables as a whole: a row of a table that no token of a batch reads has a gradient, zero."""
-    ids = torch.arange(16, device=model.embed.device).unsqueeze(0) % len(model.embed)
-    params = list(model.parameters())
-    with torch.enable_grad():
-        loss = model(ids, ids, plan)[0] * math.nan
-    found = {}
-    for p, gradient in zip(params, torch.autograd.grad(loss, params, allow_unused=True)):
-        touched = torch.zeros_like(p, dtype=torch.bool) if gradient is None else gradient.isnan()
-        found[p] = touched if p.opt == "scalar" else touched.any().expand_as(p)
-    return found
-
-
-class AdamPart:
-    """A contiguous part of one tag's vector whose elements the same plans reach. It stands still, without decay and
-    without counting steps, while the plan does not reach it, as the framework's Adam skips what has no gradient."""
-
-    def __init__(self, weights: Tensor, gradient: Tensor, idle: frozenset[int]):
-        self.weights, self.gradient = weights, gradient
-        self.idle = idle  # indices of the plans that do not reach it
-        self.steps = 0  # updates done before; bias correction counts from the first
-        self.state: dict[str, Tensor] = {}
-
-
-def adam_parts(
-    params: list[nn.Parameter], weights: Tensor, gradients: Tensor, reach: Sequence[dict]
-) -> list[AdamPart]:
-    """One tag's flat weights and gradients, those of `params` in order, cut where the plans that reach them change.
-    `reach` has what reached() says of each plan; without it every plan reaches everything."""
-    codes = torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
-    for i, found in enumerate(reach):
-        codes += torch.cat([~found[p].flatten() for p in params]).long() << i
-    values, lengths = torch.unique_consecutive(codes, return_counts=True)
-    parts, begin = [], 0
-    for code, length in zip(values.tolist(), lengths.tolist()):
-        idle = frozenset(i for i in range(len(reach)) if code >> i & 1)
-        part = slice(begin, begin + length)
-        parts.append(AdamPart(weights[part], gradients[part], idle))
-        begin += length
-    return parts
-
-
-class AdamGroup(NamedTuple):
-    """How one tag's vector is updated."""
-
-    lr: float
-    wd: float
-    betas: tuple[float, float]
-    rule: Callable[[Tensor, dict[str, Tensor], Hyper], Tensor]
-
-
-def adam_groups(c: OptimConfig, tied: bool) -> dict[str, AdamGroup]:
-    """Tag -> its group. Knobs: *_LR, *_WD (-1 = ADAM_WD), *_BETA1 and *_BETA2 (0 = BETA1 and BETA2), ADEMAMIX."""
-    own = {
-        "embed": (
-            c.tied_embed_lr if tied else c.embed_lr,
-            c.embed_wd,
-            c.embed_beta1,
-            c.embed_beta2,
-        ),
-        "head": (c.head_lr, c.head_wd, c.head_beta1, c.head_beta2),
-        "table": (c.table_lr, c.table_wd, c.table_beta1, c.table_beta2),
-        "scalar": (c.scalar_lr, -1, 0, 0),
-    }
-    slow = {
-        "none": (),
-        "embed": ("embed", "head", "table"),
-        "scalar": ("scalar",),
-        "all": tuple(own),
-    }[c.ademamix]
-    return {
-        tag: AdamGroup(
-            lr,
-            c.adam_wd if wd < 0 else wd,
-            (beta1 or c.beta1, beta2 or c.beta2),
-            ademamix if tag in slow else adam,
-        )
-        for tag, (lr, wd, beta1, beta2) in own.items()
-    }
+            part.state = {k: v.to(device, copy=True) for k, v in saved["state"].items()}
 
 
 @torch.no_grad()
 def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Tensor]:
-    """Mean outer product (n,n) fp32 of what each matrix and the head read, over this rank's ids (B,T) and all visits of
-    a plan; zero for one that the plan does not visit, and for all when there are no ids. By hooks on an eager pass:
-    compiled graphs never hear of it."""
+    """Mean outer product (n,n) fp32 of what each matrix and the head read, over this rank's ids
+    (B,T) and all visits of a plan; zero for one that the plan does not visit, and for all when
+    there are no ids. By hooks on an eager pass: compiled graphs never hear of it."""
     readers = [m for m in model.modules() if isinstance(m, Linear) and m.weight.opt == "matrix"]
-    sums = {
-        p: torch.zeros(p.size(1), p.size(1), device=ids.device)
-        for p in (*(m.weight for m in readers), model.output)
-    }
+    read = [*(m.weight for m in readers), model.output]
+    sums = {p: torch.zeros(p.size(1), p.size(1), device=ids.device) for p in read}
 
-    def add(p: nn.Parameter, read: Tensor):
-        x = read.flatten(0, -2).float()
+    def add(p: nn.Parameter, inputs: Tensor):
+        x = inputs.flatten(0, -2).float()
         sums[p] += x.mT @ x / ids.numel()
 
     def watch(module: Linear, inputs: tuple[Tensor, ...]):
@@ -3930,22 +3868,29 @@ def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Te
 
 
 class StepHook:
-    """What a technique does around a training step beside its part in the forward; by itself, nothing.
-    Knobs reach it through STEP_HOOKS (section 10), so that the training loop names no technique."""
+    """What a technique does around a training step beside its part in the forward; by itself,
+    nothing. Knobs reach it through STEP_HOOKS (section 10), so that the training loop names no
+    technique."""
 
     def before_step(self, ramps: dict[str, float]):
-        """Set what changes during the run; also called with the values at which the model is scored."""
+        """Set what changes during the run; also called with the values at which the model is
+        scored."""
 
     def after_backward(self, ids: Tensor, targets: Tensor, plan: Plan):
-        """See the rows of one micro-batch, (rows,T) each and never padding, when its gradients are known."""
+        """See the rows of one micro-batch, (rows,T) each and never padding, when its gradients are
+        known."""
 
     def before_update(self):
-        """All micro-batches of this rank have been seen, the weights have not changed. May communicate."""
+        """All micro-batches of this rank have been seen, the weights have not changed. May
+        communicate."""
 
 
 class InputWatch(StepHook):
-    """For Newton-Muon: every MUON_REFRESH steps, look at what the matrices read and invert its running mean, damped by
-    a fifth of the mean eigenvalue (the paper's damping is not known to us)."""
+    """For Newton-Muon: in the last step of every MUON_REFRESH (0 = 32), look at what the matrices
+    read, over all micro-batches and ranks, and invert its running mean, damped by a fifth of the
+    mean eigenvalue. The mean starts at a thousandth of the identity; until the first look, updates
+    are plain. Matrices that read more than the model's width (the way down of an MLP) have four
+    diagonal blocks. Source: github.com/zhehangdu/Newton-Muon. Knobs: MUON_BETA2, MUON_REFRESH."""
 
     def __init__(self, model: GPT, optimiser: Optimiser):
         self.model, self.optimiser = model, optimiser
@@ -3954,7 +3899,8 @@ class InputWatch(StepHook):
 
     def due(self) -> bool:
         """Whether this step looks."""
-        return self.optimiser.hyper.step % self.optimiser.cfg.muon_refresh == 0
+        period = self.optimiser.cfg.muon_refresh or 32
+        return self.optimiser.hyper.step % period == period - 1
 
     def before_step(self, ramps: dict[str, float]):
         self.seen = 0
@@ -3975,15 +3921,22 @@ class InputWatch(StepHook):
         o = self.optimiser
         seen = o.rt.all_reduce(torch.tensor(float(self.seen), device=o.flat.weights.device))
         for bank in o.flat.banks:
-            width = bank.weights.size(2)
-            none = torch.zeros(width, width, device=bank.weights.device)
+            n = bank.weights.size(2)
+            none = torch.zeros(n, n, device=bank.weights.device)
             total = o.rt.all_reduce(torch.stack([self.sums.get(p, none) for p in bank.params]))
-            fresh = (total / seen)[bank.mine]
-            k = bank.state.setdefault("inputs", fresh.clone()).lerp_(fresh, 1 - o.cfg.muon_beta2)
-            eye = torch.eye(width, device=k.device)
-            mean = k.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-            k = torch.where(mean > 0, k / mean.clamp(min=1e-30), eye)
-            bank.state["inverse"] = torch.linalg.inv(k + 0.2 * eye)
+            count = 4 if n > self.model.cfg.model_dim and n % 4 == 0 else 1
+            size = n // count
+            blocks = (total / seen)[bank.mine].view(-1, count, size, count, size)
+            fresh = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # (K, count, size, size)
+            eye = torch.eye(size, device=fresh.device)
+            if "inputs" not in bank.state:
+                bank.state["inputs"] = 0.001 * eye.expand_as(fresh).clone()
+            moment = bank.state["inputs"]
+            trace = fresh.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+            visited = (trace > 0).float()  # what read nothing keeps its moment
+            moment.lerp_(fresh, visited * (1 - o.cfg.muon_beta2))
+            mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+            bank.state["inverse"] = torch.linalg.inv(moment + (0.2 * mean + 1e-8) * eye)
 
 
 class LoopStrength(StepHook):
@@ -4010,8 +3963,9 @@ class Progress(NamedTuple):
 
 
 def warmdown_iters(p: Progress, cfg: OptimConfig) -> float:
-    """Linear to zero over the last WARMDOWN_ITERS steps, their duration estimated from the steps so far.
-    A slow first step must not start the decay: the estimate skips the first steps and is 0 until it is sound."""
+    """Linear to zero over the last WARMDOWN_ITERS steps, their duration estimated from the steps so
+    far. A slow first step must not start the decay: the estimate skips the first steps and is 0
+    until it is sound."""
     return min(1.0, p.steps_left() / cfg.warmdown_iters) if cfg.warmdown_iters else 1.0
 
 
@@ -4029,27 +3983,26 @@ LR_SCHEDULES = {"warmdown_iters": warmdown_iters, "warmdown_frac": warmdown_frac
 
 
 def momentum(p: Progress, cfg: OptimConfig) -> float:
-    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM, and back at the very end of the run."""
-    up = p.step / cfg.muon_momentum_warmup_steps if cfg.muon_momentum_warmup_steps else 1.0
-    down = (
-        p.steps_left() / cfg.muon_momentum_cooldown_steps
-        if cfg.muon_momentum_cooldown_steps
-        else 1.0
-    )
-    f = min(1.0, up, down)
-    return (1 - f) * cfg.muon_momentum_warmup_start + f * cfg.muon_momentum
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM, and back at the very end of the
+    run."""
+    part = 1.0
+    if cfg.muon_momentum_warmup_steps:
+        part = min(part, p.step / cfg.muon_momentum_warmup_steps)
+    if cfg.muon_momentum_cooldown_steps:
+        part = min(part, p.steps_left() / cfg.muon_momentum_cooldown_steps)
+    return (1 - part) * cfg.muon_momentum_warmup_start + part * cfg.muon_momentum
 
 
 def wd_taper(p: Progress, cfg: OptimConfig) -> float:
-    """Multiplier of MUON_WD: 1 until WD_TAPER_AT of the run, then linear to WD_TAPER_TO. Source: record of 04-18."""
-    late = (
-        max(0.0, p.frac - cfg.wd_taper_at) / (1 - cfg.wd_taper_at) if cfg.wd_taper_at < 1 else 0.0
-    )
+    """Multiplier of MUON_WD: 1 until WD_TAPER_AT of the run, then linear to WD_TAPER_TO. Source:
+    the competition's record of April 18."""
+    late = max(0.0, p.frac - cfg.wd_taper_at) / max(1 - cfg.wd_taper_at, 1e-9)
     return 1 + (cfg.wd_taper_to - 1) * late
 
 
 def slow_decay(p: Progress, cfg: OptimConfig) -> float:
-    """AdEMAMix's beta3: its half-life grows linearly from that of BETA1 over the whole run. arXiv 2409.03137."""
+    """AdEMAMix's beta3: its half-life grows linearly from that of BETA1 over the whole run. Source:
+    arXiv 2409.03137."""
 
     def half_life(beta: float) -> float:
         return math.log(0.5) / math.log(beta) - 1 if beta else -1.0
@@ -4059,7 +4012,8 @@ def slow_decay(p: Progress, cfg: OptimConfig) -> float:
 
 
 def row_lengths(cfg: Config) -> list[int]:
-    """Lengths of training rows in order: SEQ_RAMP_START doubled until TRAIN_SEQ_LEN; each becomes a compiled graph."""
+    """Lengths of training rows in order: SEQ_RAMP_START doubled until TRAIN_SEQ_LEN; each becomes a
+    compiled graph."""
     lengths = [cfg.data.train_seq_len]
     while cfg.optim.seq_ramp_start and lengths[0] > cfg.optim.seq_ramp_start:
         lengths.insert(0, lengths[0] // 2)
@@ -4067,7 +4021,8 @@ def row_lengths(cfg: Config) -> list[int]:
 
 
 def row_length(p: Progress, cfg: Config) -> int:
-    """Which of row_lengths() a step uses: equal parts of the first SEQ_RAMP_FRAC of the run, then the last."""
+    """Which of row_lengths() a step uses: equal parts of the first SEQ_RAMP_FRAC of the run, then
+    the last."""
     lengths = row_lengths(cfg)
     part = p.frac / cfg.optim.seq_ramp_frac if cfg.optim.seq_ramp_frac else 1.0
     return lengths[min(len(lengths) - 1, int(part * (len(lengths) - 1)))]
@@ -4080,7 +4035,8 @@ def plan_index(p: Progress, cfg: ModelConfig) -> int:
 
 
 def loop_strength(p: Progress, cfg: ModelConfig) -> float:
-    """Linear from 0 to 1 over LOOP_RAMP_STEPS steps after looping begins (by time: at the average pace so far)."""
+    """Linear from 0 to 1 over LOOP_RAMP_STEPS steps after looping begins (by time: at the average
+    pace so far)."""
     start = cfg.enable_looping_at
     if start <= 1:
         start *= p.step / max(p.frac, 1e-9)
@@ -4098,6 +4054,7 @@ def qat_progress(p: Progress, cfg: QuantConfig) -> float:
 # name -> value at a point of the run; the training loop applies them all before each step
 RAMPS: dict[str, Callable[[Progress, Config], float]] = {
     "lr": lambda p, c: max(c.optim.min_lr, LR_SCHEDULES[c.optim.lr_schedule](p, c.optim)),
+    "done": lambda p, c: p.frac,
     "momentum": lambda p, c: momentum(p, c.optim),
     "wd": lambda p, c: wd_taper(p, c.optim),
     "alpha": lambda p, c: c.optim.ademamix_alpha * p.frac,
@@ -4112,142 +4069,92 @@ RAMPS: dict[str, Callable[[Progress, Config], float]] = {
 class LastWeights:
     """No averaging: what is exported is what the last step left. Interface of every averager."""
 
-    needs_scores = False  # whether apply() asks for losses of held-out training text
+    needs_scores = False  # whether it asks for losses of held-out training text
 
-    def __init__(self, weights: Tensor, cfg: OptimConfig):
-        self.weights, self.cfg = weights, cfg
+    def __init__(self, weights: Tensor, cfg: OptimConfig, loss: Callable[[], float]):
+        """`loss` scores the live weights on held-out training text, in nats per token."""
+        self.weights, self.cfg, self.loss = weights, cfg, loss
+        self.state: State = {}
 
-    def update(self, step: int, lr: float):
-        """Called after every step with the number of steps done and the learning-rate multiplier."""
+    def update(self, step: int, ramps: dict[str, float]):
+        """Called after every step with the number of steps done and the step's ramps."""
 
-    def apply(self, loss: Callable[[], float]) -> str:
-        """Replace the live weights by the averaged ones, once, after training; `loss` scores the live weights on
-        held-out training text. Returns what was done."""
+    def apply(self) -> str:
+        """Replace the live weights by the averaged ones after training. Returns what was done."""
         return "last weights"
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
+    def state_dict(self) -> State:
+        return self.state
 
-    def load_state_dict(self, state: dict[str, Tensor]):
-        """Nothing to restore."""
+    def load_state_dict(self, state: State):
+        for name, value in state.items():
+            self.state[name].copy_(value)
 
 
 class EMA(LastWeights):
-    """Exponential moving average in fp32, updated after every step. Source: PR 287. Knob: EMA_DECAY."""
+    """Exponential moving average in fp32, updated after every step. Source: PR 287. Knob:
+    EMA_DECAY."""
 
-    def __init__(self, weights: Tensor, cfg: OptimConfig):
-        super().__init__(weights, cfg)
-        self.average = weights.clone()
+    def __init__(self, weights: Tensor, cfg: OptimConfig, loss: Callable[[], float]):
+        super().__init__(weights, cfg, loss)
+        self.state["average"] = weights.clone()
 
-    def update(self, step: int, lr: float):
-        self.average.lerp_(self.weights, 1 - self.cfg.ema_decay)
+    def update(self, step: int, ramps: dict[str, float]):
+        self.state["average"].lerp_(self.weights, 1 - self.cfg.ema_decay)
 
-    def apply(self, loss: Callable[[], float]) -> str:
-        self.weights.copy_(self.average)
+    def apply(self) -> str:
+        self.weights.copy_(self.state["average"])
         return f"moving average, decay {self.cfg.ema_decay}"
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"average": self.average}
-
-    def load_state_dict(self, state: dict[str, Tensor]):
-        self.average.copy_(state["average"])
 
 
 class SWA(LastWeights):
-    """Plain mean, in fp32, of snapshots taken every SWA_EVERY steps once the learning rate has fallen below SWA_START
-    of its peak. Source: the records from 03-20 on."""
+    """Plain mean, in fp32, of snapshots taken every SWA_EVERY steps once the learning rate has
+    fallen below SWA_START of its peak. Source: the competition's records from March 20 on."""
 
-    def __init__(self, weights: Tensor, cfg: OptimConfig):
-        super().__init__(weights, cfg)
-        self.average, self.count = torch.zeros_like(weights), 0
+    def __init__(self, weights: Tensor, cfg: OptimConfig, loss: Callable[[], float]):
+        super().__init__(weights, cfg, loss)
+        self.state["average"] = torch.zeros_like(weights)
+        # number of snapshots, and the sum of their worths
+        self.state["taken"] = torch.zeros(2, dtype=torch.float64)
 
-    def update(self, step: int, lr: float):
-        if lr < self.cfg.swa_start and step % self.cfg.swa_every == 0:
-            self.take()
+    def due(self, ramps: dict[str, float]) -> bool:
+        """Whether the run has come to the part that is averaged."""
+        return ramps["lr"] < self.cfg.swa_start
 
-    def take(self):
-        """Add the live weights."""
-        self.count += 1
-        self.average.lerp_(self.weights, 1 / self.count)
+    def worth(self) -> float:
+        """Weight of a snapshot of the live weights, relative to the others'."""
+        return 1.0
 
-    def apply(self, loss: Callable[[], float]) -> str:
-        if self.count:
-            self.weights.copy_(self.average)
-        return (
-            f"mean of {self.count} snapshots"
-            if self.count
-            else "last weights: no snapshot was due, see SWA_START"
-        )
+    def update(self, step: int, ramps: dict[str, float]):
+        if self.due(ramps) and step % self.cfg.swa_every == 0:
+            worth = self.worth()
+            self.state["taken"] += torch.tensor([1.0, worth])
+            share = worth / float(self.state["taken"][1])
+            self.state["average"].lerp_(self.weights, share)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"average": self.average, "count": torch.tensor(self.count)}
-
-    def load_state_dict(self, state: dict[str, Tensor]):
-        self.average.copy_(state["average"])
-        self.count = int(state["count"])
+    def apply(self) -> str:
+        count, worth = self.state["taken"].tolist()
+        if not count:
+            return "last weights: no snapshot was due, see SWA_START and SWA_EVERY"
+        self.weights.copy_(self.state["average"])
+        return f"mean of {count:.0f} snapshots, of worth {worth:.6g}"
 
 
 class WeightedSWA(SWA):
-    """The last SWA_SNAPSHOTS snapshots weighted by exp(-(loss - least loss) / SWA_TEMPERATURE), their losses taken on
-    held-out training text. Our reading of importance-weighted SWA, which has no published rule."""
+    """Mean of snapshots of the second half of the run, each worth the inverse of its bits per byte
+    on held-out training text. The text is the same each time: nats per token give the same shares.
+    Source: the research log of the depth-recurrent system."""
 
     needs_scores = True
 
-    def __init__(self, weights: Tensor, cfg: OptimConfig):
-        LastWeights.__init__(self, weights, cfg)
-        self.snapshots: list[Tensor] = []
+    def due(self, ramps: dict[str, float]) -> bool:
+        return ramps["done"] >= 0.5
 
-    def take(self):
-        """Keep the live weights, forget the oldest."""
-        self.snapshots = [*self.snapshots, self.weights.clone()][-self.cfg.swa_snapshots :]
-
-    def apply(self, loss: Callable[[], float]) -> str:
-        if not self.snapshots:
-            return "last weights: no snapshot was due, see SWA_START"
-        losses = []
-        for snapshot in self.snapshots:
-            self.weights.copy_(snapshot)
-            losses.append(loss())
-        shares = self.shares(torch.tensor(losses, dtype=torch.float64), loss).tolist()
-        self.blend(shares)
-        return " ".join(f"{nll:.4f}:{share:.3f}" for nll, share in zip(losses, shares))
-
-    def blend(self, shares: list[float]):
-        """Live weights <- weighted sum of the snapshots, in fp32."""
-        self.weights.zero_()
-        for share, snapshot in zip(shares, self.snapshots):
-            self.weights.add_(snapshot, alpha=share)
-
-    def shares(self, losses: Tensor, loss: Callable[[], float]) -> Tensor:
-        """Weight of each snapshot; they sum to 1."""
-        return torch.softmax(-losses / self.cfg.swa_temperature, 0)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {str(i): snapshot for i, snapshot in enumerate(self.snapshots)}
-
-    def load_state_dict(self, state: dict[str, Tensor]):
-        self.snapshots = [
-            state[str(i)].to(self.weights.device, copy=True) for i in range(len(state))
-        ]
+    def worth(self) -> float:
+        return 1 / self.loss()
 
 
-class GreedySoup(WeightedSWA):
-    """From the best snapshot on, add each next best to the mean if the mean's held-out loss falls. arXiv 2203.05482."""
-
-    def shares(self, losses: Tensor, loss: Callable[[], float]) -> Tensor:
-        def equal(chosen: list[int]) -> Tensor:
-            return F.one_hot(torch.tensor(chosen), len(losses)).sum(0) / len(chosen)
-
-        order, best = losses.argsort().tolist(), float(losses.min())
-        chosen = order[:1]
-        for i in order[1:]:
-            self.blend(equal([*chosen, i]).tolist())
-            if (found := loss()) < best:
-                best, chosen = found, [*chosen, i]
-        return equal(chosen)
-
-
-AVERAGERS = {"none": LastWeights, "ema": EMA, "swa": SWA, "iw_swa": WeightedSWA, "soup": GreedySoup}
+AVERAGERS = {"none": LastWeights, "ema": EMA, "swa": SWA, "iw_swa": WeightedSWA}
 
 
 # ---- 7 Quantisation -------------------------------------------------------------------------------------------------
@@ -6196,6 +6103,7 @@ def full_speed(cfg: Config) -> dict[str, float]:
     """Ramps of a step without any ramp: full rate, whole batch, longest rows, no momentum."""
     return dict(
         lr=1.0,
+        done=0.0,
         momentum=0.0,
         wd=1.0,
         alpha=0.0,
@@ -6267,7 +6175,9 @@ class Trainer:
             self.flat, cfg.optim, rt, numerics.dtype, cfg.model.tie_embeddings, reach
         )
         self.hooks = [hook for make in STEP_HOOKS if (hook := make(self)) is not None]
-        self.averager = AVERAGERS[cfg.optim.averaging](self.flat.weights, cfg.optim)
+        self.averager = AVERAGERS[cfg.optim.averaging](
+            self.flat.weights, cfg.optim, self.held_out_loss
+        )
         needs_scores = self.averager.needs_scores or cfg.quant.allocation == "loss"
         self.held_out = data.train.hold_out(cfg.optim.held_out_tokens) if needs_scores else None
         self.loader = LOADERS[cfg.data.loader](data.train, cfg)
@@ -6329,7 +6239,7 @@ class Trainer:
         for hook in self.hooks:
             hook.before_update()
         self.optimiser.step(ramps)
-        self.averager.update(self.step_number + 1, ramps["lr"])
+        self.averager.update(self.step_number + 1, ramps)
         return self.flat.rest[-1].clone()
 
     def prewarm(self):
@@ -6604,9 +6514,7 @@ class Trainer:
     @torch.no_grad()
     def average(self):
         """Put the averaged weights in place. What reads training text happens on the training clock: so does this."""
-        self.rt.log(
-            f"averaging:{self.cfg.optim.averaging} {self.averager.apply(self.held_out_loss)}"
-        )
+        self.rt.log(f"averaging:{self.cfg.optim.averaging} {self.averager.apply()}")
 
     def observe(self):
         """See what the quantiser asks for; what reads training text does so before the training clock stops."""

@@ -292,11 +292,10 @@ def bench_polar(seconds: float) -> dict[str, object]:
     }
     variants = (
         [("muon", n) for n in (3, 4, 5)]
-        + [("muon_polar", n) for n in (2, 3, 4, 5, 6, 7)]
+        + [("muon_polar", n) for n in (4, 5)]
         + [
-            ("turbo_muon record", 4),
-            ("turbo_muon library", 4),
-            ("turbo_muon", 5),
+            ("turbo_muon", 0),
+            ("turbo_muon_plus", 0),
             ("mud", 1),
             ("mud", 3),
             ("rmnp", 0),
@@ -305,12 +304,11 @@ def bench_polar(seconds: float) -> dict[str, object]:
     table: dict[str, dict[str, list[float]]] = {}
     print("| variant | steps | " + " | ".join(kinds) + " |\n|---|---|" + "---|" * len(kinds))
     for name, steps in variants:
-        kind, _, which = name.partition(" ")
         hp = tg.Hyper(
-            tg.load(dict(MUON=kind, MUON_STEPS=str(steps), MUON_TABLE=which or "record")).optim,
+            tg.load(dict(MUON=name, MUON_STEPS=str(steps))).optim,
             torch.bfloat16,
         )
-        stage, cells = tg.MUON[kind][1], {}
+        stage, cells = tg.MUON[name][1], {}
         for label, u in kinds.items():
             for prepared, v in ((label, u), (f"{label}, equal rows", tg.row_norm(u, {}, hp))):
                 x, (a, _, b) = (
