@@ -488,9 +488,7 @@ def test_plan_predicts_a_run_without_data(preset, tmp_path):
     )
     done = run_script(cwd=tmp_path, RUN_MODE="plan", DATA_PATH="nowhere", **given)
     assert done.code == 0 and done.err == ""
-    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")] == [
-        "runs/schedule.svg"
-    ]
+    assert not list(tmp_path.rglob("*")), "nothing is written"
     hand = HAND[preset]
     assert f"model_params:{hand['params']}\n" in done.out
     matrices = 9 * (2 * 512 * 512 + 2 * 256 * 512 + 2 * 512 * hand["mlp"]) + 1024 * 512
