@@ -210,9 +210,9 @@ def reference_losses(model, ids, targets):
             else (i < len(walk) // 2, i >= len(walk) // 2)
         )
         if pops and stack and c.skips != "none" and joined < limit:
-            s, weight = stack.pop(), w["skip_weights"][joined]
+            s, weight = stack.pop(), w["skips.weights"][joined]
             if c.skips == "gated":
-                g = sigmoid(w["skip_gates"][joined])
+                g = sigmoid(w["skips.gates"][joined])
                 join = [g * lane + (1 - g) * weight * s for lane in lanes]
             else:
                 join = [
@@ -227,14 +227,14 @@ def reference_losses(model, ids, targets):
         before, lanes = lanes, applied(lanes, w, b, c, ids, x0, first)
         if n and c.loop_ramp_steps:
             lanes = [
-                old + w["loop_gates"][n - 1, b - c.loop_start] * (new - old)
+                old + w["loops.gates"][n - 1, b - c.loop_start] * (new - old)
                 for old, new in zip(before, lanes)
             ]
         if pushes:
             stack.append(lanes[0])
     x = lanes[0]
     if len(lanes) == 2:
-        share = w["lane_share"] if c.parallel == "B" else 0.5
+        share = w["merge.share"] if c.parallel == "B" else 0.5
         x = share * lanes[0] + (1 - share) * lanes[1]
     h = rms(x) * (c.mup_base_width / c.model_dim if c.mup_base_width else 1)
     logits = c.logit_softcap * np.tanh(
@@ -387,7 +387,8 @@ def test_every_block_is_the_identity_at_the_start(technique):
     x, ids = torch.randn(2, 9, cfg.model.model_dim), torch.zeros(2, 9, dtype=torch.int64)
     for block in model.blocks:
         values = tuple(site(ids, x.dtype) for site in model.value_sites)
-        context = tg.Context(ids, torch.randn_like(x), None, values, [torch.randn(2, 9, 1, 32)])
+        first = [torch.randn(2, 9, 1, 32)]
+        context = tg.Context(ids, torch.randn_like(x), values=values, kept=first)
         assert all(torch.equal(lane, x) for lane in block((x,) * block.lanes, context))
 
 
@@ -443,7 +444,7 @@ def test_a_token_never_changes_an_earlier_loss(preset, technique, attention):
 @pytest.mark.parametrize(
     "preset, technique", [(s, "plain") for s in SYSTEMS] + [("baseline", t) for t in TECHNIQUES]
 )
-def test_a_writer_finds_the_logits_of_whole_rows(preset, technique):
+def test_rows_that_grow_have_the_logits_of_whole_rows(preset, technique):
     cfg = config(f"{preset}+tiny", **TECHNIQUES[technique], vocab_size=61)
     model = random_model(cfg)
     plan, (ids, _) = tg.plans(cfg.model)[-1], random_batch(cfg, 3, 20)
@@ -451,11 +452,9 @@ def test_a_writer_finds_the_logits_of_whole_rows(preset, technique):
     ids[0, 5] = ids[1, 9] = tg.BOS
     with torch.no_grad():
         whole = model.logits(model.hidden(ids, plan))
-        writer = tg.Writer(model, plan, 3, 20)
-        found = torch.stack([writer.read(ids, t) for t in range(20)], 1)
-        writer.close()
+        cache = tg.KeyValueCache(model, plan, 3, 20)
+        found = torch.stack([cache.read(ids, t) for t in range(20)], 1)
         torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
-        assert torch.equal(model.logits(model.hidden(ids, plan)), whole), "the model is as it was"
 
 
 # ---- Techniques, one by one ----
@@ -488,7 +487,8 @@ def test_rotary_turns_only_its_dims_keeps_lengths_and_sees_only_distances(dims):
         dims or 16,
     )
     x, v = torch.randn(2, T, 2, 16), torch.randn(2, T, 1, 16)
-    q, k, same = rotary(x, x.flip(2), v, None)
+    context = tg.Context(None, None)
+    q, k, same = rotary(x, x.flip(2), v, context)
     assert same is v and torch.equal(q[..., R:], x[..., R:]) and torch.equal(q[:, 0], x[:, 0])
     assert (q[:, 1:, :, :R] != x[:, 1:, :, :R]).any(1).all(), "every rotating dim moves"
     pairs = torch.stack([q[..., : R // 2], q[..., R // 2 : R]]).norm(dim=0)
@@ -496,7 +496,7 @@ def test_rotary_turns_only_its_dims_keeps_lengths_and_sees_only_distances(dims):
         pairs, torch.stack([x[..., : R // 2], x[..., R // 2 : R]]).norm(dim=0)
     )
     constant = [torch.randn(1, 1, 1, 16).expand(1, T, 1, 16) for _ in range(2)]
-    q, k, _ = rotary(*constant, v, None)
+    q, k, _ = rotary(*constant, v, context)
     scores = (q[0, :, 0] @ k[0, :, 0].T).detach()
     for distance in range(-T + 1, T):
         diagonal = scores.diagonal(distance)
@@ -506,7 +506,7 @@ def test_rotary_turns_only_its_dims_keeps_lengths_and_sees_only_distances(dims):
 
 def test_smear_gate_blends_with_the_token_before():
     torch.manual_seed(0)
-    site, x = tg.SmearGate(tg.ModelConfig(model_dim=16), 0), torch.randn(2, 5, 16)
+    site, x = tg.SmearGateB(tg.ModelConfig(model_dim=16), 0), torch.randn(2, 5, 16)
     half = site(x, None)
     torch.testing.assert_close(half, (x + F.pad(x, (0, 0, 1, 0))[:, :-1]) / 2)
     with torch.no_grad():
@@ -566,7 +566,7 @@ def test_qk_gain_scales_queries_and_bounds_attention_logits():
     assert same_k is k and same_v is v
     assert torch.equal(scaled, torch.stack([q[:, :, h] * gain.gain[h] for h in range(4)], 2))
     for site in (tg.QKNorm(cfg, 0), tg.Rotary(cfg, 0), gain):
-        q, k, v = site(q, k, v, None)
+        q, k, v = site(q, k, v, tg.Context(None, None))
     logits = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, 2)).abs().amax((0, 2, 3)) / 4
     bound = gain.gain.abs() * 4
     assert (logits <= bound * 1.0001).all() and (logits > bound * 0.5).all()

@@ -166,7 +166,7 @@ def test_recurrence_of_no_extra_pass_is_no_recurrence():
     assert torch.equal(got, want)
     none = tg.schedule(config(**LOOPED, loop_ramp_steps=1, skips="none").model)
     with torch.no_grad():
-        looped.loop_strength.zero_()
+        looped.loops.strength.zero_()
     silent = looped.losses(looped.hidden(ids, none), targets)
     torch.testing.assert_close(
         silent,
@@ -350,7 +350,7 @@ def test_svd_start_belongs_to_the_tokens_in_use(toy):
     got = table[:, :1] @ table[:, :1].T
     assert distance(got / got.norm(), want / want.norm()) < 1e-3
     mean = np.mean([max(1, int(token)) for token in tokens])
-    assert model.byte_weights.tolist() == pytest.approx([max(1, n) / mean for n in range(40)])
+    assert model.objective.weights.tolist() == pytest.approx([max(1, n) / mean for n in range(40)])
 
 
 def coordinate(width: int, base: int) -> float:
@@ -447,7 +447,9 @@ def test_objectives_equal_float64_and_the_log_stays_plain(kind, softcap):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape) * 0.3)
-    model.byte_weights.copy_(torch.randint(1, 9, (61,)))
+    byte_weights = torch.randint(1, 9, (61,)).double()
+    if kind == "byte":
+        model.objective.weights.copy_(byte_weights)
     ids, targets = random_batch(cfg, 3, 20)
     targets[2, 4:] = -100
     plan = tg.schedule(cfg.model)
@@ -455,9 +457,9 @@ def test_objectives_equal_float64_and_the_log_stays_plain(kind, softcap):
     h = model.hidden(ids, plan).detach()
     z, further = (
         model.logits(h).detach().double(),
-        [(h @ head.T).detach().double() for head in model.mtp_heads],
+        [(h @ head.T).detach().double() for head in getattr(model.objective, "heads", ())],
     )
-    want = exact_objective(kind, z, further, targets, model.byte_weights.double(), 30.0)
+    want = exact_objective(kind, z, further, targets, byte_weights, 30.0)
     assert float(objective.detach()) == pytest.approx(float(want), rel=1e-5)
     assert float(nats) == pytest.approx(
         float(exact_objective("ce", z, further, targets, None, 30.0)), rel=1e-5
@@ -492,7 +494,8 @@ def test_a_run_compiles_one_graph_per_plan_and_nothing_at_the_switch(preset, mon
     assert counter.frame_count == len(plans) <= 2
     for step, plan in enumerate((plans[0], plans[0], plans[-1], plans[-1])):
         ids, targets = random_batch(cfg, 2, 16, seed=step)
-        model.loop_strength.fill_(step / 3)
+        if model.loops:
+            model.loops.strength.fill_(step / 3)
         got, want = loss(ids, targets, plan), model(ids, targets, plan)
         assert float(got[0].detach()) == pytest.approx(float(want[0].detach()), rel=1e-4)
     assert counter.frame_count == len(plans), "compiled again"

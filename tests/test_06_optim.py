@@ -959,7 +959,7 @@ def test_ademamix_equals_float64_where_it_is_chosen(choice):
 
 def test_a_parameter_without_an_optimiser_is_refused():
     model = random_model(config())
-    model.skip_weights.opt = "nobody"
+    model.skips.weights.opt = "nobody"
     with pytest.raises(RuntimeError, match="optimiser group"):
         flattened(model, config())
 
@@ -1016,7 +1016,7 @@ def test_a_late_loop_finds_its_gates_as_they_started(decay, toy, tmp_path):
     assert done.code == 0, done.err
     history = [torch.load(done.folder / f"{i}.pt", weights_only=True) for i in range(9)]
     for name, (start, _) in history[0]["before"].items():
-        frozen = 5 if name == "loop_gates" else 0
+        frozen = 5 if name == "loops.gates" else 0
         theirs = nn.Parameter(start.clone())
         kind = torch.optim.Adam if decay["ADAM_L2"] else torch.optim.AdamW
         wd = decay["ADAM_L2"] or decay["ADAM_WD"]
@@ -1029,7 +1029,7 @@ def test_a_late_loop_finds_its_gates_as_they_started(decay, toy, tmp_path):
             torch.testing.assert_close(seen["after"][name], theirs.detach(), rtol=1e-5, atol=1e-7)
             if i < frozen:
                 assert torch.equal(seen["after"][name], torch.ones_like(start)), (i, name)
-    moved = history[-1]["after"]["loop_gates"]
+    moved = history[-1]["after"]["loops.gates"]
     assert (moved != 1).all(), "and they do move once the loop has begun"
 
 
@@ -1057,7 +1057,7 @@ def test_rows_of_skips_and_lanes_join_with_their_plan_and_resume_so(toy):
     pieces = {}  # (name, row) -> (the framework's copy, its optimiser)
     for name, p in parameters.items():
         if p.opt == "scalar":
-            rows = p.detach() if name.startswith("skip_") else p.detach().unsqueeze(0)
+            rows = p.detach() if name.startswith("skips.") else p.detach().unsqueeze(0)
             for i, row in enumerate(rows):
                 copied = nn.Parameter(row.clone())
                 # L2 and decoupled decay at once: the framework's AdamW on a gradient with L2 added
@@ -1072,11 +1072,11 @@ def test_rows_of_skips_and_lanes_join_with_their_plan_and_resume_so(toy):
         def spying(ramps, plan=plan, update=update):
             for (name, i), (copied, reference) in pieces.items():
                 p = parameters[name]
-                late = name.startswith("skip_") and i >= counts[0]
+                late = name.startswith("skips.") and i >= counts[0]
                 never = "routing" in name and not name.startswith("blocks.3.")
                 if never or late and plan == 0:
                     continue
-                g = p.grad[i] if name.startswith("skip_") else p.grad
+                g = p.grad[i] if name.startswith("skips.") else p.grad
                 copied.grad = (g + 0.1 * copied.detach()).clone()
                 reference.step()
             update(ramps)
@@ -1086,12 +1086,12 @@ def test_rows_of_skips_and_lanes_join_with_their_plan_and_resume_so(toy):
         trainer.optimiser.step = update
         for (name, i), (copied, _) in pieces.items():
             p = parameters[name].detach()
-            p = p[i] if name.startswith("skip_") else p
+            p = p[i] if name.startswith("skips.") else p
             torch.testing.assert_close(
                 p, copied.detach(), rtol=1e-4, atol=1e-6, msg=f"{step} {name}"
             )
         if step == 3:
-            assert (model.skip_weights[counts[0] :] == 1).all()
+            assert (model.skips.weights[counts[0] :] == 1).all()
     for begin, state in saved.items():
         other = trainer_of(toy, **knobs)
         other.restore(state)
