@@ -62,7 +62,7 @@ def config(preset: str = "baseline+tiny", **knobs) -> tg.Config:
 def random_model(cfg: tg.Config, numerics: tg.Numerics = tg.Numerics(), seed: int = 0) -> tg.GPT:
     """A model whose every parameter is random and of a size that matters, the zero-initialised ones included."""
     torch.manual_seed(seed)
-    model = tg.GPT(cfg.model, cfg.data.vocab_size, numerics)
+    model = tg.GPT(cfg.model, cfg.data.vocab_size, numerics, cfg.optim)
     with torch.no_grad():
         for p in model.parameters():
             noise = torch.randn(p.shape)

@@ -314,7 +314,7 @@ def test_uniform_start():
 
 def test_svd_start_belongs_to_the_tokens_in_use(toy):
     """Ids that occur in the same company get near vectors; an independent count and SVD give the same geometry."""
-    cfg = config(embed_init="svd", vocab_size=40, model_dim=32)
+    cfg = config(embed_init="svd", objective="byte", vocab_size=40, model_dim=32)
     generator = np.random.default_rng(0)
     kinds = np.arange(40) % 2  # even ids follow odd ones and the other way round
     tokens = np.array(
