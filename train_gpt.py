@@ -6668,7 +6668,8 @@ class Trainer:
         q = self.cfg.quant
         self.rest_hooks()
         with self.clock.paused() if q.calibration == "self" else contextlib.nullcontext():
-            self.hessians = self.observe_inputs(q.calibration_tokens * q.sees_inputs)
+            if q.sees_inputs:
+                self.hessians = self.observe_inputs(q.calibration_tokens)
         self.harms = HARMS[q.allocation](self)
         self.clock.stop()
         late = self.clock.read() - self.cfg.optim.max_wallclock_seconds

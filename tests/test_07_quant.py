@@ -555,6 +555,18 @@ def test_observed_inputs_are_those_of_the_forward_and_of_all_ranks(toy, tmp_path
     )
 
 
+def test_inputs_that_nothing_asks_for_are_not_seen(toy):
+    """They would be moments over no tokens: NaN in every clip and in what pruning costs."""
+    for rounding, rank in (("nearest", 0), ("nearest", 1), ("gptq", 0)):
+        cfg = config(data_path=toy, rounding=rounding, lqer_rank=rank, calibration_tokens=64)
+        rt = tg.Runtime(cfg, {})
+        data, model = tg.open_data(cfg, rt), random_model(cfg)
+        trainer = tg.Trainer(cfg, rt, data, model, tg.Numerics())
+        trainer.observe()
+        assert all(h.isfinite().all() for h in trainer.hessians.values())
+        assert bool(trainer.hessians) == ((rounding, rank) != ("nearest", 0))
+
+
 # ---- Steps of columns and the trellis ----
 def test_steps_of_columns_follow_what_later_columns_can_mend():
     h = inputs(96).double()

@@ -26,7 +26,7 @@ def shards(folder: Path, vocab: int, caseops: bool) -> Path:
     source = folder / "documents.jsonl"
     source.write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
     tokenizer = folder / f"own_{vocab}.model"
-    train = ["train-tokenizer", source, "--vocab-size", vocab, "--out", tokenizer]
+    train = ["train-tokenizer", source, "--vocab-size", vocab, "--out", tokenizer, "--val-docs", 1]
     if caseops:
         train.append("--caseops")
     encode = ["encode", source, "--tokenizer", tokenizer, "--out", folder / "shards"]
