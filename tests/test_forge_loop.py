@@ -109,8 +109,8 @@ def test_a_failure_of_the_machine_can_be_tried_again(tmp_path):
     assert "does not run" in c.state.stopped
     key = next(k for k, r in c.state.runs.items() if r.record and r.record["status"] == "crash")
     (c.script().parent / "tricks.json").unlink()
-    assert forge_lab.forge("retry", c.folder, key).returncode == 0
-    assert forge_lab.forge("retry", c.folder, "e000001").returncode == 2
+    assert forge_lab.here("retry", c.folder, key).returncode == 0
+    assert forge_lab.here("retry", c.folder, "e000001").returncode == 2
     again = campaign.Campaign(c.folder)
     again.record("resumed", after="")
     again.loop(60, pause=0.05)
@@ -498,11 +498,11 @@ def test_a_chapter_ablation_drops_what_does_nothing(tmp_path):
 
 def test_changes_named_by_hand_are_composed(tmp_path):
     c = forge_lab.real(tmp_path, budget=dict(experiments=0))
-    done = forge_lab.forge(
+    done = forge_lab.here(
         "compose", c.folder, "MATRIX_LR=0.022", "MUON_MOMENTUM=0.98,SCALAR_LR=0.02", "INERT_A=0.9"
     )
     assert done.returncode == 0 and "e000001" in done.stdout, done.stderr
-    assert forge_lab.forge("compose", c.folder, "MATRIX_LR=0.022", "MATRIX_LR=0.03").returncode == 2
+    assert forge_lab.here("compose", c.folder, "MATRIX_LR=0.022", "MATRIX_LR=0.03").returncode == 2
     again = campaign.Campaign(c.folder)
     x = again.state.experiments["e000001"]
     assert len(x.factors) == 3 and x.change == dict(
@@ -638,7 +638,7 @@ def test_replay_repeats_a_run_exactly_and_refuses_changed_code(tmp_path):
     c.loop(60, pause=0.05)
     assert len(c.state.runs) >= 5
     for key in list(c.state.runs)[:5]:
-        done = forge_lab.forge("replay", c.folder, key, "--json")
+        done = forge_lab.here("replay", c.folder, key, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["equal"], done.stdout
         again = json.loads(
@@ -652,19 +652,19 @@ def test_replay_repeats_a_run_exactly_and_refuses_changed_code(tmp_path):
     script = c.script()
     script.chmod(0o644)
     script.write_text(script.read_text("utf-8") + "\n# edited\n")
-    done = forge_lab.forge("replay", c.folder, key)
+    done = forge_lab.here("replay", c.folder, key)
     assert (
         done.returncode == 2
         and "was changed since" in done.stderr
         and "Traceback" not in done.stderr
     )
-    assert forge_lab.forge("verify", c.folder).returncode == 2
+    assert forge_lab.here("verify", c.folder).returncode == 2
 
 
 def test_a_second_decider_is_refused(tmp_path):
     c = forge_lab.real(tmp_path)
     with locked(c.folder / "tick.lock"):
-        done = forge_lab.forge("tick", c.folder)
+        done = forge_lab.here("tick", c.folder)
         assert done.returncode == 2 and "another decider is at work" in done.stderr
 
 
@@ -797,7 +797,7 @@ def test_settings_of_a_new_campaign(tmp_path):
         "--rung",
         "screen.MATRIX_BITS=8",
     ]
-    assert forge_lab.forge(*args).returncode == 0
+    assert forge_lab.here(*args).returncode == 0
     c = campaign.Campaign(tmp_path / "c")
     assert c.config["loop"]["confirm"] == "end" and c.config["search"]["max_flops"] == 1.1
     assert (
@@ -813,7 +813,7 @@ def test_settings_of_a_new_campaign(tmp_path):
         (["--rung", "screen.tokns=5"], "tokns = 5"),
         (["--deadline", "tomorrow"], "deadline 'tomorrow'"),
     ):
-        done = forge_lab.forge(*args, *more)
+        done = forge_lab.here(*args, *more)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, (
             done.stderr
         )
@@ -824,8 +824,8 @@ def test_beginning_twice_and_beginning_badly(tmp_path):
     script.write_bytes(forge_lab.FAKE.read_bytes())
     skills = forge_lab.write_skills(tmp_path / "skills")
     args = ["--script", script, "--skills", skills, "--preset", "baseline+cpu"]
-    assert forge_lab.forge("init", tmp_path / "c", *args).returncode == 0
-    again = forge_lab.forge("init", tmp_path / "c", *args)
+    assert forge_lab.here("init", tmp_path / "c", *args).returncode == 0
+    again = forge_lab.here("init", tmp_path / "c", *args)
     assert again.returncode == 2 and "already holds a campaign" in again.stderr
     for more, message in (
         (["--knob", "NUM_LAYERS"], "want NAME=VALUE"),
@@ -834,7 +834,7 @@ def test_beginning_twice_and_beginning_badly(tmp_path):
         (["--on", "big"], "rung 'big'"),
         (["--experiments", "-1"], "experiments = -1: want 0 or more"),
     ):
-        done = forge_lab.forge("init", tmp_path / "d", *args, *more)
+        done = forge_lab.here("init", tmp_path / "d", *args, *more)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, (
             done.stderr
         )

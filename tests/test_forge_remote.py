@@ -42,7 +42,7 @@ def free_port() -> int:
 
 @pytest.mark.parametrize(
     "mode, workers, keys, kills",
-    [(mode, workers, 200, 5) for mode in ("file", "proxy") for workers in (2, 6)],
+    [("file", 6, 120, 5), ("proxy", 2, 120, 5)],
 )
 def test_every_key_is_executed_once(tmp_path, mode, workers, keys, kills):
     """Acceptance 9."""
@@ -80,7 +80,7 @@ def test_every_key_is_executed_once(tmp_path, mode, workers, keys, kills):
                         done[key] = record
                     elif state == "lost":
                         decider.start(orders[key])
-            if killed < kills and len(done) > keys * (killed + 1) // (kills + 2):
+            while killed < kills and len(done) > keys * (killed + 1) // (kills + 2):
                 victim = rng.randrange(workers)
                 os.kill(crew[victim].pid, signal.SIGKILL)
                 crew[victim].wait()

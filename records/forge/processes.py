@@ -108,12 +108,6 @@ def adopt_orphans():
         LIBC.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
-def end_with_parent():
-    """Ask the kernel to end this process when the one that started it dies (Linux)."""
-    with contextlib.suppress(AttributeError):
-        LIBC.prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
-
-
 def end_all(left, grace: float = GRACE):
     """SIGTERM to the processes that `left()` names, SIGKILL to those it still names after `grace`
     seconds, and wait until it names none. Raises ForgeError when something survives."""

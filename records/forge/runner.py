@@ -9,11 +9,9 @@ attempt. A run on GPUs holds them by locks in the same way, see devices.py.
 """
 
 import contextlib
-import functools
 import json
 import os
 import re
-import resource
 import secrets
 import signal
 import subprocess
@@ -30,7 +28,6 @@ from .processes import (
     adopt_orphans,
     clean_environment,
     end_all,
-    end_with_parent,
     group_members,
     identity,
     is_same,
@@ -41,6 +38,16 @@ from .processes import (
 from .run_record import FINAL, collect, partway
 
 MAX_ATTEMPTS = 3
+# Executed before a run: PR_SET_PDEATHSIG with SIGTERM, and limits.
+LAUNCH = """
+import ctypes, os, resource, sys
+ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+size = int(sys.argv[1]) if most < 0 else min(int(sys.argv[1]), most)
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 # Exit codes of a run that a person or the kernel, for memory, ended from outside: it is tried
 # again.
 KILLED_FROM_OUTSIDE = (-9, -15, 137, 143)
@@ -83,13 +90,14 @@ def clear_orphans(folder: Path):
 
 
 # ---- One attempt ---------------------------------------------------------------------------------
-def limits(order: dict):
-    """In the child, before the script starts: no core dumps, bounded files, and an end when its
-    supervisor is killed, so that its devices come free."""
-    end_with_parent()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def launcher(order: dict) -> list[str]:
+    """The command in front of a run's own: no core dumps, bounded files, and an end when the
+    supervisor is killed, so that devices come free. It becomes the run, under the same number.
+
+    A function between fork and exec would do the same, but a worker has threads of gRPC, which do
+    not survive a fork."""
     size = int(order.get("file_gib", 16) * 2**30)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return [sys.executable, "-I", "-S", "-c", LAUNCH, str(size)]
 
 
 def watch(process: subprocess.Popen, out: Path, order: dict, begin: float) -> str:
@@ -130,11 +138,11 @@ def command(folder: Path, order: dict) -> list[str]:
     if order.get("patched"):
         allowed = order.get("allow_unsandboxed", False)
         cage = sandbox.cage(folder, Path(order["script"]), order["env"], allowed)
-    launcher = [sys.executable]
+    python = [sys.executable]
     if order.get("nproc", 1) > 1:  # --standalone takes a free port by itself
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += [f"--nproc_per_node={order['nproc']}"]
-    return [*cage, *launcher, order["script"]]
+        python += ["-m", "torch.distributed.run", "--standalone"]
+        python += [f"--nproc_per_node={order['nproc']}"]
+    return [*cage, *python, order["script"]]
 
 
 def environment(folder: Path, order: dict, attempt: int, mark: str) -> dict[str, str]:
@@ -156,14 +164,13 @@ def run_attempt(
     mark = f"{order['key']}-{secrets.token_hex(8)}"
     with open(out, "wb") as file:
         process = subprocess.Popen(
-            command(folder, order),
+            [*launcher(order), *command(folder, order)],
             env=environment(folder, order, attempt, mark),
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
             start_new_session=True,
-            preexec_fn=functools.partial(limits, order),
             pass_fds=handles,
         )
     write_identity(folder / "process.json", process.pid, attempt=attempt, mark=mark)
@@ -202,6 +209,12 @@ def on_devices(order: dict) -> Iterator[tuple[list[str], list[int]]]:
         yield [], []
 
 
+def finished(folder: Path, attempt: int) -> bool:
+    """Whether an attempt printed its score."""
+    text = (folder / f"a{attempt}.out").read_text("utf-8", "replace")
+    return FINAL.search(text) is not None
+
+
 def supervise(folder: Path) -> dict | None:
     """Bring the run of a folder to its end, whatever happened to it before; returns its record.
     Raises ForgeError when another supervisor has it."""
@@ -214,7 +227,7 @@ def supervise(folder: Path) -> dict | None:
         order = json.loads((folder / "run.json").read_text("utf-8"))
         clear_orphans(folder)
         made = len(list(folder.glob("a*.out")))
-        if made and FINAL.search((folder / f"a{made}.out").read_text("utf-8", "replace")):
+        if made and finished(folder, made):
             return collect(folder, order, made, 0, "", order.get("ordered", now()))
         if made >= MAX_ATTEMPTS:
             return collect(folder, order, made, None, f"interrupted {made} times", now())
@@ -224,6 +237,8 @@ def supervise(folder: Path) -> dict | None:
             order["begin"] = time.time()
             for attempt in range(made + 1, MAX_ATTEMPTS + 1):
                 code, killed = run_attempt(folder, order, attempt, handles)
+                if code in KILLED_FROM_OUTSIDE and finished(folder, attempt):
+                    code = 0  # whoever ended it came after its last line
                 if killed or code not in KILLED_FROM_OUTSIDE:
                     break
         return collect(folder, order, attempt, code, killed, started)
