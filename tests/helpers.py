@@ -94,6 +94,20 @@ def token_losses(model: tg.GPT, ids: Tensor, targets: Tensor) -> Tensor:
     return model.losses(model.hidden(ids, tg.schedule(model.cfg)), targets)
 
 
+def exact(model: tg.GPT) -> tg.GPT:
+    """The model in float64, so that what remains between two ways of computing is no rounding."""
+    model.dtype = torch.float64
+    return model.double()
+
+
+def exact_losses(model: tg.GPT, ids: Tensor, targets: Tensor, plan: tg.Plan) -> Tensor:
+    """Loss of every position (rows, length), the softcap and the softmax written out in float64."""
+    cap = model.cfg.logit_softcap
+    logits = cap * torch.tanh(model.logits(model.hidden(ids, plan)).double() / cap)
+    own = logits.gather(-1, targets[..., None])[..., 0]
+    return (logits.logsumexp(-1) - own).detach()
+
+
 def total_loss(model: tg.GPT, ids: Tensor, targets: Tensor) -> Tensor:
     """What is minimised, summed over a micro-batch, with every loop switched on."""
     return model(ids, targets, tg.schedule(model.cfg))[0]

@@ -14,6 +14,8 @@ from helpers import (
     SYSTEMS,
     config,
     distance,
+    exact,
+    exact_losses,
     flattened,
     random_batch,
     random_model,
@@ -471,6 +473,21 @@ def test_objectives_equal_float64_and_the_log_stays_plain(kind, softcap):
     )
 
 
+def test_heads_of_further_tokens_read_what_the_main_head_reads():
+    """Finding M10: under MUP_BASE_WIDTH main logits were scaled, those of further tokens were not."""
+    cfg = config(mup_base_width=16, objective="mtp", mtp_weight=1, vocab_size=61)
+    model, (ids, targets) = random_model(cfg), random_batch(cfg, 2, 20)
+    with torch.no_grad():
+        model.objective.heads[0].copy_(model.output)
+    plan = tg.schedule(cfg.model)
+    objective, nats = model(ids, targets, plan)
+    h = model.hidden(ids, plan)
+    further = model.losses(h[:, :-1], targets[:, 1:]).mean() * targets.numel()
+    assert float(objective.detach() - nats) == pytest.approx(float(further.detach()), rel=1e-5)
+    unscaled = F.linear(h * cfg.model.model_dim / 16, model.output)
+    assert not torch.allclose(model.logits(h), unscaled)
+
+
 def test_heads_of_further_tokens_are_trained_but_neither_counted_nor_exported(toy, tmp_path):
     done = train(toy, tmp_path, "mtp", OBJECTIVE="mtp", MTP_HEADS=2)
     assert done.code == 0, done.err
@@ -534,11 +551,13 @@ def test_after_some_steps_a_token_still_changes_no_earlier_loss(preset, toy):
             trainer.loader.next(0, 1), tg.full_speed(cfg) | dict(momentum=0.9, plan=min(step, last))
         )
     ids, targets = random_batch(cfg, 2, 24)
+    plain = tg.GPT(cfg.model, cfg.data.vocab_size, tg.Numerics(), cfg.optim)  # without fake grids
+    plain.load_state_dict(model.state_dict(), strict=False)
+    model = exact(plain)
     for plan in tg.plans(cfg.model):
-        before = model.losses(model.hidden(ids, plan), targets).detach()
+        before = exact_losses(model, ids, targets, plan)
         for place in (1, 9, 23):
             changed = ids.clone()
             changed[:, place] = (changed[:, place] + 7) % cfg.data.vocab_size
-            after = model.losses(model.hidden(changed, plan), targets).detach()
-            torch.testing.assert_close(after[:, :place], before[:, :place], rtol=1e-5, atol=1e-5)
-            assert (after[:, place:] - before[:, place:]).abs().max() > 1e-4
+            moved = (exact_losses(model, changed, targets, plan) - before).abs()
+            assert moved[:, :place].max() < 1e-11 < 1e-4 < moved[:, place:].max()

@@ -597,7 +597,7 @@ def test_a_knob_that_an_artifact_decides_is_said_to_have_no_effect(trained, eval
 
 
 def test_another_way_of_scoring_has_another_name_and_score(trained, evaluate):
-    found = {}
+    found, labels = {}, []
     for knobs in (
         dict(),
         dict(EVAL="sliding"),
@@ -606,7 +606,9 @@ def test_another_way_of_scoring_has_another_name_and_score(trained, evaluate):
         dict(EVAL="doc", EVAL_STRIDE=8),
         dict(EVAL="sliding", TTT="sgd", TTT_CHUNK_TOKENS=512, TTT_LR=0.05),
     ):
-        line = official(evaluate(**knobs))
+        out = evaluate(**knobs)
+        labels += re.findall(r"^final_int8_zlib_(\w+)_exact ", out, re.MULTILINE)
+        line = official(out)
         found[line.split("variant:")[1].split()[0]] = numbers(line)
     assert list(found) == [
         "chunked",
@@ -616,8 +618,26 @@ def test_another_way_of_scoring_has_another_name_and_score(trained, evaluate):
         "doc_64_8",
         "sliding_64_32+sgd",
     ]
+    assert [labels[0], labels[1], labels[-1]] == [
+        "roundtrip",
+        "sliding_window",
+        "sliding_window_ttt_sgd",
+    ]
     assert len({line["val_loss"] for line in found.values()}) == 6
     assert len({(line["tokens"], line["bytes"]) for line in found.values()}) == 1
+
+
+def test_what_was_learnt_is_in_the_name_of_every_score():
+    """Finding M12: sliding with TTT=sgd was labelled as plain sliding in the competition's line."""
+    plain, learnt = set(), set()
+    for kind in train_gpt.STRATEGIES:
+        for ttt in train_gpt.LEARNERS:
+            c = train_gpt.EvalConfig(eval=kind, ttt=ttt)
+            label, name = train_gpt.final_label(c), train_gpt.variant(c, kind, ttt)
+            (plain if ttt == "none" else learnt).update({label, name})
+            assert ttt == "none" or label.endswith(f"_ttt_{ttt}") and name.endswith(f"+{ttt}")
+            assert re.fullmatch(r"\w+", label), "one word, for those who read logs"
+    assert len(learnt) == 2 * 3 * 4 and not plain & learnt
 
 
 def test_scoring_needs_no_training_text(trained, evaluate, toy, tmp_path):
