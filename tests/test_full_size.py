@@ -30,14 +30,15 @@ def shards(folder: Path, vocab: int, caseops: bool) -> Path:
     if caseops:
         train.append("--caseops")
     encode = ["encode", source, "--tokenizer", tokenizer, "--out", folder / "shards"]
-    for command in (train, [*encode, "--val-docs", 1]):
-        subprocess.run([*PREPARE, *map(str, command)], check=True, capture_output=True)
+    for command in (train, encode):
+        words = [*PREPARE, *map(str, command), "--val-docs", "1"]
+        subprocess.run(words, check=True, capture_output=True)
     return folder / "shards"
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_preset_trains_exports_and_fits(system, tmp_path):
-    """Issue 16, "shown by": depth_recurrent ended at 16,386,472 bytes."""
+    """Finding "Budgets": depth_recurrent ended at 16,386,472 bytes."""
     cfg = config(system)
     seq = cfg.data.train_seq_len
     knobs = dict(
