@@ -185,12 +185,15 @@ class ModelConfig:
     )
     rope_dims: int = knob(
         0,
-        "leading dims of each head that rotate by position; 0 = all, -1 = none: attention learns no distances",
+        "leading dims of each head that rotate by position; 0 = all, -1 = none: attention "
+        "learns no distances",
         -1,
         512,
         source="PR 315",
     )
-    rope_base: float = knob(10000.0, "rotary base", 10, 1e7, needs="rope_dims > -1")
+    rope_base: float = knob(
+        10000.0, "base of the rotary frequencies", 10, 1e7, needs="rope_dims > -1"
+    )
     qk_gain_init: float = knob(
         1.5, "initial per-head inverse temperature of attention", 0.1, 20, source="PR 1125"
     )
@@ -198,7 +201,11 @@ class ModelConfig:
         False, "attention stops at the beginning of the document", source="PR 1530"
     )
     xsa_last_n: int = knob(
-        0, "top blocks whose heads drop their own value", 0, 64, source="arXiv 2603.09078"
+        0,
+        "top blocks whose heads drop the part of their output along the token's own value",
+        0,
+        64,
+        source="arXiv 2603.09078",
     )
     output_gate_scale: float = knob(
         0.0,
@@ -214,12 +221,14 @@ class ModelConfig:
         128, "width of the value embedding", 1, 4096, needs="value_embed_last_n > 0"
     )
     value_residual: str = knob(
-        "none", "mix the values of later blocks with the first block's", choices=("none", "mix")
+        "none",
+        "mix the values of later blocks with those of the first block",
+        choices=("none", "mix"),
     )
     smear_gate: str = knob(
         "none",
-        "mix each embedding with that of the token before: B by channel, after normalisation; C by a gate that reads the "
-        "token; D as C, but never across the beginning of a document",
+        "mix each embedding with that of the token before: B by channel, after normalisation; C"
+        " by a gate that reads the token; D as C, but never across the beginning of a document",
         choices=("none", "B", "C", "D"),
         source="PRs 162, 1667, 1851",
     )
@@ -241,14 +250,15 @@ class ModelConfig:
     )
     skips: str = knob(
         "unet",
-        "first half of the slots joins the second: by weights, squashed weights or gates",
+        "how outputs of the first half of the slots join the second: by weights, squashed "
+        "weights or gates",
         choices=("none", "unet", "sigmoid", "gated"),
         source="PR 1539, PR 1089",
     )
     skip_pairs: str = knob(
         "half",
-        "what skips connect: the halves of the slot list, the same with no more skips than without loops, or the blocks "
-        "around the loop",
+        "what skips connect: the halves of the slot list, the same with no more skips than "
+        "without loops, or the blocks around the loop",
         choices=("half", "as_unlooped", "around_loop"),
         needs="skips != none and num_loops > 0",
     )
@@ -266,7 +276,8 @@ class ModelConfig:
     )
     loop_ramp_steps: int = knob(
         0,
-        "steps over which each extra pass grows from nothing, by a learned gate; 0 = no gates, whole passes at once",
+        "steps over which each extra pass grows from nothing, by a learned gate; 0 = no gates, "
+        "whole passes at once",
         0,
         10**6,
         unit="steps",
@@ -287,8 +298,9 @@ class ModelConfig:
     )
     init: str = knob(
         "default",
-        "matrices: uniform with zero outputs, all uniform, orthogonal, and with outputs that "
-        "undo a bit of the values, in columns or (as published) rows",
+        "start of the matrices: uniform with zero outputs, all uniform, orthogonal, or "
+        "orthogonal with outputs that undo a bit of the values, in columns or (as published) "
+        "rows",
         source="PR 162, PR 1089",
         choices=("default", "uniform", "orthogonal", "mimetic", "mimetic_rows"),
     )
@@ -302,8 +314,7 @@ class ModelConfig:
     )
     mup_base_width: int = knob(
         0,
-        "logits are scaled by this over MODEL_DIM, so that a step moves them equally at any "
-        "width; 0 = off",
+        "width at which the learning rates hold: logits are scaled by it over MODEL_DIM; 0 = off",
         0,
         4096,
         source="arXiv 2203.03466",
@@ -662,65 +673,122 @@ class QuantConfig:
 class EvalConfig:
     eval: str = knob(
         "chunked",
-        "how the official score is taken: disjoint chunks of TRAIN_SEQ_LEN, or windows of EVAL_SEQ_LEN that advance by "
-        "EVAL_STRIDE over the whole text (sliding) or inside each document (doc)",
+        "how the official score is taken: disjoint chunks of TRAIN_SEQ_LEN, or windows of "
+        "EVAL_SEQ_LEN that advance by EVAL_STRIDE over the whole text (sliding) or inside each "
+        "document (doc)",
         choices=("chunked", "sliding", "doc"),
     )
     eval_seq_len: int = knob(
-        1024, "window of the evaluation", 2, 65536, unit="tokens", needs="eval != chunked"
+        1024,
+        "tokens of one window of the evaluation",
+        2,
+        65536,
+        unit="tokens",
+        needs="eval != chunked",
     )
     eval_stride: int = knob(
-        64, "tokens scored per window", 1, 65536, unit="tokens", needs="eval != chunked"
+        64,
+        "tokens that each window scores, after the first",
+        1,
+        65536,
+        unit="tokens",
+        needs="eval != chunked",
     )
     eval_batch_tokens: int = knob(
         131_072, "tokens of one evaluation batch on a rank", 1, 2**24, unit="tokens"
     )
     ttt: str = knob(
         "none",
-        "what is learnt while scoring, from scored text only: all weights by chunks (sgd), each "
-        "document's adapters (lora), both (phased); prequant trains before quantisation instead",
+        "what is learnt while scoring, from scored text only: all weights by chunks (sgd), "
+        "adapters of each document (lora), both (phased); prequant trains before quantisation "
+        "instead",
         choices=("none", "sgd", "lora", "phased", "prequant"),
         source="PRs 549, 1530, 1610, 1539",
     )
     ttt_lr: float = knob(
-        0.005, "peak learning rate of all weights", 0, 1, needs="ttt in sgd,phased"
+        0.005,
+        "peak learning rate of all weights in test-time training",
+        0,
+        1,
+        needs="ttt in sgd,phased",
     )
-    ttt_momentum: float = knob(0.9, "their momentum", 0, 0.9999, needs="ttt in sgd,phased")
-    ttt_epochs: int = knob(3, "updates on each chunk", 1, 100, needs="ttt in sgd,phased")
+    ttt_momentum: float = knob(
+        0.9, "momentum of all weights in test-time training", 0, 0.9999, needs="ttt in sgd,phased"
+    )
+    ttt_epochs: int = knob(
+        3, "updates of all weights on each chunk of scored text", 1, 100, needs="ttt in sgd,phased"
+    )
     ttt_chunk_tokens: int = knob(
-        32_768, "scored tokens that one update sees", 1, 2**24, needs="ttt in sgd,phased"
+        32_768,
+        "scored tokens that one update of all weights sees",
+        1,
+        2**24,
+        needs="ttt in sgd,phased",
     )
-    ttt_lora_rank: int = knob(96, "rank of the adapters", 1, 4096, needs="ttt in lora,phased")
+    ttt_lora_rank: int = knob(
+        96, "rank of the adapters of each document", 1, 4096, needs="ttt in lora,phased"
+    )
     ttt_lora_alpha: float = knob(
-        96.0, "their output times this over the rank", 0, 1e4, needs="ttt in lora,phased"
+        96.0,
+        "strength of the adapters: what they add is scaled by this over TTT_LORA_RANK",
+        0,
+        1e4,
+        needs="ttt in lora,phased",
     )
-    ttt_lora_lr: float = knob(1e-4, "their learning rate", 0, 1, needs="ttt in lora,phased")
-    ttt_lora_wd: float = knob(0.5, "their weight decay", 0, 100, needs="ttt in lora,phased")
+    ttt_lora_lr: float = knob(
+        1e-4, "learning rate of the adapters", 0, 1, needs="ttt in lora,phased"
+    )
+    ttt_lora_wd: float = knob(
+        0.5, "weight decay of the adapters", 0, 100, needs="ttt in lora,phased"
+    )
     ttt_lora_beta2: float = knob(
-        0.999, "their AdamW beta2; beta1 is 0", 0, 0.99999, needs="ttt in lora,phased"
+        0.999,
+        "AdamW beta2 of the adapters, whose beta1 is 0",
+        0,
+        0.99999,
+        needs="ttt in lora,phased",
     )
     ttt_lora_chunk: int = knob(
-        48, "tokens scored between two updates", 1, 65536, needs="ttt in lora,phased"
+        48,
+        "tokens of a document that are scored between two updates of its adapters",
+        1,
+        65536,
+        needs="ttt in lora,phased",
     )
-    ttt_lora_docs: int = knob(64, "documents adapted at once", 1, 4096, needs="ttt in lora,phased")
+    ttt_lora_docs: int = knob(
+        64, "documents whose adapters learn at once", 1, 4096, needs="ttt in lora,phased"
+    )
     ttt_warm_a: bool = knob(
-        False, "start from the A of documents before", source="PR 1767", needs="ttt in lora,phased"
+        False,
+        "begin a document with the A matrices that earlier documents of its lane have left",
+        source="PR 1767",
+        needs="ttt in lora,phased",
     )
-    ttt_phases: int = knob(3, "how often all weights learn", 1, 100, needs="ttt == phased")
+    ttt_phases: int = knob(
+        3, "how often all weights learn between documents", 1, 100, needs="ttt == phased"
+    )
     ttt_phase_docs: int = knob(
-        2000, "longest documents, of which the last phase learns", 1, 10**6, needs="ttt == phased"
+        2000,
+        "longest documents, after parts of which all weights learn",
+        1,
+        10**6,
+        needs="ttt == phased",
     )
     prequant_text: str = knob(
         "val",
-        "what prequant trains on: val is not admissible, train (the control) holds out as "
+        "what TTT=prequant trains on: val is not admissible; train, the control, holds out as "
         "much training text",
         choices=("val", "train"),
         needs="ttt == prequant",
     )
-    prequant_lr: float = knob(5e-4, "peak AdamW learning rate", 0, 1, needs="ttt == prequant")
-    prequant_epochs: int = knob(6, "passes over the text", 1, 1000, needs="ttt == prequant")
+    prequant_lr: float = knob(
+        5e-4, "peak AdamW learning rate of TTT=prequant", 0, 1, needs="ttt == prequant"
+    )
+    prequant_epochs: int = knob(
+        6, "passes of TTT=prequant over its text", 1, 1000, needs="ttt == prequant"
+    )
     prequant_rows: int = knob(
-        32, "rows of TRAIN_SEQ_LEN of one update", 1, 65536, needs="ttt == prequant"
+        32, "rows of TRAIN_SEQ_LEN in one update of TTT=prequant", 1, 65536, needs="ttt == prequant"
     )
 
     @property
