@@ -33,7 +33,7 @@ import math
 import operator
 import os
 import platform
-import resource
+import shlex
 import signal
 import socket
 import statistics
@@ -65,11 +65,10 @@ def optional_import(name: str):
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
-brotli, tqdm, zstandard = (
-    optional_import("brotli"),
-    optional_import("tqdm"),
-    optional_import("zstandard"),
-)
+brotli = optional_import("brotli")
+resource = optional_import("resource")  # not on every system
+tqdm = optional_import("tqdm")
+zstandard = optional_import("zstandard")
 
 SCRIPT = Path(
     __file__
@@ -1683,15 +1682,35 @@ def help_text(markdown: bool) -> str:
 
 
 # ---- 2 Runtime: device, ranks, clock, log, files --------------------------------------------------------------------
+UTF8 = dict(
+    encoding="utf-8", errors="surrogateescape"
+)  # whatever the locale is; odd bytes of paths survive
+
+
+def use_utf8():
+    """Let the terminal receive UTF-8 under any locale."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(**UTF8)
+
+
 def cpu_cores() -> int:
     """Cores this process may really use: affinity mask, bounded by the cgroup quota."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(**UTF8).split()
         cores = min(cores, max(1, int(int(quota) / int(period))))
     return cores
+
+
+def open_many_files():
+    """Raise this process's limit of open files as far as the system admits: every shard stays open."""
+    if resource:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def sha256_file(path: Path) -> str:
@@ -1707,7 +1726,8 @@ def relative(path: Path | str) -> str:
 
 
 def write_atomic(path: Path, write: Callable[[Any], None]):
-    """Create or replace `path` so that a crash at any moment leaves the old file or the new one, never a mixture."""
+    """Create or replace `path` so that a crash at any moment leaves the old file or the new one, never a mixture.
+    Raises OSError that names the file and how much of it could be written."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -1715,53 +1735,119 @@ def write_atomic(path: Path, write: Callable[[Any], None]):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save hides the system's error behind its own
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):
+            raise
+        written = temporary.stat().st_size if temporary.exists() else 0
+        reason = f"{cause.strerror or cause}, after {written:,} bytes"
+        raise OSError(cause.errno, reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not every system can sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class Place(NamedTuple):
+    """Which process of how many this one is."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0  # among those of this machine; the number of its GPU
+    local_world: int = 1
+    launched: bool = False  # by torchrun, so that there is a process group to join
+
+
+def place_of(env: dict[str, str]) -> Place:
+    """The place that torchrun's variables tell; alone without them. MASTER_ADDR and MASTER_PORT by themselves mean
+    nothing. Raises OneRankFailed, since each rank sees its own, for half of the variables or an impossible one."""
+    wanted = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    present = [name for name in wanted if name in env]
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(present):
+        return Place()
+    told = " ".join(f"{name}={env[name]}" for name in present)
+    if missing := [name for name in wanted if name not in env]:
+        raise OneRankFailed(
+            f"{told}: {', '.join(missing)} not set; start with torchrun, which sets all of these, or unset them"
+        )
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+        text = env.get(name, env["WORLD_SIZE"])
+        if not text.isdecimal():
+            raise OneRankFailed(f"{name}={text}: want a whole number")
+        numbers[name] = int(text)
+    for name, most in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if numbers[name] >= numbers[most]:
+            raise OneRankFailed(f"{name}={env[name]}: want less than {most}={numbers[most]}")
+    return Place(
+        numbers["RANK"],
+        numbers["WORLD_SIZE"],
+        numbers["LOCAL_RANK"],
+        numbers["LOCAL_WORLD_SIZE"],
+        launched=True,
+    )
 
 
 class Runtime:
     """Device, process group, log and phase ledger of one process; identical calls on every rank stay in step."""
 
     def __init__(self, cfg: Config, env: dict[str, str]):
-        self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        place = place_of(env)
+        self.rank, self.world = place.rank, place.world
         self.main = self.rank == 0
-        local, local_world = (
-            int(env.get("LOCAL_RANK", 0)),
-            int(env.get("LOCAL_WORLD_SIZE", self.world)),
-        )
-        kind = pick_device({"DEVICE": cfg.run.device})
-        if kind == "cuda" and local >= torch.cuda.device_count():
-            raise UserError(
-                f"rank {self.rank} has no GPU: {torch.cuda.device_count()} present, {local_world} wanted"
-            )
-        self.device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
-        if kind == "cuda":
+        self.device = torch.device("cpu")
+        if pick_device({"DEVICE": cfg.run.device}) == "cuda":
+            present = torch.cuda.device_count()
+            if place.local_rank >= present:
+                raise OneRankFailed(
+                    f"LOCAL_RANK={place.local_rank}: {present} GPUs here, {place.local_world} wanted"
+                )
+            self.device = torch.device("cuda", place.local_rank)
             torch.cuda.set_device(self.device)
-        torch.set_num_threads(cfg.system.threads or max(1, cpu_cores() // local_world))
-        if "RANK" in env:
-            importlib.import_module(
-                "torch._dynamo"
-            )  # imported after gloo's threads exist, it can abort at exit
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-        self.start, self.phases, self.log_file, self.metrics_file, self.folder = (
-            time.monotonic(),
-            [],
-            None,
-            None,
-            None,
-        )
-        self.interrupted, self.mark = (
-            False,
-            "",
-        )  # what ends every log line of a run that is not admissible
+        torch.set_num_threads(cfg.system.threads or max(1, cpu_cores() // place.local_world))
+        open_many_files()
+        if place.launched:
+            self.join(env)
+        self.start = time.monotonic()
+        self.phases: list[tuple[str, float, float]] = []  # name, begin and end in seconds
+        self.doing = "set-up"  # the phase that runs
+        self.folder: Path | None = None
+        self.log_file = None
+        self.metrics_file = None
+        self.unwritten: set[str] = set()  # files that have been warned about
+        self.interrupted = False
+        self.mark = ""  # ends every log line of a run that is not admissible
+
+    def join(self, env: dict[str, str]):
+        """Enter the process group. Raises OneRankFailed, which names the address."""
+        importlib.import_module("torch._dynamo")  # imported later, gloo's threads can abort at exit
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise OneRankFailed(
+                f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}: cannot join {self.world} ranks "
+                f"there; take a free port ({reason})"
+            ) from None
 
     def close(self):
-        """Leave the process group."""
+        """Leave the process group and close the files."""
         if dist.is_initialized():
             dist.destroy_process_group()
+        self.close_files()
+
+    def close_files(self):
+        """Close the log and the metrics; what a full disk does not take is lost."""
+        for file in (self.log_file, self.metrics_file):
+            if file:
+                with contextlib.suppress(OSError):
+                    file.close()
+        self.log_file = self.metrics_file = None
 
     # Collectives: no-ops on one rank.
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -1785,23 +1871,24 @@ class Runtime:
         if self.world == 1:
             return mine, lambda: None
         full = mine.new_empty(self.world * len(mine), *mine.shape[1:])
-        return full, dist.all_gather(
-            list(full.chunk(self.world)), mine.contiguous(), async_op=True
-        ).wait
+        parts = list(full.chunk(self.world))
+        return full, dist.all_gather(parts, mine.contiguous(), async_op=True).wait
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0 alone; every rank returns its picklable result or raises its error."""
-        box: list[Any] = [None, None]
+        result = error = None
         if self.main:
             try:
-                box[0] = work()
-            except (UserError, RunFailed, OSError) as error:
-                box[1] = error
+                result = work()
+            except (UserError, RunFailed, OSError) as raised:
+                error = raised
         if dist.is_initialized():
+            box = [result, error]
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        if box[1]:
-            raise box[1]
-        return box[0]
+            result, error = box
+        if error:
+            raise error
+        return result
 
     def numbers_from_main(self, *values: float) -> list[float]:
         """Rank 0's numbers on every rank; cheap enough for every step."""
@@ -1826,6 +1913,9 @@ class Runtime:
     def claim_folder(self, cfg: Config) -> bool:
         """Rank 0's part of open_run."""
         log = self.folder / "log.txt"
+        known = {k: dict(value=v, origin=cfg.origins[k]) for k, v in cfg.shown().items()}
+        about = dict(preset=cfg.preset, compliant=cfg.eval.compliant, knobs=known)
+        text = json.dumps(about, indent=1).encode()
         try:
             if log.exists():
                 if cfg.run.resume == "none":
@@ -1833,53 +1923,63 @@ class Runtime:
                         f"RUN_ID={cfg.run.run_id}: {relative(self.folder)} already holds a run; "
                         "set RESUME=auto to continue it or choose another RUN_ID"
                     )
-                if "\nfinal:official " in log.read_text():
+                if "\nfinal:official " in log.read_text(**UTF8):
                     return False
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_by_a_crash in self.folder.glob("*.tmp"):
                 left_by_a_crash.unlink()
-            self.fresh, self.log_file = not log.exists(), open(log, "a", buffering=1)
-            self.metrics_file = open(self.folder / "metrics.jsonl", "a", buffering=1)
+            self.fresh = not log.exists()
+            self.log_file = open(log, "a", buffering=1, **UTF8)
+            self.metrics_file = open(self.folder / "metrics.jsonl", "a", buffering=1, **UTF8)
+            write_atomic(self.folder / "config.json", lambda f: f.write(text))
         except OSError as error:
             raise UserError(
                 f"RUNS_DIR={relative(cfg.run.runs_dir)}: cannot write {relative(self.folder)} "
                 f"({error.strerror})"
             ) from None
-        known = {k: dict(value=v, origin=cfg.origins[k]) for k, v in cfg.shown().items()}
-        text = json.dumps(
-            dict(preset=cfg.preset, compliant=cfg.eval.compliant, knobs=known), indent=1
-        ).encode()
-        write_atomic(self.folder / "config.json", lambda f: f.write(text))
         return True
 
     def drop_run(self):
         """Leave nothing of a run that was refused before it began, so that its RUN_ID is free again."""
         if self.main and self.fresh:
-            for file in (self.log_file, self.metrics_file):
-                file.close()
-            self.log_file = self.metrics_file = None
+            self.close_files()
             for name in ("log.txt", "metrics.jsonl", "config.json"):
-                (self.folder / name).unlink()
+                (self.folder / name).unlink(missing_ok=True)
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
 
     def log(self, text: str, echo: bool = True):
-        """One line to the log file and, unless echo is off, to the terminal; rank 0 only."""
+        """One line to the log file and, unless echo is off, to the terminal; rank 0 only. Never fails."""
         text += self.mark
         if self.main:
-            if self.log_file:
-                self.log_file.write(text + "\n")
+            self.append(self.log_file, text)
             if echo:
-                tqdm.tqdm.write(text, file=sys.stdout) if tqdm else print(text)
-                sys.stdout.flush()
+                self.say(text)
 
     def metric(self, event: str, **values):
-        """One JSON line to metrics.jsonl; rank 0 only."""
-        if self.metrics_file:
-            self.metrics_file.write(
-                json.dumps(dict(event=event, t=round(time.monotonic() - self.start, 3), **values))
-                + "\n"
-            )
+        """One JSON line to metrics.jsonl; rank 0 only. Never fails."""
+        seconds = round(time.monotonic() - self.start, 3)
+        self.append(self.metrics_file, json.dumps(dict(event=event, t=seconds, **values)))
+
+    def append(self, file, line: str):
+        """Add a line to a file, if it is open and the disk takes it: a full disk must not end a run that can finish.
+        What was not written is tried again with the next line."""
+        try:
+            if file:
+                file.write(line + "\n")
+        except OSError as error:
+            if file.name not in self.unwritten:
+                self.unwritten.add(file.name)
+                self.say(f"warning: {relative(file.name)} not written ({error.strerror})")
+
+    def say(self, text: str):
+        """One line to the terminal, until nobody reads it any more (`| head`) or its disk is full."""
+        try:
+            tqdm.tqdm.write(text, file=sys.stdout) if tqdm else print(text)
+            sys.stdout.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     @contextlib.contextmanager
     def catch_signals(self):
@@ -1900,10 +2000,12 @@ class Runtime:
     def phase(self, name: str):
         """Account the enclosed time under `name` in the ledger, on a monotonic clock."""
         self.synchronize()
+        self.doing = name
         begin = time.monotonic() - self.start
         yield
         self.synchronize()
         end = time.monotonic() - self.start
+        self.doing = "set-up"
         self.phases.append((name, begin, end))
         self.log(f"phase:{name} start_ms:{begin * 1e3:.0f} end_ms:{end * 1e3:.0f}")
         self.metric("phase", name=name, start=begin, end=end)
@@ -1940,10 +2042,9 @@ def log_header(cfg: Config, rt: Runtime):
     )
     rt.log(f"preset:{cfg.preset}")
     for name, value in cfg.shown().items():
-        rt.log(
-            f"config:{name.upper()}={value} ({cfg.origins[name]})",
-            echo=cfg.run.run_mode == "plan" or cfg.origins[name] == "environment",
-        )
+        origin = cfg.origins[name]
+        echo = cfg.run.run_mode == "plan" or origin == "environment"
+        rt.log(f"config:{name.upper()}={value} ({origin})", echo)
     for note in cfg.notes:
         rt.log(f"warning: {note}")
     rt.log(f"seed:{cfg.run.seed}")
@@ -2131,7 +2232,7 @@ def read_tokenizer(path: Path, vocab: int):
     if not path.is_file():
         raise UserError(f"TOKENIZER_PATH={relative(path)}: no such file")
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except Exception as error:
         raise UserError(
             f"TOKENIZER_PATH={relative(path)}: not a SentencePiece model ({type(error).__name__})"
@@ -2151,7 +2252,7 @@ def read_tokenizer(path: Path, vocab: int):
 def read_manifest(path: Path) -> dict[str, Any]:
     """What a dataset says about itself, {} when it says nothing. Raises UserError for a damaged one."""
     try:
-        found = json.loads(path.read_text()) if path.exists() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if not isinstance(found.get("reference_bpb", {}), dict) or not (
             found.get("comparable", True) or found["note"]
         ):
@@ -2288,10 +2389,10 @@ class Loader:
         """Tokens dealt so far to all ranks."""
         return (self.epoch * self.rows_in_epoch() + self.index) * self.seq
 
-    def next(self, rank: int, world: int) -> np.ndarray:
-        """Rows rank, rank + world, ... of the next step as (rows of this rank, T + 1) uint16. Those of
-        the step after it are read meanwhile."""
-        wanted = self.epoch, self.index, rank, world, self.rows
+    def next(self, rank: int, world: int, rows: int = 0) -> np.ndarray:
+        """Rows rank, rank + world, ... of the next step, or of the next so many rows, as (rows of this rank, T + 1)
+        uint16. Those of another as large are read meanwhile."""
+        wanted = self.epoch, self.index, rank, world, rows or self.rows
         if self.ahead[0] != wanted:
             self.read_ahead(wanted)
         rows, self.epoch, self.index = self.ahead[1].result()
@@ -6301,11 +6402,11 @@ def written(model: GPT, plan: Plan, first: Tensor, draws: Tensor) -> Tensor:
 
 
 def written_rows(trainer: "Trainer", seen: int, wanted: int) -> np.ndarray:
-    """Rows (rows of this rank, T + 1) that the model writes itself from a random first token, for
-    `wanted` tokens of all ranks or one step's rows, if that is less; they depend on SEED and on
-    what was `seen` before, not on the number of ranks. Source: PR 1019. Knob: CALIBRATION."""
+    """This rank's part of `wanted` rows, (rows, T + 1) uint16, that the model writes itself from a
+    random first token; they depend on SEED and on how many tokens were `seen` before, not on the
+    number of ranks. Source: PR 1019. Knob: CALIBRATION."""
     cfg, rt, seq = trainer.cfg, trainer.rt, trainer.loader.seq
-    numbers = range(rt.rank, min(trainer.loader.rows, -(-wanted // seq)), rt.world)
+    numbers = range(rt.rank, wanted, rt.world)
     draws = [np.random.default_rng([cfg.run.seed, seen, i]).random(seq + 1) for i in numbers]
     drawn = torch.from_numpy(np.array(draws).reshape(-1, seq + 1)).to(rt.device)
     first = (drawn[:, 0] * cfg.data.vocab_size).long()
@@ -6334,10 +6435,14 @@ class Clock:
     """Training seconds on a monotonic clock; validation and checkpoints stop it."""
 
     def __init__(self, rt: Runtime):
-        self.rt, self.total, self.since = rt, 0.0, None
+        self.rt = rt
+        self.total = 0.0  # seconds until the clock was last stopped
+        self.since: float | None = None  # when it was started again; None while it stands still
 
     def read(self) -> float:
-        return self.total + (time.monotonic() - self.since if self.since is not None else 0.0)
+        if self.since is None:
+            return self.total
+        return self.total + time.monotonic() - self.since
 
     def start(self):
         self.since = time.monotonic()
@@ -6345,7 +6450,15 @@ class Clock:
     def stop(self):
         """Stand still once the device has finished."""
         self.rt.synchronize()
-        self.total, self.since = self.read(), None
+        self.total = self.read()
+        self.since = None
+
+    @contextlib.contextmanager
+    def running(self):
+        """Count the enclosed time."""
+        self.start()
+        yield
+        self.stop()
 
     @contextlib.contextmanager
     def paused(self):
@@ -6355,6 +6468,14 @@ class Clock:
         yield
         if running:
             self.start()
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ended, on a GPU or (as far as the system tells) on a CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return any(sign in text for sign in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
 
 
 def load_checkpoint(cfg: Config, rt: Runtime) -> dict[str, Any] | None:
@@ -6378,11 +6499,19 @@ def load_checkpoint(cfg: Config, rt: Runtime) -> dict[str, Any] | None:
 
 
 class Trainer:
-    """Owns what changes during training: weights, optimisers, averager, data position, clock."""
+    """Owns what changes during training: weights, optimiser state, average, place in the text, clock."""
 
     def __init__(self, cfg: Config, rt: Runtime, data: Data, model: GPT, numerics: Numerics):
         self.cfg, self.rt, self.data, self.model, self.numerics = cfg, rt, data, model, numerics
-        self.plans, self.plan, self.loss = plans(cfg.model), 0, compiled(model.forward, numerics)
+        self.clock = Clock(rt)
+        averaging = AVERAGERS[cfg.optim.averaging]
+        needs_scores = averaging.needs_scores or cfg.quant.allocation == "loss"
+        self.held_out = data.train.hold_out(cfg.optim.held_out_tokens) if needs_scores else None
+        with self.clock.running():  # it reads training text, what is held out excepted
+            see_data(model, data)
+        self.plans = plans(cfg.model)
+        self.plan = 0  # number of the plan of the last step
+        self.loss = compiled(model.forward, numerics)
         self.qat = attach_qat(model, cfg.quant)
         self.flat = FlatParameters(model, rt)
         reach = [reached(model, plan) for plan in self.plans]
@@ -6390,21 +6519,15 @@ class Trainer:
             self.flat, cfg.optim, rt, numerics.dtype, cfg.model.tie_embeddings, reach
         )
         self.hooks = [hook for make in STEP_HOOKS if (hook := make(self)) is not None]
-        self.averager = AVERAGERS[cfg.optim.averaging](
-            self.flat.weights, cfg.optim, self.held_out_loss
-        )
-        needs_scores = self.averager.needs_scores or cfg.quant.allocation == "loss"
-        self.held_out = data.train.hold_out(cfg.optim.held_out_tokens) if needs_scores else None
+        self.averager = averaging(self.flat.weights, cfg.optim, self.held_out_loss)
         self.loader = LOADERS[cfg.data.loader](data.train, cfg)
-        self.clock, self.step_number = Clock(rt), 0
-        self.hessians, self.harms = {}, {}  # what the quantiser may know in the end
-        self.recent: list[
-            float
-        ] = []  # seconds of the last 50 steps; the first, slow ones are not among them
-        self.pending: tuple[int, Tensor] | None = (
-            None  # loss of the previous step, not yet known to be finite
-        )
+        self.most_rows = max(1, cfg.system.micro_batch_tokens // cfg.data.train_seq_len)  # per pass
+        self.step_number = 0  # steps that are done
+        self.recent: list[float] = []  # seconds of the last 50 steps, without the first, slow ones
+        self.pending: tuple[int, Tensor] | None = None  # last step's loss, perhaps not finite
         self.last_checkpoint = time.monotonic()
+        self.hessians: Hessians = {}  # what the quantiser may know in the end
+        self.harms: dict[str, float] = {}
 
     # One step.
     def progress(self, elapsed: float) -> Progress:
@@ -6414,88 +6537,131 @@ class Trainer:
             return Progress(step, step / o.iterations, o.iterations - step, 1.0)
         budget = o.max_wallclock_seconds - o.reserve_seconds
         cost = statistics.median(self.recent) if len(self.recent) >= 5 else 0.0
-        left = max(0.0, min(budget - elapsed, (o.iterations - step) * cost if cost else budget))
-        return Progress(step, min(1.0, max(elapsed / budget, step / o.iterations)), left, cost)
+        left = budget - elapsed
+        if cost:
+            left = min(left, (o.iterations - step) * cost)
+        return Progress(
+            step, min(1.0, max(elapsed / budget, step / o.iterations)), max(0.0, left), cost
+        )
 
     def micro_batches(self, rows: np.ndarray, length: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Cut rows (n, T + 1) into passes of equal size, at most MICRO_BATCH_TOKENS each, and these into rows of
-        `length`: (ids, targets, real rows), ids and targets int64 on the device. As few passes as possible, and
-        n / passes rows in each: fewer than one row per pass is padding, whose targets give no loss. A rank without
-        rows has no pass."""
-        limit = max(1, self.cfg.system.micro_batch_tokens // self.cfg.data.train_seq_len)
-        passes = -(-len(rows) // limit)
-        size = -(-len(rows) // max(1, passes))
-        for first in range(0, len(rows), max(1, size)):
-            part = torch.from_numpy(rows[first : first + size].astype(np.int64))
-            ids = torch.zeros(size, part.size(1) - 1, dtype=torch.int64)
-            targets = torch.full_like(ids, -100)
-            ids[: len(part)] = part[:, :-1]
-            targets[: len(part)] = part[:, 1:]
+        """Cut rows (n, T + 1) into as few passes as possible, all of one size, and these into rows of `length`:
+        (ids, targets, real rows), both int64 on the device. The last pass is filled up, by less than a row for each
+        pass, with rows whose targets give no loss. A rank without rows has no pass."""
+        tokens = torch.from_numpy(rows.astype(np.int32))
+        if self.rt.device.type == "cuda":
+            tokens = tokens.pin_memory()  # so that the copy waits for nothing
+        tokens = tokens.to(self.rt.device, non_blocking=True).long()
+        passes = max(1, -(-len(rows) // self.most_rows))
+        size = max(1, -(-len(rows) // passes))
+        for first in range(0, len(rows), size):
+            part = tokens[first : first + size]
+            missing = (0, 0, 0, size - len(part))
+            ids = F.pad(part[:, :-1], missing).contiguous()
+            targets = F.pad(part[:, 1:], missing, value=-100).contiguous()
             real = len(part) * (ids.size(1) // length)
-            yield (
-                ids.view(-1, length).to(self.rt.device, non_blocking=True),
-                targets.view(-1, length).to(self.rt.device, non_blocking=True),
-                real,
-            )
+            yield ids.view(-1, length), targets.view(-1, length), real
 
     def step(self, rows: np.ndarray, ramps: dict[str, float]) -> Tensor:
         """One optimiser update from this rank's rows; returns the mean loss of the whole batch (0-D, on the device)."""
+        self.accumulate(rows, ramps)
+        return self.update(ramps)
+
+    def accumulate(self, rows: np.ndarray, ramps: dict[str, float]):
+        """Gradients and mean loss of this rank's rows, pass by pass; no rank waits for another."""
+        self.plan = int(ramps["plan"])
+        plan = self.plans[self.plan]
+        share = 1 / (self.loader.rows * self.cfg.data.train_seq_len)
+        self.flat.gradients.zero_()
         for hook in self.hooks:
             hook.before_step(ramps)
-        self.plan = int(ramps["plan"])
-        self.flat.gradients.zero_()
-        share = 1 / (self.loader.rows * self.cfg.data.train_seq_len)
         for ids, targets, real in self.micro_batches(rows, int(ramps["row"])):
-            objective, nats = self.loss(ids, targets, self.plans[self.plan])
+            objective, nats = self.loss(ids, targets, plan)
             (objective * share).backward()
-            self.flat.rest[-1] += nats * share
+            self.flat.rest[-1] += nats * share  # beside the gradients: summed over ranks with them
             for hook in self.hooks:
-                hook.after_backward(ids[:real], targets[:real], self.plans[self.plan])
+                hook.after_backward(ids[:real], targets[:real], plan)
+
+    def update(self, ramps: dict[str, float]) -> Tensor:
+        """Change the weights by the gradients of all ranks; returns their mean loss."""
         for hook in self.hooks:
             hook.before_update()
         self.optimiser.step(ramps)
         self.averager.update(self.step_number + 1, ramps)
         return self.flat.rest[-1].clone()
 
+    # Before the first step.
     def prewarm(self):
-        """Run whole steps on synthetic tokens so that kernels compile off the clock, then undo everything."""
+        """Whole steps on synthetic tokens, so that kernels compile off the clock and passes are no larger than the
+        memory admits; then undo everything but that."""
         graphs = list(itertools.product(range(len(self.plans)), row_lengths(self.cfg)))
         steps = self.cfg.optim.warmup_steps * len(graphs)
         before = copy.deepcopy(self.state())
         generator = np.random.default_rng(0)
         mine = len(range(self.rt.rank, self.loader.rows, self.rt.world))
+        shape = (mine, self.cfg.data.train_seq_len + 1)
         for i in range(steps):
-            fake = generator.integers(
-                self.cfg.data.vocab_size, size=(mine, self.cfg.data.train_seq_len + 1)
-            )
+            fake = generator.integers(self.cfg.data.vocab_size, size=shape).astype(np.uint16)
             plan, row = graphs[i % len(graphs)]
-            self.step(fake.astype(np.uint16), full_speed(self.cfg) | dict(plan=plan, row=row))
+            ramps = full_speed(self.cfg) | dict(plan=plan, row=row)
+            while not self.fits(fake, ramps):
+                self.shrink_passes(mine)
+            self.update(ramps)
             self.rt.log(f"warmup_step:{i + 1}/{steps}", echo=False)
+        if steps and self.held_out is not None:
+            with torch.no_grad():
+                self.mean_loss(np.zeros_like(self.held_out))
         self.restore(before)
 
+    def fits(self, rows: np.ndarray, ramps: dict[str, float]) -> bool:
+        """Accumulate a step; whether every rank had the memory for it."""
+        failed = 0
+        try:
+            self.accumulate(rows, ramps)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            failed = 1
+        return not self.rt.all_reduce(torch.tensor(failed, device=self.rt.device))
+
+    def shrink_passes(self, rows: int):
+        """Take one pass more, or a quarter more, for so many rows. Raises RunFailed when a pass has one row already."""
+        tried = self.most_rows
+        if tried == 1:
+            raise RunFailed(
+                f"out of memory with one row of TRAIN_SEQ_LEN={self.loader.seq} a pass; lower TRAIN_SEQ_LEN, "
+                "MODEL_DIM or NUM_LAYERS"
+            )
+        passes = -(-rows // tried)
+        self.most_rows = max(1, min(tried - 1, -(-rows // (passes + max(1, passes // 4)))))
+        if self.rt.device.type == "cuda":
+            torch.cuda.empty_cache()
+        seq = self.loader.seq
+        self.rt.log(
+            f"warning: out of memory with {tried * seq} tokens a pass; trying {self.most_rows * seq}; "
+            f"MICRO_BATCH_TOKENS={self.most_rows * seq} says so from the start"
+        )
+
+    # Looking at text.
     def observe_inputs(self, tokens: int) -> Hessians:
         """Second moments of what each matrix reads, over at least so many tokens of all ranks. A tied embedding is read
         twice, by the head and row by row as input: all inputs alike are added to what the head reads."""
-        none = torch.zeros(0, self.loader.seq, dtype=torch.int64, device=self.rt.device)
+        seq, plan, device = self.loader.seq, self.plans[self.plan], self.rt.device
+        none = torch.zeros(0, seq, dtype=torch.int64, device=device)
+        sums = second_moments(self.model, none, plan)  # zeros, on a rank without rows too
         seen = 0
-        sums = second_moments(
-            self.model, none, self.plans[self.plan]
-        )  # zeros, on a rank without rows too
         while seen < tokens:
-            rows = CALIBRATIONS[self.cfg.quant.calibration](self, seen, tokens - seen)
-            for ids, _, real in self.micro_batches(rows, self.loader.seq):
-                ids = ids[:real]
-                for p, moment in second_moments(self.model, ids, self.plans[self.plan]).items():
-                    sums[p] = sums[p] + moment * ids.numel()
-            seen += (
-                int(self.rt.all_reduce(torch.tensor(len(rows), device=self.rt.device)))
-                * self.loader.seq
-            )
+            wanted = min(self.loader.rows, -(-(tokens - seen) // seq))
+            rows = CALIBRATIONS[self.cfg.quant.calibration](self, seen, wanted)
+            for ids, _, real in self.micro_batches(rows, seq):
+                for p, mean in second_moments(self.model, ids[:real], plan).items():
+                    sums[p] += mean * (real * seq)
+            seen += wanted * seq
             self.rt.log(f"calibrated:{seen} of {tokens} tokens")
         moments = {p: self.rt.all_reduce(total) / seen for p, total in sums.items()}
         if self.model.embed in moments:
             tied = moments[self.model.embed]
-            tied += tied.diagonal().mean() * torch.eye(len(tied), device=tied.device)
+            tied += tied.diagonal().mean() * torch.eye(len(tied), device=device)
         return moments
 
     @torch.no_grad()
@@ -6518,18 +6684,17 @@ class Trainer:
         return harms
 
     def held_out_loss(self) -> float:
-        """Nats per token of the live weights on the held-out training text, the same on every rank, by the graph that
-        training compiled."""
-        rows, length = (
-            (len(self.held_out) - 1) // self.cfg.data.train_seq_len,
-            self.cfg.data.train_seq_len,
-        )
+        """Nats per token of the live weights on the held-out training text."""
+        return self.mean_loss(self.held_out)
+
+    def mean_loss(self, text: np.ndarray) -> float:
+        """Nats per token of the live weights on whole rows of a text, the same on every rank."""
+        length = self.cfg.data.train_seq_len
+        rows = (len(text) - 1) // length
         starts = np.arange(self.rt.rank, rows, self.rt.world)[:, None] * length
-        total = torch.zeros((), dtype=torch.float64)
-        for ids, targets, _ in self.micro_batches(
-            self.held_out[starts + np.arange(length + 1)], length
-        ):
-            total += self.loss(ids, targets, self.plans[self.plan])[1].cpu()
+        total = torch.zeros((), dtype=torch.float64, device=self.rt.device)
+        for ids, targets, _ in self.micro_batches(text[starts + np.arange(length + 1)], length):
+            total += self.loss(ids, targets, self.plans[self.plan])[1]
         return float(self.rt.all_reduce(total)) / (rows * length)
 
     # Checkpoints.
@@ -6554,28 +6719,18 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.averager.load_state_dict(state["averager"])
         self.loader.load_state_dict(state["loader"])
-        self.step_number, self.recent, self.plan = (
-            state["step"],
-            list(state["recent"]),
-            state["plan"],
-        )
+        self.step_number = state["step"]
+        self.recent = list(state["recent"])
+        self.plan = state["plan"]
         self.clock.total = state["seconds"]
         torch.set_rng_state(state["rng"])
 
     def identity(self) -> dict[str, Any]:
         """The configuration that a checkpoint must agree with."""
-        free = (
-            "data_path",
-            "tokenizer_path",
-            "iterations",
-            "max_wallclock_seconds",
-            "micro_batch_tokens",
-            "eval_batch_tokens",
-        )
-        identity = self.cfg.values("data", "model", "optim", "quant") | dict(
-            seed=self.cfg.run.seed, train_tokens=len(self.data.train)
-        )
-        return {k: v for k, v in identity.items() if k not in free}
+        identity = self.cfg.values("data", "model", "optim", "quant")
+        for may_change in ("data_path", "tokenizer_path", "iterations", "max_wallclock_seconds"):
+            del identity[may_change]
+        return identity | dict(seed=self.cfg.run.seed, train_tokens=len(self.data.train))
 
     def save(self):
         """Write the checkpoint atomically, off the training clock (rank 0)."""
@@ -6671,21 +6826,23 @@ class Trainer:
         self.rt.metric("val", step=step, loss=result.loss, bpb=result.bpb, seconds=elapsed)
 
     def stop_reason(self, elapsed: float) -> str:
-        """Why training ends before another step as long as the longest of the last 20; empty when it goes on."""
+        """Why training ends before another step as long as the longest of the last 20; empty when it goes on. On a
+        GPU the step before is still running when `elapsed` is read, so that two are to come."""
         o = self.cfg.optim
         if self.step_number >= o.iterations:
             return "iterations"
-        end = elapsed + max(self.recent[-20:], default=0.0)
-        return (
-            "wallclock_cap"
-            if o.max_wallclock_seconds and end > o.max_wallclock_seconds - o.reserve_seconds
-            else ""
-        )
+        if not o.max_wallclock_seconds:
+            return ""
+        to_come = 2 if self.rt.device.type == "cuda" else 1
+        end = elapsed + to_come * max(self.recent[-20:], default=0.0)
+        return "wallclock_cap" if end > o.max_wallclock_seconds - o.reserve_seconds else ""
 
     def run(self):
-        """Train until the clock or ITERATIONS says stop, the same step on every rank."""
-        elapsed, due, interrupted = self.rt.numbers_from_main(self.clock.read(), 0, 0)
-        every = self.cfg.run.val_loss_every
+        """Train until the clock or ITERATIONS says stop, the same step on every rank. Raises KeyboardInterrupt, with a
+        checkpoint written, after a signal."""
+        checkpoint_every = self.cfg.run.checkpoint_every or math.inf
+        validate_every = self.cfg.run.val_loss_every or self.cfg.optim.iterations + 1
+        [elapsed] = self.rt.numbers_from_main(self.clock.read())
         self.clock.start()
         with self.rt.progress(1.0, "train") as bar, self.rt.catch_signals():
             while not self.stop_reason(elapsed):
@@ -6696,11 +6853,9 @@ class Trainer:
                 self.step_number += 1
                 self.pending = (self.step_number, loss)
                 self.report(loss, p, ramps)
-                waited = time.monotonic() - self.last_checkpoint
+                due = time.monotonic() - self.last_checkpoint >= checkpoint_every
                 elapsed, due, interrupted = self.rt.numbers_from_main(
-                    self.clock.read(),
-                    waited >= (self.cfg.run.checkpoint_every or math.inf),
-                    self.rt.interrupted,
+                    self.clock.read(), due, self.rt.interrupted
                 )
                 if self.step_number > 3:
                     self.recent = [*self.recent[-49:], elapsed - begin]
@@ -6710,17 +6865,18 @@ class Trainer:
                     self.save()
                 if interrupted:
                     raise KeyboardInterrupt
-                if every and self.step_number % every == 0:
+                if self.step_number % validate_every == 0:
                     with self.clock.paused():
                         self.validate(elapsed)
-            self.end(elapsed, self.stop_reason(elapsed))
+            self.end(self.stop_reason(elapsed))
 
-    def end(self, elapsed: float, reason: str):
-        """Log why training ended and keep a last checkpoint."""
+    def end(self, reason: str):
+        """Log why training ended, when the last step has, and keep a last checkpoint."""
         self.check_finite()
+        self.rt.synchronize()
         if reason == "wallclock_cap":
             self.rt.log(
-                f"stopping_early: wallclock_cap train_time:{elapsed * 1e3:.0f}ms "
+                f"stopping_early: wallclock_cap train_time:{self.clock.read() * 1e3:.0f}ms "
                 f"step:{self.step_number}/{self.cfg.optim.iterations}"
             )
         if self.cfg.run.checkpoint_every:
@@ -6754,8 +6910,9 @@ STEP_HOOKS: tuple[Callable[[Trainer], StepHook | None], ...] = (
     lambda t: LoopStrength(t.model.loops) if t.model.loops else None,
     lambda t: InputWatch(t.model, t.optimiser) if input_whitening in t.optimiser.stages else None,
 )
+# CALIBRATION -> this rank's part of so many rows (wanted), after `seen` tokens: (trainer, seen, wanted)
 CALIBRATIONS: dict[str, Callable[[Trainer, int, int], np.ndarray]] = {
-    "train": lambda trainer, seen, wanted: trainer.loader.next(trainer.rt.rank, trainer.rt.world),
+    "train": lambda t, seen, wanted: t.loader.next(t.rt.rank, t.rt.world, wanted),
     "self": written_rows,
 }
 # ALLOCATION -> what the rounding of each matrix costs; empty = not known
@@ -6896,9 +7053,11 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
 
 def peak_memory(rt: Runtime) -> str:
     """The competition's memory line; on a CPU the resident set of the process."""
-    allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    allocated = reserved = 0
     if rt.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    elif resource:
+        allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
 
 
@@ -6912,7 +7071,6 @@ def train_and_export(cfg: Config, rt: Runtime, data: Data) -> Path:
         apply_numerics(numerics, rt)
     torch.manual_seed(cfg.run.seed)
     model = GPT(cfg.model, cfg.data.vocab_size, numerics, cfg.optim)
-    see_data(model, data)
     model.to(rt.device)
     parameter_report(model, cfg, rt)
     text = tuning_text(cfg, data)
@@ -6952,7 +7110,8 @@ def announce(rt: Runtime, compliant: bool):
 def run(cfg: Config, rt: Runtime, env: dict[str, str]):
     """One whole run in the mode that RUN_MODE names."""
     if cfg.run.run_mode == "plan":
-        return plan_only(cfg, rt)
+        plan_only(cfg, rt)
+        return
     if cfg.run.run_mode == "eval":
         path = Path(cfg.run.artifact)
         header, _ = read_artifact(path, rt)  # fail on a bad file before anything else
@@ -6963,27 +7122,73 @@ def run(cfg: Config, rt: Runtime, env: dict[str, str]):
     else:
         announce(rt, cfg.eval.compliant)
         if not rt.open_run(cfg):
-            return rt.log(f"{relative(rt.folder)} is complete; see its log.txt")
+            rt.log(f"{relative(rt.folder)} is complete; see its log.txt")
+            return
         log_header(cfg, rt)
-        try:
-            with rt.phase("data"):
-                data = open_data(cfg, rt)
-        except UserError:
-            rt.drop_run()
-            raise
+        data = data_of_a_run(cfg, rt)
         rt.on_main(lambda: submit_code(rt))
         path = train_and_export(cfg, rt, data)
     scored, result = official_score(cfg, rt, path, data, env)
     summary(scored, rt, path, data, result)
 
 
+def data_of_a_run(cfg: Config, rt: Runtime) -> Data:
+    """The opened dataset. Raises UserError, and then leaves no run folder behind."""
+    try:
+        with rt.phase("data"):
+            return open_data(cfg, rt)
+    except UserError:
+        rt.drop_run()
+        raise
+    except OSError as error:  # a read-only folder, too many open files
+        rt.drop_run()
+        file = relative(error.filename or cfg.data.data_path)
+        raise OneRankFailed(f"{file}: {error.strerror}; see DATA_PATH") from None
+
+
+def resume_command(cfg: Config, rt: Runtime) -> str:
+    """The shell command that continues this run, with all that was set for it; empty when it left no checkpoint."""
+    if not rt.folder or not (rt.folder / "checkpoint.pt").exists():
+        return ""
+    values = cfg.values()
+    given = dict(preset=cfg.preset)
+    given |= {name: values[name] for name, origin in cfg.origins.items() if origin == "environment"}
+    given |= dict(run_id=rt.folder.name, resume="auto")
+    words = []
+    for name, value in given.items():
+        text = str(int(value)) if type(value) is bool else str(value)
+        words.append(f"{name.upper()}={shlex.quote(text)}")
+    words.append("python")
+    if rt.world > 1:
+        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={rt.world}"]
+    return " ".join([*words, shlex.quote(sys.argv[0])])
+
+
+def memory_hint(rt: Runtime) -> str:
+    """What to say when memory ended."""
+    knob = "MICRO_BATCH_TOKENS"
+    if rt.doing in ("eval", "validate"):
+        knob = "EVAL_BATCH_TOKENS"
+    return f"out of memory (in {rt.doing}); lower {knob} or the model's size"
+
+
+def tell(*messages: str):
+    """One error line each on the terminal, without control characters."""
+    for message in messages:
+        text = "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else "?" for c in message)
+        print("error: " + text[:1000], file=sys.stderr)
+
+
 def main(argv: list[str], env: dict[str, str]) -> int:
     """Entry point; returns the exit code: 0 done, 1 a run that failed, 2 a mistake in the input, 130 interrupted."""
+    use_utf8()
     if argv and argv[0] in ("-h", "--help", "--help=md"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
+        if hasattr(signal, "SIGPIPE"):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
         print(help_text(markdown=argv[0] == "--help=md"))
         return 0
-    rt, main_rank = None, env.get("RANK", "0") == "0"
+    cfg = rt = None
+    main_rank = env.get("RANK", "0") == "0"
     try:
         if argv:
             raise UserError(
@@ -6994,22 +7199,27 @@ def main(argv: list[str], env: dict[str, str]) -> int:
         run(cfg, rt, env)
         return 0
     except (UserError, RunFailed) as error:
-        for message in error.args if main_rank or isinstance(error, OneRankFailed) else ():
-            print(
-                "error: " + "".join(c if c.isprintable() else "?" for c in str(message))[:1000],
-                file=sys.stderr,
-            )
+        if main_rank or isinstance(error, OneRankFailed):
+            tell(*map(str, error.args))
         return 2 if isinstance(error, UserError) else 1
+    except (RuntimeError, MemoryError) as error:
+        if not rt or not ran_out_of_memory(error):
+            raise
+        after = resume_command(cfg, rt)
+        tell(memory_hint(rt) + (f", then: {after}" if after else ""))
+        return 1
     except OSError as error:  # disk full, file gone: the machine's fault, not a bug
-        print(f"error: {relative(error.filename or '.')}: {error.strerror}", file=sys.stderr)
+        after = resume_command(cfg, rt) if rt else ""
+        file = relative(error.filename) if error.filename else "a file"
+        tell(
+            f"{file}: {error.strerror or error}" + (f"; make room, then: {after}" if after else "")
+        )
         return 1
     except KeyboardInterrupt:
-        if rt and rt.main:
+        if main_rank:
+            after = resume_command(cfg, rt) if rt else ""
             print(
-                f"interrupted; continue with RUN_ID={rt.folder.name} RESUME=auto"
-                if rt.folder
-                else "interrupted",
-                file=sys.stderr,
+                f"interrupted; continue with: {after}" if after else "interrupted", file=sys.stderr
             )
         return 130
     finally:

@@ -7,16 +7,21 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, SCRIPT, official
-from running import launch, log, metrics, refused, train, wait_until
+from running import FAST, launch, log, metrics, refused, train, wait_until
 
 import train_gpt
 
@@ -57,7 +62,7 @@ def test_kill_in_the_middle_of_writing_leaves_the_old_file(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
 def test_core_count_respects_the_affinity_mask_and_the_quota(monkeypatch):
     allowed = os.sched_getaffinity(0)
-    monkeypatch.setattr(Path, "read_text", lambda self: "max 100000\n")
+    monkeypatch.setattr(Path, "read_text", lambda self, **how: "max 100000\n")
     assert train_gpt.cpu_cores() == len(allowed)
     try:
         os.sched_setaffinity(0, {min(allowed)})
@@ -69,8 +74,190 @@ def test_core_count_respects_the_affinity_mask_and_the_quota(monkeypatch):
         ("150000 100000", 1),
         ("100000000 100000", len(allowed)),
     ):
-        monkeypatch.setattr(Path, "read_text", lambda self, quota=quota: quota)
+        monkeypatch.setattr(Path, "read_text", lambda self, quota=quota, **how: quota)
         assert train_gpt.cpu_cores() == cores
+
+
+def test_what_exists_on_one_system_only_is_optional():
+    """Finding M18: no resource module, no SIGPIPE, and folders that cannot be opened, as on Windows."""
+    code = (
+        "import os, signal, sys\nsys.modules['resource'] = None\ndel signal.SIGPIPE\n"
+        "from pathlib import Path\nimport train_gpt\nopen_file = os.open\n"
+        "def refuse_folders(path, *args):\n"
+        "    if os.path.isdir(path):\n        raise PermissionError(13, 'Permission denied', path)\n"
+        "    return open_file(path, *args)\n"
+        "os.open = refuse_folders\n"
+        "train_gpt.write_atomic(Path(sys.argv[1]), lambda f: f.write(b'new'))\n"
+        "rt = train_gpt.Runtime(train_gpt.load({'PRESET': 'baseline+tiny', 'DEVICE': 'cpu'}), {})\n"
+        "print(train_gpt.peak_memory(rt))\nsys.exit(train_gpt.main(['--help'], {}))\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a"
+        done = subprocess.run(
+            [sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "reserved: 0 MiB" in done.stdout and "TRAIN_SEQ_LEN" in done.stdout
+        assert path.read_bytes() == b"new"
+
+
+# ---- the process's environment
+LAUNCHED = dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500)
+
+
+def test_half_of_a_torchrun_environment_is_refused_by_name():
+    """Finding M16: tracebacks, the last of them after the run folder existed."""
+    place, wrong = train_gpt.place_of, []
+    assert place({}) == (0, 1, 0, 1, False) == place({"MASTER_ADDR": "host", "MASTER_PORT": "1"})
+    whole = {name: str(value) for name, value in LAUNCHED.items()}
+    assert place(whole | {"LOCAL_WORLD_SIZE": "1"}) == (0, 2, 0, 1, True)
+    cases = [({name: whole[name]}, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    cases += [
+        ({k: v for k, v in whole.items() if k != name}, f"{name} not set") for name in LAUNCHED
+    ]
+    for name, text in (
+        ("RANK", "x"),
+        ("RANK", "2"),
+        ("RANK", "-1"),
+        ("WORLD_SIZE", ""),
+        ("WORLD_SIZE", "0"),
+        ("LOCAL_RANK", "2"),
+        ("MASTER_PORT", "http"),
+        ("MASTER_PORT", "1e9"),
+    ):
+        cases.append((whole | {name: text}, f"{name}={text}"))
+    for env, named in cases:
+        try:
+            wrong.append((env, place(env)))
+        except train_gpt.OneRankFailed as error:
+            wrong += [(env, str(error))] * (named not in str(error) or "\n" in str(error))
+    assert not wrong
+
+
+def test_a_launch_that_cannot_be_is_one_line_before_any_folder(tmp_path):
+    """Finding M16, through the script: RANK alone, WORLD_SIZE alone, a busy MASTER_PORT."""
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        for env, named in (
+            (dict(RANK=0), "RANK=0: WORLD_SIZE"),
+            (dict(RANK=3), "RANK=3: WORLD_SIZE"),
+            (dict(WORLD_SIZE=8), "WORLD_SIZE=8: RANK"),
+            (LAUNCHED | dict(MASTER_PORT=port), f"MASTER_PORT={port}"),
+        ):
+            refused(train(tmp_path, tmp_path / "runs", "a", **env), named)
+    assert not list(tmp_path.iterdir())
+
+
+def run_in(folder: Path, env: dict, files: int = 1024, script: Path = SCRIPT, **knobs):
+    """train_gpt.py from another folder, with nothing in its environment but this, and few file handles."""
+    knobs = {k: str(v) for k, v in (FAST | dict(ITERATIONS=2) | knobs).items()}
+    limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (files, files))
+    done = subprocess.run(
+        [sys.executable, script],
+        env={"PATH": os.environ["PATH"]} | env | knobs,
+        cwd=folder,
+        capture_output=True,
+        preexec_fn=limit,
+    )
+    return SimpleNamespace(
+        code=done.returncode, out=done.stdout.decode("utf-8"), err=done.stderr.decode("utf-8")
+    )
+
+
+def test_a_run_works_in_environments_as_people_have_them(toy, tmp_path):
+    """Finding M17 and its kind, all at once: C locale without UTF-8 mode, no HOME or user name, another working
+    directory, spaces and accents in all paths, as few as 48 file handles."""
+    here = tmp_path / "ein schöner Ort"
+    shutil.copytree(toy, here / "mes données")
+    knobs = dict(DATA_PATH="mes données", RUNS_DIR="läufe hier", RUN_ID="erster Lauf é")
+    locale = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = run_in(here, locale, files=48, **knobs)
+    assert done.code == 0 and done.err == "", done.err
+    folder = here / "läufe hier" / "erster Lauf é"
+    text = (folder / "log.txt").read_text(encoding="utf-8")
+    assert official(text) == official(done.out) and "mes données" in text
+    json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    again = run_in(here, locale, RUN_MODE="eval", ARTIFACT=folder / "model.golf", **knobs)
+    assert again.code == 0 and official(again.out) == official(done.out), again.err
+    refused(
+        run_in(here, locale, **knobs | dict(DATA_PATH="données", RUN_ID="b")), "DATA_PATH=données"
+    )
+    helped = subprocess.run(
+        [sys.executable, SCRIPT, "--help"], env=locale, capture_output=True, check=True
+    )
+    assert "·" in helped.stdout.decode("utf-8")
+
+
+def test_what_cannot_be_opened_is_one_line_and_leaves_no_folder(toy, tmp_path):
+    """Too few file handles for the shards; a code folder in which the sample cannot be built."""
+    many = shutil.copytree(toy, tmp_path / "many")
+    for i in range(2, 60):
+        (many / f"fineweb_train_{i:06d}.bin").symlink_to(toy / "fineweb_train_000001.bin")
+    knobs = dict(RUNS_DIR=tmp_path / "runs", RUN_ID="a")
+    refused(run_in(tmp_path, {}, files=48, DATA_PATH=many, **knobs), "Too many open files")
+    code = tmp_path / "code"
+    shutil.copytree(
+        ROOT / "data", code / "data", ignore=shutil.ignore_patterns("datasets", "__pycache__")
+    )
+    shutil.copy(SCRIPT, code)
+    (code / "data" / "datasets").write_text("as good as a read-only folder")
+    refused(run_in(tmp_path, {}, script=code / SCRIPT.name, **knobs), "DATA_PATH")
+    assert not (tmp_path / "runs" / "a").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full disk here")
+def test_a_full_disk_or_a_closed_pipe_ends_no_log(tmp_path):
+    """Finding M13: the warning of a full disk was written to the full disk."""
+    code = (
+        "import sys, train_gpt\n"
+        "rt = train_gpt.Runtime(train_gpt.load({'PRESET': 'baseline+tiny', 'DEVICE': 'cpu'}), {})\n"
+        "rt.log_file = open('/dev/full', 'a', buffering=1)\n"
+        "rt.metrics_file = open('/dev/full', 'a', buffering=1)\n"
+        "for i in range(2000):\n    rt.log(f'line {i}')\n    rt.metric('train', step=i)\n"
+        "rt.close()\nsys.stderr.write('reached the end')\n"
+    )
+    for out in (open("/dev/full", "w"), open(tmp_path / "out", "w"), subprocess.PIPE):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True
+        )
+        if out is subprocess.PIPE:
+            process.stdout.close()  # as `| head` does
+        assert process.stderr.read() == "reached the end" and process.wait() == 0
+    said = (tmp_path / "out").read_text()
+    assert "line 1999" in said and said.count("warning: ") == 1, "the terminal says the rest"
+
+
+def test_a_file_that_cannot_be_written_is_named_and_the_checkpoint_stays_usable(toy, tmp_path):
+    """Finding M19: a limit of file size while exporting ended in `error: .: File too large`; M14: the hint works when
+    pasted. While training, the same limit only costs the checkpoint."""
+    script = tmp_path / "limited.py"
+    script.write_text(
+        f"import resource, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt\n"
+        "export = train_gpt.export\n"
+        "def limited(trainer):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1))\n"
+        "    trainer.save()\n    return export(trainer)\n"
+        "train_gpt.export = limited\n"
+        "sys.exit(train_gpt.main(sys.argv[1:], train_gpt.environment()))\n"
+    )
+    done = train(toy, tmp_path / "my runs", "a", script=script, TIE_EMBEDDINGS=0)
+    assert done.code == 1 and done.err.count("\n") == 1, done.err
+    assert re.search(r"^error: .*model\.golf: File too large, after \d+,?\d* bytes; ", done.err)
+    assert "warning: checkpoint not written (File too large" in done.out
+    assert not list(done.folder.glob("*.tmp"))
+    command = done.err.split("then: ")[1].strip().replace(str(script), str(SCRIPT))
+    pasted = subprocess.run(
+        command.replace("python", sys.executable, 1),
+        shell=True,
+        env={"PATH": os.environ["PATH"]},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert pasted.returncode == 0 and "resumed:step 8 " in pasted.stdout, pasted.stderr
+    assert official(pasted.stdout) and "TIE_EMBEDDINGS=0" in command
 
 
 # ---- the run folder
@@ -275,7 +462,9 @@ def test_a_signal_ends_training_with_a_usable_checkpoint(number, toy, tmp_path):
     assert wait_until(process, lambda: "\nstep:5/" in log(tmp_path / "a"))
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "RESUME=auto" in err and "Traceback" not in err
+    assert process.returncode == 130 and "Traceback" not in err
+    for part in ("PRESET=baseline+tiny", "RUN_ID=a", "THREADS=1", f"RESUME=auto python {SCRIPT}"):
+        assert part in err, "finding M14"
     state = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["state"]
     assert (
         state["step"] == metrics(tmp_path / "a", "train")[-1]["step"] >= 5

@@ -557,7 +557,7 @@ def test_a_step_of_another_size_than_expected_loses_and_repeats_no_row(
     found = [
         row.tolist()
         for share in (1, 0.3, 0.3, 1, 0.5, 0.1, 1, 1) * 4
-        for row in ramp.next(0, 1, share)
+        for row in ramp.next(0, 1, round(10 * share))
     ]
     assert found == rows_of(positions, kind, len(found)) and len(found) > 2 * 62
 

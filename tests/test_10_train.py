@@ -176,8 +176,10 @@ def passes_of(preset: str, world: int, rows: int, held_out: int) -> tuple[int, i
     for rank in range(world):
         rt = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
         rt.all_reduce = lambda x: x
-        trainer = SimpleNamespace(cfg=cfg, rt=rt, plans=[()], plan=0, limit=None)
-        trainer.micro_batches = partial(train_gpt.Trainer.micro_batches, trainer)
+        trainer = SimpleNamespace(cfg=cfg, rt=rt, plans=[()], plan=0)
+        trainer.most_rows = max(1, cfg.system.micro_batch_tokens // seq)
+        for name in ("micro_batches", "mean_loss"):
+            setattr(trainer, name, partial(getattr(train_gpt.Trainer, name), trainer))
         trainer.held_out = np.zeros(held_out, np.uint16)
 
         def loss(ids, targets, plan):
@@ -196,7 +198,7 @@ def passes_of(preset: str, world: int, rows: int, held_out: int) -> tuple[int, i
     return tuple(computed)
 
 
-@pytest.mark.parametrize("preset", [n for n in train_gpt.PRESETS if n not in ("cpu", "tiny")])
+@pytest.mark.parametrize("preset", list(train_gpt.SYSTEMS))
 def test_hardly_anything_that_is_computed_is_padding(preset):
     """Finding M2: on eight ranks 48 rows were computed as 2 x 32, and 4 held-out rows were padded to 32."""
     cfg = train_gpt.load({"PRESET": preset, "DEVICE": "cpu", "ALLOW_NONCOMPLIANT": "1"})
@@ -212,6 +214,58 @@ def test_hardly_anything_that_is_computed_is_padding(preset):
                 if a > 1.02 * b or a < b
             ]
     assert not wasted
+
+
+# ---- memory
+class Memory:
+    """In place of a trainer's loss: runs out of memory when a pass has more than so many tokens."""
+
+    def __init__(self, trainer, tokens: int, error: Exception):
+        self.loss, self.tokens, self.error, self.seen = trainer.loss, tokens, error, []
+        trainer.loss = self
+
+    def __call__(self, ids, targets, plan):
+        self.seen.append(ids.numel())
+        if ids.numel() > self.tokens:
+            raise self.error
+        return self.loss(ids, targets, plan)
+
+
+@pytest.mark.parametrize("fits", [512, 300, 200, 100, 64])
+def test_prewarming_finds_the_largest_pass_that_fits(fits, toy, capsys):
+    """Finding M15: nobody handled the end of memory. 8 rows of 64 tokens; the largest of all equal passes that fits."""
+    trainer = make_trainer(toy, ITERATIONS=4, WARMUP_STEPS=2)
+    before = trainer.flat.weights.clone()
+    memory = Memory(trainer, fits, torch.OutOfMemoryError("CUDA out of memory. Tried to"))
+    trainer.prewarm()
+    assert trainer.most_rows * 64 == max(n for n in (512, 256, 192, 128, 64) if n <= fits)
+    said = capsys.readouterr().out
+    assert (f"MICRO_BATCH_TOKENS={trainer.most_rows * 64} " in said) == (fits < 512)
+    assert torch.equal(trainer.flat.weights, before) and trainer.step_number == 0
+    memory.seen.clear()
+    losses = watch(trainer, float)
+    assert max(memory.seen) <= fits and losses == pytest.approx(
+        watch(make_trainer(toy, ITERATIONS=4), float), rel=1e-5
+    )
+
+
+def test_memory_that_admits_no_row_or_ends_later_is_one_line(toy, tmp_path):
+    """Finding M15, through the script."""
+    later = (
+        "calls, forward = [], train_gpt.GPT.forward\n"
+        "def hungry(self, ids, *args):\n    calls.append(ids.numel() >= 64)\n    if sum(calls) > {after}:\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory.\\nTried to allocate')\n"
+        "    return forward(self, ids, *args)\ntrain_gpt.GPT.forward = hungry\n"
+    )
+    for after, named, every in (
+        (0, "TRAIN_SEQ_LEN", 0),
+        (5, "MICRO_BATCH_TOKENS", 0),
+        (5, "RESUME=auto", 0.001),
+    ):
+        script = sabotaged(tmp_path, later.format(after=after))
+        done = train(toy, tmp_path, f"{named}", script=script, CHECKPOINT_EVERY=every)
+        assert done.code == 1 and done.err.startswith("error: out of memory"), done.err
+        assert named in done.err and done.err.count("\n") == 1, done.err
 
 
 # ---- crashes
@@ -376,6 +430,68 @@ def test_validation_and_slow_first_steps_do_not_spend_the_training_time(toy, mon
     trainer.run()
     assert 55 < trainer.clock.read() <= 56 and trainer.step_number > 30
     assert now[0] == pytest.approx(trainer.clock.read() + 1000 * (trainer.step_number // 5))
+
+
+def test_the_clock_counts_the_step_that_a_gpu_has_not_finished(toy, monkeypatch):
+    """Finding G3: on a made-up GPU a step is only queued; reading its loss or synchronising waits for it. The training
+    clock must not pass the limit, by whole steps of up to 1 s."""
+    now, free, rng = [0.0], [0.0], random.Random(2)
+    trainer = make_trainer(toy, ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=60, VAL_LOSS_EVERY=7)
+    trainer.rt.device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def wait(until: float):
+        now[0] = max(now[0], until)
+
+    class Loss:
+        def __init__(self):
+            free[0] = max(free[0], now[0]) + (1.0 if rng.random() < 0.3 else 0.8)
+            self.done = free[0]
+
+        def item(self) -> float:
+            wait(self.done)
+            return 1.0
+
+    monkeypatch.setattr(trainer.rt, "synchronize", lambda: wait(free[0]))
+    monkeypatch.setattr(trainer, "step", lambda rows, ramps: Loss())
+    monkeypatch.setattr(trainer, "report", lambda *args: None)
+    monkeypatch.setattr(trainer, "validate", lambda elapsed: wait(now[0] + 100))
+    trainer.run()
+    trainer.clock.stop()
+    assert 60 - 2.1 < trainer.clock.read() <= 60 and trainer.step_number > 60
+
+
+# ---- what is read of the training text, and when
+def test_what_is_seen_before_the_first_step_is_on_the_clock_and_not_held_out(toy, monkeypatch):
+    """Finding M9: the text was seen off the clock, what is held out included."""
+    now, seen, read = [0.0], [], train_gpt.TokenStream.read
+
+    def noted(self, start, count):
+        seen.append((start, start + count))
+        now[0] += 5.0
+        return read(self, start, count)
+
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(train_gpt.TokenStream, "read", noted)
+    trainer = make_trainer(
+        toy, OBJECTIVE="byte", EMBED_INIT="svd", AVERAGING="iw_swa", HELD_OUT_TOKENS=5000
+    )
+    whole = sum(len(shard) for shard in trainer.data.train.shards)
+    held, looked = seen[-2:]
+    assert held == (whole - 5000, whole) and looked == (0, whole - 5000)
+    assert trainer.clock.read() == 5.0, "looking took five seconds"
+    trainer.prewarm()
+    assert trainer.clock.read() == 5.0 and len(trainer.data.train) == whole - 5000
+
+
+@pytest.mark.parametrize("source", ["train", "self"])
+def test_calibration_reads_what_is_asked_for_up_to_whole_rows(source, toy, capsys):
+    """Finding G6: whole batches were read, 786,432 tokens where 65,536 were wanted. Here 8 rows of 64 tokens a step."""
+    for wanted, want in ((1, 64), (128, 128), (500, 512), (700, 704)):
+        trainer = make_trainer(toy, CALIBRATION=source, ROUNDING="gptq", CLIP="sigma")
+        trainer.observe_inputs(wanted)
+        assert f"calibrated:{want} of {wanted} tokens" in capsys.readouterr().out
+        assert trainer.loader.dealt() == (want if source == "train" else 0)
 
 
 # ---- repeatability
