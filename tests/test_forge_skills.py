@@ -102,11 +102,11 @@ def test_the_space_and_the_forecast_come_from_the_real_script(tmp_path):
 
 
 def test_a_real_campaign_end_to_end(toy, tmp_path):
-    """Acceptance 19: the real script on real text: twelve experiments, two meta steps, a
+    """Acceptance 19: the real script on real text: six experiments, two reviews, a
     confirmation on fresh seeds, report, verify, replay, and a record that the repository's own tool
     passes and that repeats its score from its own path. The base's embedding rate is crippled and
     the first experiment is a person's that repairs it, so that there is something to confirm; 2
-    runs of the base, 12 experiments and 6 fresh seeds make the 20 runs of the budget."""
+    runs of the base, 6 experiments and 6 fresh seeds make the 14 runs of the budget."""
     folder, knobs = (
         tmp_path / "c",
         dict(DATA_PATH=toy, THREADS=1, NUMERICS="fp32", ATTENTION="sdpa", DEVICE="cpu"),
@@ -117,16 +117,24 @@ def test_a_real_campaign_end_to_end(toy, tmp_path):
         "--preset",
         "baseline+tiny",
         "--experiments",
-        12,
+        6,
         "--runs",
-        20,
+        14,
         "--workers",
         2,
     ]
     for option, items in (
         ("--rung", ("screen.tokens=12288", "screen.sentinel_runs=2", "screen.prior_sigma=0.01")),
         ("--knob", [f"{n}={v}" for n, v in (knobs | dict(TIED_EMBED_LR=0.002)).items()]),
-        ("--set", ("loop.confirm=end", "loop.ablation=false", "search.race_above=1.0")),
+        (
+            "--set",
+            (
+                "loop.confirm=end",
+                "loop.meta_every=3",
+                "loop.ablation=false",
+                "search.race_above=1.0",
+            ),
+        ),
     ):
         args += [word for item in items for word in (option, item)]
     assert command.main(list(map(str, args))) == 0
@@ -142,7 +150,7 @@ def test_a_real_campaign_end_to_end(toy, tmp_path):
     assert done.returncode == 0 and "min left]" in done.stdout, done.stdout + done.stderr
     state = replay(Ledger(folder / "events.jsonl").read())
     confirmed = next(x for x in state.experiments.values() if x.kind == "confirm").verdict
-    assert len(state.searches()) == 12 and len(state.metas) == 2 and len(state.runs) == 20
+    assert len(state.searches()) == 6 and len(state.metas) == 2 and len(state.runs) == 14
     assert state.searches()[0].source == "human" and confirmed["verdict"] == "confirmed", confirmed
     assert confirmed["ci95"][1] < 0 and state.champion == state.anchor, (
         "the anchor is better than the base"
