@@ -291,7 +291,17 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument(
         "--data",
         type=Path,
-        help="folder of the runs' shards, for smoke/; else where the log had it",
+        help="folder of the runs' shards, for smoke/; else where the runs had it",
+    )
+    sub.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="the runs' tokenizer, where it does not lie beside the shards",
+    )
+    sub.add_argument(
+        "--without-smoke",
+        action="store_true",
+        help="make the folder although its text is not at hand; audit cannot run it then",
     )
     sub.add_argument(
         "--script", type=Path, default=SCRIPT, help="the script that ran; else the repository's"

@@ -64,7 +64,17 @@ def new(records: Path, runs: list[Path], *more, name: str = "Tiny_Runs"):
 @pytest.fixture(scope="module")
 def record(runs, toy, tmp_path_factory) -> Path:
     def make(records: Path):
-        done = new(records, runs, "--data", toy, "--date", "2026-11-21", "--keep-artifacts")
+        done = new(
+            records,
+            runs,
+            "--data",
+            toy,
+            "--date",
+            "2026-11-21",
+            "--keep-artifacts",
+            "--author",
+            "A",
+        )
         assert done.returncode == 0, done.stderr
 
     return (
@@ -96,12 +106,47 @@ def test_every_number_is_that_of_the_runs(record, runs):
     assert s["bytes_total"] == max(sizes) and s["bytes_code"] == len(shipped)
     assert [r["artifact_bytes"] for r in s["seed_results"].values()] == sizes
     assert s["compliance"]["no_slot"] is None and s["compliance"]["three_seeds"] is True
-    assert s["evidence"]["implied_bytes"] == s["evidence"]["val_bytes"] and s["author"] is None
+    assert s["evidence"]["implied_bytes"] == s["evidence"]["val_bytes"] and s["author"] == "A"
     assert (record / "train_gpt.py").read_bytes() == shipped
     for seed, run in zip((1, 2, 3), runs):
         assert (record / f"train_seed{seed}.log").read_bytes() == (run / "log.txt").read_bytes()
     knobs = json.loads((record / "config.json").read_text())["knobs"]
     assert knobs["matrix_lr"] == dict(value=0.03, origin="environment") and "seed" not in knobs
+
+
+def test_a_record_of_own_text_runs_alone_or_says_what_is_missing(toy, tmp_path):
+    """Finding R8: runs on one's own shards gave a folder without smoke/, which neither audit nor
+    launch.sh +tiny could run."""
+    text, model = tmp_path / "my own text", tmp_path / "models" / "words.model"
+    text.mkdir()
+    model.parent.mkdir()
+    for shard in toy.glob("fineweb_*.bin"):
+        shutil.copyfile(shard, text / shard.name)
+    shutil.copyfile(toy / "tokenizer.model", model)
+    done = train(text, tmp_path / "runs", "own", TOKENIZER_PATH=model, **KNOBS | dict(ITERATIONS=2))
+    assert done.code == 0, done.err
+    lost = new(tmp_path / "records", [done.folder])
+    assert lost.returncode == 2 and "--tokenizer" in lost.stderr, lost.stderr
+    made = new(tmp_path / "records", [done.folder], "--data", text, "--tokenizer", model)
+    assert made.returncode == 0, made.stderr
+    folder = Path(made.stdout.strip())
+    shutil.rmtree(text)
+    model.unlink()
+    alone = tmp_path / "alone"
+    shutil.copytree(folder, alone)
+    ran = subprocess.run(
+        ["bash", "launch.sh", "+tiny"],
+        cwd=alone,
+        env=clean_env(PYTHON=sys.executable, DEVICE="cpu", THREADS=1),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0 and "final:official" in ran.stdout, ran.stderr
+    gone = new(tmp_path / "more", [done.folder])
+    assert gone.returncode == 2 and len(gone.stderr.splitlines()) == 1, gone.stderr
+    assert "my own text" in gone.stderr and "--data" in gone.stderr
+    assert new(tmp_path / "more", [done.folder], "--without-smoke").returncode == 0
 
 
 def test_it_passes_check_with_nothing_to_say(record):
@@ -403,7 +448,10 @@ def test_what_analyze_left_is_drawn_and_carried_into_the_record(runs, toy, tmp_p
     )
     assert all("<svg" in report.picture(title, report.read_curves(run)) for title in titles)
     folder = snapshot.new(
-        [run], SCRIPT, tmp_path / "records", snapshot.Wanted("One", data=toy, left_out="a test")
+        [run],
+        SCRIPT,
+        tmp_path / "records",
+        snapshot.Wanted("One", data=toy, left_out="a test", author="A"),
     )
     assert (folder / "analysis_seed1.json").is_file() and "Loss by position" in (
         folder / "report.html"

@@ -148,6 +148,12 @@ def final(text: str) -> tuple[float, float] | None:
     return (float(found[-1][0]), float(found[-1][1])) if found else None
 
 
+def turned(shard: bytes) -> bytes:
+    """A shard whose second half comes first."""
+    middle = HEADER_BYTES + (len(shard) - HEADER_BYTES) // 4 * 2
+    return shard[:HEADER_BYTES] + shard[middle:] + shard[HEADER_BYTES:middle]
+
+
 class Place:
     """A copy of a record alone in an empty folder, and the processes that run there."""
 
@@ -201,21 +207,24 @@ class Place:
         return done, run if (run / "log.txt").is_file() else None
 
     def text(self, name: str, *splits: str) -> Path:
-        """A copy of smoke/ with these splits only. A split `other` is called val and holds other text, that of the end
-        of the training shard."""
+        """A copy of smoke/ with these splits only. A split `other` is called val and holds other text:
+        that of the end of the training shard, or val in another order where its bytes have a file."""
         copy, smoke = self.top / name, self.folder / "smoke"
         copy.mkdir()
         for path in smoke.iterdir():
             if not path.name.startswith("fineweb_") or path.name.split("_")[1] in splits:
                 shutil.copyfile(path, copy / path.name)
-        if "other" in splits:
-            val, train = (
-                (smoke / f"fineweb_{split}_000000.bin").read_bytes() for split in ("val", "train")
-            )
-            tail = max(0, len(val) - HEADER_BYTES)
-            (copy / "fineweb_val_000000.bin").write_bytes(
-                val[:HEADER_BYTES] + train[len(train) - tail :]
-            )
+        if "other" not in splits:
+            return copy
+        val, sidecar = "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"
+        if (smoke / sidecar).is_file():
+            for file in (val, sidecar):
+                (copy / file).write_bytes(turned((smoke / file).read_bytes()))
+        else:
+            old, train = (smoke / val).read_bytes(), smoke / "fineweb_train_000000.bin"
+            tail = max(0, len(old) - HEADER_BYTES)
+            other = train.read_bytes()
+            (copy / val).write_bytes(old[:HEADER_BYTES] + other[len(other) - tail :])
         return copy
 
     def score(self, artifact: Path, data: Path, **knobs) -> subprocess.CompletedProcess:

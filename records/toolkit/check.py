@@ -530,7 +530,7 @@ def network(folder: Folder) -> Findings:
 def programs(folder: Folder) -> Findings:
     readme = content_text(folder, "README.md")
     for name, call, file in calls(folder):
-        said = texts(call)
+        said = texts(call.args[0]) if call.args else ""  # not what keywords hold
         words = [w for w in said.split() if w[0] != "-"] if runs_program(name) else []
         if not words or words[0] in readme or PROGRAM.search(said) or words[0] in USUAL_PROGRAMS:
             continue

@@ -218,19 +218,20 @@ def stored_bytes(path: Path) -> dict[str, float]:
     """Bytes of an artifact by role of its tensors: each stream is shared out by numbers of entries."""
     import train_gpt
 
-    header, tensors = train_gpt.unpack_artifact(path.read_bytes())
-    counts: dict[str, dict[str, int]] = {}
-    for name, tensor in tensors.items():
-        role = [part for part in name.split(".") if not part.isdigit() and part != "weight"][-1]
-        for key, part in train_gpt.stored_parts(tensor):
-            counts.setdefault(key, {})[role] = counts.get(key, {}).get(role, 0) + part.numel()
+    header, _ = train_gpt.unpack_artifact(path.read_bytes())
+    counts: dict[str, dict[str, int]] = {}  # entries by stream and role
+    for line in header["tensors"]:
+        entry = train_gpt.Entry(*line)
+        words = [word for word in entry.name.split(".") if not word.isdigit() and word != "weight"]
+        for key, shape in entry.parts():
+            role = "row scales" if key == "scale" else words[-1]
+            roles = counts.setdefault(key, {})
+            roles[role] = roles.get(role, 0) + math.prod(shape)
     found: dict[str, float] = {}
     for key, _, _, size, _ in header["streams"]:
+        whole = max(1, sum(counts[key].values()))
         for role, entries in counts[key].items():
-            share = size * entries / max(1, sum(counts[key].values()))
-            found["row scales" if key == "scale" else role] = (
-                found.get("row scales" if key == "scale" else role, 0.0) + share
-            )
+            found[role] = found.get(role, 0.0) + size * entries / whole
     return found | {"header": path.stat().st_size - sum(found.values())}
 
 

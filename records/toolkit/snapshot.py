@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from facts.files import sha256_of
 from facts.limits import ARTIFACT_BYTES, EVALUATION_SECONDS, TRAINING_SECONDS
-from facts.logs import FREE, Log, read_log
+from facts.logs import FREE, Log, read_ends, read_log
 from facts.wrappers import parsed, unwrapped
 
 from .check import check
@@ -71,6 +71,8 @@ class Wanted:
     left_out: str | None = None  # why runs of the same configuration are not part of the record
     keep_artifacts: bool = False
     data: Path | None = None  # folder of the runs' shards, for smoke/
+    tokenizer: Path | None = None  # of the runs, where it does not lie beside the shards
+    without_smoke: bool = False  # a record that nobody can run alone, where the text is gone
 
 
 def read_run(folder: Path) -> Run:
@@ -286,95 +288,145 @@ def set_by_overlay(script: bytes, overlay: str) -> set[str]:
     return found
 
 
+def exports(knobs: dict[str, Any]) -> list[str]:
+    """Shell lines that set knobs."""
+    values = {k: int(v) if isinstance(v, bool) else v for k, v in knobs.items()}
+    return [f"export {k.upper()}={shlex.quote(str(v))}" for k, v in values.items()]
+
+
 def launch_script(runs: list[Run], tiny: set[str]) -> str:
-    """A shell script with the exact settings. With an overlay, knobs that the overlay shrinks and those that belong to
-    a machine are left to it."""
-    first, shrinks = runs[0], tiny | set(OF_A_MACHINE)
+    """A shell script with the exact settings. With an overlay, knobs that the overlay shrinks and those
+    that belong to a machine are left to it."""
+    first = runs[0]
     typed = {
         k: v["value"]
         for k, v in first.knobs.items()
         if v["origin"] == "environment" and k not in OF_ONE_RUN
     }
-
-    def lines(chosen: list[str]) -> list[str]:
-        values = {k: int(typed[k]) if isinstance(typed[k], bool) else typed[k] for k in chosen}
-        return [f"export {k.upper()}={shlex.quote(str(v))}" for k, v in values.items()]
-
-    fixed, own = (
-        lines([k for k in typed if k in shrinks]),
-        lines([k for k in typed if k not in shrinks]),
-    )
+    left_to_overlay = tiny | set(OF_A_MACHINE)
+    fixed = exports({k: v for k, v in typed.items() if k in left_to_overlay})
+    own = exports({k: v for k, v in typed.items() if k not in left_to_overlay})
+    if fixed:
+        fixed = ['if [ -z "$overlay" ]; then', *(f"  {line}" for line in fixed), "fi"]
     ranks = int(first.log.environment.get("world_size", 1))
-    start = (
-        f"-m torch.distributed.run --standalone --nproc_per_node={ranks} train_gpt.py"
-        if ranks > 1
-        else "train_gpt.py"
+    start = "train_gpt.py"
+    if ranks > 1:
+        start = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} train_gpt.py"
+    return LAUNCH.format(
+        seed=first.log.seed,
+        preset=first.preset,
+        own="\n".join(own + fixed),
+        text="\n".join(where_the_text_is(text_folder(first))),
+        start=start,
     )
-    text = text_folder(first)
-    return "\n".join(
-        [
-            "#!/usr/bin/env bash",
-            "# The exact settings of these runs. Usage: ./launch.sh [SEED] [+OVERLAY], for example ./launch.sh +tiny",
-            "# The text is looked for in DATA_PATH, then where the runs had it; +tiny is content with smoke/.",
-            "set -euo pipefail",
-            'cd "$(dirname "${BASH_SOURCE[0]}")"',
-            f"seed={first.log.seed} overlay=",
-            'for word in "$@"; do case "$word" in +*) overlay=$word ;; *) seed=$word ;; esac; done',
-            f'export PRESET="{first.preset}$overlay" SEED="$seed"',
-            *own,
-            *(
-                ['if [ -z "$overlay" ]; then', *(f"  {line}" for line in fixed), "fi"]
-                if fixed
-                else []
-            ),
-            'if [ -z "${DATA_PATH:-}" ]; then',
-            '  if [ "$overlay" = +tiny ] && [ -d smoke ]; then export DATA_PATH=smoke',
-            *(
-                [
-                    f"  elif [ -f ../../../{text}/../../build_sample.py ]; then",
-                    f'    "${{PYTHON:-python}}" ../../../{text}/../../build_sample.py > /dev/null',
-                    f"    export DATA_PATH=../../../{text}",
-                ]
-                if text.endswith("/sample_sp1024")
-                else [f"  elif [ -d ../../../{text} ]; then export DATA_PATH=../../../{text}"]
-                if text
-                else []
-            ),
-            '  else echo "error: set DATA_PATH to the folder of the shards" >&2; exit 2; fi',
-            "fi",
-            'if [ -n "$overlay" ]; then exec "${PYTHON:-python}" train_gpt.py; fi',
-            f'exec "${{PYTHON:-python}}" {start}',
-            "",
+
+
+LAUNCH = """\
+#!/usr/bin/env bash
+# The exact settings of these runs. Usage: ./launch.sh [SEED] [+OVERLAY], for example ./launch.sh +tiny
+# The text is looked for in DATA_PATH, then where the runs had it; +tiny is content with smoke/.
+set -euo pipefail
+cd "$(dirname "${{BASH_SOURCE[0]}}")"
+seed={seed} overlay=
+for word in "$@"; do case "$word" in +*) overlay=$word ;; *) seed=$word ;; esac; done
+export PRESET="{preset}$overlay" SEED="$seed"
+{own}
+if [ -z "${{DATA_PATH:-}}" ]; then
+  if [ "$overlay" = +tiny ] && [ -d smoke ]; then export DATA_PATH=smoke
+{text}
+  else echo "error: set DATA_PATH to the folder of the shards" >&2; exit 2; fi
+fi
+if [ -n "$overlay" ]; then exec "${{PYTHON:-python}}" train_gpt.py; fi
+exec "${{PYTHON:-python}}" {start}
+"""
+
+
+def where_the_text_is(text: str) -> list[str]:
+    """Shell lines that find the runs' text in the repository; the embedded sample is built first."""
+    if text.endswith("/sample_sp1024"):
+        return [
+            f"  elif [ -f ../../../{text}/../../build_sample.py ]; then",
+            f'    "${{PYTHON:-python}}" ../../../{text}/../../build_sample.py > /dev/null',
+            f"    export DATA_PATH=../../../{text}",
         ]
-    )
+    if text:
+        return [f"  elif [ -d ../../../{text} ]; then export DATA_PATH=../../../{text}"]
+    return []
 
 
 def text_folder(run: Run) -> str:
     """Where the run's log says that its shards lay in the repository; empty when they lay elsewhere."""
-    text = run.folder.joinpath("log.txt").read_text(errors="replace")
     found = re.search(
-        r"^val_loader:shards pattern=(data/[\w./-]+)/fineweb_val_\*\.bin ", text, re.MULTILINE
+        r"^val_loader:shards pattern=(data/[\w./-]+)/fineweb_val_\*\.bin ",
+        read_ends(run.folder / "log.txt")[0],
+        re.MULTILINE,
     )
     return found[1] if found and ".." not in found[1] else ""
 
 
-def write_smoke(data: Path, out: Path) -> bool:
-    """A few tokens of the runs' own text and its tokenizer; False when the text is not at hand."""
-    models = sorted(data.glob("*.model"))
-    if (
-        not all(any(data.glob(f"fineweb_{split}_*.bin")) for split in SMOKE_TOKENS)
-        or len(models) != 1
-    ):
-        return False
+def places(run: Run, knob: str, repository: Path) -> list[Path]:
+    """Where a path that a run was given may lead to: as it is, from the repository, from the run."""
+    value = str(run.knobs.get(knob, {}).get("value", "auto"))
+    if value in ("auto", ""):
+        return []
+    return [
+        base / value for base in (Path(), repository, run.folder.parent, run.folder.parent.parent)
+    ]
+
+
+def shards(folder: Path, split: str) -> list[Path]:
+    """Shards of one split, in order."""
+    return sorted(
+        p for p in folder.glob("fineweb_*.bin") if re.match(rf"fineweb_{split}_\d", p.name)
+    )
+
+
+def text_at_hand(run: Run, wanted: Wanted, repository: Path) -> tuple[Path, Path]:
+    """(folder of the runs' shards, their tokenizer), known by its hash. Raises ValueError that says what is
+    missing."""
+    if wanted.data:
+        folders = [wanted.data]
+    else:
+        folders = places(run, "data_path", repository)
+        folders += [repository / text_folder(run)] if text_folder(run) else []
+    whole = [f for f in folders if shards(f, "train") and shards(f, "val")]
+    if not whole:
+        looked = wanted.data or (folders[0] if folders else "a place that the log does not name")
+        raise ValueError(
+            f"the text of the runs is not at hand ({looked}: no fineweb_train_*.bin and "
+            "fineweb_val_*.bin), so that smoke/ cannot be made and nobody could run the record alone; "
+            "name its folder with --data, or say --without-smoke"
+        )
+    models = [wanted.tokenizer] if wanted.tokenizer else []
+    models += [*sorted(whole[0].glob("*.model")), *places(run, "tokenizer_path", repository)]
+    models += sorted((repository / "data" / "tokenizers").glob("*.model"))
+    for model in models:
+        if model.is_file() and sha256_of(model) == run.log.tokenizer_sha256:
+            return whole[0], model
+    raise ValueError(
+        f"no tokenizer with the hash of the runs' ({str(run.log.tokenizer_sha256)[:12]}) lies in "
+        f"{whole[0]} or where TOKENIZER_PATH led; name it with --tokenizer, or say --without-smoke"
+    )
+
+
+def write_smoke(data: Path, tokenizer: Path, out: Path):
+    """A few tokens of the runs' own text, its tokenizer, and the bytes of its tokens where they have a file of their
+    own."""
     out.mkdir()
+    sidecars = sorted(data.glob("fineweb_val_bytes_*.bin"))[:1]
     for split, count in SMOKE_TOKENS.items():
-        shard = min(data.glob(f"fineweb_{split}_*.bin"))
-        header = np.fromfile(shard, "<i4", 256)
-        tokens = np.fromfile(shard, "<u2", count, offset=1024)
-        header[2] = len(tokens)
-        (out / f"fineweb_{split}_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    shutil.copyfile(models[0], out / models[0].name)
-    return True
+        copy_head(shards(data, split)[0], out / f"fineweb_{split}_000000.bin", count)
+    for sidecar in sidecars:
+        copy_head(sidecar, out / "fineweb_val_bytes_000000.bin", SMOKE_TOKENS["val"])
+    shutil.copyfile(tokenizer, out / tokenizer.name)
+
+
+def copy_head(shard: Path, out: Path, count: int):
+    """The first entries of a file of uint16 behind a header of 256 int32, whose third says how many."""
+    header = np.fromfile(shard, "<i4", 256)
+    entries = np.fromfile(shard, "<u2", count, offset=1024)
+    header[2] = len(entries)
+    out.write_bytes(header.tobytes() + entries.tobytes())
 
 
 # Putting it together.
@@ -413,9 +465,9 @@ def fill(folder: Path, runs: list[Run], script: bytes, wanted: Wanted, repositor
                 shutil.copyfile(run.folder / source, folder / result[what])
         if (run.folder / "model.golf").is_file():  # kept or not, the pictures need it
             shutil.copyfile(run.folder / "model.golf", folder / f"model_seed{run.log.seed}.golf")
-    data = wanted.data or repository / (text_folder(runs[0]) or "-")
-    if not write_smoke(data, folder / "smoke") and wanted.data:
-        raise ValueError(f"--data {wanted.data}: no shards of both splits with one tokenizer")
+    if not wanted.without_smoke:
+        data, tokenizer = text_at_hand(runs[0], wanted, repository)
+        write_smoke(data, tokenizer, folder / "smoke")
     draw(folder)
     for path in () if wanted.keep_artifacts else folder.glob("model_seed*.golf"):
         path.unlink()
