@@ -3325,8 +3325,9 @@ class CrossEntropy(nn.Module):
 
 
 class ByteWeighted(CrossEntropy):
-    """Weigh each target by its bytes, at least 1; see_data sets the weights, whose mean over the
-    training text is 1. Source: PR 1519. Knob: OBJECTIVE=byte."""
+    """Weigh each target by its bytes, leading space left out, over their mean in the vocabulary, at
+    least by 0.1; see_data sets the weights. They do not average to 1 over a text: the loss changes its
+    scale. Source: the research log of the depth-recurrent system. Knob: OBJECTIVE=byte."""
 
     def __init__(self, cfg: ModelConfig, optim: OptimConfig, vocab: int):
         super().__init__(cfg, optim, vocab)
@@ -3489,16 +3490,17 @@ INITS: dict[str, Callable[[GPT], Any]] = {
 
 @torch.no_grad()
 def see_data(model: GPT, data: Data):
-    """What a model takes from the first 4 million training tokens: the weight of each token's bytes
-    (OBJECTIVE=byte), and an initial embedding (EMBED_INIT=svd)."""
+    """What a model takes from its data: the weight of each token's bytes (OBJECTIVE=byte) and, from the
+    first 4 million training tokens, an initial embedding (EMBED_INIT=svd)."""
     by_bytes, by_pairs = isinstance(model.objective, ByteWeighted), model.cfg.embed_init == "svd"
     if not (by_bytes or by_pairs):
         return
-    tokens = torch.from_numpy(data.train.read(0, min(len(data.train), 4_000_000)).astype(np.int64))
     if by_bytes:
-        weights = torch.from_numpy(np.maximum(data.token_bytes, 1)).float()
-        model.objective.weights.copy_(weights / weights[tokens].mean())
+        lengths = torch.from_numpy(data.token_bytes).float()
+        model.objective.weights.copy_((lengths / lengths[lengths > 0].mean()).clamp(min=0.1))
     if by_pairs:
+        tokens = data.train.read(0, min(len(data.train), 4_000_000))
+        tokens = torch.from_numpy(tokens.astype(np.int64))
         vectors = pair_vectors(tokens, *model.embed.shape)
         vectors *= model.cfg.tied_embed_init_std / vectors.square().mean().sqrt()
         model.embed[:, : vectors.size(1)] = vectors.to(model.embed)

@@ -145,7 +145,7 @@ def test_orthogonalisation_is_its_polynomial_of_the_singular_values(shape):
 
 
 def minimax_quintic(low: float, high: float) -> np.ndarray:
-    """(a,b,c) of the odd quintic nearest to 1 on [low, high], by the exchange algorithm of Remez."""
+    """(a,b,c) of the odd quintic nearest to 1 on [low, high], by Remez's exchange."""
     inner, points = 0.0, np.array([low, (3 * low + high) / 4, (low + 3 * high) / 4, high])
     for _ in range(100):
         system = np.stack([points, points**3, points**5, [1, -1, 1, -1]], 1)
@@ -582,7 +582,8 @@ def test_newton_muon_sees_every_row_of_a_step_and_no_padding(toy):
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_muon_agrees_with_torch():
-    """torch averages the momentum, b <- mu*b + (1-mu)*g; orthogonalisation forgets that factor. Both run it in bf16."""
+    """torch averages the momentum, b <- mu*b + (1-mu)*g; orthogonalisation forgets that factor.
+    Both run it in bf16."""
     module, flat, optimiser = tagged_optimiser(dtype=torch.bfloat16, matrix_lr=0.05, muon_wd=0.3)
     theirs = [nn.Parameter(p.detach().clone()) for p in module.matrices]
     start = [p.detach().clone() for p in module.matrices]
@@ -598,7 +599,7 @@ def test_muon_agrees_with_torch():
 
 
 def moved(seed: int = 0, **knobs) -> list[tuple[Tensor, Tensor]]:
-    """(before, after) of each matrix over one step with a rate of 0.07 and a weight decay of 0.5."""
+    """(before, after) of each matrix over a step with a rate of 0.07 and a decay of 0.5."""
     knobs = dict(matrix_lr=0.1, muon_wd=0.5) | knobs
     module, flat, optimiser = tagged_optimiser(**knobs)
     before = [p.detach().clone() for p in module.matrices]
@@ -635,11 +636,11 @@ def test_fixed_norm_gives_what_starts_at_zero_the_norm_of_an_ordinary_start():
         module, config(muon_decay="fixed_norm", matrix_lr=0.02, scalar_lr=0)
     )
     ordinary = torch.empty(300, 48, 16).uniform_(-(16**-0.5), 16**-0.5).square().sum() / 300
-    want = [float(p.norm()) or float(ordinary.sqrt()) for p in module.matrices]
+    want = [float(p.detach().norm()) or float(ordinary.sqrt()) for p in module.matrices]
     for _ in range(3):
         flat.gradients.normal_()
         optimiser.step(ramps())
-        norms = [float(p.norm()) for p in module.matrices]
+        norms = [float(p.detach().norm()) for p in module.matrices]
         assert norms == pytest.approx(want, rel=0.02)
         assert norms[0] == pytest.approx(want[0], rel=1e-5)
 
@@ -968,11 +969,13 @@ def spying_run(self):
     return run(self)
 def spying_step(self, ramps):
     trainer = getattr(train_gpt.Optimiser, "trainer", None)
-    named = [(n, p) for n, p in trainer.model.named_parameters() if p.opt == "scalar"] if trainer else []
+    named = trainer.model.named_parameters() if trainer else []
+    named = [(n, p) for n, p in named if p.opt == "scalar"]
     before = {n: (p.detach().clone(), p.grad.clone()) for n, p in named}
     step(self, ramps)
     if trainer:
-        content = dict(before=before, after={n: p.detach().clone() for n, p in named}, lr=ramps["lr"])
+        after = {n: p.detach().clone() for n, p in named}
+        content = dict(before=before, after=after, lr=ramps["lr"])
         torch.save(content, trainer.rt.folder / f"{trainer.step_number}.pt")
 train_gpt.Optimiser.step, train_gpt.Trainer.run = spying_step, spying_run
 """
@@ -1245,7 +1248,7 @@ def test_warmdown_iters_without_a_clock_counts_steps():
 
 
 def drive(cfg: tg.Config, seconds) -> list[tuple[float, float]]:
-    """(elapsed, learning-rate multiplier) before each step of a run whose step i lasts seconds(i)."""
+    """(elapsed, learning-rate multiplier) before each step; step i lasts seconds(i)."""
     memory, elapsed, step, seen = SimpleNamespace(recent=[]), 0.0, 0, []
     while elapsed < cfg.optim.max_wallclock_seconds and step < cfg.optim.iterations:
         seen.append((elapsed, tg.RAMPS["lr"](stand(cfg, step, elapsed, memory), cfg)))
@@ -1449,8 +1452,10 @@ def spying_step(self, rows, ramps):
     loss = step(self, rows, ramps)
     if self.clock.since is not None:
         import torch
-        torch.save(dict(weights=self.flat.weights.clone(), names=[[n for n, p in self.model.named_parameters()
-                   if p is q][0] for q in self.flat.params]), self.rt.folder / f"{self.step_number}.pt")
+        of = {p: name for name, p in self.model.named_parameters()}
+        names = [of[p] for p in self.flat.params]
+        content = dict(weights=self.flat.weights.clone(), names=names)
+        torch.save(content, self.rt.folder / f"{self.step_number}.pt")
     return loss
 train_gpt.Trainer.step = spying_step
 scored = train_gpt.Trainer.held_out_loss
