@@ -21,6 +21,7 @@ in the input.
 
 import argparse
 import inspect
+import io
 import json
 import signal
 import sys
@@ -29,6 +30,7 @@ from pathlib import Path
 RECORDS = Path(__file__).resolve().parent
 SCRIPT = RECORDS.parent / "train_gpt.py"
 sys.path[:0] = [str(RECORDS), str(RECORDS.parent)]
+from facts.files import write_atomic  # noqa: E402
 
 
 def pack(asked) -> int:
@@ -123,7 +125,7 @@ def analyze(asked) -> int:
 
     found = tool(asked.run, dict(word.split("=", 1) for word in asked.knobs))
     text = json.dumps(found, indent=1)
-    (asked.run / "analysis.json").write_text(text)
+    write_atomic(asked.run / "analysis.json", text)
     print(text)
     return 0
 
@@ -133,7 +135,7 @@ def table(asked) -> int:
     from toolkit import table as tool
 
     text = tool.refreshed(asked.records)
-    (asked.records / "README.md").write_text(text)
+    write_atomic(asked.records / "README.md", text)
     show(asked, dict(readme=str(asked.records / "README.md")), tool.leaderboard(asked.records))
     return 0
 
@@ -143,7 +145,7 @@ def report(asked) -> int:
     from toolkit import report as tool
 
     out = asked.out or asked.folder / "report.html"
-    out.write_text(tool.report(asked.folder))
+    write_atomic(out, tool.report(asked.folder))
     show(asked, dict(report=str(out)), str(out))
     return 0
 
@@ -356,6 +358,9 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(args: list[str] | None = None) -> int:
     """Run one command; a mistake in the input is one line, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # whatever the locale says
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     asked = arguments().parse_args(args)
     try:
         return asked.work(asked)

@@ -324,6 +324,25 @@ def test_the_committed_leaderboard_is_current():
     assert (ROOT / "records" / "README.md").read_text() == table.refreshed(ROOT / "records")
 
 
+def test_tools_work_in_any_locale(tmp_path):
+    """Finding M17: "'ascii' codec can't decode" in `tools.py table` under the C locale."""
+    folder = Record(submission=dict(name="Ünïcode – ±")).write(tmp_path)
+    readme_text = "# Récords ±\n<!-- generated: leaderboard -->\nold\n<!-- end -->\n"
+    (tmp_path / "README.md").write_text(readme_text, encoding="utf-8")
+    env = clean_env(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    for args in (
+        ["table", "--records", str(tmp_path)],
+        ["check", str(folder)],
+        ["report", str(folder)],
+        ["unpack", str(folder / "train_gpt.py")],
+        ["audit", str(folder)],
+    ):
+        done = subprocess.run([*TOOLS, *args], env=env, capture_output=True, timeout=120)
+        assert b"codec" not in done.stderr and b"Traceback" not in done.stderr, done.stderr
+        assert done.returncode == (2 if args[0] == "audit" else 0), (args, done)
+    assert "Récords ±" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 class Page(html.parser.HTMLParser):
     """Tags left open, and everything that a browser would fetch."""
 

@@ -58,7 +58,10 @@ def measure(run: dict, scratch: Path) -> dict:
     score = sweep.official(done.stdout)
     if done.returncode or not score:
         return kept | dict(error=(done.stderr.strip().splitlines() or ["no score"])[-1][:300])
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     seconds = [e["seconds"] for e in events if e["event"] == "train"]
     steps = [b - a for a, b in zip(seconds[3:], seconds[4:])]
     scored, loss, bpb = score

@@ -77,7 +77,7 @@ class Adapted:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
-            text=True,
+            encoding="utf-8",
             start_new_session=True,
         )
         self.late = threading.Timer(SECONDS, end, (self.process,))

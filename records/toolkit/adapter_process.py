@@ -64,7 +64,10 @@ def numbers(losses: Any) -> list[float]:
 
 def main(adapter: str, name: str):
     """Load the adapter, say what it is, then answer until there is nothing more to answer."""
-    answers, questions = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
+    answers, questions = (
+        os.fdopen(os.dup(1), "w", encoding="utf-8"),
+        os.fdopen(os.dup(0), encoding="utf-8"),
+    )
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.path[0] = os.getcwd()  # the folder of the script, not that of this file

@@ -201,9 +201,12 @@ def analyze(folder: Path, env: dict[str, str] | None = None) -> dict[str, Any]:
             raise tg.UserError(
                 f"{tg.relative(folder)}: no {name}; want the folder of a finished run"
             )
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     knobs = {name: entry["value"] for name, entry in config["knobs"].items()}
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     final = next((e for e in reversed(events) if e["event"] == "final"), None)
     if final is None:
         raise tg.UserError(f"{tg.relative(folder)}: the run is not finished")

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from facts.files import sha256_of
+from facts.files import sha256_of, write_atomic
 from facts.folder import Folder, read_folder
 from facts.limits import ARTIFACT_BYTES
 from facts.logs import Log, read_log
@@ -39,7 +39,7 @@ sys.path[:0] = ["records", "."]
 from toolkit import probes
 ours = dict(DEVICE="cpu", THREADS="1", EVAL_BATCH_TOKENS="128")
 found = probes.probe(ours | dict(ARTIFACT="model.golf"), cuts=6, positions=0)
-small = probes.probe(json.load(open("knobs.json")) | ours, length=72, cuts=1, positions=2)
+small = probes.probe(json.load(open("knobs.json", encoding="utf-8")) | ours, length=72, cuts=1, positions=2)
 found |= {name: small[name] for name in ("sum", "target")}
 found["flags"] += [name for name in small["flags"] if name in ("sum", "target", "once")]
 print(json.dumps(found, default=float))
@@ -111,7 +111,7 @@ def execute(
         [*isolated, *command],
         cwd=where,
         env=environment(home, **knobs),
-        text=True,
+        encoding="utf-8",
         errors="replace",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -355,7 +355,7 @@ def claimed(
 def probes(place: Place, run: Path) -> list[dict[str, Any]]:
     """Suffix swap, target swap and their kin (probes.py, text_probes.py) on the record's own script and the artifact of
     `run`, in a process of their own."""
-    made = json.loads((run / "config.json").read_text())
+    made = json.loads((run / "config.json").read_text(encoding="utf-8"))
     typed = {
         k.upper(): str(int(v["value"]) if isinstance(v["value"], bool) else v["value"])
         for k, v in made["knobs"].items()
@@ -367,8 +367,8 @@ def probes(place: Place, run: Path) -> list[dict[str, Any]]:
         shutil.copyfile(Path(__file__).with_name(name), bare / "records" / "toolkit" / name)
     shutil.copyfile(place.folder / "train_gpt.py", bare / "train_gpt.py")
     shutil.copyfile(run / "model.golf", bare / "model.golf")
-    (bare / "knobs.json").write_text(json.dumps(typed | dict(PRESET=made["preset"])))
-    (bare / "probe.py").write_text(PROBE)
+    write_atomic(bare / "knobs.json", json.dumps(typed | dict(PRESET=made["preset"])))
+    write_atomic(bare / "probe.py", PROBE)
     done = execute([*place.python, "probe.py"], bare, place.home, place.isolated)
     try:
         found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
@@ -437,7 +437,7 @@ def record_audits(folder: Path, audits: list[dict[str, Any]]):
     """Put results into submission.json, where they decide what is known of compliance, and into the README made of
     it."""
     path = folder / "submission.json"
-    submission = json.loads(path.read_text())
+    submission = json.loads(path.read_text(encoding="utf-8"))
     submission["evidence"]["audits"] = audits
     status = {a["id"]: a["status"] for a in audits}
     for shown, names in dict(
@@ -447,8 +447,8 @@ def record_audits(folder: Path, audits: list[dict[str, Any]]):
     ).items():
         known = {"pass": True, "fail": False}.get(status.get(shown))
         submission["compliance"] |= dict.fromkeys(names, known)
-    path.write_text(json.dumps(submission, indent=1))
-    (folder / "README.md").write_text(refreshed(folder))
+    write_atomic(path, json.dumps(submission, indent=1))
+    write_atomic(folder / "README.md", refreshed(folder))
 
 
 def as_text(audits: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from facts.files import write_atomic
 from facts.folder import read_folder
 from facts.limits import MARGIN_NATS
 from facts.logs import Log, read_log
@@ -203,7 +204,7 @@ def compare_all(
 def record_statistics(folder: Path, r: dict[str, Any]):
     """Put a comparison into the new record's submission.json and README. Raises ValueError when there is none."""
     path = folder / "submission.json"
-    submission = json.loads(path.read_text()) if path.is_file() else {}
+    submission = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "evidence" not in submission:
         raise ValueError(f"{folder}: --write wants a record folder that `new` made")
     submission["evidence"]["statistics"] = dict(
@@ -216,8 +217,8 @@ def record_statistics(folder: Path, r: dict[str, Any]):
         p_any_gain=r["p_any_gain"],
         n=[len(r["base"]["seeds"]), len(r["new"]["seeds"])],
     )
-    path.write_text(json.dumps(submission, indent=1))
-    (folder / "README.md").write_text(refreshed(folder))
+    write_atomic(path, json.dumps(submission, indent=1))
+    write_atomic(folder / "README.md", refreshed(folder))
 
 
 def show_p(p: float | None) -> str:

@@ -167,5 +167,7 @@ def file_names(folder: Path) -> list[str]:
 
 def refreshed(folder: Path) -> str:
     """A record's README with its tables as submission.json says now."""
-    s = json.loads((folder / "submission.json").read_text())
-    return between_markers((folder / "README.md").read_text(), tables(s, file_names(folder)))
+    s = json.loads((folder / "submission.json").read_text(encoding="utf-8"))
+    return between_markers(
+        (folder / "README.md").read_text(encoding="utf-8"), tables(s, file_names(folder))
+    )

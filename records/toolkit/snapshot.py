@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from facts.files import sha256_of
+from facts.files import sha256_of, write_atomic
 from facts.limits import ARTIFACT_BYTES, EVALUATION_SECONDS, TRAINING_SECONDS
 from facts.logs import FREE, Log, read_ends, read_log
 from facts.wrappers import parsed, unwrapped
@@ -80,7 +80,10 @@ def read_run(folder: Path) -> Run:
     for name in ("log.txt", "config.json"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: no {name}; not a run folder")
-    log, config = read_log(folder / "log.txt"), json.loads((folder / "config.json").read_text())
+    log, config = (
+        read_log(folder / "log.txt"),
+        json.loads((folder / "config.json").read_text(encoding="utf-8")),
+    )
     if not log.finished or not log.official.label.startswith("final:official"):
         raise ValueError(f"{folder}: its log has no final:official line; the run is not finished")
     return Run(folder, log, config["preset"], config["knobs"])
@@ -433,7 +436,7 @@ def copy_head(shard: Path, out: Path, count: int):
 def requirements(script: bytes, pinned: Path) -> str:
     """Lines of the repository's requirements that the script imports."""
     words = set(re.findall(r"\w+", unwrapped(script).decode("utf-8", "replace")))
-    lines = pinned.read_text().splitlines() if pinned.is_file() else []
+    lines = pinned.read_text(encoding="utf-8").splitlines() if pinned.is_file() else []
     return (
         "\n".join(n for n in lines if re.split(r"[=<>~ ]", n)[0].replace("-", "_") in words) + "\n"
     )
@@ -471,23 +474,23 @@ def fill(folder: Path, runs: list[Run], script: bytes, wanted: Wanted, repositor
     draw(folder)
     for path in () if wanted.keep_artifacts else folder.glob("model_seed*.golf"):
         path.unlink()
-    template = Path(__file__).with_name("record.md").read_text()
+    template = Path(__file__).with_name("record.md").read_text(encoding="utf-8")
     filled = template.format(
         name=info["name"],
         blurb=wanted.blurb or BLURB,
         statement=STATEMENTS[wanted.track == "10min_16mb"],
     )
-    (folder / "README.md").write_text(filled)
-    (folder / "README.md").write_text(refreshed(folder))
+    write_atomic(folder / "README.md", filled)
+    write_atomic(folder / "README.md", refreshed(folder))
 
 
 def draw(folder: Path):
     """Write report.html and the pictures of the README."""
-    (folder / "report.html").write_text(report(folder))
+    write_atomic(folder / "report.html", report(folder))
     curves = read_curves(folder)
     for name, title in PICTURES.items():
         if drawn := picture(title, curves):
-            (folder / name).write_text(drawn)
+            write_atomic(folder / name, drawn)
 
 
 def shipped_code(runs: list[Run], script: Path) -> bytes:

@@ -32,7 +32,7 @@ def launch(knobs: dict[str, Any]) -> subprocess.CompletedProcess:
         [sys.executable, str(SCRIPT)],
         env=os.environ | {k: str(v) for k, v in knobs.items()},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
 
 
@@ -46,13 +46,17 @@ def official(text: str) -> tuple[str, float, float] | None:
 
 def append(path: Path, found: dict[str, Any]):
     """Keep one result as soon as it is known."""
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(found) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """All results so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.exists()
+        else []
+    )
 
 
 def subplots(*shape: int, **options):

@@ -12,7 +12,8 @@ EMPTY = "No record folders yet: `python records/tools.py new` makes one from fin
 def submissions(records: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, submission) of every record that `new` made, best first within a track and a text."""
     found = [
-        (p.parent, json.loads(p.read_text())) for p in records.glob("track_*/*/submission.json")
+        (p.parent, json.loads(p.read_text(encoding="utf-8")))
+        for p in records.glob("track_*/*/submission.json")
     ]
     found = [(folder, s) for folder, s in found if isinstance(s, dict) and "evidence" in s]
     return sorted(
@@ -59,5 +60,5 @@ def leaderboard(records: Path) -> str:
 def refreshed(records: Path) -> str:
     """records/README.md with the leaderboard as the folders say now."""
     return between_markers(
-        (records / "README.md").read_text(), dict(leaderboard=leaderboard(records))
+        (records / "README.md").read_text(encoding="utf-8"), dict(leaderboard=leaderboard(records))
     )
