@@ -1567,9 +1567,8 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
     except UserError as error:
         errors.append(str(error))
         values, origins = preset_values("baseline")
-    set_knobs(
-        values, origins, {name: str(value) for name, value in (stored or {}).items()}, "artifact"
-    )
+    texts = {name: str(value) for name, value in (stored or {}).items()}
+    errors += set_knobs(values, origins, texts, "artifact").values()
     # The environment may change how an artifact is scored and its budget, nothing else that it stores.
     final = {name for name in stored or {} if KNOBS[name][0] != "eval"} - {"artifact_budget_bytes"}
     own = {name: env[name.upper()] for name in values if name.upper() in env}
@@ -4856,7 +4855,7 @@ def rescaled(rule: Cast | RoundToNearest, factor: float) -> Cast | RoundToNeares
 def allocated(model: GPT, cfg: QuantConfig, harms: dict[str, float]) -> Rules:
     """The rules by tag with steps such that one more byte helps every matrix alike. harms: what the rounding of each
     costs now. A step's factor f multiplies harm by f^2 and saves log2 f bits per weight, so f^2 is proportional to
-    weights per harm; factors are kept within 1/4 and 4, their bits cancel out. Knob: ALLOCATION."""
+    weights per harm; factors are kept within 1/4 (or the finest) and 4, their bits cancel out. Knob: ALLOCATION."""
     rules = rules_by_tag(model, cfg)
     if not harms:
         return rules
@@ -4864,8 +4863,10 @@ def allocated(model: GPT, cfg: QuantConfig, harms: dict[str, float]) -> Rules:
     least = 1e-3 * max(harms.values()) + 1e-30
     ideal = {name: 0.5 * math.log(count[name] / max(harm, least)) for name, harm in harms.items()}
 
+    least_log = {name: math.log(max(1 / 4, finest(rules[name]))) for name in ideal}
+
     def shifted(by: float) -> dict[str, float]:
-        return {name: min(max(f - by, -math.log(4)), math.log(4)) for name, f in ideal.items()}
+        return {name: min(max(f - by, least_log[name]), math.log(4)) for name, f in ideal.items()}
 
     low, high = min(ideal.values()), max(ideal.values())
     for _ in range(60):  # the shift by which the bits of clipped factors cancel out

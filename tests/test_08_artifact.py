@@ -574,7 +574,11 @@ def explode(tmp_path_factory):
 
 @pytest.mark.parametrize("codec", ["zlib", "lzma", "zstd", "brotli"])
 def test_a_bomb_yields_no_more_than_was_asked_for(explode, codec):
-    assert explode(codec, 1, 10, 100_000, 5_000_000) == [1, 10, 100_000, 5_000_000]
+    """zstd asks for its window first, which may be no larger than the stream is said to be."""
+    large = [5_000_000, 20_000_000]
+    assert explode(codec, *large) == large
+    small = explode(codec, 1, 10, 100_000)
+    assert small == [1, 10, 100_000] or (codec == "zstd" and "too much memory" in small)
 
 
 @pytest.mark.parametrize("codec", ["zlib", "lzma", "zstd", "brotli"])
