@@ -581,7 +581,11 @@ class QuantConfig:
         source="PR 66",
     )
     qat_start_frac: float = knob(
-        0.0, "part of the run after which the grid is switched on", 0, 1, needs="qat != none"
+        0.0,
+        "part of the run after which quantisation-aware training begins",
+        0,
+        1,
+        needs="qat != none",
     )
     clip: str = knob(
         "quantile",
@@ -592,7 +596,7 @@ class QuantConfig:
     )
     matrix_clip_sigmas: float = knob(
         12.85,
-        "that multiple for attention",
+        "clip of attention matrices in standard deviations of a row",
         0.5,
         100,
         unit="sigmas",
@@ -600,7 +604,7 @@ class QuantConfig:
     )
     mlp_clip_sigmas: float = knob(
         0.0,
-        "that of the MLP; 0 = MATRIX_CLIP_SIGMAS",
+        "clip of MLP matrices in standard deviations of a row; 0 = MATRIX_CLIP_SIGMAS",
         0,
         100,
         unit="sigmas",
@@ -608,7 +612,7 @@ class QuantConfig:
     )
     embed_clip_sigmas: float = knob(
         20.0,
-        "that of embeddings and tables",
+        "clip of embeddings and tables in standard deviations of a row",
         0.5,
         100,
         unit="sigmas",
@@ -631,7 +635,7 @@ class QuantConfig:
     )
     calibration_tokens: int = knob(
         65_536,
-        "how much of it",
+        "tokens that show what matrices read before they are rounded",
         8,
         2**26,
         unit="tokens",
@@ -648,19 +652,23 @@ class QuantConfig:
     )
     fit_budget: str = knob(
         "none",
-        "how code + model meet ARTIFACT_BUDGET_BYTES: not at all; steps of all sizes; whole "
-        "bits where they help most; small levels set to zero until it fits",
+        "how code and model meet ARTIFACT_BUDGET_BYTES: not at all, by one factor of all steps, by "
+        "whole bits where they help most, or by small levels set to zero until they fit (prune)",
         choices=("none", "steps", "bits", "prune"),
         source="PR 1089",
     )
-    scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 = the published int8 exports", 0, 1)
+    scale_floor: float = knob(
+        0.0, "smallest clip of a row of weights; 1.0 = the published int8 exports", 0, 1
+    )
     codec: str = knob(
         "zlib",
         "compressor of the artifact; rans = the entropy coder of this script, made for levels; "
         "best = the smallest for each stream, slowly",
         choices=("zlib", "lzma", "zstd", "brotli", "brotli_shuffle", "rans", "best"),
     )
-    artifact_budget_bytes: int = knob(16_000_000, "largest code + model", 1, 2**40, unit="bytes")
+    artifact_budget_bytes: int = knob(
+        16_000_000, "most bytes that code and model may take together", 1, 2**40, unit="bytes"
+    )
 
     @property
     def sees_inputs(self) -> bool:
