@@ -20,6 +20,7 @@ from forge import (
     forecasts,
     processes,
     publish,
+    report,
     run_record,
     runner,
     sandbox,
@@ -27,6 +28,7 @@ from forge import (
     skill_files,
     skill_review,
     standing,
+    verbs,
 )
 from forge.ledger import Ledger, locked
 from forge.state import replay
@@ -751,6 +753,25 @@ def test_commands_of_a_finished_campaign(tmp_path, capsys):
     ):
         assert command.main(list(map(str, args))) == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_tables_show_the_digits_that_matter_and_any_locale_will_do(tmp_path):
+    """Findings R6 and M17: no 0.0011729 in the committed campaign's page, and the command line
+    reads and writes UTF-8 in the C locale too."""
+    c = verbs.campaign("cpu40")
+    page = report.page(standing.everything(c.view))
+    assert len(re.findall(r"<td>[-+]?\d+\.\d{4}</td>", page)) > 50
+    assert not re.search(r"<td>[-+]?\d+\.\d{5,}</td>", page)
+    c = forge_lab.real(tmp_path)
+    skill = c.folder / "skills" / "inert" / "SKILL.md"
+    skill.write_text(skill.read_text("utf-8") + "Größe, ½\n", "utf-8")
+    idea = dict(schema="forge.hypothesis/1", env=dict(MATRIX_LR=0.03), hypothesis="größer, ½")
+    (tmp_path / "idée.json").write_text(json.dumps(idea, ensure_ascii=False), "utf-8")
+    plain = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+    for verb in (["submit", c.folder, tmp_path / "idée.json"], ["inbox", c.folder]):
+        done = forge_lab.forge(*verb, env=plain)
+        assert done.returncode == 0, done.stderr
+    assert "größer, ½" in done.stdout
 
 
 def test_a_person_asks_for_a_confirmation_and_for_another_rung(tmp_path):

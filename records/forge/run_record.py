@@ -165,6 +165,15 @@ def measure_artifact(folder: Path, parsed: dict, script: Path) -> int | None:
     )
 
 
+def weigh(size: int, logged: int | None, limit: int) -> tuple[str, str]:
+    """(status, reason) of a finished run by its bytes on the disk."""
+    if logged and size != logged:
+        return "tampered", f"the log says {logged:,} bytes, the disk {size:,}"
+    if size > limit:
+        return "oversize", f"{size:,} bytes of {limit:,}"
+    return "ok", ""
+
+
 def collect(
     folder: Path, order: dict, attempt: int, code: int | None, killed: str, started: str
 ) -> dict:
@@ -175,13 +184,8 @@ def collect(
     parsed = parse_log(text, order.get("batch_tokens", 0))
     status, reason = classify(order, parsed, text, code, killed)
     size = measure_artifact(folder / f"a{attempt}", parsed, script) or parsed["logged_bytes"]
-    if status == "ok" and (size or 0) > order["artifact_bytes"]:
-        status, reason = "oversize", f"{size:,} bytes of {order['artifact_bytes']:,}"
-    if status == "ok" and parsed["logged_bytes"] and size != parsed["logged_bytes"]:
-        status, reason = (
-            "tampered",
-            f"the log says {parsed['logged_bytes']:,} bytes, the disk {size:,}",
-        )
+    if status == "ok":
+        status, reason = weigh(size or 0, parsed["logged_bytes"], order["artifact_bytes"])
     loss, bpb, *_ = parsed["finals"][-1] if parsed["finals"] else (None, None)
     metrics = {
         k: parsed[k]
