@@ -148,7 +148,7 @@ class DataConfig:
     tokenizer_path: str = knob(
         "auto", "SentencePiece model; auto = the one that belongs to the data folder"
     )
-    vocab_size: int = knob(1024, "tokenizer size V", 2, 65535, unit="tokens")
+    vocab_size: int = knob(1024, "tokenizer size V", 2, 65536, unit="tokens")
     train_seq_len: int = knob(1024, "training context T", 8, 65536, unit="tokens")
     train_batch_tokens: int = knob(
         524_288, "tokens of one step over all ranks", 8, 2**24, unit="tokens"
@@ -196,6 +196,7 @@ class ModelConfig:
     qk_gain_init: float = knob(
         1.5, "initial per-head inverse temperature of attention", 0.1, 20, source="PR 1125"
     )
+    bos_id: int = knob(1, "id of the token that begins each document", 0, 65535, unit="id")
     doc_attention: bool = knob(
         False, "attention stops at the beginning of the document", source="PR 1530"
     )
@@ -2058,39 +2059,48 @@ def log_header(cfg: Config, rt: Runtime):
 
 
 # ---- 3 Data and bytes -----------------------------------------------------------------------------------------------
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 1024
+GPT2_LAST_ID = 50256  # begins each document of shards that GPT-2's tokenizer made
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Memory-map one shard: 256 little-endian int32 (magic, version, count), then `count` uint16 tokens.
-    Raises UserError naming the file when it is missing, empty, truncated, too long or of another format."""
-    name, size = relative(path), path.stat().st_size if path.is_file() else -1
-    if size < 0:
+    """Memory-map one shard: 256 little-endian int32 (magic, version, count), then `count` uint16
+    tokens. Raises UserError naming the file when it is missing, cut, too long or another format."""
+    name = relative(path)
+    if not path.is_file():
         raise UserError(f"{name}: not a file")
+    size = path.stat().st_size
     if size < SHARD_HEADER_BYTES:
-        raise UserError(
-            f"{name}: {size} bytes is shorter than a shard header ({SHARD_HEADER_BYTES} bytes)"
-        )
+        raise UserError(f"{name}: {size} bytes, but a shard begins with {SHARD_HEADER_BYTES}")
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise UserError(
-            f"{name}: magic {magic} version {version}, want {SHARD_MAGIC} and {SHARD_VERSION}: not a shard"
+            f"{name}: magic {magic} version {version}, want {SHARD_MAGIC} and {SHARD_VERSION}: "
+            "not a shard of 16-bit tokens; make shards with data/prepare.py"
         )
-    if count <= 0 or size != SHARD_HEADER_BYTES + 2 * count:
+    promised = SHARD_HEADER_BYTES + 2 * count
+    if count <= 0 or size != promised:
         raise UserError(
-            f"{name}: the header promises {count} tokens = {SHARD_HEADER_BYTES + 2 * count} bytes, the "
-            f"file has {size}; download or build it again"
+            f"{name}: the header promises {count} tokens = {promised} bytes, the file has {size}; "
+            "download or build it again"
         )
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
 class TokenStream:
-    """The shards of one split ("train" or "val") of a folder as one long sequence of tokens, memory-mapped."""
+    """The shards of one split ("train" or "val") of a folder as one long sequence of tokens."""
 
     def __init__(self, folder: Path, split: str, vocab: int):
-        self.files, self.vocab = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin")), vocab
+        self.vocab = vocab
+        self.files = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
         if not self.files:
-            raise UserError(f"DATA_PATH={relative(folder)}: no file matches fineweb_{split}_*.bin")
+            others = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:3])
+            raise UserError(
+                f"DATA_PATH={relative(folder)}: no file matches fineweb_{split}_*.bin"
+                + (f" (there are: {others})" if others else "")
+            )
         self.shards = [open_shard(f) for f in self.files]
         self.starts = np.cumsum([0] + [len(s) for s in self.shards]).tolist()
         self.length = self.starts[-1]
@@ -2109,14 +2119,17 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) as uint16, across shard borders."""
-        parts, shard = [], bisect.bisect_right(self.starts, start) - 1
+        parts = []
+        shard = bisect.bisect_right(self.starts, start) - 1
         while count > 0:
             offset = start - self.starts[shard]
             part = self.shards[shard][offset : offset + count]
             if int(part.max()) >= self.vocab:
                 raise OneRankFailed(self.out_of_range(shard, int(part.max())))
             parts.append(part)
-            start, count, shard = start + len(part), count - len(part), shard + 1
+            start += len(part)
+            count -= len(part)
+            shard += 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def check_ids(self, sample: int):
@@ -2128,11 +2141,23 @@ class TokenStream:
 
     def out_of_range(self, shard: int, token: int) -> str:
         """What to say of a shard with an impossible token."""
-        return f"{relative(self.files[shard])}: token id {token} is out of range for VOCAB_SIZE={self.vocab}"
+        name = relative(self.files[shard])
+        return f"{name}: token id {token} is out of range for VOCAB_SIZE={self.vocab}"
+
+    def foreign_kind(self) -> str:
+        """The kind of ids when they are those of a known tokenizer that is not SentencePiece's."""
+        start = self.shards[0][: 1 << 20]
+        top = int(start.max())
+        if start[0] == top == GPT2_LAST_ID:
+            return "GPT-2 ids"
+        if top < 260 and (len(start) >= 1 << 16 or self.vocab == 260):
+            return "byte ids"
+        return ""
 
 
 class ByteTable(NamedTuple):
-    """Bytes that a token adds to the text: base[id], plus one for a leading space unless a border comes before it."""
+    """Bytes that a token adds to the text: base[id], and one for a leading space unless the token
+    before it is a border."""
 
     base: np.ndarray  # (V,) int16, UTF-8 bytes without the leading space
     lead: np.ndarray  # (V,) bool, the piece starts with the space mark
@@ -2140,13 +2165,20 @@ class ByteTable(NamedTuple):
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
         """(N,) ids -> (N - 1,) int16: bytes of each target tokens[1:] given the token before it."""
-        previous, target = tokens[:-1], tokens[1:]
+        previous = tokens[:-1]
+        target = tokens[1:]
         return self.base[target] + (self.lead[target] & ~self.border[previous])
 
 
+SPACE = "\u2581"  # how SentencePiece spells a space
+
+
 def byte_table(tokenizer, vocab: int) -> ByteTable:
-    """Byte accounting of a SentencePiece tokenizer, piece by piece. Source: the competition's evaluation rules."""
-    base, lead, border = np.zeros(vocab, np.int16), np.zeros(vocab, bool), np.ones(vocab, bool)
+    """Byte accounting of a SentencePiece tokenizer, piece by piece.
+    Source: the competition's evaluation rules."""
+    base = np.zeros(vocab, np.int16)
+    lead = np.zeros(vocab, bool)
+    border = np.ones(vocab, bool)
     for i in range(tokenizer.vocab_size()):
         if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
             continue
@@ -2155,10 +2187,9 @@ def byte_table(tokenizer, vocab: int) -> ByteTable:
             base[i] = 1
             continue
         piece = tokenizer.id_to_piece(i)
-        lead[i] = piece.startswith("\u2581")
-        base[i] = len(
-            piece.removeprefix("\u2581").replace("\u2581", " ").encode()
-        )  # a mark inside stands for one byte
+        lead[i] = piece.startswith(SPACE)
+        text = piece.removeprefix(SPACE).replace(SPACE, " ")  # a mark inside is one byte too
+        base[i] = len(text.encode())
     return ByteTable(base, lead, border)
 
 
@@ -2177,21 +2208,22 @@ class Data(NamedTuple):
 
 
 def locate_data(cfg: Config, rt: Runtime) -> tuple[Path, Path]:
-    """Folder of the shards and path of the tokenizer; builds the embedded sample when nothing else is asked for."""
-    vocab, folder = cfg.data.vocab_size, Path(cfg.data.data_path)
-    form = (
-        "_lossless_caps_caseops_v1_reserved" if cfg.data.caseops else ""
-    )  # as the published dataset calls it
+    """Folder of the shards and path of the tokenizer; builds the embedded sample when nothing else
+    is asked for. Raises UserError."""
+    vocab = cfg.data.vocab_size
+    # as the published dataset calls it
+    form = "_lossless_caps_caseops_v1_reserved" if cfg.data.caseops else ""
+    folder = Path(cfg.data.data_path)
     if cfg.data.data_path == "auto":
         folder = SCRIPT.parent / "data" / "datasets" / f"fineweb10B_sp{vocab}{form}"
-        present, plain = any(folder.glob("fineweb_train_*.bin")), vocab == 1024 and not form
-        if plain and not (present and rt.device.type == "cuda"):
+        present = any(folder.glob("fineweb_train_*.bin"))
+        if vocab == 1024 and not form and not (present and rt.device.type == "cuda"):
             folder = build_sample(rt)
         elif not present:
             raise UserError(
-                f"DATA_PATH=auto: no shards in {relative(folder)}; get them with data/cached_challenge_fine"
-                f"web.py --variant sp{vocab}{form} or make them with data/prepare.py; the embedded sample "
-                "needs VOCAB_SIZE=1024 CASEOPS=0"
+                f"DATA_PATH=auto: no shards in {relative(folder)}; get them with data/cached_"
+                f"challenge_fineweb.py --variant sp{vocab}{form} or make them with data/prepare.py;"
+                " the embedded sample needs VOCAB_SIZE=1024 CASEOPS=0"
             )
     if not folder.is_dir():
         raise UserError(f"DATA_PATH={relative(folder)}: no such folder")
@@ -2200,20 +2232,18 @@ def locate_data(cfg: Config, rt: Runtime) -> tuple[Path, Path]:
     own = sorted(folder.glob("*.model"))
     if len(own) > 1:
         raise UserError(
-            f"DATA_PATH={relative(folder)} holds {len(own)} tokenizers ({', '.join(p.name for p in own)}); "
-            "say which with TOKENIZER_PATH"
+            f"DATA_PATH={relative(folder)} holds {len(own)} tokenizers "
+            f"({', '.join(p.name for p in own)}); say which with TOKENIZER_PATH"
         )
-    return folder, own[
-        0
-    ] if own else SCRIPT.parent / "data" / "tokenizers" / f"fineweb_{vocab}_bpe{form}.model"
+    if own:
+        return folder, own[0]
+    return folder, SCRIPT.parent / "data" / "tokenizers" / f"fineweb_{vocab}_bpe{form}.model"
 
 
 def build_sample(rt: Runtime) -> Path:
-    """Shards of the embedded sample corpus, built on first use by data/build_sample.py and cached."""
-    builder, folder = (
-        SCRIPT.parent / "data" / "build_sample.py",
-        SCRIPT.parent / "data" / "datasets" / "sample_sp1024",
-    )
+    """Shards of the embedded sample, built on first use by data/build_sample.py and cached."""
+    builder = SCRIPT.parent / "data" / "build_sample.py"
+    folder = SCRIPT.parent / "data" / "datasets" / "sample_sp1024"
     if not builder.exists():
         raise UserError(
             f"DATA_PATH=auto: {relative(builder)} is missing; set DATA_PATH to a folder of shards"
@@ -2232,39 +2262,61 @@ def build_sample(rt: Runtime) -> Path:
     return folder
 
 
-def read_tokenizer(path: Path, vocab: int):
-    """Load a SentencePiece model and refuse one that cannot count bytes. Raises UserError."""
+def read_tokenizer(path: Path, cfg: Config):
+    """Load the SentencePiece model of the shards. Raises UserError for one that cannot count bytes
+    or is not what VOCAB_SIZE, BOS_ID and CASEOPS say."""
     import sentencepiece
 
+    name = f"TOKENIZER_PATH={relative(path)}"
     if not path.is_file():
-        raise UserError(f"TOKENIZER_PATH={relative(path)}: no such file")
+        raise UserError(f"{name}: no such file; want the SentencePiece model of the shards")
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except Exception as error:
+        kind = type(error).__name__
+        raise UserError(f"{name}: not a SentencePiece model ({kind})") from None
+    if tokenizer.vocab_size() != cfg.data.vocab_size:
         raise UserError(
-            f"TOKENIZER_PATH={relative(path)}: not a SentencePiece model ({type(error).__name__})"
-        ) from None
-    if tokenizer.vocab_size() != vocab:
-        raise UserError(
-            f"TOKENIZER_PATH={relative(path)} has {tokenizer.vocab_size()} pieces but VOCAB_SIZE={vocab}"
+            f"{name} has {tokenizer.vocab_size()} pieces but VOCAB_SIZE={cfg.data.vocab_size}"
         )
-    if tokenizer.piece_to_id("\u2581") == tokenizer.unk_id():
+    if tokenizer.bos_id() < 0:
+        raise UserError(f"{name}: no begin-of-document id; train it with a bos_id")
+    if tokenizer.bos_id() != cfg.model.bos_id:
         raise UserError(
-            f"TOKENIZER_PATH={relative(path)}: no lone '\u2581' piece, so spaces would be counted as "
-            "three bytes; train it with a lone space mark"
+            f"{name} begins documents with id {tokenizer.bos_id()} but BOS_ID={cfg.model.bos_id}"
+        )
+    if tokenizer.piece_to_id(SPACE) == tokenizer.unk_id():
+        raise UserError(
+            f"{name}: no lone {SPACE!r} piece, so spaces would be counted as three bytes; train it "
+            "with a lone space mark"
+        )
+    operators = len(operator_ids(tokenizer))
+    if cfg.data.caseops != bool(operators):
+        raise UserError(
+            f"{name} has {operators} case operators but CASEOPS={int(cfg.data.caseops)}"
         )
     return tokenizer
 
 
+def operator_ids(tokenizer) -> list[int]:
+    """Ids of the case operators, none in an ordinary tokenizer."""
+    found = [tokenizer.piece_to_id(operator) for operator in CASE_OPERATORS]
+    return [i for i in found if i != tokenizer.unk_id()]
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a dataset says about itself, {} when it says nothing. Raises UserError for a damaged one."""
+    """What a dataset says about itself, {} when it says nothing. Raises UserError for a damaged
+    one; `data/prepare.py verify` compares the whole dataset with it."""
+    if not path.exists():
+        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if not isinstance(found.get("reference_bpb", {}), dict) or not (
-            found.get("comparable", True) or found["note"]
-        ):
-            raise ValueError("reference_bpb or note")
-        [(entry["tokens"], entry["sha256"]) for entry in found.get("files", {}).values()]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found.get("reference_bpb", {}), dict):
+            raise ValueError("reference_bpb")
+        if not found.get("comparable", True) and not isinstance(found["note"], str):
+            raise ValueError("note")
+        for entry in found.get("files", {}).values():
+            entry["sha256"]
         return found
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
@@ -2272,38 +2324,39 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def check_manifest(manifest: dict[str, Any], stream: TokenStream, content: bool):
-    """Raise UserError for the first shard that is not what the manifest says: another length or (if `content`) sha256;
-    a training shard that the manifest does not name is one that nobody compared with the validation text."""
-    for path, shard in zip(stream.files, stream.shards) if "files" in manifest else ():
-        told = manifest["files"].get(path.name, dict(tokens=0))
-        if told["tokens"] != len(shard) or content and told["sha256"] != sha256_file(path):
+def check_manifest(stream: TokenStream, manifest: dict[str, Any], content: bool):
+    """Raise UserError for a shard that the manifest does not name, so that nobody compared it with
+    the validation text, or (if `content`) whose sha256 is another."""
+    told = manifest.get("files", {})
+    for path in stream.files if told else ():
+        known = path.name in told
+        if not known or content and told[path.name]["sha256"] != sha256_file(path):
             raise UserError(
-                f"{relative(path)}: not the shard that manifest.json names; download or build it again"
+                f"{relative(path)}: not the shard that manifest.json names; download or build it "
+                "again"
             )
 
 
 def validation_bytes(folder: Path, cfg: Config, table: ByteTable, val: np.ndarray) -> np.ndarray:
-    """(N - 1,) bytes of each validation target: by the tokenizer's pieces or, where capital letters are spelt as
-    operators, by the sidecar fineweb_val_bytes_*.bin, one uint16 per token. Raises UserError for a wrong sidecar."""
+    """(N - 1,) bytes of each validation target: by the tokenizer's pieces or, where capital letters
+    are spelt as operators, by the sidecar fineweb_val_bytes_*.bin, one uint16 per token. Raises
+    UserError for a wrong sidecar."""
     if not cfg.data.caseops:
         return table.target_bytes(val)
     sidecar = TokenStream(folder, "val_bytes", 2**16)
+    name = relative(sidecar.files[0])
     if len(sidecar) != len(val):
-        raise UserError(
-            f"{relative(sidecar.files[0])}: {len(sidecar)} byte counts for {len(val)} validation tokens"
-        )
+        raise UserError(f"{name}: {len(sidecar)} byte counts for {len(val)} validation tokens")
     counts = sidecar.read(0, len(val))
-    if counts[val == BOS].any():
-        raise UserError(
-            f"{relative(sidecar.files[0])}: BOS tokens have bytes: the counts are shifted"
-        )
+    if counts[val == cfg.model.bos_id].any():
+        raise UserError(f"{name}: BOS tokens have bytes: the counts are shifted")
     return counts[1:]
 
 
 def open_train(folder: Path, cfg: Config, rt: Runtime) -> TokenStream:
     """The training stream, checked. Raises UserError."""
-    train, row = TokenStream(folder, "train", cfg.data.vocab_size), cfg.data.train_seq_len
+    train = TokenStream(folder, "train", cfg.data.vocab_size)
+    row = cfg.data.train_seq_len
     train.check_ids(1 << 20)
     if len(train) <= row:
         raise UserError(
@@ -2311,71 +2364,91 @@ def open_train(folder: Path, cfg: Config, rt: Runtime) -> TokenStream:
             f"TRAIN_SEQ_LEN={row} + 1"
         )
     rt.log(
-        f"train_loader:shards pattern={relative(folder)}/fineweb_train_*.bin files:{len(train.files)} "
-        f"tokens:{len(train)} order:{cfg.data.loader}"
+        f"train_loader:shards pattern={relative(folder)}/fineweb_train_*.bin "
+        f"files:{len(train.files)} tokens:{len(train)} order:{cfg.data.loader}"
     )
     return train
 
 
-def open_data(cfg: Config, rt: Runtime) -> Data:
-    """Open and verify everything that this run will read. Raises UserError before any long work."""
-    folder, tokenizer_path = locate_data(cfg, rt)
-    tokenizer = read_tokenizer(tokenizer_path, cfg.data.vocab_size)
-    operators = [i for i in map(tokenizer.piece_to_id, CASE_OPERATORS) if i != tokenizer.unk_id()]
-    if cfg.data.caseops != bool(operators):
+def refuse_foreign(folder: Path, stream: TokenStream):
+    """Raise UserError for tokens of a known tokenizer that is not SentencePiece's."""
+    if kind := stream.foreign_kind():
         raise UserError(
-            f"TOKENIZER_PATH={relative(tokenizer_path)} has {len(operators)} case operators but "
-            f"CASEOPS={int(cfg.data.caseops)}"
+            f"DATA_PATH={relative(folder)} holds {kind}, whose bytes no SentencePiece model counts;"
+            " get other shards with data/cached_challenge_fineweb.py or encode the text with "
+            "data/prepare.py"
         )
-    manifest, digest = read_manifest(folder / "manifest.json"), sha256_file(tokenizer_path)
+
+
+def check_validation(stream: TokenStream, cfg: Config):
+    """Raise UserError for an impossible id or a text shorter than one window."""
+    stream.check_ids(len(stream))
+    window = cfg.data.train_seq_len if cfg.eval.eval == "chunked" else cfg.eval.eval_seq_len
+    if len(stream) <= window:
+        raise UserError(
+            f"{relative(stream.files[0])}: {len(stream)} validation tokens are fewer than one "
+            f"window of {window} + 1"
+        )
+
+
+def open_data(cfg: Config, rt: Runtime) -> Data:
+    """Open and check everything that this run will read. Raises UserError before any long work."""
+    folder, tokenizer_path = locate_data(cfg, rt)
+    stream = TokenStream(folder, "val", cfg.data.vocab_size)
+    refuse_foreign(folder, stream)
+    tokenizer = read_tokenizer(tokenizer_path, cfg)
+    digest = sha256_file(tokenizer_path)
+    manifest = read_manifest(folder / "manifest.json")
     if manifest.get("tokenizer_sha256", digest) != digest:
         raise UserError(
             f"TOKENIZER_PATH={relative(tokenizer_path)}: not the tokenizer that manifest.json names"
         )
-    train = open_train(folder, cfg, rt) if cfg.run.run_mode == "train" else None
-    stream = TokenStream(folder, "val", cfg.data.vocab_size)
-    for each in (train, stream) if train else (stream,):
-        check_manifest(manifest, each, content=each is stream)
-    stream.check_ids(len(stream))
+    train = None
+    if cfg.run.run_mode == "train":
+        train = open_train(folder, cfg, rt)
+        check_manifest(train, manifest, content=False)
+    check_manifest(stream, manifest, content=True)
+    check_validation(stream, cfg)
     val = np.ascontiguousarray(stream.read(0, len(stream)))
-    window = cfg.data.train_seq_len if cfg.eval.eval == "chunked" else cfg.eval.eval_seq_len
-    if len(val) <= window:
-        raise UserError(
-            f"{relative(stream.files[0])}: {len(val)} validation tokens are fewer than one window of "
-            f"{window} + 1"
-        )
     table = byte_table(tokenizer, cfg.data.vocab_size)
-    table.base[operators] = 0
+    table.base[operator_ids(tokenizer)] = 0
     val_bytes = validation_bytes(folder, cfg, table, val)
+    told = sha256_file(folder / "manifest.json") if manifest else "none"
     rt.log(f"val_loader:shards pattern={relative(folder)}/fineweb_val_*.bin tokens:{len(val) - 1}")
     rt.log(
-        f"audit:data manifest_sha256:{sha256_file(folder / 'manifest.json') if manifest else 'none'} "
-        f"train_shards:{len(train.files) if train else 0} val_tokens:{len(val) - 1} "
-        f"val_bytes:{int(val_bytes.sum(dtype=np.int64))} tokenizer_sha256:{digest}"
+        f"audit:data manifest_sha256:{told} train_shards:{len(train.files) if train else 0} "
+        f"val_tokens:{len(val) - 1} val_bytes:{int(val_bytes.sum(dtype=np.int64))} "
+        f"tokenizer_sha256:{digest}"
     )
     return Data(train, val, val_bytes, digest, manifest, table.base)
 
 
 class Loader:
-    """Deals rows of T + 1 tokens to the ranks. Which rows form a step depends on neither rank nor world size. Those of
-    the next step are read while the device computes, by the one thread that knows the order of an epoch."""
+    """Deals rows of T + 1 tokens to the ranks, in the order of the text.
+
+    Which rows form a step depends on neither rank nor world size. Those of the next step are read
+    while the device computes, by the one thread that knows the order of an epoch.
+    """
 
     def __init__(self, stream: TokenStream, cfg: Config):
-        self.stream, self.seq, self.seed = stream, cfg.data.train_seq_len, cfg.run.seed
-        self.rows, self.vocab = cfg.data.train_batch_tokens // self.seq, cfg.data.vocab_size
-        self.epoch, self.index = 0, 0  # pass over the text, next row of it
+        self.stream = stream
+        self.seq = cfg.data.train_seq_len
+        self.seed = cfg.run.seed
+        self.bos = cfg.model.bos_id
+        self.rows = cfg.data.train_batch_tokens // self.seq
+        self.epoch = 0  # pass over the text
+        self.index = 0  # its next row
         self.drawn = -1  # the epoch whose order is known
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "loader")
-        self.ahead: tuple[tuple, concurrent.futures.Future] = (
-            (),
-            None,
-        )  # what is being read, where it will be
+        # what is being read, and where it will be
+        self.ahead: tuple[tuple, concurrent.futures.Future] = ((), None)
 
     def state_dict(self) -> dict[str, int]:
         return dict(epoch=self.epoch, index=self.index)
 
     def load_state_dict(self, state: dict[str, int]):
-        self.epoch, self.index = state["epoch"], state["index"]
+        self.epoch = state["epoch"]
+        self.index = state["index"]
 
     def draw(self, epoch: int):
         """Prepare the order of an epoch."""
@@ -2397,8 +2470,8 @@ class Loader:
         return (self.epoch * self.rows_in_epoch() + self.index) * self.seq
 
     def next(self, rank: int, world: int, rows: int = 0) -> np.ndarray:
-        """Rows rank, rank + world, ... of the next step, or of the next so many rows, as (rows of this rank, T + 1)
-        uint16. Those of another as large are read meanwhile."""
+        """Rows rank, rank + world, ... of the next step, or of the next so many rows, as (rows of
+        this rank, T + 1) uint16. Those of another as large are read meanwhile."""
         wanted = self.epoch, self.index, rank, world, rows or self.rows
         if self.ahead[0] != wanted:
             self.read_ahead(wanted)
@@ -2413,17 +2486,20 @@ class Loader:
     def deal(
         self, epoch: int, index: int, rank: int, world: int, rows: int
     ) -> tuple[np.ndarray, int, int]:
-        """What `next` returns for a step of so many rows that begins there, and where the step after it begins."""
+        """What `next` returns for a step of so many rows that begins there, and the epoch and index
+        where the step after it begins."""
         mine = []
         for row in range(rows):
             if index >= self.rows_in_epoch():
-                epoch, index = epoch + 1, 0
+                epoch += 1
+                index = 0
             if epoch != self.drawn:
                 self.draw(epoch)
             if row % world == rank:
                 mine.append(self.row(index))
             index += 1
-        return np.stack(mine) if mine else np.zeros((0, self.seq + 1), np.uint16), epoch, index
+        none = np.zeros((0, self.seq + 1), np.uint16)
+        return np.stack(mine) if mine else none, epoch, index
 
 
 class ShuffledLoader(Loader):
@@ -2432,7 +2508,8 @@ class ShuffledLoader(Loader):
     def draw(self, epoch: int):
         """Draw phase and order from (SEED, epoch)."""
         super().draw(epoch)
-        rng, rows = np.random.default_rng([self.seed, epoch]), self.rows_in_epoch()
+        rng = np.random.default_rng([self.seed, epoch])
+        rows = self.rows_in_epoch()
         self.phase = int(rng.integers(len(self.stream) - rows * self.seq))
         self.draw_order(rng, rows)
 
@@ -2445,12 +2522,13 @@ class ShuffledLoader(Loader):
 
 
 class CoprimeLoader(ShuffledLoader):
-    """Rows at a stride that shares no factor with their number: each once per epoch, those of a step far apart in the
-    text, and no table in memory. Source: PR 726, here over all shards at once."""
+    """Rows at a stride that shares no factor with their number: each once per epoch, those of a
+    step far apart in the text. Source: PR 726, here over all shards at once."""
 
     def draw_order(self, rng: np.random.Generator, rows: int):
         """Draw the first row and the stride."""
-        self.first, self.stride = int(rng.integers(rows)), int(rows * rng.uniform(0.55, 0.68)) + 1
+        self.first = int(rng.integers(rows))
+        self.stride = int(rows * rng.uniform(0.55, 0.68)) + 1
         while math.gcd(self.stride, rows) > 1:
             self.stride += 1
 
@@ -2459,13 +2537,12 @@ class CoprimeLoader(ShuffledLoader):
 
 
 def best_fit(lengths: list[int], filled: int, row: int) -> list[int]:
-    """An order of documents that cuts few of them when they are written one after the other into rows, the first of
-    which is already filled so far: always the longest that still fits, or the longest of all, which is then cut."""
-    waiting, order, room = (
-        sorted((length, i) for i, length in enumerate(lengths)),
-        [],
-        row - filled % row,
-    )
+    """An order of documents that cuts few of them when they are written one after the other into
+    rows, the first of which is filled so far: always the longest that still fits, or the longest of
+    all, which is then cut."""
+    waiting = sorted((length, i) for i, length in enumerate(lengths))
+    order = []
+    room = row - filled % row
     while waiting:
         length, chosen = waiting.pop(bisect.bisect_right(waiting, (room, len(lengths))) - 1)
         order.append(chosen)
@@ -2474,29 +2551,31 @@ def best_fit(lengths: list[int], filled: int, row: int) -> list[int]:
 
 
 class PackedLoader(ShuffledLoader):
-    """Rows that hold whole documents where they can: the documents of each window of the text are put in another order
-    before they are cut into rows. Windows, and the rows of each, come in random order. Every token is read once per
-    epoch and predicted from what is before it in its document. Source: arXiv 2404.10830 (best-fit packing)."""
+    """Rows that hold whole documents where they can: the documents of each window of the text are
+    put in another order before they are cut into rows. Windows, and the rows of each, come in
+    random order. Every token is read once per epoch and predicted from what is before it in its
+    document. Source: arXiv 2404.10830 (best-fit packing)."""
 
     WINDOW = 512  # rows
 
     def draw_order(self, rng: np.random.Generator, rows: int):
         """Draw the order of the windows."""
-        whole, self.opened = rows // self.WINDOW, -1
-        self.order = [
-            *rng.permutation(whole).tolist(),
-            whole,
-        ]  # what is left after whole windows comes last
+        whole = rows // self.WINDOW
+        self.opened = -1
+        # what is left after whole windows comes last
+        self.order = [*rng.permutation(whole).tolist(), whole]
 
     def open_window(self, number: int):
-        """Read and reorder a window. Its first and its last document stay there: they may go on in its neighbours."""
-        rows = min(self.WINDOW, self.rows_in_epoch() - self.order[number] * self.WINDOW)
-        text = self.stream.read(
-            self.phase + self.order[number] * self.WINDOW * self.seq, rows * self.seq + 1
-        )
-        pieces = np.split(text, np.flatnonzero(text[1:-1] == BOS) + 1)
-        middle = best_fit([len(piece) for piece in pieces[1:-1]], len(pieces[0]), self.seq)
-        self.text = np.concatenate([pieces[0], *(pieces[i + 1] for i in middle), *pieces[1:][-1:]])
+        """Read and reorder a window. Its first and its last document stay where they are: they may
+        go on in its neighbours."""
+        first = self.order[number] * self.WINDOW
+        rows = min(self.WINDOW, self.rows_in_epoch() - first)
+        text = self.stream.read(self.phase + first * self.seq, rows * self.seq + 1)
+        pieces = np.split(text, np.flatnonzero(text[1:-1] == self.bos) + 1)
+        inner = pieces[1:-1]
+        order = best_fit([len(piece) for piece in inner], len(pieces[0]), self.seq)
+        last = pieces[-1:] if len(pieces) > 1 else []
+        self.text = np.concatenate([pieces[0], *(inner[i] for i in order), *last])
         self.opened = number
         self.shuffled = np.random.default_rng([self.seed, self.drawn, number]).permutation(rows)
 
@@ -2530,15 +2609,12 @@ class Numerics(NamedTuple):
         return torch.bfloat16 if self.mode == "bf16" else torch.float32
 
 
-BOS = 1  # the id that begins each document
-
-
 def visible_keys(ids: Tensor, model: ModelConfig) -> Tensor | None:
     """(B,T,T) bool, true where a query (row) may read a key; None = all before it, which kernels do best.
     Knob: DOC_ATTENTION (positions stay those of the row: rotation sees only distances)."""
     if not model.doc_attention:
         return None
-    document = (ids == BOS).cumsum(1)
+    document = (ids == model.bos_id).cumsum(1)
     return (document[:, :, None] == document[:, None]).tril()
 
 
@@ -2894,8 +2970,12 @@ class SmearGateC(Site):
 class SmearGateD(SmearGateC):
     """As C, but nothing enters a document's first token. Source: PR 1851. Knob: SMEAR_GATE=D."""
 
+    def build(self, cfg: ModelConfig, layer: int):
+        super().build(cfg, layer)
+        self.bos_id = cfg.bos_id
+
     def share(self, x: Tensor, ids: Tensor) -> Tensor:
-        return super().share(x, ids) * (ids != BOS).unsqueeze(-1).to(x.dtype)
+        return super().share(x, ids) * (ids != self.bos_id).unsqueeze(-1).to(x.dtype)
 
 
 # value sites: (ids (B,T), dtype) -> (B,T,G*D), made once and used by several blocks
@@ -6189,11 +6269,13 @@ LEARNERS = {
 }
 
 
-def document_borders(tokens: np.ndarray) -> np.ndarray:
-    """(n + 1,) first target of each document, then the number of targets. A document reaches from
-    its BOS to the next one, which is its last target and stands for no bytes; text before the first
-    BOS is a document too."""
-    return np.unique(np.concatenate([[0], np.flatnonzero(tokens[:-1] == BOS), [len(tokens) - 1]]))
+def document_borders(tokens: np.ndarray, bos: int = 1) -> np.ndarray:
+    """(n + 1,) first target of each document, then the number of targets.
+
+    A document reaches from its BOS to the next one, which is its last target and stands for no
+    bytes; text before the first BOS is a document too.
+    """
+    return np.unique(np.concatenate([[0], np.flatnonzero(tokens[:-1] == bos), [len(tokens) - 1]]))
 
 
 def window_batch(text: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -6234,12 +6316,13 @@ def score(
     strategy: Fixed,
     rt: Runtime,
     observer: Callable | None = None,
+    bos: int = 1,
 ) -> Score:
     """Score every target tokens[1:] exactly once and return the sums, equal on all ranks and for
     any number of them. `observer(batch, losses (n,S))` sees each banked batch before the strategy
     may learn from it, and the strategy in the state that scored it. Raises RunFailed when a target
     is missed, repeated or its loss not finite."""
-    borders, ledger = document_borders(tokens), Ledger(tokens)
+    borders, ledger = document_borders(tokens, bos), Ledger(tokens)
     text, forward_tokens = torch.from_numpy(tokens.astype(np.int32)).to(rt.device), 0
     with rt.progress(1.0, "score") as bar:
         meter = Meter(rt, bar)
@@ -6355,7 +6438,7 @@ def score_model(
     """Score a model that walks `plan` with a named strategy and log the audit line."""
     begin = time.monotonic()
     strategy = strategy_of(cfg, rt, model, numerics, plan, kind, ttt)
-    result = score(data.val, data.val_bytes, strategy, rt, observer)
+    result = score(data.val, data.val_bytes, strategy, rt, observer, cfg.model.bos_id)
     rt.log(
         f"score:{variant(cfg.eval, kind, ttt)} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} "
         f"tokens:{result.tokens} bytes:{result.bytes} scored_once:1 coverage:{result.coverage} "

@@ -484,6 +484,7 @@ def describe(name: str, tokenizer: Tokenizer, journal: dict) -> dict:
         tokenizer=tokenizer.path.name,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=len(tokenizer.pieces),
+        bos_id=tokenizer.bos,
         caseops=bool(tokenizer.operators),
         normalised=tokenizer.changes_text(),
         splits=splits,
@@ -742,10 +743,12 @@ def run(asked: argparse.Namespace) -> int:
                 f"      {sums['changed_documents']:,} documents were changed: the tokenizer normalises "
                 f"text, or reads {SPACE} as a space; {sums['lost_bytes']:,} bytes lost"
             )
-    print(
-        f"train with DATA_PATH={asked.out} VOCAB_SIZE={manifest['vocab_size']}"
-        + " CASEOPS=1" * manifest["caseops"]
-    )
+    knobs = f"DATA_PATH={asked.out} VOCAB_SIZE={manifest['vocab_size']}"
+    if manifest["bos_id"] != 1:
+        knobs += f" BOS_ID={manifest['bos_id']}"
+    if manifest["caseops"]:
+        knobs += " CASEOPS=1"
+    print(f"train with {knobs}")
     return 0
 
 

@@ -347,7 +347,7 @@ def bench_evaluation(seconds: float) -> dict[str, object]:
         TTT_LORA_RANK="16",
     )
     tokens = rng.integers(2, 1024, 8001).astype(np.uint16)
-    tokens[np.minimum(8000, np.cumsum(rng.lognormal(4.65, 1.15, 60).astype(int)))] = tg.BOS
+    tokens[np.minimum(8000, np.cumsum(rng.lognormal(4.65, 1.15, 60).astype(int)))] = 1
     borders = np.concatenate([[0], np.cumsum(rng.lognormal(6.04, 1.15, 20_000).astype(int) + 1)])
     for kind, ttt in [
         ("sliding", "none"),

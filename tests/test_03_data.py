@@ -9,9 +9,11 @@ from itertools import pairwise
 
 import build_sample
 import numpy as np
+import prepare
 import pytest
 import sentencepiece
-from conftest import ROOT, run_script, write_shard
+import torch
+from conftest import ROOT, official, run_script, write_shard
 from helpers import config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -149,12 +151,17 @@ DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize(
-    "split, case", [("train", case) for case in DAMAGE] + [("val", "truncated")]
-)
-def test_a_damaged_shard_is_refused_by_name(dataset, split, case):
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_damaged_shard_is_refused_by_name(dataset, split):
+    """Every damage as a function, one through the whole script."""
     name = max(dataset.glob(f"fineweb_{split}_*.bin")).name
-    corrupt(dataset, name, case)
+    good = (dataset / name).read_bytes()
+    cfg = config(DATA_PATH=dataset)
+    for case in DAMAGE:
+        (dataset / name).write_bytes(good)
+        corrupt(dataset, name, case)
+        with pytest.raises(train_gpt.UserError, match=name):
+            train_gpt.open_data(cfg, train_gpt.Runtime(cfg, {}))
     assert_refused(dataset, name)
 
 
@@ -274,10 +281,115 @@ def test_a_tokenizer_with_a_space_inside_a_piece_is_refused_or_counted_right(tmp
     size = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "odd.model")).vocab_size()
     assert any("\u2581" in piece_of(tmp_path / "odd.model", i)[1:] for i in range(size))
     try:
-        tokenizer = train_gpt.read_tokenizer(tmp_path / "odd.model", size)
+        tokenizer = train_gpt.read_tokenizer(tmp_path / "odd.model", config(VOCAB_SIZE=size))
     except train_gpt.UserError:
         return
     assert counted(tokenizer, tokenizer.encode(text)) == len(text.encode())
+
+
+def test_the_begin_of_document_id_is_the_tokenizers_or_refused(dataset):
+    """Finding M11: it was the constant 1 whatever the tokenizer."""
+    text = build_sample.documents()[0][:20_000]
+    path = dataset / "tokenizer.model"
+    knobs = dict(VOCAB_SIZE=400, DATA_PATH=dataset)
+    for ids, said in (
+        (dict(bos_id=2, eos_id=1), "begins documents with id 2 but BOS_ID=1"),
+        (dict(bos_id=-1, eos_id=1, unk_id=2), "no begin-of-document id"),
+    ):
+        path.write_bytes(train_tokenizer(text, vocab_size=400, **ids))
+        with pytest.raises(train_gpt.UserError, match=said):
+            train_gpt.read_tokenizer(path, config(**knobs))
+    path.write_bytes(train_tokenizer(text, vocab_size=400, bos_id=2, eos_id=1))
+    assert train_gpt.read_tokenizer(path, config(BOS_ID=2, **knobs)).bos_id() == 2
+
+
+def test_the_begin_of_document_id_reaches_all_who_ask(tmp_path):
+    """Finding M11: attention, gate, loader and borders find documents by the tokenizer's id."""
+    cfg = config(BOS_ID=7, DOC_ATTENTION=1, SMEAR_GATE="D", TRAIN_SEQ_LEN=16, VOCAB_SIZE=64)
+    ids = torch.tensor([[7, 9, 1, 9, 7, 9]])
+    visible = train_gpt.visible_keys(ids, cfg.model)[0]
+    assert visible[3, :4].all() and not visible[4, :4].any() and visible[5, 4]
+    gate = train_gpt.SmearGateD.__new__(train_gpt.SmearGateD)
+    torch.nn.Module.__init__(gate)
+    gate.build(cfg.model, 0)
+    gate.strength.data.fill_(1)
+    shares = gate.share(torch.ones(1, 6, cfg.model.model_dim), ids)[0, :, 0]
+    assert (shares == 0).tolist() == [True, False, False, False, True, False]
+    assert train_gpt.document_borders(ids[0].numpy(), 7).tolist() == [0, 4, 5]
+    stream = write_shards(tmp_path, [[7, 8, 1, 9] * 200])
+    packed = train_gpt.LOADERS["packed"](stream, cfg)
+    packed.draw(0)
+    packed.open_window(0)
+    starts = np.flatnonzero(packed.text == 7)
+    assert set(np.diff(starts).tolist()) == {4}, "documents are moved as a whole"
+
+
+def test_a_run_with_another_begin_of_document_id_counts_its_documents(tmp_path):
+    """Finding M11: doc_loss.npy had one row instead of 20, and old artifacts mean 1."""
+    texts = [d[:400] for d in build_sample.documents()[:60]]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(t) + "\n" for t in texts), encoding="utf-8")
+    model = tmp_path / "two.model"
+    model.write_bytes(
+        train_tokenizer("\n".join(texts), vocab_size=400, bos_id=2, eos_id=3, pad_id=1, unk_id=0)
+    )
+    out = tmp_path / "data"
+    arguments = ["encode", path, "--val-docs=20", "--tokenizer", model, "--out", out]
+    assert prepare.main([*map(str, arguments), "--workers=1"]) == 0
+    assert json.loads((out / "manifest.json").read_text(encoding="utf-8"))["bos_id"] == 2
+    knobs = dict(PRESET="baseline+tiny", DATA_PATH=out, VOCAB_SIZE=400, ITERATIONS=2, RUN_ID="r")
+    knobs |= dict(RUNS_DIR=tmp_path, TRAIN_SEQ_LEN=64, EVAL="doc", LOADER="packed", THREADS=1)
+    refused(run_script(**knobs), "begins documents with id 2 but BOS_ID=1")
+    run = run_script(BOS_ID=2, **knobs)
+    assert run.code == 0, run.err
+    rows = np.load(tmp_path / "r" / "doc_loss.npy")
+    assert len(rows) == 20
+    assert rows[:, 1].tolist() == [len(t.encode()) - t.startswith(" ") for t in texts[:20]]
+    again = run_script(
+        RUN_MODE="eval", ARTIFACT=tmp_path / "r" / "model.golf", DATA_PATH=out, THREADS=1
+    )
+    assert again.code == 0, again.err
+    assert official(again.out) == official(run.out)
+
+
+def test_shards_of_another_family_are_named_with_a_remedy(dataset):
+    """Finding 5: GPT-2 and byte ids ended in "fineweb_50304_bpe.model: no such file"."""
+    rng = np.random.default_rng(0)
+    for kind, tokens, vocab in (
+        ("GPT-2 ids", [50256, *rng.integers(0, 50256, 500).tolist()], 50304),
+        ("GPT-2 ids", [50256, *rng.integers(0, 50256, 500).tolist()], 1024),
+        ("byte ids", [1, *rng.integers(4, 260, 500).tolist()], 260),
+        ("byte ids", [1, *rng.integers(4, 260, 1 << 16).tolist()], 1024),
+    ):
+        write_shard(dataset / "fineweb_val_000000.bin", tokens)
+        cfg = config(DATA_PATH=dataset, VOCAB_SIZE=vocab)
+        with pytest.raises(train_gpt.UserError, match=f"holds {kind}.*data/prepare.py"):
+            train_gpt.open_data(cfg, train_gpt.Runtime(cfg, {}))
+
+
+def test_shards_under_another_name_are_listed(dataset):
+    for path in dataset.glob("fineweb_*.bin"):
+        path.rename(path.with_name(path.name.replace("fineweb", "stories")))
+    with pytest.raises(train_gpt.UserError, match="there are: stories_train_000000.bin"):
+        train_gpt.TokenStream(dataset, "val", 1024)
+
+
+def test_all_65536_ids_of_uint16_can_be_used(tmp_path):
+    """Finding 5: prepare.py says "train with VOCAB_SIZE=65536", which was out of range."""
+    symbols = [f"w{i}" for i in range(65_536 - 4 - 256 - 20)]
+    text = " ".join(symbols[::97]) + " the end of a text"
+    model = train_tokenizer(text, vocab_size=65_536, user_defined_symbols=symbols)
+    (tmp_path / "big.model").write_bytes(model)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert tokenizer.vocab_size() == 65_536
+    ids = [1, 65_535, *tokenizer.encode(text)] * 3
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"fineweb_{split}_000000.bin", ids)
+    cfg = config(DATA_PATH=tmp_path, VOCAB_SIZE=65_536)
+    data = train_gpt.open_data(cfg, train_gpt.Runtime(cfg, {}))
+    assert data.val[1] == 65_535 and len(data.val_bytes) == len(ids) - 1
+    sizes = [len(tokenizer.decode([65_535]).encode()), len(text.encode())]
+    assert data.val_bytes.sum() == 3 * sum(sizes)
 
 
 # ---- Bytes ----

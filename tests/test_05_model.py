@@ -470,7 +470,7 @@ def test_rows_that_grow_have_the_logits_of_whole_rows(preset, technique):
     model = random_model(cfg)
     plan, (ids, _) = tg.plans(cfg.model)[-1], random_batch(cfg, 3, 20)
     ids[1, 6:] = ids[0, 6:]
-    ids[0, 5] = ids[1, 9] = tg.BOS
+    ids[0, 5] = ids[1, 9] = cfg.model.bos_id
     with torch.no_grad():
         whole = model.logits(model.hidden(ids, plan))
         cache = tg.KeyValueCache(model, plan, 3, 20)

@@ -92,7 +92,7 @@ def score_tokens(env: dict[str, str], limit: int = 500_000) -> dict[str, Any]:
     tg.score_model(
         cfg, rt, model, numerics, data, "chunked", tg.stored_plan(cfg, header), observer=keep
     )
-    return tokens(losses, tg.document_borders(data.val), data.val_bytes)
+    return tokens(losses, tg.document_borders(data.val, cfg.model.bos_id), data.val_bytes)
 
 
 def entropy_bits(levels: np.ndarray) -> float:
