@@ -3606,7 +3606,7 @@ def pair_vectors(tokens: Tensor, vocab: int, width: int) -> Tensor:
     return u * s.sqrt()
 
 
-# ---- 6 Optimisation: one Muon made of stages, AdamW groups, ramps, averaging ----------------------------------------
+# ---- 6 Optimisation: one Muon made of stages, AdamW groups, ramps, averaging ---------------------
 State = dict[str, Tensor]  # what an optimiser remembers of something
 
 
