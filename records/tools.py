@@ -1,22 +1,24 @@
 #!/usr/bin/env python3
 """Records that can be trusted: every number of a record is taken from what its runs left behind.
 
-    python records/tools.py pack                       the script as the small single file that is shipped
-    python records/tools.py unpack FILE                print what a wrapped script holds, without running it
-    python records/tools.py check DIR                  judge a record folder, anybody's, by dated rules
-    python records/tools.py compare BASE NEW ...       is NEW better than BASE? record folders, or runs joined by commas
-    python records/tools.py audit DIR                  run a record's own code, alone and without a network
-    python records/tools.py new RUN ... --name NAME    a record folder from run folders, one per seed
-    python records/tools.py analyze RUN [NAME=VALUE]   where a run's loss lies and what its weights cost; for the report
-    python records/tools.py table                      write the leaderboard of records/README.md anew
-    python records/tools.py report DIR                 one HTML page with pictures about a run or a record
-    python records/tools.py probes [NAME=VALUE ...]    look for leaks in an evaluation of train_gpt.py, from outside
-    python records/tools.py ablate run SPEC            compare techniques on equal tokens, seed by seed
-    python records/tools.py quantisers run SPEC        compare quantisers on the same trained models: bytes against loss
-    python records/tools.py gains run SPEC             compare ways of scoring on the same artifacts
+    python records/tools.py pack                       the script as the small single file that is
+    shipped python records/tools.py unpack FILE                print what a wrapped script holds,
+    without running it python records/tools.py check DIR                  judge a record folder,
+    anybody's, by dated rules python records/tools.py compare BASE NEW ...       is NEW better than
+    BASE? record folders, or runs joined by commas python records/tools.py audit DIR
+    run a record's own code, alone and without a network python records/tools.py new RUN ... --name
+    NAME    a record folder from run folders, one per seed python records/tools.py analyze RUN
+    [NAME=VALUE]   where a run's loss lies and what its weights cost; for the report python
+    records/tools.py table                      write the leaderboard of records/README.md anew
+    python records/tools.py report DIR                 one HTML page with pictures about a run or a
+    record python records/tools.py probes [NAME=VALUE ...]    look for leaks in an evaluation of
+    train_gpt.py, from outside python records/tools.py ablate run SPEC            compare techniques
+    on equal tokens, seed by seed python records/tools.py quantisers run SPEC        compare
+    quantisers on the same trained models: bytes against loss python records/tools.py gains run SPEC
+    compare ways of scoring on the same artifacts
 
-Every command takes --help, and --json for machines. Exit code 0: done, nothing found; 1: a check failed; 2: a mistake
-in the input.
+Every command takes --help, and --json for machines. Exit code 0: done, nothing found; 1: a check
+failed; 2: a mistake in the input.
 """
 
 import argparse
@@ -66,7 +68,8 @@ def unpack(asked) -> int:
 
 
 def check(asked) -> int:
-    """Judge a record folder by dated rules; nothing of it is executed. Exit code 1 when a binding rule is broken."""
+    """Judge a record folder by dated rules; nothing of it is executed. Exit code 1 when a binding
+    rule is broken."""
     from toolkit import check as tool
 
     result = tool.check(asked.folder)
@@ -75,8 +78,8 @@ def check(asked) -> int:
 
 
 def audit(asked) -> int:
-    """Run a record's own code in fresh processes without a network; --write keeps the results in the folder. A folder
-    of another make needs --adapter: see records/toolkit/adapter.py."""
+    """Run a record's own code in fresh processes without a network; --write keeps the results in
+    the folder. A folder of another make needs --adapter: see records/toolkit/adapter.py."""
     if asked.adapter and (asked.data or asked.runs or asked.write):
         raise ValueError(
             "--adapter does not go with --data, --runs or --write: those are for folders that `new` made"
@@ -109,7 +112,8 @@ def new(asked) -> int:
 
 
 def compare(asked) -> int:
-    """Compare groups of runs: one-sided Welch with the 0.005-nat margin, power, paired documents; Holm for chains."""
+    """Compare groups of runs: one-sided Welch with the 0.005-nat margin, power, paired documents;
+    Holm for chains."""
     from toolkit import compare as tool
 
     results = tool.compare_all([asked.base, *asked.new], asked.paired, asked.margin)
@@ -120,7 +124,8 @@ def compare(asked) -> int:
 
 
 def analyze(asked) -> int:
-    """Score a run's artifact token by token and read its weights; keeps analysis.json, which report and new use."""
+    """Score a run's artifact token by token and read its weights; keeps analysis.json, which report
+    and new use."""
     from toolkit.analyze import analyze as tool
 
     found = tool(asked.run, dict(word.split("=", 1) for word in asked.knobs))
@@ -151,7 +156,8 @@ def report(asked) -> int:
 
 
 def probes(asked) -> int:
-    """Probe an evaluation of train_gpt.py, of random weights or of ARTIFACT=FILE. Exit code 1 when something leaks."""
+    """Probe an evaluation of train_gpt.py, of random weights or of ARTIFACT=FILE. Exit code 1 when
+    something leaks."""
     from toolkit.probes import probe
 
     found = probe(dict(word.split("=", 1) for word in asked.knobs))
@@ -162,9 +168,10 @@ def probes(asked) -> int:
 def ablate(asked) -> int:
     """Compare techniques on equal tokens: every variant, seed and text as a run of its own.
 
-    SPEC: {"base": {knob: value}, "texts": {name: {knob: value}}, "seeds": [..], "variants": {name: {knob: value}}}.
-    A variant is the base with some knobs changed; knobs of a text may use {NAME} for an environment variable.
-    `run` finishes what is missing in the folder of SPEC; `report` only writes table.md and plot.svg anew.
+    SPEC: {"base": {knob: value}, "texts": {name: {knob: value}}, "seeds": [..], "variants": {name:
+    {knob: value}}}. A variant is the base with some knobs changed; knobs of a text may use {NAME}
+    for an environment variable. `run` finishes what is missing in the folder of SPEC; `report` only
+    writes table.md and plot.svg anew.
     """
     from toolkit import ablate as kind
 
@@ -174,10 +181,11 @@ def ablate(asked) -> int:
 def quantisers(asked) -> int:
     """Compare quantisers on the same trained models: bytes against loss, several step sizes each.
 
-    SPEC: {"base": {knob: value}, "seeds": [..], "reference": name, "variants": {name: {knob: value}},
-    "factors": [..], "bits": [..]}. Every variant quantises, packs and scores the weights that a run of the base
-    ended with. Knobs of the base may use {NAME} for an environment variable.
-    `run` trains each seed once and finishes what is missing; `report` only writes table.md and plot.svg anew.
+    SPEC: {"base": {knob: value}, "seeds": [..], "reference": name, "variants": {name: {knob:
+    value}}, "factors": [..], "bits": [..]}. Every variant quantises, packs and scores the weights
+    that a run of the base ended with. Knobs of the base may use {NAME} for an environment variable.
+    `run` trains each seed once and finishes what is missing; `report` only writes table.md and
+    plot.svg anew.
     """
     from toolkit import quantisers as kind
 
@@ -187,9 +195,10 @@ def quantisers(asked) -> int:
 def gains(asked) -> int:
     """Compare ways of scoring on the same trained models, document by document.
 
-    SPEC: {"base": {knob: value}, "seeds": [..], "variants": {name: {"against": name, "knobs": {knob: value}}}}.
-    A run of the base leaves one artifact per seed; every variant scores that very file in a process of its own.
-    `run` finishes what is missing; `report` only writes table.md and plot.svg anew.
+    SPEC: {"base": {knob: value}, "seeds": [..], "variants": {name: {"against": name, "knobs":
+    {knob: value}}}}. A run of the base leaves one artifact per seed; every variant scores that very
+    file in a process of its own. `run` finishes what is missing; `report` only writes table.md and
+    plot.svg anew.
     """
     from toolkit import scoring_gains as kind
 

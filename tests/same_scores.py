@@ -5,8 +5,8 @@
 
 Each preset runs shrunk (+tiny) in both checkouts, on one thread in fp32, and its official line and
 number of parameters are laid side by side; so are the parameters of the preset at full size, by
-RUN_MODE=plan. Exit code 0: all equal; 1: something differs; 2: a mistake in the input. It takes some
-seconds for each preset.
+RUN_MODE=plan. Exit code 0: all equal; 1: something differs; 2: a mistake in the input. It takes
+some seconds for each preset.
 """
 
 import argparse

@@ -115,7 +115,8 @@ def test_a_real_comparison_ends_in_a_table_and_a_plot(toy, tmp_path):
 
 
 def test_every_committed_comparison_is_complete():
-    """A committed folder holds its specification, the data of every run it asks for, the table and the plot."""
+    """A committed folder holds its specification, the data of every run it asks for, the table and
+    the plot."""
     for path in (ROOT / "records").glob("**/spec.json"):
         spec, results = (
             json.loads(path.read_text()),

@@ -1,4 +1,5 @@
-"""check: every class of defect planted once, each found under the right rule, beside clean twins that pass."""
+"""check: every class of defect planted once, each found under the right rule, beside clean twins
+that pass."""
 
 import base64
 import json
@@ -25,7 +26,8 @@ TOOLS = [sys.executable, str(ROOT / "records" / "tools.py")]
 
 
 def noise() -> bytes:
-    """A comment that does not compress: a wrapper must be longer than what is too short to look into."""
+    """A comment that does not compress: a wrapper must be longer than what is too short to look
+    into."""
     return b"#" + os.urandom(900).hex().encode()
 
 
@@ -41,7 +43,8 @@ NEWER = (
 
 
 def aliased(source: str) -> str:
-    """The wrapper of most late records: raw LZMA2 in base 85, modules under short names, two lines."""
+    """The wrapper of most late records: raw LZMA2 in base 85, modules under short names, two
+    lines."""
     filters = [dict(id=lzma.FILTER_LZMA2)]
     data = lzma.compress(source.encode() + noise(), lzma.FORMAT_RAW, filters=filters)
     return (
@@ -66,7 +69,8 @@ def scripted(text: str, dialect: str = "spaced", **more) -> Record:
 
 
 LONG = SCRIPT + "# a long explanation\n" * 6000
-# Bytes per token of a score; what each defect of byte accounting does to it, as the survey measured.
+# Bytes per token of a score; what each defect of byte accounting does to it, as the survey
+# measured.
 SP8192, SP1024 = TEXT_BYTES / TOKENS, 2.43592
 PLANTED = {
     # The metric.
@@ -597,7 +601,8 @@ EVIL_TEXT = {
 
 
 def test_logs_take_linear_time(tmp_path):
-    """Finding R4: 40 kB of one word took ten seconds; here ten times as much takes well under one."""
+    """Finding R4: 40 kB of one word took ten seconds; here ten times as much takes well under
+    one."""
     path = tmp_path / "train.log"
     for name, text in EVIL_TEXT.items():
         path.write_text(text)
@@ -640,7 +645,8 @@ def test_an_answer_is_shown_and_changes_nothing(tmp_path):
 
 
 def test_check_is_fast(tmp_path):
-    """The real script and three long logs, measured in time of this process: other processes do not count."""
+    """The real script and three long logs, measured in time of this process: other processes do not
+    count."""
     record = Record(
         changed(
             script=(ROOT / "train_gpt.py").read_text(), extra="step:1/2 train_loss:1.0\n" * 10_000
@@ -661,7 +667,8 @@ HOSTILE = (
 
 
 def test_a_hostile_folder_is_read_and_nothing_more(tmp_path):
-    """A wrapped script that would delete files, a bomb as artifact, a huge log, links to elsewhere, a pipe."""
+    """A wrapped script that would delete files, a bomb as artifact, a huge log, links to elsewhere,
+    a pipe."""
     script = wrapped(HOSTILE)
     folder = Record(changed(script=script), script).write(tmp_path)
     (folder / "model.golf").write_bytes(lzma.compress(bytes(1 << 24), preset=0))

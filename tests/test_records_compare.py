@@ -189,7 +189,8 @@ def test_pairs_only_within_a_lineage(tmp_path):
 
 
 def test_unknown_lineage_and_other_tokenizers_are_not_paired(tmp_path):
-    """Finding R5: what both logs left out counted as equal, and groups of other tokenizers were paired."""
+    """Finding R5: what both logs left out counted as equal, and groups of other tokenizers were
+    paired."""
     groups = dict(
         base=dict(knobs=LINE),
         silent=dict(),

@@ -1,4 +1,5 @@
-"""audit --adapter: the evaluation of a script of another make, legal and not, in a process of its own."""
+"""audit --adapter: the evaluation of a script of another make, legal and not, in a process of its
+own."""
 
 import ast
 import json
@@ -93,7 +94,8 @@ def audited(tmp_path: Path, adapter: str, script: str = SCRIPT) -> dict[str, str
 
 
 def test_a_legal_evaluation_passes_and_nothing_of_it_runs_here(tmp_path):
-    """The script writes a file when it is imported: only the copy has it. What it prints is no answer."""
+    """The script writes a file when it is imported: only the copy has it. What it prints is no
+    answer."""
     (tmp_path / "adapter.py").write_text(LEGAL)
     place = folder(tmp_path)
     done = subprocess.run(
@@ -202,7 +204,8 @@ BROKEN = {  # what the last line must say
 
 @pytest.mark.parametrize("adapter", BROKEN, ids=lambda a: BROKEN[a][:24])
 def test_an_evaluation_that_breaks_down_fails(adapter, tmp_path, monkeypatch):
-    """An import that is missing, too few losses, an error, an exit, nothing, a network, no end, a lost channel."""
+    """An import that is missing, too few losses, an error, an exit, nothing, a network, no end, a
+    lost channel."""
     monkeypatch.setattr(adapters, "SECONDS", 2 if "while" in adapter else 60)
     status = audited(tmp_path, adapter)
     assert status["evaluates"] == "fail" and BROKEN[adapter] in status["details"], status
@@ -249,7 +252,8 @@ def test_a_copy_holds_no_links_and_no_pipes(tmp_path):
 
 
 def test_what_a_process_started_ends_with_it(tmp_path, monkeypatch):
-    """A command that leaves a child behind, which holds its pipes open, is over when its time is."""
+    """A command that leaves a child behind, which holds its pipes open, is over when its time
+    is."""
     monkeypatch.setattr(audit, "SECONDS", 1)
     done = audit.execute(
         ["bash", "-c", "sleep 60 & sleep 60"], tmp_path, tmp_path, audit.namespace()

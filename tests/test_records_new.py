@@ -1,4 +1,5 @@
-"""new: from real runs to a folder that check accepts and that runs alone; and everything it refuses."""
+"""new: from real runs to a folder that check accepts and that runs alone; and everything it
+refuses."""
 
 import html.parser
 import json
@@ -164,8 +165,8 @@ def test_the_readme_is_generated_from_the_submission(record):
 
 
 def test_launch_repeats_the_run(record, runs, toy, tmp_path):
-    """The same settings, bit for bit: NUM_LAYERS and MATRIX_LR came from the environment. Where there is no text, it
-    says so."""
+    """The same settings, bit for bit: NUM_LAYERS and MATRIX_LR came from the environment. Where
+    there is no text, it says so."""
     env = clean_env(PYTHON=sys.executable, RUNS_DIR=tmp_path, RUN_ID="again")
     command = ["bash", str(record / "launch.sh"), "2"]
     wrong = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
@@ -191,7 +192,8 @@ def edited(run: Path, to: Path, **changes: str) -> Path:
 
 
 def test_it_refuses(runs, toy, tmp_path):
-    """Mixed settings, a seed twice, another script, another text, an unfinished run, a run left out; in one message."""
+    """Mixed settings, a seed twice, another script, another text, an unfinished run, a run left
+    out; in one message."""
     mixed = edited(runs[1], tmp_path / "mixed", config_json=('"value": 0.03', '"value": 0.04'))
     digest = re.search(r"audit:code sha256:(\w+)", (runs[1] / "log.txt").read_text())[1]
     foreign = edited(runs[1], tmp_path / "foreign", log_txt=(digest, digest[::-1]))
@@ -230,7 +232,8 @@ def test_a_run_left_out_needs_a_reason_which_is_shown(runs, toy, tmp_path, monke
 
 
 def test_an_interrupted_run_makes_the_same_record(runs, toy, tmp_path, monkeypatch):
-    """Stopped by a signal and resumed: nothing of the record differs but times and hashes of logs."""
+    """Stopped by a signal and resumed: nothing of the record differs but times and hashes of
+    logs."""
     knobs = dict(KNOBS, SEED=1)
     process = launch(toy, tmp_path, "run", **knobs)
     log = tmp_path / "run" / "log.txt"
@@ -513,7 +516,8 @@ def test_committed_records_pass_and_are_current(folder):
 
 # audit: the same folder, executed.
 def test_audit_confirms_a_record_and_writes_what_it_saw(record, tmp_path, monkeypatch):
-    """The folder alone in an empty place, without a network: launch.sh +tiny, then the artifact in other processes."""
+    """The folder alone in an empty place, without a network: launch.sh +tiny, then the artifact in
+    other processes."""
     folder = tmp_path / record.parent.name / record.name
     shutil.copytree(record, folder)
     monkeypatch.setattr(audit, "PROBE", audit.PROBE.replace("cuts=6", "cuts=2, length=72"))
@@ -591,8 +595,8 @@ def stub_record(folder: Path, artifact: dict, odd: dict):
     ],
 )
 def test_audit_of_scripts_that_do_not_do_what_they_say(odd, failed, tmp_path, monkeypatch):
-    """A network, a file beside it, another score in a second process, an unstable score, validation text in the
-    artifact, training text in the evaluation, a wrong size."""
+    """A network, a file beside it, another score in a second process, an unstable score, validation
+    text in the artifact, training text in the evaluation, a wrong size."""
     monkeypatch.setattr(
         audit, "probes", lambda place, run: []
     )  # these scripts have no model to probe

@@ -1,4 +1,5 @@
-"""The shipped wrapper runs the whole job with the same score, counts its own size, and is opened without being run."""
+"""The shipped wrapper runs the whole job with the same score, counts its own size, and is opened
+without being run."""
 
 import ast
 import base64

@@ -1,4 +1,5 @@
-"""What toolkit and forge know in common: limits, files, statistics, logs, record folders and wrapped scripts.
+"""What toolkit and forge know in common: limits, files, statistics, logs, record folders and
+wrapped scripts.
 
 limits      the numbers of the competition
 files       files written whole or not at all, strangers' files read with bounds

@@ -13,8 +13,8 @@ JSON_BYTES = 1 << 20  # largest JSON that is read from a stranger
 
 
 def write_atomic(path: Path, content: str | bytes):
-    """Create or replace a file, text as UTF-8: a crash at any moment leaves the old file or the new one, never a
-    mixture. Raises OSError that names the file."""
+    """Create or replace a file, text as UTF-8: a crash at any moment leaves the old file or the new
+    one, never a mixture. Raises OSError that names the file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -42,7 +42,8 @@ def sync_folder(folder: Path):
 
 
 def read_bounded(path: Path, most: int) -> bytes:
-    """The bytes of a regular file, never more than `most`. Raises ValueError when it is longer or no regular file."""
+    """The bytes of a regular file, never more than `most`. Raises ValueError when it is longer or
+    no regular file."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe must not make us wait
     with open(os.open(path, flags), "rb") as file:
         found = os.fstat(file.fileno())
@@ -96,8 +97,8 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:
-    """An object from a file. Raises ValueError for anything that is not modest, plain JSON, OSError when it cannot be
-    read."""
+    """An object from a file. Raises ValueError for anything that is not modest, plain JSON, OSError
+    when it cannot be read."""
     try:
         value = parse_json(read_bounded(path, most).decode("utf-8-sig"))
     except UnicodeDecodeError:

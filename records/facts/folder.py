@@ -73,7 +73,8 @@ class Folder:
 
     @property
     def named_logs(self) -> list[Log]:
-        """Logs that surely stand for a seed of the record: listed in submission.json or called train_seed<N>.log."""
+        """Logs that surely stand for a seed of the record: listed in submission.json or called
+        train_seed<N>.log."""
         results = self.submission.get("seed_results")
         listed = (
             {str(r.get("log")) for r in results.values() if isinstance(r, dict)}
@@ -90,7 +91,8 @@ class Folder:
 
     @property
     def seed_logs(self) -> list[Log]:
-        """Logs that stand for the record, each content once; where names do not tell, they may be ablations too."""
+        """Logs that stand for the record, each content once; where names do not tell, they may be
+        ablations too."""
         chosen = (
             self.named_logs
             or [g for g in self.logs if re.search(r"seed[_-]?\d+", g.name)]
@@ -100,7 +102,8 @@ class Folder:
 
 
 def entries(top: Path, depth: int = 0) -> Iterator[tuple[str, os.DirEntry]]:
-    """(relative name, entry) of everything below a folder that is no link, and of the links themselves."""
+    """(relative name, entry) of everything below a folder that is no link, and of the links
+    themselves."""
     with os.scandir(top) as found:
         for entry in sorted(found, key=lambda e: e.name):
             yield entry.name, entry

@@ -1,9 +1,9 @@
 """What a training log says, in any dialect that was met.
 
-Ours and the baseline's print `key:value`, others an indented dump of `key: value`, or `key=value` many to
-a line; time stamps before each line and UTF-16 are understood. Nothing is assumed to be honest or small: a
-long log is read at both ends only, a line that does not match is skipped, and every pattern takes time in
-proportion to the text.
+Ours and the baseline's print `key:value`, others an indented dump of `key: value`, or `key=value`
+many to a line; time stamps before each line and UTF-16 are understood. Nothing is assumed to be
+honest or small: a long log is read at both ends only, a line that does not match is skipped, and
+every pattern takes time in proportion to the text.
 """
 
 import os
@@ -120,8 +120,8 @@ def decoded(data: bytes) -> str:
 
 
 def read_ends(path: Path) -> tuple[str, bool]:
-    """(text, whether the middle was left out) of a file; never more than two ends in memory. Line ends
-    are "\\n", colours and time stamps before the lines are gone, and long lines are cut."""
+    """(text, whether the middle was left out) of a file; never more than two ends in memory. Line
+    ends are "\\n", colours and time stamps before the lines are gone, and long lines are cut."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(2 * END_BYTES if size <= 2 * END_BYTES else END_BYTES)
@@ -205,7 +205,8 @@ def read_knobs(text: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def assigned_knobs(text: str) -> dict[str, str]:
-    """Knobs of the dialect that writes them as key=value, ten or more to a line; names in lower case."""
+    """Knobs of the dialect that writes them as key=value, ten or more to a line; names in lower
+    case."""
     knobs = {}
     for line in text.split("\n"):
         words = line.split() if line.count("=") >= 10 else ()
@@ -216,9 +217,9 @@ def assigned_knobs(text: str) -> dict[str, str]:
 
 
 def read_time(text: str, log: Log):
-    """Steps and seconds: training, Hessians, the official evaluation and all evaluations. Our own last
-    validation line comes after everything that reads training text, so its clock says more than the line
-    of the stop."""
+    """Steps and seconds: training, Hessians, the official evaluation and all evaluations. Our own
+    last validation line comes after everything that reads training text, so its clock says more
+    than the line of the stop."""
     stop = found_in(
         rf"^stopping_early: \w{{1,64}} train_time:{GAP}{NUMBER}{GAP}(ms|s|m)? step:{GAP}(\d{{1,12}})/",
         text,

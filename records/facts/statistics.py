@@ -1,4 +1,5 @@
-"""Tests, intervals and the numbers of seeds that they need. Scores are bits per byte: less is better."""
+"""Tests, intervals and the numbers of seeds that they need. Scores are bits per byte: less is
+better."""
 
 import math
 from pathlib import Path
@@ -19,8 +20,8 @@ def margin_in_bpb(nats_per_token: float, bytes_per_token: float) -> float:
 
 
 def welch(base: np.ndarray, new: np.ndarray, margin: float = 0.0) -> dict[str, Any]:
-    """One-sided Welch test of H0: mean(base) - mean(new) <= margin, with a two-sided 95 % interval of the gain.
-    Raises ValueError when the seeds of neither group vary."""
+    """One-sided Welch test of H0: mean(base) - mean(new) <= margin, with a two-sided 95 % interval
+    of the gain. Raises ValueError when the seeds of neither group vary."""
     if min(len(base), len(new)) < 2:
         return dict(p=None, low=None, high=None, df=None)
     if np.ptp(base) == 0 and np.ptp(new) == 0:
@@ -64,7 +65,8 @@ def smallest_significant(n: int, sd: float, alpha: float = 0.01) -> float:
 def seeds_needed(
     gain: float, sd: float, alpha: float = 0.01, power: float = 0.8, most: int = 200
 ) -> int | None:
-    """Fewest seeds of each group with which a true gain is seen with that probability; None = more than `most`."""
+    """Fewest seeds of each group with which a true gain is seen with that probability; None = more
+    than `most`."""
     for n in range(2, most + 1) if gain > 0 and sd > 0 else ():
         df = 2 * n - 2
         if stats.nct.sf(stats.t.ppf(1 - alpha, df), df, gain / (sd * math.sqrt(2 / n))) >= power:
@@ -109,8 +111,9 @@ def document_bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Gain in bits per byte of two evaluations of the same documents, resampled by document: both scores see the same
-    draw. Takes (documents, 2) arrays of nats and bytes. Raises ValueError when they are not of the same documents."""
+    """Gain in bits per byte of two evaluations of the same documents, resampled by document: both
+    scores see the same draw. Takes (documents, 2) arrays of nats and bytes. Raises ValueError when
+    they are not of the same documents."""
     if base.shape != new.shape or not np.array_equal(base[:, 1], new[:, 1]):
         raise ValueError("the per-document losses are not of the same documents")
     if len(base) < 2:

@@ -1,8 +1,10 @@
-"""The code that really runs: scripts inside wrappers, ours or anybody's, opened as data. Nothing is ever executed.
+"""The code that really runs: scripts inside wrappers, ours or anybody's, opened as data. Nothing is
+ever executed.
 
-A wrapper hands text to `exec`, to `runpy` or to an import of its own making. What it hands over is worked out from its
-syntax tree: constants, decoders and decompressors of known names, files beside it. Where that does not lead to a
-script, the longest literals are tried with every decoder and decompressor.
+A wrapper hands text to `exec`, to `runpy` or to an import of its own making. What it hands over is
+worked out from its syntax tree: constants, decoders and decompressors of known names, files beside
+it. Where that does not lead to a script, the longest literals are tried with every decoder and
+decompressor.
 """
 
 import ast
@@ -49,8 +51,8 @@ def end_of_string(source: str, at: int, quote: str) -> int:
 
 
 def older_code(source: str, at: int, outer: str, until: str) -> tuple[str, int]:
-    """Code from `at` to a character of `until` outside brackets, rewritten, and where that is; `outer` is the quote of
-    the f-string around it."""
+    """Code from `at` to a character of `until` outside brackets, rewritten, and where that is;
+    `outer` is the quote of the f-string around it."""
     out, brackets = [], 0
     while at < len(source):
         letter = source[at]
@@ -84,7 +86,8 @@ def older_string(source: str, found: re.Match, outer: str) -> tuple[str, int]:
 
 
 def older_literal(source: str, at: int, stop: str, wide: str, raw: bool) -> tuple[str, int]:
-    """The text of an f-string, or of a format in it, up to `stop`, with what stands in its braces rewritten."""
+    """The text of an f-string, or of a format in it, up to `stop`, with what stands in its braces
+    rewritten."""
     out = []
     while not source.startswith(stop, at):
         if at >= len(source):
@@ -112,14 +115,16 @@ def older_literal(source: str, at: int, stop: str, wide: str, raw: bool) -> tupl
 
 
 def older_syntax(source: str) -> str:
-    """A script whose f-strings older parsers read: since Python 3.12 an f-string may nest its own quotes and hold
-    backslashes in its braces. Quotes become triple, such backslashes blanks; line numbers stay. Raises ValueError."""
+    """A script whose f-strings older parsers read: since Python 3.12 an f-string may nest its own
+    quotes and hold backslashes in its braces. Quotes become triple, such backslashes blanks; line
+    numbers stay. Raises ValueError."""
     return older_code(source, 0, "", "")[0]
 
 
 @functools.lru_cache(4)
 def parsed(source: bytes | str) -> ast.Module | None:
-    """The syntax tree, or None when this Python cannot parse it even with the f-strings of later ones rewritten."""
+    """The syntax tree, or None when this Python cannot parse it even with the f-strings of later
+    ones rewritten."""
     lost = (SyntaxError, ValueError, RecursionError, MemoryError, LookupError)
     if len(source) > MAX_CODE and code_length(source) > MAX_CODE:
         return None
@@ -142,14 +147,16 @@ def code_length(source: bytes | str) -> int:
 
 
 def decoded_text(source: bytes) -> str:
-    """Python source as text, by its own coding line. Raises SyntaxError, LookupError or ValueError."""
+    """Python source as text, by its own coding line. Raises SyntaxError, LookupError or
+    ValueError."""
     coding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
     return source.decode(coding)
 
 
 # ---- Decoders and decompressors
 def inflated(data: bytes, **options) -> Iterator[bytes]:
-    """Every way to decompress `data` that succeeds, never more than MAX_SOURCE_BYTES. `options` are those of lzma."""
+    """Every way to decompress `data` that succeeds, never more than MAX_SOURCE_BYTES. `options` are
+    those of lzma."""
     makers = [
         lambda: lzma.LZMADecompressor(memlimit=MAX_DICTIONARY),
         lambda: lzma.LZMADecompressor(
@@ -196,8 +203,9 @@ def decoded(value: str | bytes) -> Iterator[bytes]:
 
 
 def is_script(text: Any) -> bool:
-    """Whether a value is the text of a Python program that does more than start something: it has an import at the
-    beginning of a line. The text need not parse here, it may be of another version of Python."""
+    """Whether a value is the text of a Python program that does more than start something: it has
+    an import at the beginning of a line. The text need not parse here, it may be of another version
+    of Python."""
     if isinstance(text, str):
         text = text.encode("utf-8", "replace")
     return (
@@ -251,7 +259,8 @@ class Reader:
                     self.aliases[a.asname or a.name] = f"{node.module or ''}.{a.name}"
 
     def dotted(self, node: ast.expr) -> str:
-        """Name of a function with its aliases resolved, e.g. "base64.b85decode"; empty when it has none."""
+        """Name of a function with its aliases resolved, e.g. "base64.b85decode"; empty when it has
+        none."""
         parts = []
         while isinstance(node, ast.Attribute):
             parts.append(node.attr)
@@ -267,7 +276,8 @@ class Reader:
         return ".".join([self.aliases.get(node.id, node.id), *reversed(parts)])
 
     def value(self, node: ast.expr) -> Any:
-        """What an expression stands for: text, bytes, a number, a list or mapping of those, or a File. Raises Lost."""
+        """What an expression stands for: text, bytes, a number, a list or mapping of those, or a
+        File. Raises Lost."""
         self.steps += 1
         if self.steps > MAX_STEPS:
             raise Lost
@@ -515,7 +525,8 @@ def no_sibling(name: str) -> None:
 
 
 def layers(source: bytes, name: str = "train_gpt.py", sibling: Sibling = no_sibling) -> list[Layer]:
-    """The script as it is, then what each layer of wrapping gives way to; the last is the one that does the work."""
+    """The script as it is, then what each layer of wrapping gives way to; the last is the one that
+    does the work."""
     found = [Layer(source)]
     while len(found) <= MAX_LAYERS and len(found[-1].source) <= MAX_SOURCE_BYTES:
         tree = parsed(found[-1].source)

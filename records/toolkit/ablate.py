@@ -1,12 +1,15 @@
-"""Compare techniques on equal tokens: every variant, seed and text as a run of its own, then a table and a plot.
+"""Compare techniques on equal tokens: every variant, seed and text as a run of its own, then a
+table and a plot.
 
-    python records/tools.py ablate run SPEC.json         finish what is missing in the folder of SPEC.json
-    python records/tools.py ablate report SPEC.json      write table.md and plot.svg from results.jsonl
+    python records/tools.py ablate run SPEC.json         finish what is missing in the folder of
+    SPEC.json python records/tools.py ablate report SPEC.json      write table.md and plot.svg from
+    results.jsonl
 
-SPEC.json: {"base": {knob: value}, "texts": {name: {knob: value}}, "seeds": [..], "variants": {name: {knob: value}}}.
-A variant is the base with some knobs changed; knobs of a text may use {NAME} for an environment variable. Every
-variant is compared with the base of the same text and seed, so that what a seed changes for both cancels out. A run
-that fails is recorded with its reason, and tried again the next time.
+SPEC.json: {"base": {knob: value}, "texts": {name: {knob: value}}, "seeds": [..], "variants": {name:
+{knob: value}}}. A variant is the base with some knobs changed; knobs of a text may use {NAME} for
+an environment variable. Every variant is compared with the base of the same text and seed, so that
+what a seed changes for both cancels out. A run that fails is recorded with its reason, and tried
+again the next time.
 """
 
 import json
@@ -22,7 +25,8 @@ BASE = "base"
 
 
 def wanted(spec: dict) -> list[dict]:
-    """Every run of a specification, seed by seed, the base first: an early stop leaves comparable pairs."""
+    """Every run of a specification, seed by seed, the base first: an early stop leaves comparable
+    pairs."""
     variants = {BASE: {}} | spec["variants"]
     return [
         dict(
@@ -80,7 +84,8 @@ def measure(run: dict, scratch: Path) -> dict:
 
 
 def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
-    """Append each missing result to results.jsonl as soon as it is known; share (i, n) is the i-th of n equal parts."""
+    """Append each missing result to results.jsonl as soon as it is known; share (i, n) is the i-th
+    of n equal parts."""
     finished, (part, parts) = known(results), share
     todo = [each for each in wanted(spec)[part - 1 :: parts] if identity(each) not in finished]
     for i, each in enumerate(todo):
@@ -96,7 +101,8 @@ def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
 
 
 def paired(results: dict[tuple, dict], text: str, variant: str) -> dict:
-    """Difference of a variant to its base over the seeds that both have: mean and s.d. of bits per byte, time ratio."""
+    """Difference of a variant to its base over the seeds that both have: mean and s.d. of bits per
+    byte, time ratio."""
     pairs = [
         (results[text, seed, BASE], r)
         for (t, seed, v), r in results.items()

@@ -1,7 +1,7 @@
 """Audit a script of another make: `audit FOLDER --adapter FILE.py:function`.
 
-An adapter is a small Python file beside the folder or in it. It runs in a process of its own, without a network, in a
-copy of the folder, so that it may `import train_gpt`. It has
+An adapter is a small Python file beside the folder or in it. It runs in a process of its own,
+without a network, in a copy of the folder, so that it may `import train_gpt`. It has
 
     VOCAB = 64       tokens of the (shrunk) model that it builds; every value of a token is tried
     LENGTH = 180     of a text; enough for several windows or chunks (180 unless said)
@@ -9,15 +9,18 @@ copy of the folder, so that it may `import train_gpt`. It has
     def losses(tokens):
         ...
 
-which is given a text, an int64 array (N,) of ids below VOCAB from one BOS (1) to another with documents between, and
-runs the script's own evaluation on it, from the same start each time. Losses are nats; entry i is of tokens[i + 1].
-It either returns all N - 1 of them, or, so that order, counts and states can be seen too, it is a generator that yields
+which is given a text, an int64 array (N,) of ids below VOCAB from one BOS (1) to another with
+documents between, and runs the script's own evaluation on it, from the same start each time. Losses
+are nats; entry i is of tokens[i + 1]. It either returns all N - 1 of them, or, so that order,
+counts and states can be seen too, it is a generator that yields
 
     first, losses           what the evaluation counts: losses of the targets first, first + 1, ...
-    first, losses, state    and whatever scored them (modules, arrays, lists, numbers), before anything learns from them
+    first, losses, state    and whatever scored them (modules, arrays, lists, numbers), before
+    anything learns from them
 
-and returns the mean loss that the script itself reports (or nothing). Only this file's process judges: what runs there
-sends losses and nothing else. An evaluation that means harm may still guess that it is being watched.
+and returns the mean loss that the script itself reports (or nothing). Only this file's process
+judges: what runs there sends losses and nothing else. An evaluation that means harm may still guess
+that it is being watched.
 """
 
 import ast
@@ -48,7 +51,8 @@ class Failed(Exception):
 
 
 def named(text: str) -> tuple[Path, str]:
-    """(file, function) of --adapter. Nothing is run. Raises ValueError when there is no such function."""
+    """(file, function) of --adapter. Nothing is run. Raises ValueError when there is no such
+    function."""
     path, colon, name = text.rpartition(":")
     if not colon or not name.isidentifier():
         raise ValueError(f"--adapter {text}: want FILE.py:function")
@@ -117,7 +121,8 @@ class Adapted:
         return printable(words[-1] if words else f"ended with exit code {self.process.returncode}")
 
     def sizes(self) -> tuple[int, int]:
-        """(VOCAB, LENGTH) of the adapter. Raises ValueError for values that cannot be, Failed when it does not load."""
+        """(VOCAB, LENGTH) of the adapter. Raises ValueError for values that cannot be, Failed when
+        it does not load."""
         answer = self.read()
         for name, lo, hi in (("vocab", 4, 65_536), ("length", 32, 100_000)):
             if type(answer.get(name)) is not int or not lo <= answer[name] <= hi:
@@ -201,7 +206,8 @@ def probed(adapted: Adapted, other: Adapted) -> Iterator[dict[str, Any]]:
 
 
 def audit_foreign(folder: Path, adapter: str) -> list[dict[str, Any]]:
-    """Probe the evaluation of anybody's folder through an adapter. Raises ValueError for a bad folder or adapter."""
+    """Probe the evaluation of anybody's folder through an adapter. Raises ValueError for a bad
+    folder or adapter."""
     record = read_folder(folder)
     file, name = named(adapter)
     with tempfile.TemporaryDirectory(prefix="audit.") as top, contextlib.ExitStack() as stack:

@@ -1,10 +1,11 @@
-"""Answer texts with losses: the process in which the adapter of a script of another make runs; nothing here judges.
+"""Answer texts with losses: the process in which the adapter of a script of another make runs;
+nothing here judges.
 
     python adapter_process.py ADAPTER FUNCTION      in the folder of the script
 
-First comes a line about the adapter. Then each line of standard input, {"tokens": [...], "digests": bool}, is answered
-with one line: {"pieces": [[first target, [nats, ...], digest of the state], ...], "whole": bool, "mean": nats or null}.
-What the script prints goes to standard error.
+First comes a line about the adapter. Then each line of standard input, {"tokens": [...], "digests":
+bool}, is answered with one line: {"pieces": [[first target, [nats, ...], digest of the state],
+...], "whole": bool, "mean": nats or null}. What the script prints goes to standard error.
 """
 
 import hashlib
@@ -20,7 +21,8 @@ import numpy as np
 
 
 def feed(sha, state: Any):
-    """Add everything that a state holds to a hash: modules and optimisers, mappings, sequences, tensors, numbers."""
+    """Add everything that a state holds to a hash: modules and optimisers, mappings, sequences,
+    tensors, numbers."""
     if hasattr(state, "state_dict"):
         state = state.state_dict()
     if isinstance(state, dict):
@@ -37,7 +39,8 @@ def feed(sha, state: Any):
 
 
 def answer(function: Callable, tokens: list[int], digests: bool) -> dict[str, Any]:
-    """Run the function on one text. A state is hashed when its piece is yielded, before the function goes on."""
+    """Run the function on one text. A state is hashed when its piece is yielded, before the
+    function goes on."""
     found, pieces = function(np.array(tokens)), []
     if not inspect.isgenerator(found):
         return dict(pieces=[[0, numbers(found), ""]], whole=True, mean=None)

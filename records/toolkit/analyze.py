@@ -1,7 +1,9 @@
-"""What a finished run can tell: where its loss lies, what its weights cost, and how far more training text would go.
+"""What a finished run can tell: where its loss lies, what its weights cost, and how far more
+training text would go.
 
-analyze(folder) returns plain numbers (JSON) of runs/<id>/; main(args) prints them. Validation text is scored again in
-chunks, in fp32; everything else is read from what the run left: model.golf, doc_loss.npy, metrics.jsonl, config.json.
+analyze(folder) returns plain numbers (JSON) of runs/<id>/; main(args) prints them. Validation text
+is scored again in chunks, in fp32; everything else is read from what the run left: model.golf,
+doc_loss.npy, metrics.jsonl, config.json.
 """
 
 import json
@@ -21,7 +23,8 @@ def interval(draws: np.ndarray) -> list[float]:
 
 
 def documents(path: Path, seed: int = 0) -> dict[str, Any]:
-    """Bits per byte of the whole text with a bootstrap interval over documents, and how single documents spread."""
+    """Bits per byte of the whole text with a bootstrap interval over documents, and how single
+    documents spread."""
     table = np.load(path).astype(np.float64)  # (n,2): nats, bytes
     bpb, rng = table[:, 0] / LN2 / np.maximum(table[:, 1], 1), np.random.default_rng(seed)
     draws = np.stack(
@@ -50,7 +53,8 @@ def by_group(group: np.ndarray, losses: np.ndarray, names: list[str]) -> list[di
 
 
 def tokens(losses: np.ndarray, borders: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
-    """Where the loss (N,) lies: in the hardest targets, by position in the document, by bytes of the target."""
+    """Where the loss (N,) lies: in the hardest targets, by position in the document, by bytes of
+    the target."""
     ranked, n = np.sort(losses)[::-1], len(losses)
     position = np.arange(n) - borders[np.searchsorted(borders, np.arange(n), side="right") - 1]
     octave = np.floor(np.log2(np.maximum(position, 1))).astype(int) * (position > 0)
@@ -102,8 +106,9 @@ def entropy_bits(levels: np.ndarray) -> float:
 
 
 def weights(path: Path) -> dict[str, Any]:
-    """Entropy of each matrix of levels against what the artifact's codec makes of it alone, and of all together. `paid`
-    counts the stream of levels; scales and kept parameters are the other streams."""
+    """Entropy of each matrix of levels against what the artifact's codec makes of it alone, and of
+    all together. `paid` counts the stream of levels; scales and kept parameters are the other
+    streams."""
     blob = path.read_bytes()
     header, tensors = tg.unpack_artifact(blob)
     packing, rows = tg.PACKINGS[header["config"]["codec"]], []
@@ -133,8 +138,8 @@ def weights(path: Path) -> dict[str, Any]:
 
 
 def fit(d: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """(c, a, alpha) of y = c + a * d^-alpha with c and a not negative, by least squares: alpha from a fine grid, the
-    others in closed form."""
+    """(c, a, alpha) of y = c + a * d^-alpha with c and a not negative, by least squares: alpha from
+    a fine grid, the others in closed form."""
     best, found = np.inf, (0.0, 0.0, 0.0)
     for alpha in np.geomspace(0.02, 2.0, 200).tolist():
         x = (d / d[0]) ** -alpha
@@ -152,9 +157,10 @@ def fit(d: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 def scaling(
     events: list[dict], batch_tokens: int, bpb_per_nat: float, seed: int = 0
 ) -> dict[str, Any] | None:
-    """Fit bpb = c + a * D^-alpha over training tokens D on the part of the run at full learning rate and whole batches,
-    its first tenth left out; intervals from resampled residuals, a projection to 2, 4 and 10 times the tokens of the
-    run. From validations when there are at least five, else from training losses; None when there is too little."""
+    """Fit bpb = c + a * D^-alpha over training tokens D on the part of the run at full learning
+    rate and whole batches, its first tenth left out; intervals from resampled residuals, a
+    projection to 2, 4 and 10 times the tokens of the run. From validations when there are at least
+    five, else from training losses; None when there is too little."""
     flat = [
         e
         for e in events
@@ -193,8 +199,8 @@ def scaling(
 
 
 def analyze(folder: Path, env: dict[str, str] | None = None) -> dict[str, Any]:
-    """All of it for one run folder; `env` holds knobs for reading the data, e.g. DATA_PATH, where the run's own values
-    do not lead to it. Raises UserError."""
+    """All of it for one run folder; `env` holds knobs for reading the data, e.g. DATA_PATH, where
+    the run's own values do not lead to it. Raises UserError."""
     folder = Path(folder)
     for name in ("config.json", "metrics.jsonl", "model.golf"):
         if not (folder / name).is_file():

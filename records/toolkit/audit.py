@@ -1,9 +1,10 @@
-"""Execute a record's own code, in fresh processes without a network, and compare what it does with what it says.
+"""Execute a record's own code, in fresh processes without a network, and compare what it does with
+what it says.
 
-Unlike `check` this runs the folder: its launch.sh on the text in smoke/, in a copy that lies alone in an empty place;
-then the artifact once more in a second process beside nothing but the script; then, where the artifacts and the text of
-the record are at hand, the claimed scores. The probes of a script of another make are in adapter.py. A folder of a
-stranger wants a machine that may be lost.
+Unlike `check` this runs the folder: its launch.sh on the text in smoke/, in a copy that lies alone
+in an empty place; then the artifact once more in a second process beside nothing but the script;
+then, where the artifacts and the text of the record are at hand, the claimed scores. The probes of
+a script of another make are in adapter.py. A folder of a stranger wants a machine that may be lost.
 """
 
 import contextlib
@@ -32,8 +33,10 @@ SECONDS = 600  # of one process; the whole audit of a shrunk run takes about one
 HEADER_BYTES = 1024  # of a shard
 OFFLINE = Path(__file__).with_name("offline.py")
 
-# What runs in the probing process, and which audit each of its flags decides. A token takes every value in a model of
-# the same knobs with few tokens: with the thousand of the artifact it would take an hour where weights learn.
+# What runs in the probing process, and which audit each of its flags decides. A token takes every
+# value in a model of
+# the same knobs with few tokens: with the thousand of the artifact it would take an hour where
+# weights learn.
 PROBE = """import json, sys
 sys.path[:0] = ["records", "."]
 from toolkit import probes
@@ -105,8 +108,8 @@ def environment(home: Path, **knobs) -> dict[str, str]:
 def execute(
     command: list[str], where: Path, home: Path, isolated: list[str], **knobs
 ) -> subprocess.CompletedProcess:
-    """Run a command in a folder without a network. A process that takes too long counts as failed; it ends together
-    with all that it started."""
+    """Run a command in a folder without a network. A process that takes too long counts as failed;
+    it ends together with all that it started."""
     process = subprocess.Popen(
         [*isolated, *command],
         cwd=where,
@@ -207,8 +210,9 @@ class Place:
         return done, run if (run / "log.txt").is_file() else None
 
     def text(self, name: str, *splits: str) -> Path:
-        """A copy of smoke/ with these splits only. A split `other` is called val and holds other text:
-        that of the end of the training shard, or val in another order where its bytes have a file."""
+        """A copy of smoke/ with these splits only. A split `other` is called val and holds other
+        text: that of the end of the training shard, or val in another order where its bytes have a
+        file."""
         copy, smoke = self.top / name, self.folder / "smoke"
         copy.mkdir()
         for path in smoke.iterdir():
@@ -268,8 +272,8 @@ def recount(log: Log, script: Path, artifact: Path) -> dict[str, Any]:
 
 
 def reloads(place: Place, run: Path, first: str) -> list[dict[str, Any]]:
-    """The artifact scored again twice, each time in a process of its own that has only the file and the validation
-    text."""
+    """The artifact scored again twice, each time in a process of its own that has only the file and
+    the validation text."""
     data = place.text("validation", "val")
     again = [place.score(run / "model.golf", data, DEVICE="cpu") for _ in range(2)]
     if failed := [d for d in again if d.returncode or final(d.stdout) is None]:
@@ -294,7 +298,8 @@ def reloads(place: Place, run: Path, first: str) -> list[dict[str, Any]]:
 
 
 def val_text_unused(place: Place, run: Path) -> dict[str, Any]:
-    """Whether training, calibration and export make the same artifact beside another validation text."""
+    """Whether training, calibration and export make the same artifact beside another validation
+    text."""
 
     def artifact(run_id: str, **knobs) -> bytes:
         made = place.launch(run_id, **knobs)[1]
@@ -322,8 +327,8 @@ def val_text_unused(place: Place, run: Path) -> dict[str, Any]:
 def claimed(
     place: Place, submission: dict[str, Any], data: Path | None, runs: list[Path]
 ) -> Iterator[dict[str, Any]]:
-    """Size and score of each artifact against its claim: of those in the record, else of those in run folders, known by
-    their sha256; scores need the record's own text."""
+    """Size and score of each artifact against its claim: of those in the record, else of those in
+    run folders, known by their sha256; scores need the record's own text."""
     elsewhere = {sha256_of(run / "model.golf"): run / "model.golf" for run in runs}
     for seed, r in submission.get("seed_results", {}).items():
         kept, other = r.get("artifact"), elsewhere.pop(r.get("artifact_sha256"), None)
@@ -353,8 +358,8 @@ def claimed(
 
 
 def probes(place: Place, run: Path) -> list[dict[str, Any]]:
-    """Suffix swap, target swap and their kin (probes.py, text_probes.py) on the record's own script and the artifact of
-    `run`, in a process of their own."""
+    """Suffix swap, target swap and their kin (probes.py, text_probes.py) on the record's own script
+    and the artifact of `run`, in a process of their own."""
     made = json.loads((run / "config.json").read_text(encoding="utf-8"))
     typed = {
         k.upper(): str(int(v["value"]) if isinstance(v["value"], bool) else v["value"])
@@ -399,8 +404,8 @@ def verdicts(found: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
 
 
 def audit(folder: Path, data: Path | None = None, runs: list[Path] = ()) -> list[dict[str, Any]]:
-    """Every audit of a record folder that `new` made; `data` and `runs` hold its text and its artifacts. Raises
-    ValueError when it is none."""
+    """Every audit of a record folder that `new` made; `data` and `runs` hold its text and its
+    artifacts. Raises ValueError when it is none."""
     record = read_folder(folder)
     for name in (
         "train_gpt.py",
@@ -434,8 +439,8 @@ def audit(folder: Path, data: Path | None = None, runs: list[Path] = ()) -> list
 
 
 def record_audits(folder: Path, audits: list[dict[str, Any]]):
-    """Put results into submission.json, where they decide what is known of compliance, and into the README made of
-    it."""
+    """Put results into submission.json, where they decide what is known of compliance, and into the
+    README made of it."""
     path = folder / "submission.json"
     submission = json.loads(path.read_text(encoding="utf-8"))
     submission["evidence"]["audits"] = audits

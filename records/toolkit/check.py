@@ -1,7 +1,9 @@
-"""Judge a record folder by dated rules, from what lies in it alone: nothing is executed, nothing is downloaded.
+"""Judge a record folder by dated rules, from what lies in it alone: nothing is executed, nothing is
+downloaded.
 
-A check is a function that yields findings. Which rule it serves, and whether that rule binds, is said in rules.json. A
-finding fails a folder only when the rule is binding, in force at the folder's date, and the evidence leaves no doubt.
+A check is a function that yields findings. Which rule it serves, and whether that rule binds, is
+said in rules.json. A finding fails a folder only when the rule is binding, in force at the folder's
+date, and the evidence leaves no doubt.
 """
 
 import ast
@@ -87,7 +89,8 @@ LEVELS = ("fail", "warn", "contested", "open", "later")
 
 
 class Finding(NamedTuple):
-    """Evidence found by a check. `certain` is False where only behaviour or a person could decide."""
+    """Evidence found by a check. `certain` is False where only behaviour or a person could
+    decide."""
 
     evidence: str
     file: str = ""
@@ -111,8 +114,8 @@ def claimed_bpb(folder: Folder) -> Any:
 
 
 def official_claims(folder: Folder) -> list[Claim]:
-    """The official result of each seed. A log of somebody else may end with another line than the one
-    that counts: then the last kind of line that all seeds have and whose mean is the claim."""
+    """The official result of each seed. A log of somebody else may end with another line than the
+    one that counts: then the last kind of line that all seeds have and whose mean is the claim."""
     logs = [g for g in folder.seed_logs if g.official]
     claim = claimed_bpb(folder)
     results = [{c.label: c for c in g.claims if is_result(c)} for g in logs]
@@ -136,7 +139,8 @@ def officials(folder: Folder) -> list[float]:
 
 # Budgets.
 def least_packed(folder: Folder) -> float:
-    """Bytes that a packed script can hardly be below: without comments, names shortened, no base 85."""
+    """Bytes that a packed script can hardly be below: without comments, names shortened, no base
+    85."""
     text = ast.unparse(folder.tree).encode() if folder.tree else folder.inner
     return 0.9 * len(lzma.compress(text))
 
@@ -157,8 +161,9 @@ def cap(folder: Folder) -> Findings:
 
 
 def shipped_size(folder: Folder) -> Findings:
-    """What the folder ships, not a wrapper that was only measured, is what the size rule can be held
-    against: every file whose code runs, helper modules and sources of other languages included."""
+    """What the folder ships, not a wrapper that was only measured, is what the size rule can be
+    held against: every file whose code runs, helper modules and sources of other languages
+    included."""
     models = [g.model_bytes for g in folder.seed_logs if g.model_bytes]
     models += [size for name, size in folder.files.items() if re.search(r"\.(golf|ptz)$", name)]
     total = sum(folder.code.values()) + max(models, default=0)
@@ -298,8 +303,8 @@ def decimals(value: Any) -> int:
 
 
 def agrees(claim: Any, value: float, fewest: int = 3) -> bool:
-    """Whether a written number is `value` rounded to at least `fewest` decimals, with room for one more
-    rounding on the way."""
+    """Whether a written number is `value` rounded to at least `fewest` decimals, with room for one
+    more rounding on the way."""
     written = max(decimals(claim), fewest)
     return abs(number(claim) - value) <= max(0.51 * 10.0**-written, 5.1e-5)
 
@@ -389,7 +394,8 @@ def claimed_sizes(folder: Folder) -> Findings:
 
 
 def seed_count(folder: Folder) -> Findings:
-    """Evidence only: early records were merged with one log, the others having been seen elsewhere."""
+    """Evidence only: early records were merged with one log, the others having been seen
+    elsewhere."""
     seeds = {g.seed if g.seed is not None else g.name for g in folder.seed_logs if g.official}
     if folder.track == "record" and len(seeds) < 3:
         yield Finding(f"{len(seeds)} of at least 3 seeds have a finished log", certain=False)
@@ -444,7 +450,8 @@ def overlap(folder: Folder) -> Findings:
 
 
 def noncompliant(folder: Folder) -> Findings:
-    """Our own script says so in every line when weights are trained on validation text before it is scored."""
+    """Our own script says so in every line when weights are trained on validation text before it is
+    scored."""
     for g in folder.logs:
         if g.noncompliant:
             yield Finding(
@@ -473,8 +480,8 @@ def code_hash(folder: Folder) -> Findings:
 
 
 def unknown_options(folder: Folder) -> Findings:
-    """Options of a log that no code of the folder has. A name may be put together in the code, so a few
-    are a warning; more than half mean that the script could not be read."""
+    """Options of a log that no code of the folder has. A name may be put together in the code, so a
+    few are a warning; more than half mean that the script could not be read."""
     words = set()
     for source in folder.sources:
         words |= set(re.findall(r"\w+", source.text.decode("utf-8", "replace").lower()))
@@ -679,8 +686,8 @@ def parses(folder: Folder) -> Findings:
 
 
 def other_pythons(folder: Folder) -> Findings:
-    """Syntax newer than Python 3.10. What only an older interpreter notices (quotes nested in f-strings before 3.12)
-    is left to that interpreter."""
+    """Syntax newer than Python 3.10. What only an older interpreter notices (quotes nested in
+    f-strings before 3.12) is left to that interpreter."""
     try:
         ast.parse(folder.inner if folder.tree else "", feature_version=(3, 10))
     except SyntaxError as error:
@@ -852,7 +859,8 @@ def level(rule: dict[str, Any], finding: Finding, date: str) -> str:
 
 
 def undecided(folder: Folder) -> list[str]:
-    """What a verdict wants and the folder does not show: without it nothing is known to be right."""
+    """What a verdict wants and the folder does not show: without it nothing is known to be
+    right."""
     reasons = []
     if not folder.script:
         reasons.append("no script")
@@ -866,7 +874,8 @@ def undecided(folder: Folder) -> list[str]:
 
 
 def answers(folder: Folder) -> dict[str, Any]:
-    """What the author says to findings, {rule id: text}; shown beside them, and never a reason to pass."""
+    """What the author says to findings, {rule id: text}; shown beside them, and never a reason to
+    pass."""
     if "answers.json" not in folder.files:
         return {}
     try:
@@ -876,7 +885,8 @@ def answers(folder: Folder) -> dict[str, Any]:
 
 
 def check(path: Path) -> dict[str, Any]:
-    """Findings of every check, the worst first, and what was looked at. Raises ValueError when there is no folder."""
+    """Findings of every check, the worst first, and what was looked at. Raises ValueError when
+    there is no folder."""
     folder = read_folder(path)
     said, found = answers(folder), []
     for rule in rules():

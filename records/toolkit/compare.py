@@ -1,7 +1,9 @@
-"""Is one group of runs better than another? Effects with intervals first, p-values second, units always said.
+"""Is one group of runs better than another? Effects with intervals first, p-values second, units
+always said.
 
-A score is in bits per byte. The rule's margin of 0.005 nats is per token, so it is worth a different number of bits per
-byte for every tokenizer; it is converted by the ratio of bytes to tokens of the new group, which is printed.
+A score is in bits per byte. The rule's margin of 0.005 nats is per token, so it is worth a
+different number of bits per byte for every tokenizer; it is converted by the ratio of bytes to
+tokens of the new group, which is printed.
 """
 
 import json
@@ -30,7 +32,8 @@ from facts.statistics import (
 
 from .readme import refreshed
 
-# What two lineages have in common when a seed means the same start and the same order of text in both.
+# What two lineages have in common when a seed means the same start and the same order of text in
+# both.
 # The first ones must be known: a log that does not print them says nothing about its lineage.
 NECESSARY = ("train_seq_len", "train_batch_tokens", "num_layers", "model_dim")
 LINEAGE = (
@@ -62,7 +65,8 @@ class Group:
 
     @property
     def bytes_per_token(self) -> float:
-        """What the logs' losses and scores imply, the same for every run of one text and tokenizer."""
+        """What the logs' losses and scores imply, the same for every run of one text and
+        tokenizer."""
         return float(
             np.mean([g.official.loss / math.log(2) / g.official.bpb for g in self.logs.values()])
         )
@@ -93,7 +97,8 @@ def read_group(text: str) -> Group:
 
 
 def lineage(base: Group, new: Group) -> list[str]:
-    """Why seeds cannot be paired, each reason once; empty when they can. What is unknown is a reason."""
+    """Why seeds cannot be paired, each reason once; empty when they can. What is unknown is a
+    reason."""
     if base.seeds != new.seeds or len(base.seeds) < 2:
         return ["other seeds"]
     found = [r for s in base.seeds for r in other_lineage(base.logs[s], new.logs[s])]
@@ -124,8 +129,8 @@ def other_lineage(one: Log, other: Log) -> Iterator[str]:
 
 
 def known(one: Any, other: Any, second: Any, second_other: Any) -> tuple[Any, Any]:
-    """A pair of facts: the hashes where both logs have one, else what stands for them (numbers of shards
-    or of tokens of the same text), which logs of other scripts print."""
+    """A pair of facts: the hashes where both logs have one, else what stands for them (numbers of
+    shards or of tokens of the same text), which logs of other scripts print."""
     return (one, other) if one is not None and other is not None else (second, second_other)
 
 
@@ -202,7 +207,8 @@ def compare_all(
 
 
 def record_statistics(folder: Path, r: dict[str, Any]):
-    """Put a comparison into the new record's submission.json and README. Raises ValueError when there is none."""
+    """Put a comparison into the new record's submission.json and README. Raises ValueError when
+    there is none."""
     path = folder / "submission.json"
     submission = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "evidence" not in submission:

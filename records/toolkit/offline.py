@@ -1,7 +1,8 @@
-"""Run a Python script as __main__ in this process without a network: python offline.py SCRIPT [ARGUMENT ...]
+"""Run a Python script as __main__ in this process without a network: python offline.py SCRIPT
+[ARGUMENT ...]
 
-Used where the system offers no network namespace. It refuses sockets to other machines, no more: code that means harm
-can undo it, so that a stranger's folder wants a machine that may be lost.
+Used where the system offers no network namespace. It refuses sockets to other machines, no more:
+code that means harm can undo it, so that a stranger's folder wants a machine that may be lost.
 """
 
 import runpy

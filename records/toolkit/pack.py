@@ -1,8 +1,10 @@
-"""Code bytes: train_gpt.py as a small single file, and such files opened again without running them.
+"""Code bytes: train_gpt.py as a small single file, and such files opened again without running
+them.
 
-The wrapper is itself a Python file. It decompresses the script, writes the text into a private cache folder under its
-sha256 and imports it from there, because Triton and `inspect` read the source of functions from a file. `__file__` of
-the imported text is the wrapper: what the script says about its own size, hash and folder is true of what is shipped.
+The wrapper is itself a Python file. It decompresses the script, writes the text into a private
+cache folder under its sha256 and imports it from there, because Triton and `inspect` read the
+source of functions from a file. `__file__` of the imported text is the wrapper: what the script
+says about its own size, hash and folder is true of what is shipped.
 """
 
 import ast
@@ -11,8 +13,10 @@ import lzma
 from collections.abc import Iterator
 from pathlib import Path
 
-# What stays readable in a packed script. "{}" receives the compressed text as the inside of a Latin-1 literal: one
-# byte per byte, where base 85 would take a quarter more. Other ranks may do the same at the same time; all write the
+# What stays readable in a packed script. "{}" receives the compressed text as the inside of a
+# Latin-1 literal: one
+# byte per byte, where base 85 would take a quarter more. Other ranks may do the same at the same
+# time; all write the
 # same bytes, and the last rename wins.
 WRAPPER = """\
 # coding: latin-1
@@ -39,8 +43,8 @@ sys.modules[__name__]=module
 
 
 class Stripped(ast.NodeTransformer):
-    """Drop docstrings of functions and classes and annotations of arguments; --help needs that of the module. A Triton
-    kernel keeps its annotations: `constexpr` is one."""
+    """Drop docstrings of functions and classes and annotations of arguments; --help needs that of
+    the module. A Triton kernel keeps its annotations: `constexpr` is one."""
 
     def __init__(self):
         self.kernel_names: set[str] = set()  # what must keep its name
@@ -70,8 +74,9 @@ class Stripped(ast.NodeTransformer):
 
 
 def minified(source: str) -> str:
-    """The script without comments, docstrings and long local names. Global names, attributes and class fields stay:
-    knobs are named after fields, and the toolkit calls functions of a packed script."""
+    """The script without comments, docstrings and long local names. Global names, attributes and
+    class fields stay: knobs are named after fields, and the toolkit calls functions of a packed
+    script."""
     import python_minifier
 
     strip = Stripped()
@@ -112,13 +117,15 @@ def compressed(text: bytes) -> bytes:
 
 
 def literal(data: bytes) -> str:
-    """Inside of a triple-quoted Latin-1 string literal that means `data`, one character per byte but for a few."""
+    """Inside of a triple-quoted Latin-1 string literal that means `data`, one character per byte
+    but for a few."""
     text = data.decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r").replace("'", "\\'")
     return text.replace("\0", "\\x00")
 
 
 def pack(source: str) -> bytes:
-    """Wrap a script into the file that is shipped. Deterministic for one version of Python and of the minifier."""
+    """Wrap a script into the file that is shipped. Deterministic for one version of Python and of
+    the minifier."""
     return WRAPPER.replace("{}", literal(compressed(minified(source).encode()))).encode("latin-1")
 
 

@@ -1,10 +1,12 @@
 """Probe an evaluation of train_gpt.py from outside: the probes of text_probes.py on its score().
 
-    python records/tools.py probes [NAME=VALUE ...]     knobs of train_gpt.py, e.g. PRESET=phased_ttt EVAL=doc
-    python records/tools.py probes ARTIFACT=FILE [NAME=VALUE ...]   the model of a finished artifact
+    python records/tools.py probes [NAME=VALUE ...]     knobs of train_gpt.py, e.g.
+    PRESET=phased_ttt EVAL=doc python records/tools.py probes ARTIFACT=FILE [NAME=VALUE ...]   the
+    model of a finished artifact
 
-Without ARTIFACT the preset is shrunk (+tiny, 17 tokens) and every weight is random, so that every technique matters.
-The probes see the loss of each target through the observer of score(). One probe needs the model itself:
+Without ARTIFACT the preset is shrunk (+tiny, 17 tokens) and every weight is random, so that every
+technique matters. The probes see the loss of each target through the observer of score(). One probe
+needs the model itself:
 
 uniform   a model without knowledge scores exactly log2(V) * tokens / bytes (fixed predictors)
 """
@@ -29,7 +31,8 @@ Make = Callable[[np.ndarray], tg.Fixed]  # a text -> a fresh strategy that will 
 
 
 def state_digests(strategy: tg.Fixed, rows: int) -> list[str]:
-    """Digest of what scores each row of a batch: all weights and buffers, and the row's own adapters."""
+    """Digest of what scores each row of a batch: all weights and buffers, and the row's own
+    adapters."""
     own, shared = [hashlib.sha256() for _ in range(rows)], hashlib.sha256()
     attached = {
         id(t) for _, module in strategy.attached for t in (*module.parameters(), *module.buffers())
@@ -144,8 +147,8 @@ def subject(env: dict[str, str]) -> tuple[tg.Config, tg.GPT, tg.Plan]:
 
 
 def strategy_maker(cfg: tg.Config, model: tg.GPT, plan: tg.Plan, rt: tg.Runtime) -> Make:
-    """A fresh copy of the model and a fresh strategy for each text; TTT=prequant trains the copy on that text first, as
-    a run would have done."""
+    """A fresh copy of the model and a fresh strategy for each text; TTT=prequant trains the copy on
+    that text first, as a run would have done."""
 
     def make(tokens: np.ndarray) -> tg.Fixed:
         mine = copy.deepcopy(model)
@@ -166,7 +169,8 @@ def strategy_maker(cfg: tg.Config, model: tg.GPT, plan: tg.Plan, rt: tg.Runtime)
 def uniform_error(
     cfg: tg.Config, model: tg.GPT, plan: tg.Plan, rt: tg.Runtime, tokens: np.ndarray
 ) -> float:
-    """|bpb - log2(V) * tokens / bytes| of the same windows over a model whose output table is zero."""
+    """|bpb - log2(V) * tokens / bytes| of the same windows over a model whose output table is
+    zero."""
     blank = copy.deepcopy(model)
     with torch.no_grad():
         blank.output.zero_()

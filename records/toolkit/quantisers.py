@@ -1,19 +1,24 @@
-"""Compare quantisers on the same trained models: bytes against loss, several step sizes each, then a table and a plot.
+"""Compare quantisers on the same trained models: bytes against loss, several step sizes each, then
+a table and a plot.
 
-    python records/tools.py quantisers run SWEEP.json       train each seed once and finish what is missing
-    python records/tools.py quantisers report SWEEP.json    write table.md and plot.svg from results.jsonl
+    python records/tools.py quantisers run SWEEP.json       train each seed once and finish what is
+    missing python records/tools.py quantisers report SWEEP.json    write table.md and plot.svg from
+    results.jsonl
 
-SWEEP.json: {"base": {knob: value}, "seeds": [..], "reference": name, "variants": {name: {knob: value}},
-"factors": [..], "bits": [..]}. Every variant quantises, packs and scores the weights that a run of the base ended with;
-one whose clip is a multiple of sigma at all factors of its steps, any other at all numbers of bits. Knobs of the base
-may use {NAME} for an environment variable. The gap is what bits per byte rise above those of the trained weights.
+SWEEP.json: {"base": {knob: value}, "seeds": [..], "reference": name, "variants": {name: {knob:
+value}}, "factors": [..], "bits": [..]}. Every variant quantises, packs and scores the weights that
+a run of the base ended with; one whose clip is a multiple of sigma at all factors of its steps, any
+other at all numbers of bits. Knobs of the base may use {NAME} for an environment variable. The gap
+is what bits per byte rise above those of the trained weights.
 """
 
+import functools
 import math
 import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +57,9 @@ def artifact(trainer: tg.Trainer, env: dict[str, str], variant: str, spec: dict,
     return p.blob(p.tensors(rules))
 
 
-def sweep(trainer: tg.Trainer, env: dict[str, str], spec: dict, seed: int, results: Path):
-    """Measure every missing point on one trained model, appending each to results.jsonl as soon as it is known."""
+def measure_all(trainer: tg.Trainer, env: dict[str, str], spec: dict, seed: int, results: Path):
+    """Measure every missing point on one trained model, appending each to results.jsonl as soon as
+    it is known."""
     known = {(r["seed"], r["variant"], r["x"]) for r in sweep.read(results)}
     trained = {name: p.detach().clone() for name, p in trainer.model.exported().items()}
 
@@ -96,8 +102,17 @@ def sweep(trainer: tg.Trainer, env: dict[str, str], spec: dict, seed: int, resul
         print(f"seed {seed} {variant} {x}: {len(blob)} bytes, gap {found['gap']:.5f}", flush=True)
 
 
+def measured_export(
+    export: Callable, env: dict, spec: dict, seed: int, results: Path, trainer: tg.Trainer
+) -> Path:
+    """Sweep where the script would export, then export."""
+    measure_all(trainer, env, spec, seed, results)
+    return export(trainer)
+
+
 def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
-    """Train one model per seed through the script's own entry point, and sweep where it would export."""
+    """Train one model per seed through the script's own entry point, and sweep where it would
+    export."""
     for seed in spec["seeds"][share[0] - 1 :: share[1]]:
         done = {(r["variant"], r["x"]) for r in sweep.read(results) if r["seed"] == seed}
         if set(points(spec)) <= done:
@@ -108,12 +123,7 @@ def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
             | dict(SEED=str(seed), RUNS_DIR=str(scratch), RUN_ID=f"sweep-{time.time_ns()}")
         )
         export = tg.export
-
-        def replacement(trainer: tg.Trainer) -> Path:
-            sweep(trainer, env, spec, seed, results)
-            return export(trainer)
-
-        tg.export = replacement
+        tg.export = functools.partial(measured_export, export, env, spec, seed, results)
         try:
             if code := tg.main([], env):
                 sys.exit(code)
@@ -122,7 +132,8 @@ def run(spec: dict, results: Path, scratch: Path, share: tuple[int, int]):
 
 
 def curve(rows: list[dict], seed: int, variant: str) -> list[tuple[float, float]]:
-    """(log bytes, log gap) of one variant on one model, by size; points that lost nothing count as a gap of 1e-6."""
+    """(log bytes, log gap) of one variant on one model, by size; points that lost nothing count as
+    a gap of 1e-6."""
     return sorted(
         (math.log(r["bytes"]), math.log(max(r["gap"], 1e-6)))
         for r in rows
@@ -131,7 +142,8 @@ def curve(rows: list[dict], seed: int, variant: str) -> list[tuple[float, float]
 
 
 def table(spec: dict, rows: list[dict]) -> str:
-    """Gap at the reference's bytes and bytes at its gap, for each of its points inside the other's range."""
+    """Gap at the reference's bytes and bytes at its gap, for each of its points inside the other's
+    range."""
     reference, seeds = spec["reference"], spec["seeds"]
     columns = sorted({r["x"] for r in rows if r["variant"] == reference})
     lines = [

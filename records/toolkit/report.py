@@ -1,4 +1,5 @@
-"""One page about a run or a record: a single HTML file with its pictures inside, no script and nothing to load.
+"""One page about a run or a record: a single HTML file with its pictures inside, no script and
+nothing to load.
 
 Folders of other scripts are drawn as far as their logs go; what they do not say has no picture.
 """
@@ -118,7 +119,8 @@ def parsed_line(line: str) -> dict[str, Any]:
 
 
 def read_curves(folder: Path) -> list[Curve]:
-    """The run of a run folder or every seed of a record, anybody's. Raises ValueError when there is none."""
+    """The run of a run folder or every seed of a record, anybody's. Raises ValueError when there is
+    none."""
     if (folder / "log.txt").is_file():
         names = ("metrics.jsonl", "doc_loss.npy", "model.golf", "analysis.json")
         return [read_curve(folder / "log.txt", Beside(*(folder / name for name in names)))]
@@ -141,8 +143,8 @@ def read_curves(folder: Path) -> list[Curve]:
 
 
 def projection(curve: Curve) -> tuple[np.ndarray, np.ndarray] | None:
-    """Training loss to the end of the run: a straight line in log(step) through the second half of what
-    there is."""
+    """Training loss to the end of the run: a straight line in log(step) through the second half of
+    what there is."""
     points = np.array(
         [(step, loss) for step, loss in curve.train if step > 0 and 2 * step >= curve.train[-1][0]]
     )
@@ -215,7 +217,8 @@ def draw_phases(axes, curves: list[Curve]) -> bool:
 
 
 def stored_bytes(path: Path) -> dict[str, float]:
-    """Bytes of an artifact by role of its tensors: each stream is shared out by numbers of entries."""
+    """Bytes of an artifact by role of its tensors: each stream is shared out by numbers of
+    entries."""
     import train_gpt
 
     header, _ = train_gpt.unpack_artifact(path.read_bytes())
@@ -236,7 +239,8 @@ def stored_bytes(path: Path) -> dict[str, float]:
 
 
 def parts_of(curve: Curve) -> dict[str, float]:
-    """Bytes of code and of each part of the model; of the model as a whole when it cannot be opened."""
+    """Bytes of code and of each part of the model; of the model as a whole when it cannot be
+    opened."""
     whole = {"model": curve.model_bytes}
     try:
         model = stored_bytes(curve.artifact) if curve.artifact else whole
@@ -279,7 +283,8 @@ def draw_documents(axes, curves: list[Curve]) -> bool:
 
 
 def rounding_noise(path: Path) -> dict[str, float]:
-    """Of each quantised matrix: deviation of rounding to its levels, relative to its weights; clipping not counted."""
+    """Of each quantised matrix: deviation of rounding to its levels, relative to its weights;
+    clipping not counted."""
     import train_gpt
 
     _, tensors = train_gpt.unpack_artifact(path.read_bytes())
@@ -369,7 +374,8 @@ PICTURES: dict[str, tuple[Callable[..., bool], float]] = {  # title: (drawing, h
 
 
 def picture(title: str, curves: list[Curve]) -> str:
-    """One drawing as inline SVG; empty when there is nothing to draw. The same data give the same text."""
+    """One drawing as inline SVG; empty when there is nothing to draw. The same data give the same
+    text."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -387,7 +393,8 @@ def picture(title: str, curves: list[Curve]) -> str:
 
 
 def summary(curves: list[Curve]) -> str:
-    """A table of what matters, one line per run; columns of which no run says anything are left out."""
+    """A table of what matters, one line per run; columns of which no run says anything are left
+    out."""
     columns: dict[str, Callable[[Log], str]] = {
         "bits per byte": lambda g: f"{g.official.bpb:.4f}" if g.official else "",
         "nats per token": lambda g: f"{g.official.loss:.4f}" if g.official else "",

@@ -1,12 +1,14 @@
-"""What a way of scoring gains on the same trained models, document by document: then a table and a plot.
+"""What a way of scoring gains on the same trained models, document by document: then a table and a
+plot.
 
     python records/tools.py gains run SPEC.json       train each seed once and score what is missing
     python records/tools.py gains report SPEC.json    write table.md and plot.svg from results.jsonl
 
-SPEC.json: {"base": {knob: value}, "seeds": [..], "variants": {name: {"against": name, "knobs": {knob: value}}}}. A run
-of the base leaves one artifact per seed; every variant scores that very file in a process of its own. Gains are taken
-per document; the interval resamples documents after their losses were averaged over the seeds. Knobs of the base may
-use {NAME} for an environment variable.
+SPEC.json: {"base": {knob: value}, "seeds": [..], "variants": {name: {"against": name, "knobs":
+{knob: value}}}}. A run of the base leaves one artifact per seed; every variant scores that very
+file in a process of its own. Gains are taken per document; the interval resamples documents after
+their losses were averaged over the seeds. Knobs of the base may use {NAME} for an environment
+variable.
 """
 
 import re
@@ -41,7 +43,8 @@ def trained(spec: dict, seed: int, scratch: Path) -> Path:
 
 
 def measure(spec: dict, seed: int, name: str, artifact: Path) -> dict[str, Any]:
-    """Score one artifact in one way: bits per byte, seconds, inputs read and nats of each document."""
+    """Score one artifact in one way: bits per byte, seconds, inputs read and nats of each
+    document."""
     data = {
         k: v for k, v in sweep.filled(spec["base"]).items() if k in ("DATA_PATH", "TOKENIZER_PATH")
     }
@@ -88,7 +91,8 @@ def documents(results: dict[tuple[int, str], dict], seeds: list[int], name: str)
 
 
 def gain(spec: dict, results: dict[tuple[int, str], dict], name: str) -> dict[str, Any] | None:
-    """Gain of a variant over the one it stands against: interval over documents, and that of each seed."""
+    """Gain of a variant over the one it stands against: interval over documents, and that of each
+    seed."""
     against = spec["variants"][name].get("against")
     seeds = [s for s in spec["seeds"] if (s, name) in results and (s, against) in results]
     if not seeds:

@@ -1,6 +1,8 @@
-"""Make a record folder out of run folders: every number comes from what the runs left, nothing is typed in.
+"""Make a record folder out of run folders: every number comes from what the runs left, nothing is
+typed in.
 
-A folder appears whole or not at all: it is put together beside its place, judged by `check`, and then moved.
+A folder appears whole or not at all: it is put together beside its place, judged by `check`, and
+then moved.
 """
 
 import ast
@@ -151,7 +153,8 @@ def refuse(runs: list[Run], script: bytes, wanted: Wanted):
 
 
 def left_out(runs: list[Run]) -> list[str]:
-    """Names of finished runs beside the given ones that differ from them in nothing but the seed."""
+    """Names of finished runs beside the given ones that differ from them in nothing but the
+    seed."""
     used, found = {r.folder.resolve() for r in runs}, []
     for folder in sorted({p for r in runs for p in r.folder.resolve().parent.iterdir()} - used):
         try:
@@ -207,7 +210,8 @@ def hardware(log: Log) -> str:
 
 
 def submission(runs: list[Run], script: bytes, wanted: Wanted, date: str) -> dict[str, Any]:
-    """The generated submission.json: unknown is null, the score is the mean, deviations are those of a sample."""
+    """The generated submission.json: unknown is null, the score is the mean, deviations are those
+    of a sample."""
     logs = [r.log for r in runs]
     scores, losses = [g.official.bpb for g in logs], [g.official.loss for g in logs]
     several = len(runs) > 1
@@ -298,8 +302,8 @@ def exports(knobs: dict[str, Any]) -> list[str]:
 
 
 def launch_script(runs: list[Run], tiny: set[str]) -> str:
-    """A shell script with the exact settings. With an overlay, knobs that the overlay shrinks and those
-    that belong to a machine are left to it."""
+    """A shell script with the exact settings. With an overlay, knobs that the overlay shrinks and
+    those that belong to a machine are left to it."""
     first = runs[0]
     typed = {
         k: v["value"]
@@ -326,7 +330,8 @@ def launch_script(runs: list[Run], tiny: set[str]) -> str:
 
 LAUNCH = """\
 #!/usr/bin/env bash
-# The exact settings of these runs. Usage: ./launch.sh [SEED] [+OVERLAY], for example ./launch.sh +tiny
+# The exact settings of these runs. Usage: ./launch.sh [SEED] [+OVERLAY], for example ./launch.sh
+# +tiny
 # The text is looked for in DATA_PATH, then where the runs had it; +tiny is content with smoke/.
 set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")"
@@ -345,7 +350,8 @@ exec "${{PYTHON:-python}}" {start}
 
 
 def where_the_text_is(text: str) -> list[str]:
-    """Shell lines that find the runs' text in the repository; the embedded sample is built first."""
+    """Shell lines that find the runs' text in the repository; the embedded sample is built
+    first."""
     if text.endswith("/sample_sp1024"):
         return [
             f"  elif [ -f ../../../{text}/../../build_sample.py ]; then",
@@ -358,7 +364,8 @@ def where_the_text_is(text: str) -> list[str]:
 
 
 def text_folder(run: Run) -> str:
-    """Where the run's log says that its shards lay in the repository; empty when they lay elsewhere."""
+    """Where the run's log says that its shards lay in the repository; empty when they lay
+    elsewhere."""
     found = re.search(
         r"^val_loader:shards pattern=(data/[\w./-]+)/fineweb_val_\*\.bin ",
         read_ends(run.folder / "log.txt")[0],
@@ -368,7 +375,8 @@ def text_folder(run: Run) -> str:
 
 
 def places(run: Run, knob: str, repository: Path) -> list[Path]:
-    """Where a path that a run was given may lead to: as it is, from the repository, from the run."""
+    """Where a path that a run was given may lead to: as it is, from the repository, from the
+    run."""
     value = str(run.knobs.get(knob, {}).get("value", "auto"))
     if value in ("auto", ""):
         return []
@@ -385,8 +393,8 @@ def shards(folder: Path, split: str) -> list[Path]:
 
 
 def text_at_hand(run: Run, wanted: Wanted, repository: Path) -> tuple[Path, Path]:
-    """(folder of the runs' shards, their tokenizer), known by its hash. Raises ValueError that says what is
-    missing."""
+    """(folder of the runs' shards, their tokenizer), known by its hash. Raises ValueError that says
+    what is missing."""
     if wanted.data:
         folders = [wanted.data]
     else:
@@ -413,8 +421,8 @@ def text_at_hand(run: Run, wanted: Wanted, repository: Path) -> tuple[Path, Path
 
 
 def write_smoke(data: Path, tokenizer: Path, out: Path):
-    """A few tokens of the runs' own text, its tokenizer, and the bytes of its tokens where they have a file of their
-    own."""
+    """A few tokens of the runs' own text, its tokenizer, and the bytes of its tokens where they
+    have a file of their own."""
     out.mkdir()
     sidecars = sorted(data.glob("fineweb_val_bytes_*.bin"))[:1]
     for split, count in SMOKE_TOKENS.items():
@@ -425,7 +433,8 @@ def write_smoke(data: Path, tokenizer: Path, out: Path):
 
 
 def copy_head(shard: Path, out: Path, count: int):
-    """The first entries of a file of uint16 behind a header of 256 int32, whose third says how many."""
+    """The first entries of a file of uint16 behind a header of 256 int32, whose third says how
+    many."""
     header = np.fromfile(shard, "<i4", 256)
     entries = np.fromfile(shard, "<u2", count, offset=1024)
     header[2] = len(entries)
@@ -494,7 +503,8 @@ def draw(folder: Path):
 
 
 def shipped_code(runs: list[Run], script: Path) -> bytes:
-    """The code that the runs were counted with: what they kept of the script's packed form, else the script itself."""
+    """The code that the runs were counted with: what they kept of the script's packed form, else
+    the script itself."""
     source = script.read_bytes()
     kept = runs[0].folder / "submission" / "train_gpt.py"
     ran = [hashlib.sha256(source).hexdigest()]
@@ -504,7 +514,8 @@ def shipped_code(runs: list[Run], script: Path) -> bytes:
 
 
 def new(folders: list[Path], script: Path, records: Path, wanted: Wanted) -> Path:
-    """Make records/track_<track>/<date>_<name>/ and return it. Raises ValueError with every reason not to."""
+    """Make records/track_<track>/<date>_<name>/ and return it. Raises ValueError with every reason
+    not to."""
     runs = sorted((read_run(f) for f in folders), key=lambda r: r.log.seed)
     code = shipped_code(runs, script)
     refuse(runs, code, wanted)

@@ -1,10 +1,10 @@
-"""Many runs from one specification: results that outlive an interruption, then a table and a plot beside them.
+"""Many runs from one specification: results that outlive an interruption, then a table and a plot
+beside them.
 
 Used by ablate.py, quantisers.py and scoring_gains.py. Each of them has
 
-    run(spec, results, scratch, share)   append to results.jsonl what is missing of the I-th of N parts
-    known(results)                       read it
-    table(spec, found), plot(spec, found)
+    run(spec, results, scratch, share)   append to results.jsonl what is missing of the I-th of N
+    parts known(results)                       read it table(spec, found), plot(spec, found)
 """
 
 import json
@@ -37,7 +37,8 @@ def launch(knobs: dict[str, Any]) -> subprocess.CompletedProcess:
 
 
 def official(text: str) -> tuple[str, float, float] | None:
-    """(how it was scored, nats per token, bits per byte) of a run's official line; None when there is none."""
+    """(how it was scored, nats per token, bits per byte) of a run's official line; None when there
+    is none."""
     found = re.search(
         r"^final:official variant:(\S+) val_loss:(\S+) val_bpb:(\S+)", text, re.MULTILINE
     )
@@ -71,8 +72,8 @@ def subplots(*shape: int, **options):
 
 
 def perform(kind: ModuleType, spec_file: Path, scratch: Path, share: tuple[int, int] | None) -> str:
-    """Do what is missing of a share of the runs (None: nothing), then write table.md and plot.svg beside the
-    specification. Returns the table."""
+    """Do what is missing of a share of the runs (None: nothing), then write table.md and plot.svg
+    beside the specification. Returns the table."""
     spec = json.loads(spec_file.read_text(encoding="utf-8"))
     results = spec_file.with_name("results.jsonl")
     if share is not None:

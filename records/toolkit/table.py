@@ -10,7 +10,8 @@ EMPTY = "No record folders yet: `python records/tools.py new` makes one from fin
 
 
 def submissions(records: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """(folder, submission) of every record that `new` made, best first within a track and a text."""
+    """(folder, submission) of every record that `new` made, best first within a track and a
+    text."""
     found = [
         (p.parent, json.loads(p.read_text(encoding="utf-8")))
         for p in records.glob("track_*/*/submission.json")

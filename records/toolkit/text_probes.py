@@ -1,13 +1,14 @@
-"""Probes of an evaluation that know nothing of its method: texts go in, the loss of each target comes out.
+"""Probes of an evaluation that know nothing of its method: texts go in, the loss of each target
+comes out.
 
-An evaluation is a function look(tokens (N,), digests: bool) -> Seen. The probes run it on texts that differ where
-nothing scored so far may depend on it:
+An evaluation is a function look(tokens (N,), digests: bool) -> Seen. The probes run it on texts
+that differ where nothing scored so far may depend on it:
 
-suffix    what is not scored yet is replaced, documents keep their borders: no loss so far and no state may move
-schedule  the same with moved borders: a warning, for strategies that read lengths ahead
-target    one token takes every value: earlier losses stand still, and the probabilities of all values sum to one
-once      every target is banked exactly once
-documents reordered, the losses of each stay the same (where an evaluation isolates documents)
+suffix    what is not scored yet is replaced, documents keep their borders: no loss so far and no
+state may move schedule  the same with moved borders: a warning, for strategies that read lengths
+ahead target    one token takes every value: earlier losses stand still, and the probabilities of
+all values sum to one once      every target is banked exactly once documents reordered, the losses
+of each stay the same (where an evaluation isolates documents)
 """
 
 import math
@@ -43,8 +44,9 @@ def moved(a: np.ndarray, b: np.ndarray) -> float:
 def swap_unscored(
     look: Look, tokens: np.ndarray, seen: Seen, rng: np.random.Generator, move_borders: bool = False
 ) -> tuple[float, int, int]:
-    """Replace every token that is not scored yet at a random moment: after some batch, and some targets into each
-    window of the next. (largest change of a loss whose text stayed, states that changed, how many were compared)"""
+    """Replace every token that is not scored yet at a random moment: after some batch, and some
+    targets into each window of the next. (largest change of a loss whose text stayed, states that
+    changed, how many were compared)"""
     n, vocab = len(tokens) - 1, int(tokens.max()) + 1
     moment = int(rng.integers(seen.order.max() + 1))
     current = np.flatnonzero(seen.order == moment)
@@ -71,9 +73,9 @@ def swap_unscored(
 def swap_target(
     look: Look, tokens: np.ndarray, seen: Seen, at: int, vocab: int
 ) -> tuple[float, float]:
-    """Token `at` takes every value: (error of the sum of its probabilities, largest change of an earlier loss).
-    A BOS is a new border. Where borders steer what is learnt first, its probability cannot be seen in this way: then
-    only what the other values have above one is an error."""
+    """Token `at` takes every value: (error of the sum of its probabilities, largest change of an
+    earlier loss). A BOS is a new border. Where borders steer what is learnt first, its probability
+    cannot be seen in this way: then only what the other values have above one is an error."""
     before, target, chances, steered = 0.0, at - 1, np.zeros(vocab), False
     earlier = (seen.order < seen.order[target]) | (
         (seen.order == seen.order[target])
@@ -101,7 +103,8 @@ def swap_target(
 
 
 def reorder(look: Look, tokens: np.ndarray, rng: np.random.Generator) -> float:
-    """Largest change of a loss when documents come in another order. The text must begin and end with BOS."""
+    """Largest change of a loss when documents come in another order. The text must begin and end
+    with BOS."""
     borders = np.flatnonzero(tokens == BOS)
     order = rng.permutation(len(borders) - 1)
     other = np.concatenate([*(tokens[borders[i] : borders[i + 1]] for i in order), tokens[-1:]])
@@ -119,9 +122,10 @@ def audit(
     isolated: bool = False,
     tolerance: float = 2e-5,
 ) -> dict[str, Any]:
-    """Every probe of one evaluation of `tokens` (from BOS to BOS). `flags` names what failed, `warnings` what a
-    reviewer should know: it learns in another order than the text's, or by lengths read ahead. A difference counts when
-    it exceeds that of two equal runs and the tolerance in nats; a sum of probabilities when it is off by 1e-3."""
+    """Every probe of one evaluation of `tokens` (from BOS to BOS). `flags` names what failed,
+    `warnings` what a reviewer should know: it learns in another order than the text's, or by
+    lengths read ahead. A difference counts when it exceeds that of two equal runs and the tolerance
+    in nats; a sum of probabilities when it is off by 1e-3."""
     rng = np.random.default_rng(seed)
     seen, again = look(tokens, True), look(tokens, True)
     floor = moved(seen.losses, again.losses)
