@@ -1,18 +1,27 @@
 #!/usr/bin/env python3
-"""Train, export, reload and score a small language model whose artifact (code + weights) fits 16,000,000 bytes.
+"""Train, export, reload and score a small language model whose artifact, code
+and weights together, fits 16,000,000 bytes.
 
-One command, nothing to configure:   python train_gpt.py
-On a node with eight GPUs:           torchrun --standalone --nproc_per_node=8 train_gpt.py
-Every knob is an environment variable: python train_gpt.py --help
-Predict size and cost, then stop:    RUN_MODE=plan python train_gpt.py
-Score a finished artifact:           RUN_MODE=eval ARTIFACT=runs/<id>/model.golf python train_gpt.py
+Train and score, nothing to configure:
+    python train_gpt.py
+The same on eight GPUs:
+    torchrun --standalone --nproc_per_node=8 train_gpt.py
+List all knobs, which are environment variables:
+    python train_gpt.py --help
+Predict size and cost, then stop:
+    RUN_MODE=plan python train_gpt.py
+Score an artifact again:
+    RUN_MODE=eval ARTIFACT=runs/<id>/model.golf python train_gpt.py
 
-Sections: 0 imports · 1 Config · 2 Runtime · 3 Data and bytes · 4 Kernels · 5 Model · 6 Optimisation · 7 Quantisation ·
-8 Artifact · 9 Evaluation · 10 Training · 11 main.   Find one with: grep -n "^# ---- " train_gpt.py
+Sections: 0 imports · 1 Config · 2 Runtime · 3 Data and bytes · 4 Kernels ·
+5 Model · 6 Optimisation · 7 Quantisation · 8 Artifact · 9 Evaluation ·
+10 Training · 11 main.   Find one with: grep -n "^# ---- " train_gpt.py
 
-Shapes: B batch rows, T tokens of a row, C model width, H query heads, G key/value heads, D head width, V vocabulary,
-K stacked matrices of one shape. A *block* owns weights, a *slot* is one application of a block, a *step* is one
-optimiser update, a *micro-step* one forward/backward pass of it. Losses are in nats, scores in bits per byte of text.
+Shapes: B batch rows, T tokens of a row, C model width, H query heads, G
+key/value heads, D head width, V vocabulary, K stacked matrices of one shape. A
+*block* owns weights, a *slot* is one application of a block, a *step* is one
+optimiser update, a *micro-step* one forward/backward pass of it. Losses are in
+nats, scores in bits per byte of text.
 """
 
 # ---- 0 Imports ------------------------------------------------------------------------------------------------------
@@ -41,6 +50,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 import zlib
@@ -49,9 +59,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "0"
-)  # before torch: spinning threads starve each other on a busy machine
+# Before torch is imported: spinning threads starve each other on a busy machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import numpy as np
 import torch
@@ -61,7 +70,7 @@ from torch import Tensor, nn
 
 
 def optional_import(name: str):
-    """The module, or None when it is not installed; whoever needs it says so by name (see CODECS, Runtime.progress)."""
+    """The module, or None when it is not installed; whoever needs it says so by name."""
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
@@ -70,14 +79,13 @@ resource = optional_import("resource")  # not on every system
 tqdm = optional_import("tqdm")
 zstandard = optional_import("zstandard")
 
-SCRIPT = Path(
-    __file__
-).resolve()  # what is shipped; a wrapper (records/tools.py pack) imports this text as its own
+# What is shipped; a wrapper made by `records/tools.py pack` imports this text as its own.
+SCRIPT = Path(__file__).resolve()
 WRAPPED = __spec__ is not None and __spec__.origin != __file__
 
 
 class UserError(ValueError):
-    """A mistake in the input, one message each: printed as one line each, exit code 2, never a traceback."""
+    """Mistakes in the input, one message each: printed as one line each, exit code 2."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))
@@ -88,7 +96,7 @@ class OneRankFailed(UserError):
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot go on: printed with what to try, exit code 1, never a traceback."""
+    """A run that cannot go on: printed with what to try, exit code 1."""
 
 
 # ---- 1 Config: one field = one environment variable = one line of --help = one range check --------------------------
@@ -112,30 +120,34 @@ def knob(
 
 @dataclass(frozen=True)
 class RunConfig:
-    run_mode: str = knob("train", "do it all, predict, or score", choices=("train", "plan", "eval"))
-    run_id: str = knob("auto", "name of the folder under RUNS_DIR; auto = date, time and seed")
+    run_mode: str = knob(
+        "train",
+        "what to do: train, export and score; predict size and cost (plan); score ARTIFACT (eval)",
+        choices=("train", "plan", "eval"),
+    )
+    run_id: str = knob("auto", "name of the run's folder in RUNS_DIR; auto = date, time and seed")
     runs_dir: str = knob("runs", "folder that receives one folder per run")
     seed: int = knob(1337, "seed of initialisation and data order", 0, 2**31 - 1)
     device: str = knob(
-        "auto", "where to run; auto = CUDA when present", choices=("auto", "cpu", "cuda")
+        "auto", "hardware; auto = CUDA where present", choices=("auto", "cpu", "cuda")
     )
     resume: str = knob(
-        "none", "auto = go on from the run folder's checkpoint, if any", choices=("none", "auto")
+        "none",
+        "auto = go on from the last checkpoint in the run's folder, if there is one",
+        choices=("none", "auto"),
     )
-    artifact: str = knob("", "artifact file to score", needs="run_mode == eval")
+    artifact: str = knob("", "path of the artifact to score", needs="run_mode == eval")
     checkpoint_every: float = knob(
-        60.0, "time between checkpoints, 0 = none", 0, 86400, unit="seconds"
+        60.0, "time between two checkpoints; 0 = none", 0, 86400, unit="seconds"
     )
-    train_log_every: int = knob(200, "steps between two log lines", 1, 10**6, unit="steps")
+    train_log_every: int = knob(200, "steps between two lines of the log", 1, 10**6, unit="steps")
     val_loss_every: int = knob(
-        1000, "steps between two chunked validations, 0 = only the last", 0, 10**7, unit="steps"
+        1000, "steps between two validations; 0 = only the last", 0, 10**7, unit="steps"
     )
     allow_noncompliant: bool = knob(
-        False, "agree to what the competition does not admit; the run is marked throughout"
+        False, "agree to what the competition does not admit; the log is marked throughout"
     )
-    strict_env: bool = knob(
-        False, "turn warnings about unknown or ineffective variables into errors"
-    )
+    strict_env: bool = knob(False, "turn warnings about environment variables into errors")
 
 
 @dataclass(frozen=True)
@@ -1502,9 +1514,13 @@ def read_published(text: str, knob: str, pairs: list[str], values: dict[str, Any
 def translate(
     env: dict[str, str], values: dict[str, Any] | None = None
 ) -> tuple[dict[str, str], list[str], dict[str, str]]:
-    """Variables of published scripts in our words, given all values so far (the defaults).
+    """Variables of published scripts in our words, given all values so far (the defaults, and what `env` says of ours).
     Returns {OUR_NAME: text}, a line for each that cannot be honoured, and {OUR_NAME: THEIR_NAME}."""
-    values = values or {name: f.default for name, (_, f) in KNOBS.items()}
+    if values is None:
+        values = {name: f.default for name, (_, f) in KNOBS.items()}
+        set_knobs(
+            values, {}, {name: env[name.upper()] for name in KNOBS if name.upper() in env}, ""
+        )
     ours, notes, heard = {}, [], {}
     for name, (knob, pairs, why) in published_rules().items():
         text, own = env.get(name), name.lower() == knob
@@ -1666,26 +1682,41 @@ def ineffective(values: dict[str, Any], before: dict[str, Any], heard: dict[str,
     return notes
 
 
-def help_text(markdown: bool) -> str:
-    """Every knob with default, range and meaning, grouped; as text or as the README's table."""
-    lines = (
-        ["| knob | default | allowed | meaning |", "|---|---|---|---|"]
-        if markdown
-        else [__doc__.strip(), "", "Presets (join with +): " + ", ".join(PRESETS), ""]
-    )
-    form = "| `{}` | `{}` | {} | {} |" if markdown else "  {}={}  ({})\n      {}"
+def knob_row(f) -> tuple[str, str, str, str]:
+    """Name, default, allowed values and meaning of a knob, as help shows them."""
+    m, default = f.metadata, int(f.default) if type(f.default) is bool else f.default
+    meaning = m["doc"] + (f" [{m['unit']}]" if m["unit"] else "")
+    if m["needs"]:
+        meaning += f"; needs {shown_needs(m['needs'])}"
+    if m["source"]:
+        meaning += f"; source: {m['source']}"
+    return f.name.upper(), str(default), allowed(f), meaning
+
+
+def help_markdown() -> str:
+    """Every knob as a row of the README's table."""
+    rows = [
+        "| `{}` | `{}` | {} | {} |".format(*knob_row(f))
+        for cls in GROUPS.values()
+        for f in fields(cls)
+    ]
+    return "\n".join(["| knob | default | allowed | meaning |", "|---|---|---|---|", *rows])
+
+
+def help_text() -> str:
+    """What the script is, its presets, and every knob in its group, in 80 columns."""
+    systems, overlays = (", ".join(table) for table in (SYSTEMS, OVERLAYS))
+    presets = [f"Systems: {systems}.", f"Overlays: {overlays}, as in PRESET=phased_ttt+cpu."]
+    lines = [__doc__.strip(), ""]
+    lines += [line for text in presets for line in textwrap.wrap(text, 80)]
     for group, cls in GROUPS.items():
-        lines += [] if markdown else [f"{group}:"]
+        lines += ["", f"-- {group} " + "-" * (76 - len(group))]
         for f in fields(cls):
-            m, default = f.metadata, int(f.default) if type(f.default) is bool else f.default
-            extra = "".join(
-                [
-                    f" [{m['unit']}]" if m["unit"] else "",
-                    f"; needs {shown_needs(m['needs'])}" if m["needs"] else "",
-                    f"; source: {m['source']}" if m["source"] else "",
-                ]
+            name, default, can_be, meaning = knob_row(f)
+            lines.append(f"  {name}={default}")
+            lines += textwrap.wrap(
+                f"{can_be}: {meaning}", 74, initial_indent=" " * 6, subsequent_indent=" " * 6
             )
-            lines.append(form.format(f.name.upper(), default, allowed(f), m["doc"] + extra))
     return "\n".join(lines)
 
 
@@ -7279,7 +7310,7 @@ def main(argv: list[str], env: dict[str, str]) -> int:
     if argv and argv[0] in ("-h", "--help", "--help=md"):
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
-        print(help_text(markdown=argv[0] == "--help=md"))
+        print(help_markdown() if argv[0] == "--help=md" else help_text())
         return 0
     cfg = rt = None
     main_rank = env.get("RANK", "0") == "0"

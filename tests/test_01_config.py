@@ -86,6 +86,18 @@ def test_every_knob_has_a_sentence_and_a_check():
     assert not [n for n, m in META.items() if len(m["doc"].split()) < 2]
 
 
+def test_every_sentence_stands_alone():
+    """Finding M6: messages quote a knob's sentence out of context, so it may not point at the one before."""
+    pointing = re.compile(
+        r"^(?:that|this|these|those|its|their|his|it|they|them|same|such|how much of)\b"
+        r"|\b(?:that of (?:the )?(?:heads|tables|embeddings)|of it|get one|this many|the above)\b|, instead\b"
+    )
+    odd = {name: meta["doc"] for name, meta in META.items() if pointing.search(meta["doc"])}
+    assert not odd, odd
+    line = errors(TABLE_LR="99")[0]
+    assert line == f"TABLE_LR=99: want 0 to 10 ({META['table_lr']['doc']})"
+
+
 def bad_values(name: str) -> list[str]:
     """Texts that a knob must refuse, derived from nothing but its declaration."""
     meta, kind = META[name], KIND[name]
@@ -329,7 +341,6 @@ SAME = dict(  # what all five commands say, in our words; everything else is pha
     smear_gate="D",
     softcap="shifted",
     lqer_rank=4,
-    lqer_top=3,
     codec="rans",
     ttt="phased",
     ttt_lora_rank=80,
@@ -455,6 +466,10 @@ def test_help_lists_every_knob_once_and_needs_no_data(tmp_path):
     listed = re.findall(r"^\s*([A-Z][A-Z0-9_]*)=(\S*)", done.out, re.MULTILINE)
     assert sorted(name for name, _ in listed) == sorted(name.upper() for name in KNOBS)
     assert dict(listed)["MATRIX_LR"] == "0.04" and not list(tmp_path.iterdir())
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert all(f"-- {group} -" in done.out for group in train_gpt.GROUPS)
+    plain = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert run_script(args=["--help"], cwd=tmp_path, **plain).code == 0
 
 
 def test_markdown_help_is_a_table_and_the_readme_holds_it():

@@ -44,7 +44,6 @@ BOTH = dict(
     adam_wd=0.0,
     grad_clip_norm=0.0,
     averaging="none",
-    clip_quantile=0.9999984,
     artifact_budget_bytes=16_000_000,
 )
 PUBLISHED = {

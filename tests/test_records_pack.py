@@ -86,7 +86,7 @@ def test_help_is_that_of_the_script(wrapper, tmp_path):
     done = subprocess.run(
         [sys.executable, str(wrapper), "--help"], env=env, capture_output=True, text=True
     )
-    assert done.stdout == train_gpt.help_text(markdown=False) + "\n"
+    assert done.stdout == train_gpt.help_text() + "\n"
 
 
 STUB = """import inspect
