@@ -463,7 +463,7 @@ def test_unknown_variables_of_a_known_family_are_named():
 def test_help_lists_every_knob_once_and_needs_no_data(tmp_path):
     done = run_script(args=["--help"], cwd=tmp_path, DATA_PATH="nowhere", RUNS_DIR="nowhere")
     assert done.code == 0 and done.err == ""
-    listed = re.findall(r"^\s*([A-Z][A-Z0-9_]*)=(\S*)", done.out, re.MULTILINE)
+    listed = re.findall(r"^  ([A-Z][A-Z0-9_]*)=(\S*)", done.out, re.MULTILINE)
     assert sorted(name for name, _ in listed) == sorted(name.upper() for name in KNOBS)
     assert dict(listed)["MATRIX_LR"] == "0.04" and not list(tmp_path.iterdir())
     assert max(map(len, done.out.splitlines())) <= 80
