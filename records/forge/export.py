@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from . import ForgeError
+from .processes import located
 from .standing import gain_of, label
 from .view import View
 
@@ -27,6 +28,13 @@ def run_folders(view: View, confirmed: dict) -> list[str]:
             )
         found.append(str(folder))
     return found
+
+
+def text_folder(view: View, change: dict) -> str:
+    """The folder of the text that the runs were trained on; empty for the script's own choice."""
+    env = located(view.config["base"], view.script(change))
+    data = env.get("DATA_PATH", "auto")
+    return "" if data == "auto" else data
 
 
 def export(view: View, track: str, title: str, author: str, out: Path | None = None) -> str:
@@ -53,6 +61,8 @@ def export(view: View, track: str, title: str, author: str, out: Path | None = N
     command += ["--name", name, "--track", track, "--blurb", blurb]
     command += ["--script", str(view.script(change))]
     command += ["--author", author] if author else []
+    if text := text_folder(view, change):
+        command += ["--data", text]
     command += ["--records", str(out)] if out else []
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
