@@ -4525,9 +4525,10 @@ class WeightedSWA(SWA):
 AVERAGERS = {"none": LastWeights, "ema": EMA, "swa": SWA, "iw_swa": WeightedSWA}
 
 
-# ---- 7 Quantisation -------------------------------------------------------------------------------------------------
+# ---- 7 Quantisation ------------------------------------------------------------------------------
 class QTensor(NamedTuple):
-    """A tensor as it is stored: floats of any shape, or int8 levels (m,n) that mean multiples of a step."""
+    """A tensor as it is stored: floats of any shape, or int8 levels (m,n) that mean multiples of a
+    step."""
 
     values: Tensor
     scale: Tensor | None = None  # (m,) fp16, the step of each row
@@ -4559,8 +4560,8 @@ class Cast(NamedTuple):
 
 
 class RoundToNearest(NamedTuple):
-    """Symmetric uniform levels -top..top, top = 2^(bits-1) - 1, of a step for each row; what the largest level stands
-    for is the clip."""
+    """Symmetric uniform levels -top..top, top = 2^(bits-1) - 1, of a step for each row; what the
+    largest level stands for is the clip."""
 
     bits: int
     clip: str = "quantile"  # see CLIPS
@@ -4574,13 +4575,14 @@ class RoundToNearest(NamedTuple):
         return 2 ** (self.bits - 1) - 1
 
     def scale(self, w: Tensor, hessian: Tensor | None = None) -> Tensor:
-        """Steps (m,) of the rows of w (m,n), each a normal fp16 number (kept as fp32), never zero or infinite."""
+        """Steps (m,) of the rows of w (m,n), each a normal fp16 number (kept as fp32), never zero
+        or infinite."""
         clip = CLIPS[self.clip](self, w, hessian).clamp(min=self.floor)
         return rounded_to_half(clip / self.top)
 
     def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
-        """w (m,n) fp32 -> levels and fp16 scales; hessian (n,n), the second moment of what w reads, if it is known.
-        The error is at most half a scale inside the clip."""
+        """w (m,n) fp32 -> levels and fp16 scales; hessian (n,n), the second moment of what w reads,
+        if it is known. The error is at most half a scale inside the clip."""
         scale = self.scale(w, hessian)
         levels = (w / scale[:, None]).round().clamp(-self.top, self.top)
         return QTensor(levels.to(torch.int8), scale.half())
@@ -4592,8 +4594,9 @@ def nearest(rule: Cast | RoundToNearest) -> Cast | RoundToNearest:
 
 
 class GPTQ(RoundToNearest):
-    """The same grid, rounded column by column, largest inputs first, each column making up for the errors of those
-    before it; without a Hessian the nearest levels. Source: arXiv 2210.17323. Knob: ROUNDING."""
+    """The same grid, rounded column by column, largest inputs first, each column making up for the
+    errors of those before it; without a Hessian the nearest levels. Source: arXiv 2210.17323. Knob:
+    ROUNDING."""
 
     BLOCK = 128  # columns that are searched together
     AHEAD = 0  # of them, how many only to look ahead
@@ -4601,8 +4604,8 @@ class GPTQ(RoundToNearest):
     TRELLIS = False  # whether levels mean half steps too
 
     def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
-        """As RoundToNearest.fit, with less error in what comes out of the matrix. Columns whose input is always zero
-        become zero."""
+        """As RoundToNearest.fit, with less error in what comes out of the matrix. Columns whose
+        input is always zero become zero."""
         if hessian is None or not hessian.any():
             return super().fit(w)
         scale = self.scale(w, hessian)
@@ -4622,7 +4625,8 @@ class GPTQ(RoundToNearest):
         return hessian.diagonal().argsort(descending=True, stable=True)
 
     def inverse_root(self, hessian: Tensor) -> Tensor:
-        """(n,n) fp32, upper: row j over its diagonal says how columns after j make up for an error in column j."""
+        """(n,n) fp32, upper: row j over its diagonal says how columns after j make up for an error
+        in column j."""
         h = hessian.double()
         h = h + self.DAMPING * h.diagonal().mean() * torch.eye(
             len(h), dtype=h.dtype, device=h.device
@@ -4635,8 +4639,8 @@ class GPTQ(RoundToNearest):
         return None
 
     def rounded(self, rest: Tensor, steps: Tensor, upper: Tensor, dead: Tensor) -> Tensor:
-        """Levels (m,n), a block of columns at a time. Overwrites `rest`, the weights (m,n), with what remains to be
-        rounded. steps (m,n), upper (n,n), dead (n,) bool."""
+        """Levels (m,n), a block of columns at a time. Overwrites `rest`, the weights (m,n), with
+        what remains to be rounded. steps (m,n), upper (n,n), dead (n,) bool."""
         levels = torch.zeros_like(rest)
         state = torch.zeros(len(rest), dtype=torch.int64, device=rest.device)
         start, columns = 0, rest.size(1)
@@ -4660,7 +4664,8 @@ class GPTQ(RoundToNearest):
     def search(
         self, rest: Tensor, steps: Tensor, upper: Tensor, dead: Tensor, state: Tensor
     ) -> Tensor:
-        """Levels (m,b) of a block: rest and steps (m,b), upper (b,b), dead (b,), state (m,) before the block."""
+        """Levels (m,b) of a block: rest and steps (m,b), upper (b,b), dead (b,), state (m,) before
+        the block."""
         rest, levels = rest.clone(), torch.zeros_like(rest)
         for j in range(rest.size(1)):
             levels[:, j] = (rest[:, j] / steps[:, j]).round().clamp(-self.top, self.top)
@@ -4675,8 +4680,9 @@ CHECKS = (0o23, 0o04)  # its parity checks; source: Ungerboeck 1982, table I
 
 @functools.cache
 def trellis() -> tuple[Tensor, Tensor]:
-    """(next (S,2), half (S,)): a state with half = 1 shifts its levels by half a step; whether a level is even or odd
-    leads to the next state. A systematic feedback shift register whose lowest bit is `half`."""
+    """(next (S,2), half (S,)): a state with half = 1 shifts its levels by half a step; whether a
+    level is even or odd leads to the next state. A systematic feedback shift register whose lowest
+    bit is `half`."""
     table = torch.zeros(STATES, 2, dtype=torch.int64)
     for state in range(STATES):
         for odd in (0, 1):
@@ -4690,8 +4696,8 @@ def trellis() -> tuple[Tensor, Tensor]:
 
 
 def half_steps(levels: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Levels (m,n) -> (fp32 multiples of the step, last states (m,)): each row walks through the trellis from its
-    state, or from state 0."""
+    """Levels (m,n) -> (fp32 multiples of the step, last states (m,)): each row walks through the
+    trellis from its state, or from state 0."""
     after, half = (t.to(levels.device) for t in trellis())
     odd = (levels.long() & 1).T.contiguous()
     units = levels.to(torch.float32, copy=True)
@@ -4704,12 +4710,13 @@ def half_steps(levels: Tensor, state: Tensor | None = None) -> tuple[Tensor, Ten
 
 
 class Trellis(GPTQ):
-    """GPTQ with two more ideas. Columns have steps of their own, in proportion to how well later columns make up for an
-    error: what an entropy coder pays for a column is then what the column is worth. And the grid is finer by half while
-    levels cost what whole steps cost: the path through a trellis decides which half of the points a level may mean. The
-    best path is searched, each survivor with corrections of its own. Together they take two thirds of the 0.25 bit that
-    scalar levels leave above the rate-distortion bound.
-    Sources: WaterSIC, arXiv 2603.04956; trellis-coded quantisation, Marcellin and Fischer 1990."""
+    """GPTQ with two more ideas. Columns have steps of their own, in proportion to how well later
+    columns make up for an error: what an entropy coder pays for a column is then what the column is
+    worth. And the grid is finer by half while levels cost what whole steps cost: the path through a
+    trellis decides which half of the points a level may mean. The best path is searched, each
+    survivor with corrections of its own. Together they take two thirds of the 0.25 bit that scalar
+    levels leave above the rate-distortion bound. Sources: WaterSIC, arXiv 2603.04956; trellis-coded
+    quantisation, Marcellin and Fischer 1990."""
 
     BLOCK, AHEAD, TRELLIS = 64, 16, True
     REACH = 127  # the largest level: an entropy coder asks no price for levels that are not used
@@ -4718,8 +4725,8 @@ class Trellis(GPTQ):
         return torch.arange(len(hessian), device=hessian.device)
 
     def columns(self, upper: Tensor, units: Tensor, dead: Tensor) -> Tensor:
-        """The geometric mean of columns that are read is 1, so they cost no bits, unless some must be larger lest a
-        level be out of reach."""
+        """The geometric mean of columns that are read is 1, so they cost no bits, unless some must
+        be larger lest a level be out of reach."""
         d = upper.diagonal()
         factors = (d / d[~dead].log().mean().exp()).masked_fill(dead, 1)
         return rounded_to_half(
@@ -4732,8 +4739,8 @@ class Trellis(GPTQ):
     def search(
         self, rest: Tensor, steps: Tensor, upper: Tensor, dead: Tensor, state: Tensor
     ) -> Tensor:
-        """As GPTQ.search (Viterbi's algorithm). A survivor's row holds its levels in the columns that it has passed and
-        what remains to be rounded in the others."""
+        """As GPTQ.search (Viterbi's algorithm). A survivor's row holds its levels in the columns
+        that it has passed and what remains to be rounded in the others."""
         after, half = (t.to(rest.device) for t in trellis())
         into = after.flatten().argsort(stable=True).view(STATES, 2)  # two ways into every state
         source, odd = into // 2, into % 2
@@ -4773,8 +4780,8 @@ def row_quantile(a: Tensor, q: float) -> Tensor:
 
 
 def best_quantile(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tensor:
-    """Per row the one of five quantiles whose levels have the least error, weighted by the inputs' size if known.
-    Source: GPTQ-lite, PR 374, whose code chose per matrix."""
+    """Per row the one of five quantiles whose levels have the least error, weighted by the inputs'
+    size if known. Source: GPTQ-lite, PR 374, whose code chose per matrix."""
     weight = w.new_ones(w.size(1)) if hessian is None else hessian.diagonal()
     clips = torch.stack([row_quantile(w.abs(), q) for q in (0.999, 0.9995, 0.9999, 0.99999, 1.0)])
     scales = (clips / rule.top).clamp(min=2**-14)[:, :, None]
@@ -4797,8 +4804,9 @@ CLIPS: dict[str, Callable[[RoundToNearest, Tensor, Tensor | None], Tensor]] = {
 
 
 def rounded_to_half(x: Tensor) -> Tensor:
-    """Positive fp32 as the nearest normal finite fp16 number, ties to even, still as fp32. In integer arithmetic,
-    because a compiler may drop a cast to fp16 and back, and the training grid would then differ from the exported."""
+    """Positive fp32 as the nearest normal finite fp16 number, ties to even, still as fp32. In
+    integer arithmetic, because a compiler may drop a cast to fp16 and back, and the training grid
+    would then differ from the exported."""
     bits = x.clamp(2**-14, 49152).view(torch.int32)
     drop = 23 - 10  # mantissa bits of the two types
     rounded = bits + (1 << drop - 1) - 1 + (bits >> drop & 1)
@@ -4827,9 +4835,9 @@ Hessians = dict[nn.Parameter, Tensor]  # second moments (n,n) of what matrices r
 
 
 class FakeQuant(nn.Module):
-    """Weight site: in the forward the values on the export grid bit for bit, in the backward the identity. `on` is a
-    tensor, so switching it mid-run takes effect inside a compiled graph. RULES keep the export on the same grid.
-    Knobs: QAT, QAT_START_FRAC."""
+    """Weight site: in the forward the values on the export grid bit for bit, in the backward the
+    identity. `on` is a tensor, so switching it mid-run takes effect inside a compiled graph. RULES
+    keep the export on the same grid. Knobs: QAT, QAT_START_FRAC."""
 
     def __init__(self, rule: Cast | RoundToNearest):
         super().__init__()
@@ -4871,8 +4879,8 @@ def weighted_error(w: Tensor, t: QTensor, hessian: Tensor | None) -> float:
 
 
 def harm_ratio(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> float:
-    """Weighted error of the rule over that of the nearest levels, on up to 64 rows of w (m,n): how much of the harm of
-    plain rounding remains."""
+    """Weighted error of the rule over that of the nearest levels, on up to 64 rows of w (m,n): how
+    much of the harm of plain rounding remains."""
     if hessian is None or not hessian.any():
         return 1.0
     rows = w[:: -(-len(w) // 64)]
@@ -4884,9 +4892,9 @@ LQER_TOP = 3  # matrices that get a correction, as published
 
 
 def corrected(w: Tensor, t: QTensor, hessian: Tensor | None, rank: int) -> QTensor:
-    """t with a correction of low rank in four bits. The errors are weighted by the root of the inputs' second moment
-    before the singular value decomposition; the second factor is solved for when the first has been rounded.
-    Sources: LQER, arXiv 2402.02446; PR 1797. Knob: LQER_RANK."""
+    """t with a correction of low rank in four bits. The errors are weighted by the root of the
+    inputs' second moment before the singular value decomposition; the second factor is solved for
+    when the first has been rounded. Sources: LQER, arXiv 2402.02446; PR 1797. Knob: LQER_RANK."""
     rule, error = RoundToNearest(4), (w - t.dequant()).double()
     root = torch.eye(w.size(1), dtype=torch.float64, device=w.device)
     if hessian is not None and hessian.any():
@@ -4899,8 +4907,9 @@ def corrected(w: Tensor, t: QTensor, hessian: Tensor | None, rank: int) -> QTens
 
 
 def correctable(w: Tensor, t: QTensor, hessian: Tensor | None, rank: int) -> float:
-    """The most weighted error that any correction of this rank can remove. It removes at most the largest eigenvalues of
-    E H E^T, whose sum is at most the root of `rank` times the sum of all squares, tr((E^T E H)^2)."""
+    """The most weighted error that any correction of this rank can remove. It removes at most the
+    largest eigenvalues of E H E^T, whose sum is at most the root of `rank` times the sum of all
+    squares, tr((E^T E H)^2)."""
     e = w - t.dequant()
     moment = e.T @ (e if hessian is None else e @ hessian)
     return math.sqrt(rank * max(0.0, float((moment * moment.T).sum())))
@@ -4912,7 +4921,8 @@ def corrections(
     hessians: dict[str, Tensor | None],
     rank: int,
 ) -> dict[str, QTensor]:
-    """The LQER_TOP matrices that gain most, corrected. Only those that might be among them are decomposed."""
+    """The LQER_TOP matrices that gain most, corrected. Only those that might be among them are
+    decomposed."""
     wide = {name: (w, tensors[name], hessians[name]) for name, w in weights.items()}
     wide = {name: found for name, found in wide.items() if min(found[0].shape) > rank}
     most = {name: correctable(*found, rank) for name, found in wide.items()}
@@ -4930,7 +4940,8 @@ def corrections(
 def quantise(
     model: GPT, cfg: QuantConfig, hessians: Hessians | None = None, rules: Rules | None = None
 ) -> dict[str, QTensor]:
-    """Every parameter through its rule (that of its tag unless told otherwise), on the CPU in the end."""
+    """Every parameter through its rule (that of its tag unless told otherwise), on the CPU in the
+    end."""
     rules = rules or rules_by_tag(model, cfg)
     weights = {name: p.detach().float() for name, p in model.exported().items()}
     seen = {name: (hessians or {}).get(p) for name, p in model.exported().items()}
@@ -4954,13 +4965,14 @@ def rules_by_tag(model: GPT, cfg: QuantConfig) -> Rules:
 
 
 def finest(rule: RoundToNearest) -> float:
-    """The factor by which a grid by standard deviations becomes one of eight bits that still reaches six of them."""
+    """The factor by which a grid by standard deviations becomes one of eight bits that still
+    reaches six of them."""
     return min(1.0, 6 / 127 * rule.top / rule.sigmas)
 
 
 def rescaled(rule: Cast | RoundToNearest, factor: float) -> Cast | RoundToNearest:
-    """A grid by standard deviations with steps times a factor, no less than the finest; more levels where clips would
-    come below six of them."""
+    """A grid by standard deviations with steps times a factor, no less than the finest; more levels
+    where clips would come below six of them."""
     if isinstance(rule, Cast):
         return rule
     step = max(factor, finest(rule)) / rule.top
@@ -4972,9 +4984,10 @@ def rescaled(rule: Cast | RoundToNearest, factor: float) -> Cast | RoundToNeares
 
 
 def allocated(model: GPT, cfg: QuantConfig, harms: dict[str, float]) -> Rules:
-    """The rules by tag with steps such that one more byte helps every matrix alike. harms: what the rounding of each
-    costs now. A step's factor f multiplies harm by f^2 and saves log2 f bits per weight, so f^2 is proportional to
-    weights per harm; factors are kept within 1/4 (or the finest) and 4, their bits cancel out. Knob: ALLOCATION."""
+    """The rules by tag with steps such that one more byte helps every matrix alike. harms: what the
+    rounding of each costs now. A step's factor f multiplies harm by f^2 and saves log2 f bits per
+    weight, so f^2 is proportional to weights per harm; factors are kept within 1/4 (or the finest)
+    and 4, their bits cancel out. Knob: ALLOCATION."""
     rules = rules_by_tag(model, cfg)
     if not harms:
         return rules
@@ -4998,10 +5011,10 @@ def allocated(model: GPT, cfg: QuantConfig, harms: dict[str, float]) -> Rules:
     return {name: rescaled(rule, math.exp(logs.get(name, 0.0))) for name, rule in rules.items()}
 
 
-# ---- 8 Artifact: a self-describing file, safe to read from strangers ------------------------------------------------
+# ---- 8 Artifact: a self-describing file, safe to read from strangers ------------------------------
 class Codec(NamedTuple):
-    """A byte compressor. `unpack(data, size)` returns at most `size` bytes, whatever the data claims, and takes little
-    more memory than these; it may raise anything on damaged data."""
+    """A byte compressor. `unpack(data, size)` returns at most `size` bytes, whatever the data
+    claims, and takes little more memory than these; it may raise anything on damaged data."""
 
     number: int  # identifies it in the file
     pack: Callable[[bytes], bytes]
@@ -5030,19 +5043,20 @@ RANS_BITS = 14  # probabilities are multiples of 2^-14; states lie in [2^16, 2^3
 RANS_HEAD = struct.Struct(
     "<IBIB"
 )  # symbols, index of the cut, bytes of side information, least symbol
-RANS_CUTS = ((1 << 32, 1), (1024, 8), (256, 16))  # symbols of a lane that share a class; classes
+RANS_CUTS = ((1 << 32, 1), (1024, 8), (256, 16))  # symbols of a lane in a class; classes
 
 
 def rans_lanes(count: int) -> tuple[int, int, int]:
-    """(lanes, symbols of the longest, lanes of that length): enough for numpy to be fast, so few that states cost
-    little."""
+    """(lanes, symbols of the longest, lanes of that length): enough for numpy to be fast, so few
+    that states cost little."""
     lanes = min(4096, max(1, count // 8192))
     longest = -(-count // lanes)
     return lanes, longest, count - lanes * (longest - 1)
 
 
 def rans_grid(symbols: np.ndarray) -> tuple[np.ndarray, int]:
-    """(grid (longest, lanes), lanes of full length): column j is lane j's consecutive piece of the symbols."""
+    """(grid (longest, lanes), lanes of full length): column j is lane j's consecutive piece of the
+    symbols."""
     lanes, longest, full = rans_lanes(len(symbols))
     grid = np.zeros((lanes, longest), symbols.dtype)
     grid[:full] = symbols[: full * longest].reshape(full, longest)
@@ -5051,7 +5065,8 @@ def rans_grid(symbols: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def rans_frequencies(counts: np.ndarray) -> np.ndarray:
-    """Counts (classes, symbols) -> whole numbers whose rows sum to 2^14, at least 1 where a count is."""
+    """Counts (classes, symbols) -> whole numbers whose rows sum to 2^14, at least 1 where a count
+    is."""
     sums = np.maximum(counts.sum(1, keepdims=True), 1)
     room = (1 << RANS_BITS) - (counts > 0).sum(1, keepdims=True)
     table = np.maximum(np.rint(counts * room / sums), counts > 0)
@@ -5099,9 +5114,9 @@ def rans_model(grid: np.ndarray, full: int, cut: int) -> RansModel:
 
 
 def rans_pack(data: bytes) -> bytes:
-    """Asymmetric numeral systems with static tables, many lanes at once. Blocks of symbols belong to classes with a
-    histogram each, so that rows, columns and matrices of different spread are coded apart; the cheapest cut is taken.
-    Source: arXiv 1311.2540."""
+    """Asymmetric numeral systems with static tables, many lanes at once. Blocks of symbols belong
+    to classes with a histogram each, so that rows, columns and matrices of different spread are
+    coded apart; the cheapest cut is taken. Source: arXiv 1311.2540."""
     if not data:
         return RANS_HEAD.pack(0, 0, 0, 0)
     symbols = np.frombuffer(data, np.uint8) ^ 128  # signed numbers in order
@@ -5139,8 +5154,8 @@ def rans_tables(side: bytes, blocks: int, lanes: int, cut: int) -> tuple[np.ndar
 
 
 def rans_unpack(data: bytes, size: int) -> bytes:
-    """Inverse of rans_pack. Raises ValueError, struct.error or zlib.error when the data cannot be right, more than
-    `size` bytes included."""
+    """Inverse of rans_pack. Raises ValueError, struct.error or zlib.error when the data cannot be
+    right, more than `size` bytes included."""
     count, cut, length, least = RANS_HEAD.unpack_from(data)
     if not count:
         return b""
@@ -5180,7 +5195,8 @@ def rans_unpack(data: bytes, size: int) -> bytes:
 
 
 def shuffled(data: bytes) -> bytes:
-    """First every even byte, then every odd one, so that the halves of fp16 numbers lie together."""
+    """First every even byte, then every odd one, so that the halves of fp16 numbers lie
+    together."""
     return data[::2] + data[1::2]
 
 
@@ -5220,7 +5236,8 @@ CODECS = {
 
 
 class Packing(NamedTuple):
-    """What CODEC stands for: the codecs and orders to try on levels, and the codecs for all else; the smallest wins."""
+    """What CODEC stands for: the codecs and orders to try on levels, and the codecs for all else;
+    the smallest wins."""
 
     levels: tuple[str, ...]
     rest: tuple[str, ...]
@@ -5312,8 +5329,9 @@ def packed_stream(key: str, arrays: list[np.ndarray], packing: Packing) -> tuple
 
 
 def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], packing: Packing) -> bytes:
-    """Serialise: prefix, packed JSON header, one packed stream per kind of number, sha256 of all before it.
-    Values of equal type lie in one stream in the order of the header, which lets the codec see them together."""
+    """Serialise: prefix, packed JSON header, one packed stream per kind of number, sha256 of all
+    before it. Values of equal type lie in one stream in the order of the header, which lets the
+    codec see them together."""
     entries = [described(name, t) for name, t in tensors.items()]
     arrays: dict[str, list[np.ndarray]] = {}
     for entry, t in zip(entries, tensors.values()):
@@ -5372,7 +5390,8 @@ def unpack_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def stored_entries(header: dict[str, Any]) -> list[Entry]:
-    """The tensors that a header describes. Raises ValueError and its like when it describes none."""
+    """The tensors that a header describes. Raises ValueError and its like when it describes
+    none."""
     entries = [Entry(*line) for line in header["tensors"]]
     if len({entry.name for entry in entries}) < len(entries):
         raise ValueError("a tensor's name appears twice")
@@ -5391,8 +5410,9 @@ def stored_entries(header: dict[str, Any]) -> list[Entry]:
 
 
 def unpack_tensors(header: dict[str, Any], body: bytes) -> dict[str, QTensor]:
-    """The tensors behind a header. Executes nothing from the file; before any memory is taken, every stream must be
-    exactly as long as its tensors, and every byte of the file must belong to a stream. Raises UserError."""
+    """The tensors behind a header. Executes nothing from the file; before any memory is taken,
+    every stream must be exactly as long as its tensors, and every byte of the file must belong to a
+    stream. Raises UserError."""
     with malformed():
         entries, needed = stored_entries(header), collections.Counter()
         for key, shape in (part for entry in entries for part in entry.parts()):
@@ -5418,7 +5438,8 @@ def unpack_tensors(header: dict[str, Any], body: bytes) -> dict[str, QTensor]:
 
 
 def taken(entry: Entry, streams: dict[str, memoryview], by_columns: set[str]) -> QTensor:
-    """Cut the next tensor off the streams. Raises ValueError, of numbers that are not finite too."""
+    """Cut the next tensor off the streams. Raises ValueError, of numbers that are not finite
+    too."""
     parts = []
     for key, shape in entry.parts():
         kind = NUMPY_TYPES[STREAMS[key]]
@@ -5467,7 +5488,8 @@ class Packer(NamedTuple):
         return pack_artifact(tensors, self.header, PACKINGS[self.cfg.codec])
 
     def expected(self, rules: Rules) -> float:
-        """Bytes of the artifact by the entropy of a few of its levels: good enough to begin the search with."""
+        """Bytes of the artifact by the entropy of a few of its levels: good enough to begin the
+        search with."""
         total = 0.0
         for name, p in self.model.exported().items():
             if isinstance(rules[name], Cast):
@@ -5491,7 +5513,8 @@ class Slope(NamedTuple):
 
 
 def packed_to(room: int, make: Callable[[float], bytes], s: Slope) -> tuple[float, bytes, int]:
-    """(x, make(x), packings): the largest of a handful of artifacts that fits, or the smallest when none does."""
+    """(x, make(x), packings): the largest of a handful of artifacts that fits, or the smallest when
+    none does."""
     tried, x, slope = {}, min(max(s.start, s.low), s.high), s.bytes_per_unit
     for _ in range(9):
         tried[x] = make(x)
@@ -5535,8 +5558,9 @@ def fit_steps(p: Packer) -> tuple[bytes, str]:
 
 
 def fit_bits(p: Packer) -> tuple[bytes, str]:
-    """One more bit at a time, up to seven, for the matrix where a byte helps most; a bit leaves a quarter of the harm.
-    If not even the first model fits, small levels become zero. Source: PR 1089."""
+    """One more bit at a time, up to seven, for the matrix where a byte helps most; a bit leaves a
+    quarter of the harm. If not even the first model fits, small levels become zero. Source: PR
+    1089."""
     rules = p.rules()
     sizes = {
         name: q.numel()
@@ -5608,8 +5632,8 @@ FITS: dict[str, Callable[[Packer], tuple[bytes, str]]] = {
 
 
 def pack_to_fit(p: Packer, rt: Runtime) -> bytes:
-    """The artifact, as FIT_BUDGET fits it to the budget. One that cannot fit is kept and said to be too large: a run
-    must not be lost for it."""
+    """The artifact, as FIT_BUDGET fits it to the budget. One that cannot fit is kept and said to be
+    too large: a run must not be lost for it."""
     fit = p.cfg.fit_budget
     blob, text = FITS[fit](p)
     if text:
@@ -5636,8 +5660,9 @@ def packed_by_tool(tool: Path) -> bytes:
 
 @functools.cache
 def shipped_code() -> tuple[bytes, str]:
-    """(the file that is shipped as code, why it is not packed). A packed script ships itself. The plain one is packed
-    by the tool beside it, once: the result lies beside Python's own cache; without the tool it ships itself."""
+    """(the file that is shipped as code, why it is not packed). A packed script ships itself. The
+    plain one is packed by the tool beside it, once: the result lies beside Python's own cache;
+    without the tool it ships itself."""
     source = SCRIPT.read_bytes()
     tool = SCRIPT.parent / "records" / "tools.py"
     if WRAPPED:
@@ -5666,14 +5691,16 @@ def code_bytes() -> int:
 
 
 def submit_code(rt: Runtime):
-    """Before any training: keep in the run's folder the code that the run is counted with (on rank 0)."""
+    """Before any training: keep in the run's folder the code that the run is counted with (on rank
+    0)."""
     folder = rt.folder / "submission"
     folder.mkdir(exist_ok=True)
     write_atomic(folder / "train_gpt.py", lambda f: f.write(shipped_code()[0]))
 
 
 def submit_model(path: Path):
-    """Put the artifact beside the code that reads it, as a second name of the same file where the disk knows such."""
+    """Put the artifact beside the code that reads it, as a second name of the same file where the
+    disk knows such."""
     beside = path.parent / "submission" / path.name
     beside.unlink(missing_ok=True)
     try:
@@ -5713,8 +5740,8 @@ def export(trainer: "Trainer") -> Path:
             submit_model(path)
         except OSError as error:
             raise RunFailed(
-                f"{relative(path)}: {len(blob)} bytes not written ({error.strerror}); a checkpoint is "
-                f"left as it was: make room, then continue with RUN_ID={rt.folder.name} RESUME=auto"
+                f"{relative(path)}: {len(blob)} bytes not written ({error.strerror}); a "
+                f"checkpoint is left as it was: make room, then continue with RUN_ID={rt.folder.name} RESUME=auto"
             ) from None
     rt.log(f"Serialized model: {sum(p.numel() * 4 for p in model.exported().values())} bytes")
     rt.log(f"Code size: {code_bytes()} bytes")
@@ -5735,7 +5762,8 @@ def blamed_on(path: Path):
 
 
 def read_artifact(path: Path, rt: Runtime) -> tuple[dict[str, Any], bytes]:
-    """(header, packed streams) of a file that rank 0 reads, checked on every rank. Raises UserError naming the file."""
+    """(header, packed streams) of a file that rank 0 reads, checked on every rank. Raises UserError
+    naming the file."""
 
     def work():
         if path.stat().st_size > MAX_STREAM_BYTES:
@@ -5771,7 +5799,8 @@ def check_header(header: dict[str, Any]):
 
 
 def artifact_config(env: dict[str, str], path: Path, header: dict[str, Any]) -> Config:
-    """The configuration to score an artifact with. Raises UserError naming the file when its own part is bad."""
+    """The configuration to score an artifact with. Raises UserError naming the file when its own
+    part is bad."""
     if env.get("RUN_MODE") == "eval" and env.get("TTT") == "prequant" != header["config"]["ttt"]:
         raise UserError(
             "TTT=prequant trains before the export; this artifact was exported without it"
@@ -5784,8 +5813,9 @@ def artifact_config(env: dict[str, str], path: Path, header: dict[str, Any]) -> 
 def build_from_artifact(
     cfg: Config, header: dict[str, Any], body: bytes, numerics: Numerics
 ) -> GPT:
-    """A model made of nothing but the file: configuration from its header, weights from its streams. Before any memory
-    is taken the header's tensors must be those of the model. Raises UserError."""
+    """A model made of nothing but the file: configuration from its header, weights from its
+    streams. Before any memory is taken the header's tensors must be those of the model. Raises
+    UserError."""
     with torch.device("meta"):
         shapes = GPT(cfg.model, cfg.data.vocab_size, numerics).exported()
     wanted = {name: list(p.shape) for name, p in shapes.items()}
@@ -5800,7 +5830,8 @@ def build_from_artifact(
 
 
 def stored_plan(cfg: Config, header: dict[str, Any]) -> Plan:
-    """The plan that an artifact was trained with last. Raises UserError when its header names none."""
+    """The plan that an artifact was trained with last. Raises UserError when its header names
+    none."""
     known, index = plans(cfg.model), header.get("plan")
     if type(index) is not int or not 0 <= index < len(known):
         raise UserError(f"its plan {index!r} is none of its {len(known)}")
@@ -5825,9 +5856,10 @@ def predict_model_bytes(model: GPT, cfg: QuantConfig) -> int:
 
 
 def gaussian_bytes(model: GPT, cfg: QuantConfig, small_levels: int = 0) -> int:
-    """Size of an artifact that nothing fits to a budget, by the real quantisers and codec on Gaussian rows of the real
-    lengths; levels of the block matrices up to small_levels become zero. Assumes entries of unit-free Gaussian shape; a
-    SCALE_FLOOR makes trained size depend on their size as well."""
+    """Size of an artifact that nothing fits to a budget, by the real quantisers and codec on
+    Gaussian rows of the real lengths; levels of the block matrices up to small_levels become zero.
+    Assumes entries of unit-free Gaussian shape; a SCALE_FLOOR makes trained size depend on their
+    size as well."""
     samples: dict[tuple[str, int], float] = {}
     total, generator, sums = 400.0, torch.Generator().manual_seed(0), []
     for p in model.exported().values():
