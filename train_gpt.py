@@ -1049,8 +1049,10 @@ def doublings(first: int) -> list[int]:
 
 def plain_name(text: str) -> bool:
     """Whether a text can name a folder anywhere and be pasted anywhere."""
-    odd = text != text.strip() or text[:1] in ("", ".", "-") or len(text.encode()) > 128
-    return not odd and text.isprintable() and not set(text) & set("/\\")
+    raw = text.encode(**UTF8)  # any locale
+    odd = text != text.strip() or text[:1] in ("", ".", "-") or len(raw) > 128
+    shown = raw.decode("utf-8", "replace")
+    return not odd and shown.isprintable() and not set(text) & set("/\\")
 
 
 def slides(v: Values) -> bool:
@@ -1720,7 +1722,7 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-# ---- 2 Runtime: device, ranks, clock, log, files --------------------------------------------------------------------
+# ---- 2 Runtime: device, ranks, clock, log, files -------------------------------------------------
 UTF8 = dict(
     encoding="utf-8", errors="surrogateescape"
 )  # whatever the locale is; odd bytes of paths survive
@@ -1745,7 +1747,7 @@ def cpu_cores() -> int:
 
 
 def open_many_files():
-    """Raise this process's limit of open files as far as the system admits: every shard stays open."""
+    """Raise the limit of open files as far as the system admits: every shard stays open."""
     if resource:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(OSError, ValueError):
@@ -1765,7 +1767,7 @@ def relative(path: Path | str) -> str:
 
 
 def write_atomic(path: Path, write: Callable[[Any], None]):
-    """Create or replace `path` so that a crash at any moment leaves the old file or the new one, never a mixture.
+    """Create or replace `path` so that a crash at any moment leaves the old file or the new one.
     Raises OSError that names the file and how much of it could be written."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -1802,8 +1804,8 @@ class Place(NamedTuple):
 
 
 def place_of(env: dict[str, str]) -> Place:
-    """The place that torchrun's variables tell; alone without them. MASTER_ADDR and MASTER_PORT by themselves mean
-    nothing. Raises OneRankFailed, since each rank sees its own, for half of the variables or an impossible one."""
+    """The place that torchrun's variables tell; alone without them. MASTER_ADDR and MASTER_PORT by
+    themselves mean nothing. Raises OneRankFailed for half of the variables or an impossible one."""
     wanted = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     present = [name for name in wanted if name in env]
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(present):
@@ -1811,7 +1813,8 @@ def place_of(env: dict[str, str]) -> Place:
     told = " ".join(f"{name}={env[name]}" for name in present)
     if missing := [name for name in wanted if name not in env]:
         raise OneRankFailed(
-            f"{told}: {', '.join(missing)} not set; start with torchrun, which sets all of these, or unset them"
+            f"{told}: {', '.join(missing)} not set; start with torchrun, which sets all of these, "
+            "or unset them"
         )
     numbers = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
@@ -1822,17 +1825,12 @@ def place_of(env: dict[str, str]) -> Place:
     for name, most in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if numbers[name] >= numbers[most]:
             raise OneRankFailed(f"{name}={env[name]}: want less than {most}={numbers[most]}")
-    return Place(
-        numbers["RANK"],
-        numbers["WORLD_SIZE"],
-        numbers["LOCAL_RANK"],
-        numbers["LOCAL_WORLD_SIZE"],
-        launched=True,
-    )
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return Place(*(numbers[name] for name in names), launched=True)
 
 
 class Runtime:
-    """Device, process group, log and phase ledger of one process; identical calls on every rank stay in step."""
+    """Device, process group, log and phase ledger of one process. All ranks make the same calls."""
 
     def __init__(self, cfg: Config, env: dict[str, str]):
         place = place_of(env)
@@ -1842,9 +1840,8 @@ class Runtime:
         if pick_device({"DEVICE": cfg.run.device}) == "cuda":
             present = torch.cuda.device_count()
             if place.local_rank >= present:
-                raise OneRankFailed(
-                    f"LOCAL_RANK={place.local_rank}: {present} GPUs here, {place.local_world} wanted"
-                )
+                wanted = f"{present} GPUs here, {place.local_world} wanted"
+                raise OneRankFailed(f"LOCAL_RANK={place.local_rank}: {wanted}")
             self.device = torch.device("cuda", place.local_rank)
             torch.cuda.set_device(self.device)
         torch.set_num_threads(cfg.system.threads or max(1, cpu_cores() // place.local_world))
@@ -1870,8 +1867,8 @@ class Runtime:
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise OneRankFailed(
-                f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}: cannot join {self.world} ranks "
-                f"there; take a free port ({reason})"
+                f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}: cannot join "
+                f"{self.world} ranks there; take a free port ({reason})"
             ) from None
 
     def close(self):
@@ -1900,13 +1897,13 @@ class Runtime:
         return dist.all_reduce(x, async_op=True).wait if self.world > 1 else lambda: None
 
     def reduce_scatter(self, mine: Tensor, x: Tensor) -> Callable[[], Any]:
-        """Begin summing x over ranks, `mine` receiving this rank's equal share; returns what waits for the end."""
+        """Begin summing x over ranks into `mine`, this rank's equal share; returns what waits for it."""
         if self.world == 1:
             return lambda: None
         return dist.reduce_scatter(mine, list(x.chunk(self.world)), async_op=True).wait
 
     def all_gather(self, mine: Tensor) -> tuple[Tensor, Callable[[], Any]]:
-        """Begin joining equal shares along the first axis; returns where they land and what waits for the end."""
+        """Begin joining equal shares along the first axis; returns their place and what waits for them."""
         if self.world == 1:
             return mine, lambda: None
         full = mine.new_empty(self.world * len(mine), *mine.shape[1:])
@@ -1914,7 +1911,7 @@ class Runtime:
         return full, dist.all_gather(parts, mine.contiguous(), async_op=True).wait
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on rank 0 alone; every rank returns its picklable result or raises its error."""
+        """Run `work` on rank 0 alone; every rank returns its result (to be pickled) or error."""
         result = error = None
         if self.main:
             try:
@@ -1943,7 +1940,7 @@ class Runtime:
 
     # Output.
     def open_run(self, cfg: Config) -> bool:
-        """Create runs/<RUN_ID>/ and start the log. Returns False when the run is already complete."""
+        """Create runs/<RUN_ID>/ and start the log. Returns False when the run is complete."""
         auto = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-seed{cfg.run.seed}"
         name = self.on_main(lambda: auto if cfg.run.run_id == "auto" else cfg.run.run_id)
         self.folder = Path(cfg.run.runs_dir) / name
@@ -1979,7 +1976,7 @@ class Runtime:
         return True
 
     def drop_run(self):
-        """Leave nothing of a run that was refused before it began, so that its RUN_ID is free again."""
+        """Leave nothing of a run that was refused before it began: its RUN_ID is free again."""
         if self.main and self.fresh:
             self.close_files()
             for name in ("log.txt", "metrics.jsonl", "config.json"):
@@ -1988,7 +1985,7 @@ class Runtime:
                 self.folder.rmdir()
 
     def log(self, text: str, echo: bool = True):
-        """One line to the log file and, unless echo is off, to the terminal; rank 0 only. Never fails."""
+        """One line to the log file and, if `echo`, to the terminal; rank 0 only. Never fails."""
         text += self.mark
         if self.main:
             self.append(self.log_file, text)
@@ -2001,8 +1998,8 @@ class Runtime:
         self.append(self.metrics_file, json.dumps(dict(event=event, t=seconds, **values)))
 
     def append(self, file, line: str):
-        """Add a line to a file, if it is open and the disk takes it: a full disk must not end a run that can finish.
-        What was not written is tried again with the next line."""
+        """Add a line to a file, if it is open and the disk takes it: a full disk must not end a run
+        that can finish. What was not written is tried again with the next line."""
         try:
             if file:
                 file.write(line + "\n")
@@ -2012,7 +2009,7 @@ class Runtime:
                 self.say(f"warning: {relative(file.name)} not written ({error.strerror})")
 
     def say(self, text: str):
-        """One line to the terminal, until nobody reads it any more (`| head`) or its disk is full."""
+        """One line to the terminal, until nobody reads it (`| head`) or its disk is full."""
         try:
             tqdm.tqdm.write(text, file=sys.stdout) if tqdm else print(text)
             sys.stdout.flush()
@@ -2022,7 +2019,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def catch_signals(self):
-        """SIGINT and SIGTERM set `interrupted`, so that the loop ends at a step boundary; a second one kills."""
+        """SIGINT and SIGTERM set `interrupted`, so that the loop ends between steps; a second one kills."""
 
         def note(number, frame):
             self.interrupted = True
@@ -2063,7 +2060,7 @@ class Runtime:
 
 
 def log_header(cfg: Config, rt: Runtime):
-    """The first lines of a log (rank 0): which code ships and which runs, which configuration, on what."""
+    """The first lines of a log (rank 0): which code ships, which runs, how configured, on what."""
     if not rt.main:
         return
     ran, (shipped, reason) = SCRIPT.read_bytes(), shipped_code()
@@ -2076,8 +2073,8 @@ def log_header(cfg: Config, rt: Runtime):
     gpu = torch.cuda.get_device_name() if rt.device.type == "cuda" else "none"
     host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
     rt.log(
-        f"audit:env python:{platform.python_version()} torch:{torch.__version__} cuda:{torch.version.cuda} "
-        f"gpu:{gpu} host_hash:{host} world_size:{rt.world} threads:{torch.get_num_threads()}"
+        f"audit:env python:{platform.python_version()} torch:{torch.__version__} "
+        f"cuda:{torch.version.cuda} gpu:{gpu} host_hash:{host} world_size:{rt.world} threads:{torch.get_num_threads()}"
     )
     rt.log(f"preset:{cfg.preset}")
     for name, value in cfg.shown().items():
@@ -6571,7 +6568,7 @@ def written_rows(trainer: "Trainer", seen: int, wanted: int) -> np.ndarray:
     return ids.cpu().numpy().astype(np.uint16)
 
 
-# ---- 10 Training ----------------------------------------------------------------------------------------------------
+# ---- 10 Training ---------------------------------------------------------------------------------
 def full_speed(cfg: Config) -> dict[str, float]:
     """Ramps of a step without any ramp: full rate, whole batch, longest rows, no momentum."""
     return dict(
@@ -6628,7 +6625,7 @@ class Clock:
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ended, on a GPU or (as far as the system tells) on a CPU."""
+    """Whether an error says that memory ended, on a GPU or (where the system tells) on a CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
@@ -6636,7 +6633,8 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 
 def load_checkpoint(cfg: Config, rt: Runtime) -> dict[str, Any] | None:
-    """The run folder's checkpoint when RESUME=auto and there is one. Tensors and plain values only, never code."""
+    """The run folder's checkpoint when RESUME=auto and there is one. Tensors and plain values only,
+    never code. Raises UserError for a file that is no checkpoint."""
     path = rt.folder / "checkpoint.pt"
     blob = rt.on_main(
         lambda: path.read_bytes() if cfg.run.resume == "auto" and path.exists() else None
@@ -6650,13 +6648,18 @@ def load_checkpoint(cfg: Config, rt: Runtime) -> dict[str, Any] | None:
         return saved
     except Exception as error:
         raise UserError(
-            f"{relative(path)}: not a readable checkpoint ({type(error).__name__}); move it away to start "
-            "over"
+            f"{relative(path)}: not a readable checkpoint ({type(error).__name__}); move it away to "
+            "start over"
         ) from None
 
 
 class Trainer:
-    """Owns what changes during training: weights, optimiser state, average, place in the text, clock."""
+    """Owns what changes in training: weights, optimiser state, average, place in the text, clock.
+
+    How a gradient reaches the weights: `run` asks the loader for rows; `accumulate` sends them
+    through the model in passes, whose gradients add up in one flat vector; `update` lets the
+    optimiser sum it over ranks and change the weights, and the averager follow. A checkpoint holds
+    `state` after whole steps: step N+1 after a kill is the step that would have come anyway."""
 
     def __init__(self, cfg: Config, rt: Runtime, data: Data, model: GPT, numerics: Numerics):
         self.cfg, self.rt, self.data, self.model, self.numerics = cfg, rt, data, model, numerics
@@ -6702,9 +6705,9 @@ class Trainer:
         )
 
     def micro_batches(self, rows: np.ndarray, length: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Cut rows (n, T + 1) into as few passes as possible, all of one size, and these into rows of `length`:
-        (ids, targets, real rows), both int64 on the device. The last pass is filled up, by less than a row for each
-        pass, with rows whose targets give no loss. A rank without rows has no pass."""
+        """Cut rows (n, T + 1) into as few passes as possible, all of one size, and these into rows of
+        `length`: (ids, targets, real rows), both int64 on the device. The last pass is filled up, by
+        less than a row for each pass, with targets that give no loss. Without rows, no pass."""
         tokens = torch.from_numpy(rows.astype(np.int32))
         if self.rt.device.type == "cuda":
             tokens = tokens.pin_memory()  # so that the copy waits for nothing
@@ -6720,7 +6723,8 @@ class Trainer:
             yield ids.view(-1, length), targets.view(-1, length), real
 
     def step(self, rows: np.ndarray, ramps: dict[str, float]) -> Tensor:
-        """One optimiser update from this rank's rows; returns the mean loss of the whole batch (0-D, on the device)."""
+        """One optimiser update from this rank's rows; returns the mean loss of the whole batch, 0-D
+        on the device."""
         self.accumulate(rows, ramps)
         return self.update(ramps)
 
@@ -6749,8 +6753,8 @@ class Trainer:
 
     # Before the first step.
     def prewarm(self):
-        """Whole steps on synthetic tokens, so that kernels compile off the clock and passes are no larger than the
-        memory admits; then undo everything but that."""
+        """Whole steps on synthetic tokens, so that kernels compile off the clock and passes are no
+        larger than the memory admits; then undo everything but that."""
         graphs = list(itertools.product(range(len(self.plans)), row_lengths(self.cfg)))
         steps = self.cfg.optim.warmup_steps * len(graphs)
         before = copy.deepcopy(self.state())
@@ -6782,27 +6786,28 @@ class Trainer:
         return not self.rt.all_reduce(torch.tensor(failed, device=self.rt.device))
 
     def shrink_passes(self, rows: int):
-        """Take one pass more, or a quarter more, for so many rows. Raises RunFailed when a pass has one row already."""
-        tried = self.most_rows
+        """Take one pass more, or a quarter more, for so many rows. Raises RunFailed when a pass has
+        one row already."""
+        tried, seq = self.most_rows, self.loader.seq
         if tried == 1:
             raise RunFailed(
-                f"out of memory with one row of TRAIN_SEQ_LEN={self.loader.seq} a pass; lower TRAIN_SEQ_LEN, "
+                f"out of memory with one row of TRAIN_SEQ_LEN={seq} a pass; lower TRAIN_SEQ_LEN, "
                 "MODEL_DIM or NUM_LAYERS"
             )
         passes = -(-rows // tried)
         self.most_rows = max(1, min(tried - 1, -(-rows // (passes + max(1, passes // 4)))))
         if self.rt.device.type == "cuda":
             torch.cuda.empty_cache()
-        seq = self.loader.seq
         self.rt.log(
-            f"warning: out of memory with {tried * seq} tokens a pass; trying {self.most_rows * seq}; "
-            f"MICRO_BATCH_TOKENS={self.most_rows * seq} says so from the start"
+            f"warning: out of memory with {tried * seq} tokens a pass; trying as "
+            f"MICRO_BATCH_TOKENS={self.most_rows * seq} would have"
         )
 
     # Looking at text.
     def observe_inputs(self, tokens: int) -> Hessians:
-        """Second moments of what each matrix reads, over at least so many tokens of all ranks. A tied embedding is read
-        twice, by the head and row by row as input: all inputs alike are added to what the head reads."""
+        """Second moments of what each matrix reads, over at least so many tokens of all ranks. A tied
+        embedding is read twice, by the head and row by row as input: all inputs alike are added to
+        what the head reads."""
         seq, plan, device = self.loader.seq, self.plans[self.plan], self.rt.device
         none = torch.zeros(0, seq, dtype=torch.int64, device=device)
         sums = second_moments(self.model, none, plan)  # zeros, on a rank without rows too
@@ -6823,9 +6828,10 @@ class Trainer:
 
     @torch.no_grad()
     def observe_harms(self) -> dict[str, float]:
-        """Nats per token of held-out training text that the rounding of each matrix costs by itself. Its errors are
-        enlarged fourfold, above the noise, and taken with both signs, so that the slope of the loss cancels out. What
-        is measured for the nearest levels is scaled by how much of their error ROUNDING leaves."""
+        """Nats per token of held-out training text that the rounding of each matrix costs by itself.
+        Its errors are enlarged fourfold, above the noise, and taken with both signs, so that the slope
+        of the loss cancels out. What is measured for the nearest levels is scaled by how much of
+        their error ROUNDING leaves."""
         harms, size, before = {}, 4.0, self.held_out_loss()
         for name, p in self.model.exported().items():
             rule, kept = QUANTISERS[p.quant](self.cfg.quant), p.detach().clone()
@@ -6856,8 +6862,8 @@ class Trainer:
 
     # Checkpoints.
     def state(self) -> dict[str, Any]:
-        """Everything that a bit-identical continuation needs, the same on any number of ranks; tensors are live, not
-        copies. Every rank must call it."""
+        """Everything that a bit-identical continuation needs, the same on any number of ranks;
+        tensors are live, not copies. Every rank must call it."""
         return dict(
             weights=self.flat.weights,
             optimiser=self.optimiser.state_dict(),
@@ -6907,29 +6913,28 @@ class Trainer:
             self.last_checkpoint = time.monotonic()
 
     def resume(self, saved: dict[str, Any]):
-        """Continue from a loaded checkpoint. Raises UserError when it belongs to another configuration."""
-        mine, theirs = self.identity(), saved["identity"]
-        differ = [
-            f"{k.upper()}: checkpoint {theirs.get(k)}, now {mine[k]}"
-            for k in mine
-            if mine[k] != theirs.get(k)
-        ]
+        """Continue from a loaded checkpoint. Raises UserError when it has another configuration."""
+        differ = []
+        for name, value in self.identity().items():
+            stored = saved["identity"].get(name)
+            if stored != value:
+                differ.append(f"{name.upper()}: checkpoint {stored}, now {value}")
         if differ:
-            raise UserError(
-                "RESUME=auto: the checkpoint has another configuration; " + "; ".join(differ)
-            )
+            found = "; ".join(differ)
+            raise UserError(f"RESUME=auto: the checkpoint has another configuration; {found}")
         try:
             self.restore(saved["state"])
         except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
             raise UserError(
-                f"RESUME=auto: the checkpoint does not fit this script ({type(error).__name__}); move it "
-                "away to start over"
+                f"RESUME=auto: the checkpoint does not fit this script ({type(error).__name__}); "
+                "move it away to start over"
             ) from None
         self.rt.log(f"resumed:step {self.step_number} train_time:{self.clock.read() * 1e3:.0f}ms")
 
     # The loop.
     def check_finite(self):
-        """Stop the run when the previous step's loss was not finite (read one step late, so the device stays busy)."""
+        """Stop the run when the previous step's loss was not finite; read one step late, so that the
+        device stays busy."""
         if self.pending is not None and not math.isfinite(self.pending[1].item()):
             raise RunFailed(self.not_finite("loss", self.pending[0]))
         self.pending = None
@@ -6937,37 +6942,39 @@ class Trainer:
     def not_finite(self, what: str, step: int) -> str:
         """What to tell the user of a diverged run."""
         saved = self.rt.folder / "checkpoint.pt"
-        hint = (
-            f"last good checkpoint: {relative(saved)}"
-            if saved.exists()
-            else "no checkpoint was written yet"
-        )
+        hint = "no checkpoint was written yet"
+        if saved.exists():
+            hint = f"last good checkpoint: {relative(saved)}"
         return (
-            f"{what} not finite at step {step} ({hint}); try a lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, "
-            "GRAD_CLIP_NORM=0.3, or NUMERICS=fp32"
+            f"{what} not finite at step {step} ({hint}); try a lower MATRIX_LR, TIED_EMBED_LR or "
+            "SCALAR_LR, GRAD_CLIP_NORM=0.3, or NUMERICS=fp32"
         )
 
     def report(self, loss: Tensor, p: Progress, ramps: dict[str, float]):
-        """The competition's training line with speed and time left: the first steps, then every TRAIN_LOG_EVERY."""
+        """The competition's training line with speed and time left: the first ten steps, then every
+        TRAIN_LOG_EVERY."""
         step = self.step_number
-        if step <= 10 or step % self.cfg.run.train_log_every == 0:
-            loss_now, elapsed = loss.item(), self.clock.read()
-            average = elapsed * 1e3 / step
-            self.rt.metric("train", step=step, loss=loss_now, seconds=elapsed, **ramps)
-            speed = self.loader.dealt() / max(elapsed, 1e-9)
-            left = p.remaining * (1 if self.cfg.optim.max_wallclock_seconds else average / 1e3)
-            self.rt.log(
-                f"step:{step}/{self.cfg.optim.iterations} train_loss:{loss_now:.4f} "
-                f"train_time:{elapsed * 1e3:.0f}ms step_avg:{average:.2f}ms tok/s:{speed:.0f} left:{left:.0f}s"
-            )
+        if step > 10 and step % self.cfg.run.train_log_every:
+            return
+        loss_now, elapsed = loss.item(), self.clock.read()
+        self.rt.metric("train", step=step, loss=loss_now, seconds=elapsed, **ramps)
+        speed = self.loader.dealt() / max(elapsed, 1e-9)
+        left = p.remaining  # seconds; steps where no wall clock ends the run
+        if not self.cfg.optim.max_wallclock_seconds:
+            left *= elapsed / step
+        self.rt.log(
+            f"step:{step}/{self.cfg.optim.iterations} train_loss:{loss_now:.4f} "
+            f"train_time:{elapsed * 1e3:.0f}ms step_avg:{elapsed * 1e3 / step:.2f}ms "
+            f"tok/s:{speed:.0f} left:{left:.0f}s"
+        )
 
     def rest_hooks(self):
-        """Let the model be what the artifact will be: no fake quantisation, loops at full strength."""
+        """Make the model what the artifact will be: no fake quantisation, loops at full strength."""
         for hook in self.hooks:
             hook.before_step(full_speed(self.cfg) | dict(qat=0.0))
 
     def validate(self, elapsed: float):
-        """The competition's validation line: chunked score of the live weights without fake quantisation."""
+        """The competition's validation line: chunked score of the live weights, as they are at rest."""
         self.rest_hooks()
         numerics = self.numerics._replace(
             compile=self.numerics.compile and self.rt.device.type == "cuda"
@@ -6977,14 +6984,15 @@ class Trainer:
         )
         step = self.step_number
         self.rt.log(
-            f"step:{step}/{self.cfg.optim.iterations} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} "
+            f"step:{step}/{self.cfg.optim.iterations} "
+            f"val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} "
             f"train_time:{elapsed * 1e3:.0f}ms step_avg:{elapsed * 1e3 / max(step, 1):.2f}ms"
         )
         self.rt.metric("val", step=step, loss=result.loss, bpb=result.bpb, seconds=elapsed)
 
     def stop_reason(self, elapsed: float) -> str:
-        """Why training ends before another step as long as the longest of the last 20; empty when it goes on. On a
-        GPU the step before is still running when `elapsed` is read, so that two are to come."""
+        """Why training ends before another step as long as the longest of the last 20; empty when it
+        goes on. On a GPU the last step still runs when `elapsed` is read: two are to come."""
         o = self.cfg.optim
         if self.step_number >= o.iterations:
             return "iterations"
@@ -6995,8 +7003,8 @@ class Trainer:
         return "wallclock_cap" if end > o.max_wallclock_seconds - o.reserve_seconds else ""
 
     def run(self):
-        """Train until the clock or ITERATIONS says stop, the same step on every rank. Raises KeyboardInterrupt, with a
-        checkpoint written, after a signal."""
+        """Train until the clock or ITERATIONS says stop, at the same step on every rank. After a
+        signal, write a checkpoint and raise KeyboardInterrupt."""
         checkpoint_every = self.cfg.run.checkpoint_every or math.inf
         validate_every = self.cfg.run.val_loss_every or self.cfg.optim.iterations + 1
         [elapsed] = self.rt.numbers_from_main(self.clock.read())
@@ -7041,11 +7049,11 @@ class Trainer:
 
     @torch.no_grad()
     def average(self):
-        """Put the averaged weights in place. What reads training text happens on the training clock: so does this."""
+        """Put the averaged weights in place, on the clock: some averages read held-out text."""
         self.rt.log(f"averaging:{self.cfg.optim.averaging} {self.averager.apply()}")
 
     def observe(self):
-        """See what the quantiser asks for; what reads training text does so before the training clock stops."""
+        """See what the quantiser asks for; what reads training text does so before the clock stops."""
         q = self.cfg.quant
         self.rest_hooks()
         with self.clock.paused() if q.calibration == "self" else contextlib.nullcontext():
@@ -7056,8 +7064,8 @@ class Trainer:
         late = self.clock.read() - self.cfg.optim.max_wallclock_seconds
         if self.cfg.optim.max_wallclock_seconds and late > 1:
             self.rt.log(
-                f"warning: the last use of training text ended {late:.1f} s after MAX_WALLCLOCK_SECONDS; raise "
-                "RESERVE_SECONDS"
+                f"warning: the last use of training text ended {late:.1f} s after "
+                "MAX_WALLCLOCK_SECONDS; raise RESERVE_SECONDS"
             )
 
 
@@ -7067,7 +7075,7 @@ STEP_HOOKS: tuple[Callable[[Trainer], StepHook | None], ...] = (
     lambda t: LoopStrength(t.model.loops) if t.model.loops else None,
     lambda t: InputWatch(t.model, t.optimiser) if input_whitening in t.optimiser.stages else None,
 )
-# CALIBRATION -> this rank's part of so many rows (wanted), after `seen` tokens: (trainer, seen, wanted)
+# CALIBRATION -> this rank's part of `wanted` rows, after `seen` tokens: (trainer, seen, wanted)
 CALIBRATIONS: dict[str, Callable[[Trainer, int, int], np.ndarray]] = {
     "train": lambda t, seen, wanted: t.loader.next(t.rt.rank, t.rt.world, wanted),
     "self": written_rows,
@@ -7079,7 +7087,7 @@ HARMS: dict[str, Callable[[Trainer], dict[str, float]]] = {
 }
 
 
-# ---- 11 main: the story in reading order ----------------------------------------------------------------------------
+# ---- 11 main: the story in reading order ---------------------------------------------------------
 def parameter_report(model: GPT, cfg: Config, rt: Runtime):
     """Totals that identify the architecture: parameters by role, slots, FLOPs per token."""
     roles: dict[str, int] = {}
@@ -7106,15 +7114,17 @@ def plan_only(cfg: Config, rt: Runtime):
     with torch.device("meta"):  # shapes alone
         model = GPT(cfg.model, cfg.data.vocab_size, Numerics(), cfg.optim)
     parameter_report(model, cfg, rt)
-    predicted, budget = predict_model_bytes(model, cfg.quant), cfg.quant.artifact_budget_bytes
+    predicted, code = predict_model_bytes(model, cfg.quant), code_bytes()
+    total, budget = predicted + code, cfg.quant.artifact_budget_bytes
     rt.log(
-        f"predicted_bytes model:{predicted} code:{code_bytes()} total:{predicted + code_bytes()} budget:{budget} "
-        f"fits:{int(predicted + code_bytes() <= budget)}"
+        f"predicted_bytes model:{predicted} code:{code} total:{total} budget:{budget} "
+        f"fits:{int(total <= budget)}"
     )
 
 
 def artifact_numerics(cfg: Config, rt: Runtime, header: dict[str, Any]) -> Numerics:
-    """The arithmetic that the artifact was scored with, unless the environment or this machine says otherwise."""
+    """The arithmetic that the artifact was scored with, unless the environment says otherwise or this
+    machine cannot compile."""
     if any(cfg.origins[name] == "environment" for name in ("numerics", "attention", "compile")):
         return rt.on_main(lambda: choose_numerics(cfg, rt))
     wanted = Numerics(**header["numerics"])
@@ -7124,7 +7134,8 @@ def artifact_numerics(cfg: Config, rt: Runtime, header: dict[str, Any]) -> Numer
 def official_score(
     cfg: Config, rt: Runtime, path: Path, data: Data, env: dict[str, str]
 ) -> tuple[Config, Score]:
-    """Score the model that the file at `path` holds; nothing of a live model is used. Logs the one official line."""
+    """Score the model that the file at `path` holds; nothing of a live model is used. Logs the final
+    lines of the competition."""
     with rt.phase("load"):
         header, body = read_artifact(path, rt)
         cfg = artifact_config(env, path, header)
@@ -7160,33 +7171,31 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
     """The fixed block that ends a run, then the official line (rank 0)."""
     if not rt.main:
         return
-    model_bytes, budget = path.stat().st_size, cfg.quant.artifact_budget_bytes
-    total = model_bytes + code_bytes()
+    code, model_bytes = code_bytes(), path.stat().st_size
+    total, budget = code + model_bytes, cfg.quant.artifact_budget_bytes
     scored = variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt)
-    room = (
-        f"{budget - total:,} bytes free"
-        if total <= budget
-        else f"OVER BUDGET by {total - budget:,} bytes"
-    )
-    rt.log("-" * 100)
-    rt.log(
-        f"official score   {result.bpb:.4f} bits per byte   ({result.loss:.4f} nats per token, {result.tokens:,} "
-        f"tokens, {result.bytes:,} bytes, {scored})"
-    )
-    rt.log(
-        f"artifact         {total:,} bytes = code {code_bytes():,} + model {model_bytes:,}   ({room} of {budget:,})"
-    )
+    room = f"{budget - total:,} bytes free"
+    if total > budget:
+        room = f"OVER BUDGET by {total - budget:,} bytes"
     spent: dict[str, float] = {}
     for name, begin, end in rt.phases:
         spent[name] = spent.get(name, 0.0) + end - begin
+    rt.log("-" * 100)
     rt.log(
-        "time             " + "  ".join(f"{name} {seconds:.1f}s" for name, seconds in spent.items())
+        f"official score   {result.bpb:.4f} bits per byte   ({result.loss:.4f} nats per token, "
+        f"{result.tokens:,} tokens, {result.bytes:,} bytes, {scored})"
     )
+    rt.log(
+        f"artifact         {total:,} bytes = code {code:,} + model {model_bytes:,}   "
+        f"({room} of {budget:,})"
+    )
+    seconds = "  ".join(f"{name} {value:.1f}s" for name, value in spent.items())
+    rt.log(f"time             {seconds}")
     if reference := data.manifest.get("reference_bpb"):
+        scores = "  ".join(f"{name} {value:.3f}" for name, value in reference.items())
         rt.log(
-            "for orientation  "
-            + "  ".join(f"{name} {value:.3f}" for name, value in reference.items())
-            + "   (compressors primed with the training text, same validation text)"
+            f"for orientation  {scores}   "
+            "(compressors primed with the training text, same validation text)"
         )
     if not data.manifest.get("comparable", True):
         rt.log(f"note             {data.manifest['note']}")
@@ -7202,7 +7211,7 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
         tokens=result.tokens,
         bytes=result.bytes,
         model_bytes=model_bytes,
-        code_bytes=code_bytes(),
+        code_bytes=code,
         phases=spent,
         compliant=not rt.mark,
     )
@@ -7222,9 +7231,10 @@ def train_and_export(cfg: Config, rt: Runtime, data: Data) -> Path:
     """Build, prewarm (or resume), train, validate, quantise, pack; returns the artifact's path."""
     saved = load_checkpoint(cfg, rt)
     with rt.phase("calibrate"):
-        numerics = (
-            Numerics(**saved["numerics"]) if saved else rt.on_main(lambda: choose_numerics(cfg, rt))
-        )
+        if saved:
+            numerics = Numerics(**saved["numerics"])
+        else:
+            numerics = rt.on_main(lambda: choose_numerics(cfg, rt))
         apply_numerics(numerics, rt)
     torch.manual_seed(cfg.run.seed)
     model = GPT(cfg.model, cfg.data.vocab_size, numerics, cfg.optim)
@@ -7233,11 +7243,8 @@ def train_and_export(cfg: Config, rt: Runtime, data: Data) -> Path:
     text = tuning_text(cfg, data)
     trainer = Trainer(cfg, rt, data, model, numerics)
     with rt.phase("prewarm"):
-        rt.log(
-            "prewarm: compiling takes up to two minutes the first time"
-            if numerics.compile
-            else "prewarm: eager"
-        )
+        if numerics.compile:
+            rt.log("prewarm: compiling takes up to two minutes the first time")
         trainer.prewarm()
     if saved:
         trainer.resume(saved)
@@ -7259,8 +7266,8 @@ def announce(rt: Runtime, compliant: bool):
     if not compliant:
         rt.mark = " [NONCOMPLIANT]"
         rt.log(
-            "warning: weights are trained on validation text before it is scored; the competition does not admit "
-            "that (its issues 402 and 677, PR 1376)"
+            "warning: weights are trained on validation text before it is scored; the competition "
+            "does not admit that (its issues 402 and 677, PR 1376)"
         )
 
 
@@ -7304,7 +7311,8 @@ def data_of_a_run(cfg: Config, rt: Runtime) -> Data:
 
 
 def resume_command(cfg: Config, rt: Runtime) -> str:
-    """The shell command that continues this run, with all that was set for it; empty when it left no checkpoint."""
+    """The shell command that continues this run, with all that was set for it; empty when it left no
+    checkpoint."""
     if not rt.folder or not (rt.folder / "checkpoint.pt").exists():
         return ""
     values = cfg.values()
@@ -7337,7 +7345,8 @@ def tell(*messages: str):
 
 
 def main(argv: list[str], env: dict[str, str]) -> int:
-    """Entry point; returns the exit code: 0 done, 1 a run that failed, 2 a mistake in the input, 130 interrupted."""
+    """Entry point; returns the exit code: 0 done, 1 the run failed, 2 a mistake in the input, 130
+    interrupted."""
     use_utf8()
     if argv and argv[0] in ("-h", "--help", "--help=md"):
         if hasattr(signal, "SIGPIPE"):
