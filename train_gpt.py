@@ -1781,7 +1781,7 @@ def write_atomic(path: Path, write: Callable[[Any], None]):
         if not isinstance(cause, OSError):
             raise
         written = temporary.stat().st_size if temporary.exists() else 0
-        reason = f"{cause.strerror or cause}, after {written:,} bytes"
+        reason = f"not written ({cause.strerror or cause}, after {written:,} bytes)"
         raise OSError(cause.errno, reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -5732,14 +5732,8 @@ def export(trainer: "Trainer") -> Path:
     path = rt.folder / "model.golf"
     with rt.phase("quantise"):
         blob = pack_to_fit(Packer(model, cfg.quant, trainer.hessians, trainer.harms, header), rt)
-        try:
-            write_atomic(path, lambda f: f.write(blob))
-            submit_model(path)
-        except OSError as error:
-            raise RunFailed(
-                f"{relative(path)}: {len(blob)} bytes not written ({error.strerror}); a "
-                f"checkpoint is left as it was: make room, then continue with RUN_ID={rt.folder.name} RESUME=auto"
-            ) from None
+        write_atomic(path, lambda f: f.write(blob))
+        submit_model(path)
     rt.log(f"Serialized model: {sum(p.numel() * 4 for p in model.exported().values())} bytes")
     rt.log(f"Code size: {code_bytes()} bytes")
     rt.log(f"Total submission size: {len(blob) + code_bytes()} bytes")
@@ -6909,7 +6903,7 @@ class Trainer:
                     write_atomic(self.rt.folder / "checkpoint.pt", lambda f: torch.save(content, f))
                     self.rt.metric("checkpoint", step=self.step_number)
                 except OSError as error:  # a full disk must not end a run that can still finish
-                    self.rt.log(f"warning: checkpoint not written ({error.strerror})")
+                    self.rt.log(f"warning: checkpoint {error.strerror}")
             self.last_checkpoint = time.monotonic()
 
     def resume(self, saved: dict[str, Any]):
@@ -7158,7 +7152,7 @@ def official_score(
     try:
         rt.on_main(lambda: write_atomic(kept, lambda f: np.save(f, result.documents)))
     except OSError as error:  # a folder that only may be read is no reason to withhold a score
-        rt.log(f"warning: {relative(kept)} not written ({error.strerror})")
+        rt.log(f"warning: {relative(kept)} {error.strerror}")
     name = f"final_int{cfg.quant.matrix_bits}_{cfg.quant.codec}_{final_label(cfg.eval)}"
     rt.log(
         f"{name} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} eval_time:{milliseconds:.0f}ms"

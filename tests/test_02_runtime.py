@@ -244,7 +244,9 @@ def test_a_file_that_cannot_be_written_is_named_and_the_checkpoint_stays_usable(
     )
     done = train(toy, tmp_path / "my runs", "a", script=script, TIE_EMBEDDINGS=0)
     assert done.code == 1 and done.err.count("\n") == 1, done.err
-    assert re.search(r"^error: .*model\.golf: File too large, after \d+,?\d* bytes; ", done.err)
+    assert re.search(
+        r"^error: .*model\.golf: not written \(File too large, after \d+,?\d* bytes\); ", done.err
+    )
     assert "warning: checkpoint not written (File too large" in done.out
     assert not list(done.folder.glob("*.tmp"))
     command = done.err.split("then: ")[1].strip().replace(str(script), str(SCRIPT))
