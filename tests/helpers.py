@@ -1,4 +1,5 @@
-"""Shared by tests of the arithmetic: small models whose every parameter matters, and exact attention."""
+"""Shared by tests of the arithmetic: small models whose every parameter matters, and exact
+attention."""
 
 import math
 
@@ -52,7 +53,8 @@ ALONE = tg.Runtime(
 
 
 def config(preset: str = "baseline+tiny", **knobs) -> tg.Config:
-    """The configuration of a preset with knobs on top, as the environment would give it, consent to all included."""
+    """The configuration of a preset with knobs on top, as the environment would give it, consent to
+    all included."""
     return tg.load(
         {"PRESET": preset, "DEVICE": "cpu", "ALLOW_NONCOMPLIANT": "1"}
         | {name.upper(): str(value) for name, value in knobs.items()}
@@ -60,7 +62,8 @@ def config(preset: str = "baseline+tiny", **knobs) -> tg.Config:
 
 
 def random_model(cfg: tg.Config, numerics: tg.Numerics = tg.Numerics(), seed: int = 0) -> tg.GPT:
-    """A model whose every parameter is random and of a size that matters, the zero-initialised ones included."""
+    """A model whose every parameter is random and of a size that matters, the zero-initialised ones
+    included."""
     torch.manual_seed(seed)
     model = tg.GPT(cfg.model, cfg.data.vocab_size, numerics, cfg.optim)
     with torch.no_grad():

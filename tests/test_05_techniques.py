@@ -1,4 +1,5 @@
-"""Architecture techniques one by one: equivalences, starts, schedules, objectives; and every preset as a whole."""
+"""Architecture techniques one by one: equivalences, starts, schedules, objectives; and every preset
+as a whole."""
 
 import json
 import math
@@ -315,7 +316,8 @@ def test_uniform_start():
 
 
 def test_svd_start_belongs_to_the_tokens_in_use(toy):
-    """Ids that occur in the same company get near vectors; an independent count and SVD give the same geometry."""
+    """Ids that occur in the same company get near vectors; an independent count and SVD give the
+    same geometry."""
     cfg = config(embed_init="svd", objective="byte", vocab_size=40, model_dim=32)
     generator = np.random.default_rng(0)
     kinds = np.arange(40) % 2  # even ids follow odd ones and the other way round
@@ -504,14 +506,18 @@ def test_a_run_compiles_one_graph_per_plan_and_nothing_at_the_switch(preset, mon
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     torch._dynamo.reset()
     cfg = config(f"{preset}+tiny")
-    model = random_model(cfg)
-    tg.FlatParameters(model, ALONE)
+    model, grid = random_model(cfg), config(qat="ste", matrix_bits=4).quant
+    sites = tg.attach_qat(model, grid).values()
+    flat = tg.FlatParameters(model, ALONE)
     loss, plans = tg.compiled(model.forward, tg.Numerics(compile=True)), tg.plans(cfg.model)
     for plan in plans:
         loss(*random_batch(cfg, 2, 16), plan)[0].backward()
     assert counter.frame_count == len(plans) <= 2
     for step, plan in enumerate((plans[0], plans[0], plans[-1], plans[-1])):
         ids, targets = random_batch(cfg, 2, 16, seed=step)
+        for site in sites:
+            site.on.fill_(float(step >= 2))
+        flat.weights.mul_(1.01)
         if model.loops:
             model.loops.strength.fill_(step / 3)
         got, want = loss(ids, targets, plan), model(ids, targets, plan)

@@ -1,4 +1,5 @@
-"""Scoring: the window rule, the sums, causality and the audit, against brute force and through whole runs."""
+"""Scoring: the window rule, the sums, causality and the audit, against brute force and through
+whole runs."""
 
 import contextlib
 import io
@@ -111,7 +112,8 @@ def test_later_windows_give_at_least_the_full_context(targets, window):
 
 
 class Stub:
-    """A model whose loss is 1024 * target + context length; NaN when the context is not the text before the target."""
+    """A model whose loss is 1024 * target + context length; NaN when the context is not the text
+    before the target."""
 
     def __call__(self, ids, targets, rows):
         losses = torch.empty(targets.shape)
@@ -208,7 +210,8 @@ def random_model(cfg, seed: int = 0) -> train_gpt.GPT:
 
 
 def exact_model(cfg, seed: int = 0):
-    """The same in float64, so that what remains is the difference between two ways of scoring, not of rounding."""
+    """The same in float64, so that what remains is the difference between two ways of scoring, not
+    of rounding."""
     model = random_model(cfg, seed).double()
     model.dtype = torch.float64
     return model
@@ -231,7 +234,8 @@ def text():
 
 
 def oracle(model, tokens, size: int, stride: int) -> list[float]:
-    """One target at a time: the model sees the window up to the target and nothing else, the softmax is written out."""
+    """One target at a time: the model sees the window up to the target and nothing else, the
+    softmax is written out."""
     losses, ids = [], torch.from_numpy(tokens.astype(np.int64))
     for start, p in rule(len(tokens) - 1, size, stride):
         h = model.hidden(ids[None, start : p + 1], schedule(model.cfg))[0, -1]
@@ -332,7 +336,8 @@ def test_documents_reach_from_bos_to_bos(first_is_bos):
 )
 @example(lengths=[40, 41, 10, 11], window=(40, 3), budget=100)
 def test_document_windows_follow_the_rule_inside_each_document(rt, lengths, window, budget):
-    """The first window of a document needs no slide; every later target has the context that sliding gives."""
+    """The first window of a document needs no slide; every later target has the context that
+    sliding gives."""
     borders = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.arange(borders[-1] + 1).astype(np.uint16) + 2
     tokens[borders[:-1]] = 1
@@ -353,7 +358,8 @@ def test_document_windows_follow_the_rule_inside_each_document(rt, lengths, wind
 
 
 def test_document_scores_equal_a_full_recomputation_per_target(rt):
-    """Every document alone, every target alone, through several window widths; and no document sees another."""
+    """Every document alone, every target alone, through several window widths; and no document sees
+    another."""
     model, tokens = exact_model(config(**RICH)), with_documents(400)
     borders = train_gpt.document_borders(tokens)
     losses = banked(bind(model), tokens, DocumentWindows(16, 5), rt)
@@ -386,7 +392,8 @@ def test_permuted_documents_have_the_same_losses(rt):
 
 
 def test_documents_cost_a_quarter_of_sliding():
-    """Forward tokens of 2048/64 on lengths like the competition's: a mean of 811, 19 % of the tokens past 2,048."""
+    """Forward tokens of 2048/64 on lengths like the competition's: a mean of 811, 19 % of the
+    tokens past 2,048."""
     lengths = np.random.default_rng(0).lognormal(6.04, 1.15, 20_000).astype(int) + 1
     borders = np.concatenate([[0], np.cumsum(lengths)])
     assert (
@@ -479,7 +486,8 @@ def test_what_a_strategy_learns_changes_later_losses_only(rt, model, text):
 
 
 def test_a_strategy_can_read_only_what_is_banked(rt, text):
-    """Between rounds the ledger gives out scored targets, and refuses a single one that is not scored yet."""
+    """Between rounds the ledger gives out scored targets, and refuses a single one that is not
+    scored yet."""
 
     class Reader(Bare):
         def rounds(self, borders, ledger):

@@ -1,4 +1,5 @@
-"""Test-time training: against plain loops written out here, legal by construction, the same on any number of ranks."""
+"""Test-time training: against plain loops written out here, legal by construction, the same on any
+number of ranks."""
 
 import contextlib
 import copy
@@ -68,7 +69,8 @@ def score(cfg, model, tokens, observer=None) -> tuple[np.ndarray, tg.Score]:
 
 @pytest.mark.parametrize("kind", ["sliding", "chunked"])
 def test_score_first_sgd_equals_a_plain_loop(kind):
-    """Chunk by chunk: every target alone with the weights of the chunk, then plain SGD on the chunk's mean loss."""
+    """Chunk by chunk: every target alone with the weights of the chunk, then plain SGD on the
+    chunk's mean loss."""
     cfg = config(
         **SMALL
         | LOOPED
@@ -127,8 +129,8 @@ def test_score_first_sgd_equals_a_plain_loop(kind):
 
 
 def test_a_text_of_any_length_is_scored_whatever_the_chunk():
-    """Finding M8, a brother: a last chunk whose targets earlier windows had scored ended in a traceback, after the
-    whole run had been paid for."""
+    """Finding M8, a brother: a last chunk whose targets earlier windows had scored ended in a
+    traceback, after the whole run had been paid for."""
     cfg = config(
         ttt="sgd", eval="sliding", eval_seq_len=16, eval_stride=8, ttt_chunk_tokens=9, ttt_epochs=1
     )
@@ -139,7 +141,8 @@ def test_a_text_of_any_length_is_scored_whatever_the_chunk():
 
 
 def written_out(cfg, model, tokens, documents, initial) -> np.ndarray:
-    """Document by document, unbatched and unpadded: adapters by hooks on modules, AdamW with beta1 = 0 by formula."""
+    """Document by document, unbatched and unpadded: adapters by hooks on modules, AdamW with beta1
+    = 0 by formula."""
     c, ids, plan = cfg.eval, torch.from_numpy(tokens.astype(np.int64)), tg.schedule(cfg.model)
     losses, scale = np.zeros(len(tokens) - 1), c.ttt_lora_alpha / c.ttt_lora_rank
     for begin, end in documents:
@@ -234,7 +237,8 @@ def test_document_adapters_equal_a_loop_over_documents(knobs):
 
 @pytest.fixture(scope="module")
 def adapted():
-    """Losses of a model of some techniques under the same random adapters; zero ones change nothing, on the way."""
+    """Losses of a model of some techniques under the same random adapters; zero ones change
+    nothing, on the way."""
 
     def losses(knobs: dict) -> torch.Tensor:
         cfg = config(**SMALL | dict(EVAL="doc", TTT="lora", TTT_LORA_RANK=2, NUM_LAYERS=3) | knobs)
@@ -261,7 +265,8 @@ def adapted():
 
 @pytest.mark.parametrize("name", sorted({*TECHNIQUES} - {"plain", "shifted"}))
 def test_with_zero_b_nothing_changes_and_every_technique_is_active(name, adapted):
-    """What the adapted forward gives differs from that of a model without the technique (shifted computes the same)."""
+    """What the adapted forward gives differs from that of a model without the technique (shifted
+    computes the same)."""
     losses, plain = adapted
     small = dict(mup=dict(mup_base_width=64), partial_rope=dict(rope_dims=4)).get(name, {})
     assert (losses(TECHNIQUES[name] | small) - plain).abs().max() > 1e-4, "the technique takes part"

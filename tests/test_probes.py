@@ -1,4 +1,5 @@
-"""The probes of an evaluation: legal and illegal predictors are told apart, planted defects are found."""
+"""The probes of an evaluation: legal and illegal predictors are told apart, planted defects are
+found."""
 
 import functools
 import json
@@ -185,7 +186,8 @@ BORDERLINE = {
 
 
 class Toy(tg.Fixed):
-    """Plays the losses of a toy evaluator through score(), chunk by chunk, as windows that hold all before them."""
+    """Plays the losses of a toy evaluator through score(), chunk by chunk, as windows that hold all
+    before them."""
 
     def __init__(self, name: str, losses, tokens: np.ndarray):
         self.found = losses(tokens.astype(int))[1:]
