@@ -2086,16 +2086,15 @@ def log_header(cfg: Config, rt: Runtime):
     rt.log(f"seed:{cfg.run.seed}")
 
 
-# ---- 3 Data and bytes -----------------------------------------------------------------------------------------------
+# ---- 3 Data and bytes ----------------------------------------------------------------------------
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
-GPT2_LAST_ID = 50256  # begins each document of shards that GPT-2's tokenizer made
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Memory-map one shard: 256 little-endian int32 (magic, version, count), then `count` uint16
-    tokens. Raises UserError naming the file when it is missing, cut, too long or another format."""
+    """Memory-map one shard: 256 little-endian int32 (magic, version, count, ...), then `count`
+    uint16 tokens. Raises UserError for another format or size."""
     name = relative(path)
     if not path.is_file():
         raise UserError(f"{name}: not a file")
@@ -2105,8 +2104,8 @@ def open_shard(path: Path) -> np.ndarray:
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise UserError(
-            f"{name}: magic {magic} version {version}, want {SHARD_MAGIC} and {SHARD_VERSION}: "
-            "not a shard of 16-bit tokens; make shards with data/prepare.py"
+            f"{name}: magic {magic} version {version}, want {SHARD_MAGIC} and {SHARD_VERSION}; "
+            "make shards with data/prepare.py"
         )
     promised = SHARD_HEADER_BYTES + 2 * count
     if count <= 0 or size != promised:
@@ -2137,11 +2136,9 @@ class TokenStream:
         return self.length
 
     def hold_out(self, count: int) -> np.ndarray:
-        """Take the last `count` tokens off the stream and return them. Raises UserError when nothing would remain."""
+        """Take the last `count` tokens off the stream. Raises UserError if nothing would remain."""
         if count >= len(self):
-            raise UserError(
-                f"HELD_OUT_TOKENS={count} leaves nothing of {len(self)} training tokens"
-            )
+            raise UserError(f"HELD_OUT_TOKENS={count} leaves none of {len(self)} training tokens")
         self.length -= count
         return self.read(self.length, count)
 
@@ -2152,35 +2149,30 @@ class TokenStream:
         while count > 0:
             offset = start - self.starts[shard]
             part = self.shards[shard][offset : offset + count]
-            if int(part.max()) >= self.vocab:
-                raise OneRankFailed(self.out_of_range(shard, int(part.max())))
+            if part.max() >= self.vocab:
+                raise OneRankFailed(self.out_of_range(shard, part.max()))
             parts.append(part)
             start += len(part)
             count -= len(part)
             shard += 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def check_ids(self, sample: int):
-        """Raise UserError naming the first shard with an id >= V among its first and last `sample` tokens."""
+    def check(self, sample: int, knob: str, row: int):
+        """Raise UserError for a text of less than one row, or an impossible id among the first and
+        last `sample` tokens of a shard."""
+        if len(self) <= row:
+            name = relative(self.files[0])
+            raise UserError(
+                f"{name}: {len(self)} tokens are fewer than one row of {knob}={row} + 1"
+            )
         for i, shard in enumerate(self.shards):
-            top = max(int(shard[:sample].max()), int(shard[-sample:].max()))
+            top = max(shard[:sample].max(), shard[-sample:].max())
             if top >= self.vocab:
                 raise UserError(self.out_of_range(i, top))
 
     def out_of_range(self, shard: int, token: int) -> str:
-        """What to say of a shard with an impossible token."""
         name = relative(self.files[shard])
         return f"{name}: token id {token} is out of range for VOCAB_SIZE={self.vocab}"
-
-    def foreign_kind(self) -> str:
-        """The kind of ids when they are those of a known tokenizer that is not SentencePiece's."""
-        start = self.shards[0][: 1 << 20]
-        top = int(start.max())
-        if start[0] == top == GPT2_LAST_ID:
-            return "GPT-2 ids"
-        if top < 260 and (len(start) >= 1 << 16 or self.vocab == 260):
-            return "byte ids"
-        return ""
 
 
 class ByteTable(NamedTuple):
@@ -2221,11 +2213,8 @@ def byte_table(tokenizer, vocab: int) -> ByteTable:
     return ByteTable(base, lead, border)
 
 
-CASE_OPERATORS = "\ue001\ue002\ue003\ue004"  # spell capital letters; see data/caseops.py
-
-
 class Data(NamedTuple):
-    """An opened dataset: training stream, validation tokens and the bytes each validation target stands for."""
+    """An opened dataset: training stream, validation tokens, bytes of each validation target."""
 
     train: TokenStream | None  # None when only scoring
     val: np.ndarray  # (N,) uint16
@@ -2236,22 +2225,23 @@ class Data(NamedTuple):
 
 
 def locate_data(cfg: Config, rt: Runtime) -> tuple[Path, Path]:
-    """Folder of the shards and path of the tokenizer; builds the embedded sample when nothing else
-    is asked for. Raises UserError."""
-    vocab = cfg.data.vocab_size
-    # as the published dataset calls it
+    """Folder of the shards and path of the tokenizer. DATA_PATH=auto is the published dataset's
+    folder, or the embedded sample. Raises UserError."""
+    data = SCRIPT.parent / "data"
+    # variants by the published dataset's names
     form = "_lossless_caps_caseops_v1_reserved" if cfg.data.caseops else ""
+    variant = f"sp{cfg.data.vocab_size}{form}"
     folder = Path(cfg.data.data_path)
     if cfg.data.data_path == "auto":
-        folder = SCRIPT.parent / "data" / "datasets" / f"fineweb10B_sp{vocab}{form}"
+        folder = data / "datasets" / f"fineweb10B_{variant}"
         present = any(folder.glob("fineweb_train_*.bin"))
-        if vocab == 1024 and not form and not (present and rt.device.type == "cuda"):
-            folder = build_sample(rt)
+        if variant == "sp1024" and not (present and rt.device.type == "cuda"):
+            folder = build_sample(data, rt)
         elif not present:
             raise UserError(
                 f"DATA_PATH=auto: no shards in {relative(folder)}; get them with data/cached_"
-                f"challenge_fineweb.py --variant sp{vocab}{form} or make them with data/prepare.py;"
-                " the embedded sample needs VOCAB_SIZE=1024 CASEOPS=0"
+                f"challenge_fineweb.py --variant {variant} or make them with data/prepare.py; "
+                "the embedded sample needs VOCAB_SIZE=1024 CASEOPS=0"
             )
     if not folder.is_dir():
         raise UserError(f"DATA_PATH={relative(folder)}: no such folder")
@@ -2259,19 +2249,16 @@ def locate_data(cfg: Config, rt: Runtime) -> tuple[Path, Path]:
         return folder, Path(cfg.data.tokenizer_path)
     own = sorted(folder.glob("*.model"))
     if len(own) > 1:
-        raise UserError(
-            f"DATA_PATH={relative(folder)} holds {len(own)} tokenizers "
-            f"({', '.join(p.name for p in own)}); say which with TOKENIZER_PATH"
-        )
-    if own:
-        return folder, own[0]
-    return folder, SCRIPT.parent / "data" / "tokenizers" / f"fineweb_{vocab}_bpe{form}.model"
+        names = f"{len(own)} tokenizers ({', '.join(path.name for path in own)})"
+        raise UserError(f"{relative(folder)} holds {names}; say which with TOKENIZER_PATH")
+    shared = data / "tokenizers" / f"fineweb_{cfg.data.vocab_size}_bpe{form}.model"
+    return folder, own[0] if own else shared
 
 
-def build_sample(rt: Runtime) -> Path:
+def build_sample(data: Path, rt: Runtime) -> Path:
     """Shards of the embedded sample, built on first use by data/build_sample.py and cached."""
-    builder = SCRIPT.parent / "data" / "build_sample.py"
-    folder = SCRIPT.parent / "data" / "datasets" / "sample_sp1024"
+    builder = data / "build_sample.py"
+    folder = data / "datasets" / "sample_sp1024"
     if not builder.exists():
         raise UserError(
             f"DATA_PATH=auto: {relative(builder)} is missing; set DATA_PATH to a folder of shards"
@@ -2290,6 +2277,15 @@ def build_sample(rt: Runtime) -> Path:
     return folder
 
 
+CASE_OPERATORS = "\ue001\ue002\ue003\ue004"  # spell capital letters; see data/caseops.py
+
+
+def operator_ids(tokenizer) -> list[int]:
+    """Ids of the case operators, none in an ordinary tokenizer."""
+    found = [tokenizer.piece_to_id(operator) for operator in CASE_OPERATORS]
+    return [i for i in found if i != tokenizer.unk_id()]
+
+
 def read_tokenizer(path: Path, cfg: Config):
     """Load the SentencePiece model of the shards. Raises UserError for one that cannot count bytes
     or is not what VOCAB_SIZE, BOS_ID and CASEOPS say."""
@@ -2303,33 +2299,21 @@ def read_tokenizer(path: Path, cfg: Config):
     except Exception as error:
         kind = type(error).__name__
         raise UserError(f"{name}: not a SentencePiece model ({kind})") from None
-    if tokenizer.vocab_size() != cfg.data.vocab_size:
-        raise UserError(
-            f"{name} has {tokenizer.vocab_size()} pieces but VOCAB_SIZE={cfg.data.vocab_size}"
-        )
-    if tokenizer.bos_id() < 0:
+    size = tokenizer.vocab_size()
+    if size != cfg.data.vocab_size:
+        raise UserError(f"{name} has {size} pieces but VOCAB_SIZE={cfg.data.vocab_size}")
+    bos = tokenizer.bos_id()
+    if bos < 0:
         raise UserError(f"{name}: no begin-of-document id; train it with a bos_id")
-    if tokenizer.bos_id() != cfg.model.bos_id:
-        raise UserError(
-            f"{name} begins documents with id {tokenizer.bos_id()} but BOS_ID={cfg.model.bos_id}"
-        )
+    if bos != cfg.model.bos_id:
+        raise UserError(f"{name} begins documents with id {bos} but BOS_ID={cfg.model.bos_id}")
     if tokenizer.piece_to_id(SPACE) == tokenizer.unk_id():
-        raise UserError(
-            f"{name}: no lone {SPACE!r} piece, so spaces would be counted as three bytes; train it "
-            "with a lone space mark"
-        )
+        raise UserError(f"{name}: no lone {SPACE!r} piece: spaces would be counted as three bytes")
     operators = len(operator_ids(tokenizer))
     if cfg.data.caseops != bool(operators):
-        raise UserError(
-            f"{name} has {operators} case operators but CASEOPS={int(cfg.data.caseops)}"
-        )
+        wanted = int(cfg.data.caseops)
+        raise UserError(f"{name} has {operators} case operators but CASEOPS={wanted}")
     return tokenizer
-
-
-def operator_ids(tokenizer) -> list[int]:
-    """Ids of the case operators, none in an ordinary tokenizer."""
-    found = [tokenizer.piece_to_id(operator) for operator in CASE_OPERATORS]
-    return [i for i in found if i != tokenizer.unk_id()]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -2352,23 +2336,37 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def check_manifest(stream: TokenStream, manifest: dict[str, Any], content: bool):
+def check_manifest(manifest: dict[str, Any], files: list[Path]):
     """Raise UserError for a shard that the manifest does not name, so that nobody compared it with
-    the validation text, or (if `content`) whose sha256 is another."""
+    the validation text, and for another validation text."""
     told = manifest.get("files", {})
-    for path in stream.files if told else ():
-        known = path.name in told
-        if not known or content and told[path.name]["sha256"] != sha256_file(path):
+    for path in files if told else ():
+        entry = told.get(path.name)
+        if not entry or "_val_" in path.name and entry["sha256"] != sha256_file(path):
             raise UserError(
                 f"{relative(path)}: not the shard that manifest.json names; download or build it "
                 "again"
             )
 
 
+def refuse_foreign(folder: Path, stream: TokenStream):
+    """Raise UserError for tokens of a known tokenizer that is not SentencePiece's."""
+    start = stream.shards[0][: 1 << 20]
+    if start[0] == start.max() == 50256:  # GPT-2's last id begins its documents
+        kind = "GPT-2 ids"
+    elif start.max() < 260 and (len(start) >= 1 << 16 or stream.vocab == 260):
+        kind = "byte ids"
+    else:
+        return
+    raise UserError(
+        f"DATA_PATH={relative(folder)} holds {kind}, whose bytes no SentencePiece model counts; "
+        "get other shards with data/cached_challenge_fineweb.py or data/prepare.py"
+    )
+
+
 def validation_bytes(folder: Path, cfg: Config, table: ByteTable, val: np.ndarray) -> np.ndarray:
     """(N - 1,) bytes of each validation target: by the tokenizer's pieces or, where capital letters
-    are spelt as operators, by the sidecar fineweb_val_bytes_*.bin, one uint16 per token. Raises
-    UserError for a wrong sidecar."""
+    are spelt as operators, by the sidecar fineweb_val_bytes_*.bin, one uint16 per token."""
     if not cfg.data.caseops:
         return table.target_bytes(val)
     sidecar = TokenStream(folder, "val_bytes", 2**16)
@@ -2379,44 +2377,6 @@ def validation_bytes(folder: Path, cfg: Config, table: ByteTable, val: np.ndarra
     if counts[val == cfg.model.bos_id].any():
         raise UserError(f"{name}: BOS tokens have bytes: the counts are shifted")
     return counts[1:]
-
-
-def open_train(folder: Path, cfg: Config, rt: Runtime) -> TokenStream:
-    """The training stream, checked. Raises UserError."""
-    train = TokenStream(folder, "train", cfg.data.vocab_size)
-    row = cfg.data.train_seq_len
-    train.check_ids(1 << 20)
-    if len(train) <= row:
-        raise UserError(
-            f"{relative(train.files[0])}: {len(train)} training tokens are fewer than one row of "
-            f"TRAIN_SEQ_LEN={row} + 1"
-        )
-    rt.log(
-        f"train_loader:shards pattern={relative(folder)}/fineweb_train_*.bin "
-        f"files:{len(train.files)} tokens:{len(train)} order:{cfg.data.loader}"
-    )
-    return train
-
-
-def refuse_foreign(folder: Path, stream: TokenStream):
-    """Raise UserError for tokens of a known tokenizer that is not SentencePiece's."""
-    if kind := stream.foreign_kind():
-        raise UserError(
-            f"DATA_PATH={relative(folder)} holds {kind}, whose bytes no SentencePiece model counts;"
-            " get other shards with data/cached_challenge_fineweb.py or encode the text with "
-            "data/prepare.py"
-        )
-
-
-def check_validation(stream: TokenStream, cfg: Config):
-    """Raise UserError for an impossible id or a text shorter than one window."""
-    stream.check_ids(len(stream))
-    window = cfg.data.train_seq_len if cfg.eval.eval == "chunked" else cfg.eval.eval_seq_len
-    if len(stream) <= window:
-        raise UserError(
-            f"{relative(stream.files[0])}: {len(stream)} validation tokens are fewer than one "
-            f"window of {window} + 1"
-        )
 
 
 def open_data(cfg: Config, rt: Runtime) -> Data:
@@ -2431,12 +2391,21 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
         raise UserError(
             f"TOKENIZER_PATH={relative(tokenizer_path)}: not the tokenizer that manifest.json names"
         )
+    row = cfg.data.train_seq_len
+    if cfg.eval.eval == "chunked":
+        stream.check(len(stream), "TRAIN_SEQ_LEN", row)
+    else:
+        stream.check(len(stream), "EVAL_SEQ_LEN", cfg.eval.eval_seq_len)
+    check_manifest(manifest, stream.files)
     train = None
     if cfg.run.run_mode == "train":
-        train = open_train(folder, cfg, rt)
-        check_manifest(train, manifest, content=False)
-    check_manifest(stream, manifest, content=True)
-    check_validation(stream, cfg)
+        train = TokenStream(folder, "train", cfg.data.vocab_size)
+        train.check(1 << 20, "TRAIN_SEQ_LEN", row)
+        check_manifest(manifest, train.files)
+        rt.log(
+            f"train_loader:shards pattern={relative(folder)}/fineweb_train_*.bin "
+            f"files:{len(train.files)} tokens:{len(train)} order:{cfg.data.loader}"
+        )
     val = np.ascontiguousarray(stream.read(0, len(stream)))
     table = byte_table(tokenizer, cfg.data.vocab_size)
     table.base[operator_ids(tokenizer)] = 0
@@ -2479,16 +2448,14 @@ class Loader:
         self.index = state["index"]
 
     def draw(self, epoch: int):
-        """Prepare the order of an epoch."""
+        """Decide where the rows of an epoch begin (`phase`) and in which `order` they come."""
         self.drawn = epoch
-
-    def row_start(self, index: int) -> int:
-        """Stream offset of row `index` of this epoch."""
-        return index * self.seq
+        self.phase = 0
+        self.order = range(self.rows_in_epoch())
 
     def row(self, index: int) -> np.ndarray:
         """Row `index` of this epoch, (T + 1,) uint16."""
-        return self.stream.read(self.row_start(index), self.seq + 1)
+        return self.stream.read(self.phase + int(self.order[index]) * self.seq, self.seq + 1)
 
     def rows_in_epoch(self) -> int:
         return (len(self.stream) - 1) // self.seq
@@ -2503,9 +2470,9 @@ class Loader:
         wanted = self.epoch, self.index, rank, world, rows or self.rows
         if self.ahead[0] != wanted:
             self.read_ahead(wanted)
-        rows, self.epoch, self.index = self.ahead[1].result()
+        dealt, self.epoch, self.index = self.ahead[1].result()
         self.read_ahead((self.epoch, self.index, *wanted[2:]))
-        return rows
+        return dealt
 
     def read_ahead(self, wanted: tuple[int, int, int, int, int]):
         """Begin to read the rows of one step."""
@@ -2526,42 +2493,33 @@ class Loader:
             if row % world == rank:
                 mine.append(self.row(index))
             index += 1
-        none = np.zeros((0, self.seq + 1), np.uint16)
-        return np.stack(mine) if mine else none, epoch, index
+        return np.array(mine, np.uint16).reshape(-1, self.seq + 1), epoch, index
 
 
 class ShuffledLoader(Loader):
     """Rows in a new random order and from a new random phase each epoch, decided by SEED alone."""
 
     def draw(self, epoch: int):
-        """Draw phase and order from (SEED, epoch)."""
-        super().draw(epoch)
+        self.drawn = epoch
         rng = np.random.default_rng([self.seed, epoch])
         rows = self.rows_in_epoch()
         self.phase = int(rng.integers(len(self.stream) - rows * self.seq))
-        self.draw_order(rng, rows)
+        self.order = self.draw_order(rng, rows)
 
-    def draw_order(self, rng: np.random.Generator, rows: int):
-        """Decide the order of this epoch."""
-        self.order = rng.permutation(rows)
-
-    def row_start(self, index: int) -> int:
-        return self.phase + int(self.order[index]) * self.seq
+    def draw_order(self, rng: np.random.Generator, rows: int) -> np.ndarray:
+        return rng.permutation(rows)
 
 
 class CoprimeLoader(ShuffledLoader):
     """Rows at a stride that shares no factor with their number: each once per epoch, those of a
     step far apart in the text. Source: PR 726, here over all shards at once."""
 
-    def draw_order(self, rng: np.random.Generator, rows: int):
-        """Draw the first row and the stride."""
-        self.first = int(rng.integers(rows))
-        self.stride = int(rows * rng.uniform(0.55, 0.68)) + 1
-        while math.gcd(self.stride, rows) > 1:
-            self.stride += 1
-
-    def row_start(self, index: int) -> int:
-        return self.phase + (self.first + index * self.stride) % self.rows_in_epoch() * self.seq
+    def draw_order(self, rng: np.random.Generator, rows: int) -> np.ndarray:
+        first = int(rng.integers(rows))
+        stride = int(rows * rng.uniform(0.55, 0.68)) + 1
+        while math.gcd(stride, rows) > 1:
+            stride += 1
+        return (first + np.arange(rows) * stride) % rows
 
 
 def best_fit(lengths: list[int], filled: int, row: int) -> list[int]:
@@ -2580,23 +2538,22 @@ def best_fit(lengths: list[int], filled: int, row: int) -> list[int]:
 
 class PackedLoader(ShuffledLoader):
     """Rows that hold whole documents where they can: the documents of each window of the text are
-    put in another order before they are cut into rows. Windows, and the rows of each, come in
-    random order. Every token is read once per epoch and predicted from what is before it in its
-    document. Source: arXiv 2404.10830 (best-fit packing)."""
+    reordered before they are cut into rows. Windows, and the rows of each, come in random order.
+    Every token is read once per epoch and predicted from what is before it in its document.
+    Source: arXiv 2404.10830 (best-fit packing)."""
 
     WINDOW = 512  # rows
 
-    def draw_order(self, rng: np.random.Generator, rows: int):
-        """Draw the order of the windows."""
-        whole = rows // self.WINDOW
+    def draw_order(self, rng: np.random.Generator, rows: int) -> np.ndarray:
+        """The order of windows; what is left after whole ones comes last."""
         self.opened = -1
-        # what is left after whole windows comes last
-        self.order = [*rng.permutation(whole).tolist(), whole]
+        whole = rows // self.WINDOW
+        return np.append(rng.permutation(whole), whole)
 
     def open_window(self, number: int):
         """Read and reorder a window. Its first and its last document stay where they are: they may
         go on in its neighbours."""
-        first = self.order[number] * self.WINDOW
+        first = int(self.order[number]) * self.WINDOW
         rows = min(self.WINDOW, self.rows_in_epoch() - first)
         text = self.stream.read(self.phase + first * self.seq, rows * self.seq + 1)
         pieces = np.split(text, np.flatnonzero(text[1:-1] == self.bos) + 1)
@@ -2608,7 +2565,6 @@ class PackedLoader(ShuffledLoader):
         self.shuffled = np.random.default_rng([self.seed, self.drawn, number]).permutation(rows)
 
     def row(self, index: int) -> np.ndarray:
-        """A row of the window that is open, or is opened now."""
         number, index = divmod(index, self.WINDOW)
         if number != self.opened:
             self.open_window(number)
@@ -2624,9 +2580,9 @@ LOADERS = {
 }
 
 
-# ---- 4 Kernels: fast paths, each beside its reference ---------------------------------------------------------------
+# ---- 4 Kernels: fast paths, each beside its reference --------------------------------------------
 class Numerics(NamedTuple):
-    """How numbers are computed on this machine; stored with checkpoint and artifact so that a score repeats."""
+    """How numbers are computed; kept in checkpoint and artifact so that a score repeats."""
 
     mode: str = "fp32"  # fp32 | medium | bf16
     attention: str = "sdpa"  # sdpa | blocked
@@ -2638,8 +2594,8 @@ class Numerics(NamedTuple):
 
 
 def visible_keys(ids: Tensor, model: ModelConfig) -> Tensor | None:
-    """(B,T,T) bool, true where a query (row) may read a key; None = all before it, which kernels do best.
-    Knob: DOC_ATTENTION (positions stay those of the row: rotation sees only distances)."""
+    """(B,T,T) bool, true where a query (row) may read a key; None = all before it, which kernels do
+    best. Knob: DOC_ATTENTION (positions stay those of the row: rotation sees only distances)."""
     if not model.doc_attention:
         return None
     document = (ids == model.bos_id).cumsum(1)
@@ -2652,35 +2608,32 @@ def widened(x: Tensor) -> Tensor:
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Causal attention by the stock kernel. q (B,T,H,D), k and v (B,T,G,D), visible as above -> (B,T,H,D)."""
+    """Causal attention by the stock kernel. q (B,T,H,D), k and v (B,T,G,D), visible as above ->
+    (B,T,H,D)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     mask = None if visible is None else visible[:, None]
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=visible is None, enable_gqa=True
-    ).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+    return y.transpose(1, 2)
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Exact causal attention in row blocks, softmax in fp32; faster than the stock CPU kernel. Shapes as above.
-    The g = H/G query heads of one key/value head are folded into rows, so keys and values are never repeated."""
-    (B, T, H, D), G = q.shape, k.size(2)
-    g, size = H // G, max(128, -(-T // 8))
-    q = (q * D**-0.5).transpose(1, 2).reshape(B * G, g, T, D)
+    """The same in blocks of rows, softmax in fp32; faster than the stock kernel on a CPU. The H/G
+    query heads of a key/value head are folded into rows, so keys and values are never repeated."""
+    B, T, H, D = q.shape
+    G = k.size(2)
+    q = (q * D**-0.5).transpose(1, 2).reshape(B * G, H // G, T, D)
     k, v = (t.transpose(1, 2).reshape(B * G, T, D) for t in (k, v))
-    future = torch.ones(min(size, T), min(size, T), dtype=torch.bool, device=q.device).triu(1)
+    if visible is None:
+        visible = torch.ones(1, T, T, dtype=torch.bool, device=q.device).tril()
+    size = max(128, -(-T // 8))
     out = []
     for lo in range(0, T, size):
         hi = min(lo + size, T)
-        n = hi - lo
-        rows = q[:, :, lo:hi].reshape(B * G, g * n, D)
-        scores = widened(torch.bmm(rows, k[:, :hi].transpose(1, 2)))
-        hidden = (
-            F.pad(future[:n, :n], (lo, 0)) if visible is None else ~visible[:, None, lo:hi, :hi]
-        )
-        weights = (
-            scores.view(B, H, n, hi).masked_fill(hidden, float("-inf")).softmax(-1).to(v.dtype)
-        )
-        out.append(torch.bmm(weights.view(B * G, g * n, hi), v[:, :hi]).view(B * G, g, n, D))
+        rows = q[:, :, lo:hi].flatten(1, 2)
+        scores = widened(torch.bmm(rows, k[:, :hi].transpose(1, 2))).view(B, H, hi - lo, hi)
+        scores = scores.masked_fill(~visible[:, None, lo:hi, :hi], float("-inf"))
+        weights = scores.softmax(-1).to(v.dtype).view(B * G, -1, hi)
+        out.append(torch.bmm(weights, v[:, :hi]).view(B * G, -1, hi - lo, D))
     return torch.cat(out, 2).view(B, H, T, D).transpose(1, 2)
 
 
@@ -2688,18 +2641,17 @@ ATTENTION = {"sdpa": sdpa_attention, "blocked": blocked_attention}
 
 
 def softcapped_cross_entropy(z: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Loss of logits cap * tanh(z / cap) in nats. z (..., V), targets (...) -> (...) fp32; target -100 gives 0."""
-    logits = cap * torch.tanh(z.float() / cap)
-    loss = F.cross_entropy(
-        logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="none"
-    )
+    """Loss of logits cap * tanh(z / cap) in nats. z (..., V), targets (...) -> (...) fp32; target
+    -100 gives 0."""
+    logits = (cap * torch.tanh(z.float() / cap)).flatten(0, -2)
+    loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none")
     return loss.view(targets.shape)
 
 
 class ShiftedSoftcapLoss(torch.autograd.Function):
-    """The same loss from logits shifted by the cap, 2 cap sigmoid(2z / cap), which has the same softmax.
-    The backward keeps only z in its own dtype and one number per row. Source: PR 1787. Knob: SOFTCAP.
-    """
+    """The same loss from logits shifted by the cap, 2 cap sigmoid(2z / cap), which has the same
+    softmax. The backward keeps only z in its own dtype and one number per row.
+    Source: PR 1787. Knob: SOFTCAP."""
 
     @staticmethod
     def forward(ctx, z: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -2713,12 +2665,11 @@ class ShiftedSoftcapLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope: Tensor):
         """dz: (softmax - one-hot) times the cap's own slope, 1 - tanh^2."""
-        (z, targets, total), cap = ctx.saved_tensors, ctx.cap
-        s = torch.sigmoid(z.float() * (2 / cap))
-        grad = (2 * cap * s - total.unsqueeze(-1)).exp()
-        grad.scatter_add_(
-            -1, targets.clamp(min=0).unsqueeze(-1), torch.full_like(grad[..., :1], -1.0)
-        )
+        z, targets, total = ctx.saved_tensors
+        s = torch.sigmoid(z.float() * (2 / ctx.cap))
+        grad = (2 * ctx.cap * s - total.unsqueeze(-1)).exp()
+        own = targets.clamp(min=0).unsqueeze(-1)
+        grad.scatter_add_(-1, own, torch.full_like(grad[..., :1], -1.0))
         grad *= 4 * s * (1 - s) * (slope * (targets >= 0)).unsqueeze(-1)
         return grad.to(z.dtype), None, None
 
@@ -2727,16 +2678,18 @@ SOFTCAPS = {"tanh": softcapped_cross_entropy, "shifted": ShiftedSoftcapLoss.appl
 
 
 def choose_numerics(cfg: Config, rt: Runtime) -> Numerics:
-    """Resolve NUMERICS, ATTENTION and COMPILE for this device. Called on rank 0; every rank follows.
+    """Resolve NUMERICS, ATTENTION and COMPILE for this device; every rank follows rank 0.
 
-    auto is bf16 on CUDA and on a CPU with bf16 instructions, else fp32. Blocked attention is for bf16
-    on a CPU, where it trains 1.2 to 1.4 times as fast as the stock kernel.
+    auto is bf16 on CUDA and on a CPU with bf16 instructions (4 to 8 times as fast as fp32), else
+    fp32. Blocked attention is for bf16 on a CPU, where it trains 1.2 to 1.4 times as fast.
     """
     s = cfg.system
     cuda = rt.device.type == "cuda"
     mode = s.numerics
     if mode == "auto":
-        mode = "bf16" if cuda or cpu_has_bf16() else "fp32"
+        cpu = torch.cpu.get_capabilities()
+        fast = cuda or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        mode = "bf16" if fast else "fp32"
     kernel = s.attention
     if kernel == "auto":
         kernel = "blocked" if mode == "bf16" and not cuda else "sdpa"
@@ -2745,17 +2698,9 @@ def choose_numerics(cfg: Config, rt: Runtime) -> Numerics:
     if s.compile == "auto" and (cuda or planned >= 60):
         compile_it = can_compile(rt.device)
         if not compile_it:
-            rt.log("warning: every pass runs uncompiled: torch.compile finds no " + COMPILERS)
+            needs = "Triton" if cuda else "C++ compiler"
+            rt.log(f"warning: every pass runs uncompiled: torch.compile finds no {needs}")
     return Numerics(mode, kernel, compile_it)
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware, at 4 to 8 times the speed of fp32."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-
-
-COMPILERS = "C++ compiler (on a CPU) or Triton (on a GPU)"
 
 
 def can_compile(device: torch.device | str = "cpu") -> bool:
@@ -2767,10 +2712,9 @@ def can_compile(device: torch.device | str = "cpu") -> bool:
 
 
 def apply_numerics(numerics: Numerics, rt: Runtime):
-    """Set the process-wide matmul switches that belong to a Numerics."""
-    torch.set_float32_matmul_precision(
-        {"fp32": "highest", "medium": "medium", "bf16": "high"}[numerics.mode]
-    )
+    """Set the process-wide precision of fp32 matrix products."""
+    precision = {"fp32": "highest", "medium": "medium", "bf16": "high"}
+    torch.set_float32_matmul_precision(precision[numerics.mode])
     rt.log(
         f"numerics:{numerics.mode} attention:{numerics.attention} compile:{int(numerics.compile)} "
         f"threads:{torch.get_num_threads()}"
@@ -2779,9 +2723,8 @@ def apply_numerics(numerics: Numerics, rt: Runtime):
 
 def compiled(function: Callable, numerics: Numerics) -> Callable:
     """torch.compile with static shapes and no graph breaks, or the function itself."""
-    warnings.filterwarnings(
-        "ignore", "bf16 and fp16 are mixed"
-    )  # scales are rounded to fp16 among bf16: as it should
+    # scales are rounded to fp16 among bf16: as it should
+    warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
     return torch.compile(function, dynamic=False, fullgraph=True) if numerics.compile else function
 
 
