@@ -24,7 +24,7 @@ optimiser update, a *micro-step* one forward/backward pass of it. Losses are in
 nats, scores in bits per byte of text.
 """
 
-# ---- 0 Imports ------------------------------------------------------------------------------------------------------
+# ---- 0 Imports -----------------------------------------------------------------------------------
 import bisect
 import collections
 import concurrent.futures
@@ -99,7 +99,7 @@ class RunFailed(RuntimeError):
     """A run that cannot go on: printed with what to try, exit code 1."""
 
 
-# ---- 1 Config: one field = one environment variable = one line of --help = one range check --------------------------
+# ---- 1 Config: one field = one environment variable = one line of --help = one range check -------
 def knob(
     default,
     doc: str,
@@ -4951,7 +4951,7 @@ def allocated(model: GPT, cfg: QuantConfig, harms: dict[str, float]) -> Rules:
     return {name: rescaled(rule, math.exp(logs.get(name, 0.0))) for name, rule in rules.items()}
 
 
-# ---- 8 Artifact: a self-describing file, safe to read from strangers ------------------------------
+# ---- 8 Artifact: a self-describing file, safe to read from strangers -----------------------------
 class Codec(NamedTuple):
     """A byte compressor. `unpack(data, size)` returns at most `size` bytes, whatever the data
     claims, and takes little more memory than these; it may raise anything on damaged data."""
