@@ -1,21 +1,19 @@
 #!/usr/bin/env python3
 """Records that can be trusted: every number of a record is taken from what its runs left behind.
 
-    python records/tools.py pack                       the script as the small single file that is
-    shipped python records/tools.py unpack FILE                print what a wrapped script holds,
-    without running it python records/tools.py check DIR                  judge a record folder,
-    anybody's, by dated rules python records/tools.py compare BASE NEW ...       is NEW better than
-    BASE? record folders, or runs joined by commas python records/tools.py audit DIR
-    run a record's own code, alone and without a network python records/tools.py new RUN ... --name
-    NAME    a record folder from run folders, one per seed python records/tools.py analyze RUN
-    [NAME=VALUE]   where a run's loss lies and what its weights cost; for the report python
-    records/tools.py table                      write the leaderboard of records/README.md anew
-    python records/tools.py report DIR                 one HTML page with pictures about a run or a
-    record python records/tools.py probes [NAME=VALUE ...]    look for leaks in an evaluation of
-    train_gpt.py, from outside python records/tools.py ablate run SPEC            compare techniques
-    on equal tokens, seed by seed python records/tools.py quantisers run SPEC        compare
-    quantisers on the same trained models: bytes against loss python records/tools.py gains run SPEC
-    compare ways of scoring on the same artifacts
+    python records/tools.py new RUN ... --name NAME   a record folder from runs, one per seed
+    python records/tools.py check DIR                 judge anybody's record folder by dated rules
+    python records/tools.py audit DIR                 run a record's own code, without a network
+    python records/tools.py compare BASE NEW ...      is NEW better than BASE?
+    python records/tools.py analyze RUN               where the loss lies, what the weights cost
+    python records/tools.py report DIR                one HTML page with pictures
+    python records/tools.py table                     write the leaderboard of records/README.md
+    python records/tools.py probes [NAME=VALUE ...]   look for leaks in an evaluation, from outside
+    python records/tools.py ablate run SPEC           compare techniques on equal tokens
+    python records/tools.py quantisers run SPEC       compare quantisers: bytes against loss
+    python records/tools.py gains run SPEC            compare ways of scoring the same artifacts
+    python records/tools.py pack --out FILE           the script as one small file, as it is shipped
+    python records/tools.py unpack FILE               print a wrapped script, without running it
 
 Every command takes --help, and --json for machines. Exit code 0: done, nothing found; 1: a check
 failed; 2: a mistake in the input.
@@ -82,7 +80,8 @@ def audit(asked) -> int:
     the folder. A folder of another make needs --adapter: see records/toolkit/adapter.py."""
     if asked.adapter and (asked.data or asked.runs or asked.write):
         raise ValueError(
-            "--adapter does not go with --data, --runs or --write: those are for folders that `new` made"
+            "--adapter does not go with --data, --runs or --write: "
+            "those are for folders that `new` made"
         )
     from toolkit import audit as tool
 

@@ -106,10 +106,8 @@ def test_a_real_comparison_ends_in_a_table_and_a_plot(toy, tmp_path):
     good = {ablate.identity(r): r["bpb"] for r in lines if "bpb" in r}
     gaps = [good["toy", seed, "narrow"] - good["toy", seed, "base"] for seed in (1, 2)]
     table = (tmp_path / "table.md").read_text()
-    assert (
-        f"| narrow | `MLP_MULT=1` | {statistics.mean(gaps):+.4f} ± {statistics.stdev(gaps):.4f} (n=2)"
-        in table
-    )
+    gap = f"{statistics.mean(gaps):+.4f} ± {statistics.stdev(gaps):.4f}"
+    assert f"| narrow | `MLP_MULT=1` | {gap} (n=2)" in table
     assert "<svg" in (tmp_path / "plot.svg").read_text() and "nan" in table
     assert len(sweep("ablate", spec, tmp_path)) == 8, "only the failed runs are repeated"
 

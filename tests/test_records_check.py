@@ -326,6 +326,11 @@ PLANTED = {
         "C9",
         "fail",
     ),
+    "trained on validation text, as another script's configuration says": (
+        Record(last_changed(knobs=dict(prequant_ttt_enabled="True"))),
+        "C9",
+        "warn",
+    ),
     "another failed audit": (
         Record(submission=dict(evidence=dict(audits=[dict(id="reload", status="fail")]))),
         "E10",
@@ -705,10 +710,24 @@ def test_a_resumed_run_is_read_as_one(tmp_path):
     whole, parts = tmp_path / "whole.log", tmp_path / "parts.log"
     whole.write_text(full)
     parts.write_text(
-        f"{head}model_params:152390\nstep:4/8 train_loss:6.0 train_time:200ms step_avg:50.00ms\n{head}"
-        f"model_params:152390\nresumed:step 4 train_time:200ms\nmodel_params{rest}"
+        f"{head}model_params:152390\nstep:4/8 train_loss:6.0 train_time:200ms step_avg:50.00ms\n"
+        f"{head}model_params:152390\nresumed:step 4 train_time:200ms\nmodel_params{rest}"
     )
     a, b = logs.read_log(whole), logs.read_log(parts)
     assert b.resumed and not a.resumed
     for name in set(vars(a)) - {"name", "sha256", "resumed", "claims"}:
         assert getattr(a, name) == getattr(b, name), name
+
+
+def test_options_of_published_scripts_are_quoted_with_the_name_that_they_have_here(tmp_path):
+    """A reader who knows our knobs sees which one differs; names that are the same stand once."""
+    record = Record(
+        (
+            *changed(knobs=dict(attn_clip_sigmas=13.0))[:2],
+            replace(RUNS[2], knobs=dict(attn_clip_sigmas=12.0, matrix_lr=0.03)),
+        )
+    )
+    found = check.check(record.write(tmp_path))["findings"]
+    shown = [f["evidence"] for f in found if f["rule"] == "C30"]
+    assert "attn_clip_sigmas (MATRIX_CLIP_SIGMAS here) differs: 12.0, 13.0" in shown
+    assert "matrix_lr differs: 0.022, 0.03" in shown

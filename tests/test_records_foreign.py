@@ -37,7 +37,8 @@ class Model:
 
     def nll(self, x, first, last):
         """Losses of targets first..last."""
-        return -log_softmax(self.table[x[first:last]])[np.arange(last - first), x[first + 1:last + 1]]
+        guesses = log_softmax(self.table[x[first:last]])
+        return -guesses[np.arange(last - first), x[first + 1 : last + 1]]
 
     def learn(self, x, first, last):
         slope = np.exp(log_softmax(self.table[x[first:last]]))
@@ -190,8 +191,10 @@ def test_losses_without_pieces_are_probed_and_the_rest_is_unknown(tmp_path):
 
 
 BROKEN = {  # what the last line must say
-    "import train_gpt\nVOCAB = 6\nimport package_that_is_not_there\ndef losses(tokens): pass": "ModuleNotFoundError: No module named 'package_that_is_not_there'",
-    "VOCAB = 6\ndef losses(tokens):\n    return [0.0] * 3": "3 losses from target 0 of a text with 179 targets",
+    "import train_gpt\nVOCAB = 6\nimport package_that_is_not_there\n"
+    "def losses(tokens): pass": "ModuleNotFoundError: No module named 'package_that_is_not_there'",
+    "VOCAB = 6\ndef losses(tokens):\n"
+    "    return [0.0] * 3": "3 losses from target 0 of a text with 179 targets",
     "VOCAB = 6\ndef losses(tokens):\n    raise KeyError('x')": "KeyError: 'x'",
     "VOCAB = 6\ndef losses(tokens):\n    import os\n    os._exit(3)": "ended with exit code 3",
     "VOCAB = 6\ndef losses(tokens):\n    yield from ()": "yielded no losses",

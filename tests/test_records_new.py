@@ -432,8 +432,8 @@ def test_a_report_of_an_unfinished_run_projects_the_loss(runs, tmp_path):
     run.mkdir()
     (run / "log.txt").write_text(
         "".join(
-            f"step:{s}/100 train_loss:{6 - 0.5 * math.log(s):.4f} train_time:{s * 10}ms step_avg:10.00ms tok/s:1 "
-            f"left:{(100 - s) // 100}s\n"
+            f"step:{s}/100 train_loss:{6 - 0.5 * math.log(s):.4f} train_time:{s * 10}ms "
+            f"step_avg:10.00ms tok/s:1 left:{(100 - s) // 100}s\n"
             for s in range(1, 41)
         )
         + "step:40/100 train_loss:4.1556 train_time:400ms "
@@ -551,7 +551,8 @@ folder, size = pathlib.Path(__file__).parent, pathlib.Path(__file__).stat().st_s
 if os.environ.get("RUN_MODE") != "eval":
     run = folder / "runs" / os.environ["RUN_ID"]
     run.mkdir(parents=True)
-    text = (pathlib.Path(os.environ.get("DATA_PATH", folder / "smoke")) / "fineweb_val_000000.bin").read_bytes()
+    data = pathlib.Path(os.environ.get("DATA_PATH", folder / "smoke"))
+    text = (data / "fineweb_val_000000.bin").read_bytes()
     (run / "model.golf").write_bytes({artifact})
     (run / "log.txt").write_text(f"Total submission size: {{size + {logged}}} bytes\\n")
 print(f"final:official variant:chunked val_loss:2.5 val_bpb:{{{score}}}")
@@ -586,8 +587,8 @@ def stub_record(folder: Path, artifact: dict, odd: dict):
         (dict(artifact="text[-1000:]"), "val_text_unused"),
         (
             dict(
-                before="not list(pathlib.Path(os.environ.get('DATA_PATH', folder / 'smoke')).glob('*train*')) "
-                "and sys.exit('error: no training text')"
+                before="data = pathlib.Path(os.environ.get('DATA_PATH', folder / 'smoke'))\n"
+                "not list(data.glob('*train*')) and sys.exit('error: no training text')"
             ),
             "reload",
         ),

@@ -158,7 +158,8 @@ def test_any_bytes_survive_the_literal():
 
 def test_a_triton_kernel_keeps_its_annotations_and_names():
     source = (
-        "import triton\n\n\n@triton.jit\ndef kernel(x_pointer, BLOCK: tl.constexpr):\n    offsets = x_pointer\n"
+        "import triton\n\n\n@triton.jit\n"
+        "def kernel(x_pointer, BLOCK: tl.constexpr):\n    offsets = x_pointer\n"
         '    return offsets\n\n\ndef plain(longer_name: int = 3):\n    """What it does."""\n'
         "    another_name = longer_name + 1\n    return another_name * another_name\n"
     )
@@ -180,7 +181,8 @@ FORMS = {
         'format=L.FORMAT_RAW,filters=[{"id":L.FILTER_LZMA2}]))'
     ),
     "a name, compiled": lambda s: (
-        f"from base64 import b85decode as d\nimport zlib\nX={base64.b85encode(zlib.compress(s)).decode()!r}\n"
+        "from base64 import b85decode as d\nimport zlib\n"
+        f"X={base64.b85encode(zlib.compress(s)).decode()!r}\n"
         "exec(compile(zlib.decompress(d(X)).decode(), 'train_gpt.py', 'exec'))"
     ),
     "in pieces": lambda s: (
@@ -214,7 +216,8 @@ def test_foreign_wrappers_are_opened_and_never_executed(form, tmp_path, monkeypa
 SIBLINGS = {
     "replaced": 'exec(open(__file__.replace("train_gpt.py","other.py")).read())',
     "path": "from pathlib import Path as P\nexec(P(__file__).with_name('other.py').read_text())",
-    "with": "import os\nwith open(os.path.join(os.path.dirname(__file__), 'other.py')) as f:\n exec(f.read())",
+    "with": "import os\nwith open(os.path.join(os.path.dirname(__file__), 'other.py')) as f:\n"
+    " exec(f.read())",
     "runpy": "import runpy\nrunpy.run_path('other.py', run_name='__main__')",
     "runpy, module": "from runpy import run_module as r\nr('other')",
     "data": "import lzma\nexec(lzma.decompress(open('other.xz', 'rb').read()))",
@@ -279,7 +282,8 @@ def test_opening_takes_little_time_and_memory():
 
 
 def test_a_bomb_and_nonsense_stay_closed():
-    bomb = f"import os\nexec(d({base64.b85encode(lzma.compress(bytes(1 << 25), preset=0))!r}))\n".encode()
+    packed = base64.b85encode(lzma.compress(bytes(1 << 25), preset=0))
+    bomb = f"import os\nexec(d({packed!r}))\n".encode()
     for source in (
         bomb,
         b"\0\xff",

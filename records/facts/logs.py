@@ -221,7 +221,8 @@ def read_time(text: str, log: Log):
     last validation line comes after everything that reads training text, so its clock says more
     than the line of the stop."""
     stop = found_in(
-        rf"^stopping_early: \w{{1,64}} train_time:{GAP}{NUMBER}{GAP}(ms|s|m)? step:{GAP}(\d{{1,12}})/",
+        rf"^stopping_early: \w{{1,64}} train_time:{GAP}{NUMBER}{GAP}(ms|s|m)?"
+        rf" step:{GAP}(\d{{1,12}})/",
         text,
     )
     step = found_in(

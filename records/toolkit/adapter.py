@@ -127,8 +127,8 @@ class Adapted:
         for name, lo, hi in (("vocab", 4, 65_536), ("length", 32, 100_000)):
             if type(answer.get(name)) is not int or not lo <= answer[name] <= hi:
                 raise ValueError(
-                    f"--adapter: {name.upper()}={answer.get(name)!r}: want a whole number from {lo} to "
-                    f"{hi:,} at the top of the file"
+                    f"--adapter: {name.upper()}={answer.get(name)!r}: want a whole number from "
+                    f"{lo} to {hi:,} at the top of the file"
                 )
         return answer["vocab"], answer["length"]
 

@@ -34,15 +34,15 @@ HEADER_BYTES = 1024  # of a shard
 OFFLINE = Path(__file__).with_name("offline.py")
 
 # What runs in the probing process, and which audit each of its flags decides. A token takes every
-# value in a model of
-# the same knobs with few tokens: with the thousand of the artifact it would take an hour where
-# weights learn.
+# value in a model of the same knobs with few tokens: with the thousand of the artifact it would
+# take an hour where weights learn.
 PROBE = """import json, sys
 sys.path[:0] = ["records", "."]
 from toolkit import probes
 ours = dict(DEVICE="cpu", THREADS="1", EVAL_BATCH_TOKENS="128")
 found = probes.probe(ours | dict(ARTIFACT="model.golf"), cuts=6, positions=0)
-small = probes.probe(json.load(open("knobs.json", encoding="utf-8")) | ours, length=72, cuts=1, positions=2)
+knobs = json.load(open("knobs.json", encoding="utf-8"))
+small = probes.probe(knobs | ours, length=72, cuts=1, positions=2)
 found |= {name: small[name] for name in ("sum", "target")}
 found["flags"] += [name for name in small["flags"] if name in ("sum", "target", "once")]
 print(json.dumps(found, default=float))
@@ -458,6 +458,8 @@ def record_audits(folder: Path, audits: list[dict[str, Any]]):
 
 def as_text(audits: list[dict[str, Any]]) -> str:
     return "\n".join(
-        f"{a['status']:8} {a['id']:18} {'seed ' + a['seed'] + ': ' if 'seed' in a else ''}{a['detail']}"
+        f"{a['status']:8} {a['id']:18} "
+        + (f"seed {a['seed']}: " if "seed" in a else "")
+        + a["detail"]
         for a in audits
     )

@@ -30,12 +30,14 @@ BYTES_PER_TOKEN = {
     4096: (3.31968,),
     8192: (3.72663, 3.15715),
 }  # the second: with case operations
-TOLERANCE = 0.002  # counts of honest runs agree within this; the smallest real defect is twenty times as large
-BASELINE_EXPORT = (
-    63_779_840  # tokens of the validation shards that the naive baseline was published with
-)
-OVERLAPPING = dict(train_shards=(1499,), val_tokens=(9_662_464, 9_662_463))  # fingerprints of #2127
-TOO_GOOD = 0.92  # of the bits per byte before quantisation: windows, adaptation and quantisation explain no more
+# Counts of honest runs agree within this; the smallest real defect is twenty times as large.
+TOLERANCE = 0.002
+# Tokens of the validation shards that the naive baseline was published with.
+BASELINE_EXPORT = 63_779_840
+# Fingerprints of the data of #2127.
+OVERLAPPING = dict(train_shards=(1499,), val_tokens=(9_662_464, 9_662_463))
+# Of the bits per byte before quantisation: windows, adaptation and quantisation explain no more.
+TOO_GOOD = 0.92
 PACKAGES = {
     "torch",
     "numpy",
@@ -242,8 +244,8 @@ def implied_bytes(folder: Folder) -> Findings:
                 )
             elif not near(implied, TEXT_BYTES) and folder.track != "non-record":
                 yield Finding(
-                    f"scored on {g.val_bytes:,} bytes of another text than the {TEXT_BYTES:,} of the "
-                    "validation documents",
+                    f"scored on {g.val_bytes:,} bytes of another text than the {TEXT_BYTES:,} of "
+                    "the validation documents",
                     g.name,
                     folder.track == "record",
                 )
@@ -289,14 +291,28 @@ def too_good(folder: Folder) -> Findings:
         before, final = g.before_quantisation, g.official
         if before and final and 0 < final.bpb < TOO_GOOD * before.bpb:
             yield Finding(
-                f"{final.bpb:.4f} bits per byte after {before.bpb:.4f} before quantisation: more than "
-                "windows and adaptation give",
+                f"{final.bpb:.4f} bits per byte after {before.bpb:.4f} before quantisation: more "
+                "than windows and adaptation give",
                 g.name,
                 False,
             )
 
 
 # Claims and seeds.
+def translated(log: Log) -> tuple[dict[str, str], list[str], dict[str, str]]:
+    """The configuration in a log of another script in the words of ours: ({our name: value}, a line
+    for each option without a counterpart, {our name: their name}). Empty for a log of our own, and
+    where train_gpt.py cannot be imported."""
+    if log.origins or not log.knobs:
+        return {}, [], {}
+    try:
+        from train_gpt import translate
+    except ImportError:
+        return {}, [], {}
+    switches = {"true": "1", "false": "0"}
+    return translate({k.upper(): switches.get(v.lower(), v) for k, v in log.knobs.items()})
+
+
 def decimals(value: Any) -> int:
     text = repr(value) if not isinstance(value, str) else value.strip()
     return len(text.partition(".")[2]) if "e" not in text else 8
@@ -419,9 +435,13 @@ def seed_repeated(folder: Folder) -> Findings:
 
 
 def mixed_seeds(folder: Folder) -> Findings:
-    for name, values in different_knobs(folder.seed_logs).items():
+    logs = folder.seed_logs
+    ours = {theirs.lower(): name for g in logs for name, theirs in translated(g)[2].items()}
+    for name, values in different_knobs(logs).items():
+        here = f" ({ours[name]} here)" if ours.get(name, name.upper()) != name.upper() else ""
         yield Finding(
-            f"{name} differs: {', '.join(sorted(values))[:120]}", certain=bool(folder.named_logs)
+            f"{name}{here} differs: {', '.join(sorted(values))[:120]}",
+            certain=bool(folder.named_logs),
         )
     tokens = {g.val_tokens for g in folder.seed_logs if g.val_tokens}
     if len(tokens) > 1:
@@ -443,20 +463,28 @@ def overlap(folder: Folder) -> Findings:
         for what, known in OVERLAPPING.items():
             if getattr(g, what) in known:
                 yield Finding(
-                    f"{what} {getattr(g, what):,} is the fingerprint of data with most validation documents "
-                    "in training",
+                    f"{what} {getattr(g, what):,} is the fingerprint of data with most validation "
+                    "documents in training",
                     g.name,
                 )
 
 
 def noncompliant(folder: Folder) -> Findings:
     """Our own script says so in every line when weights are trained on validation text before it is
-    scored."""
+    scored; other scripts show it in their configuration."""
     for g in folder.logs:
+        ours, _, theirs = translated(g)
         if g.noncompliant:
             yield Finding(
                 "its lines are marked [NONCOMPLIANT]: weights were trained on validation text",
                 g.name,
+            )
+        elif ours.get("TTT") == "prequant":
+            option = theirs["TTT"].lower()
+            yield Finding(
+                f"{option}={g.knobs[option]} (TTT=prequant here) trains on validation text",
+                g.name,
+                False,
             )
 
 

@@ -33,8 +33,7 @@ from facts.statistics import (
 from .readme import refreshed
 
 # What two lineages have in common when a seed means the same start and the same order of text in
-# both.
-# The first ones must be known: a log that does not print them says nothing about its lineage.
+# both. The first ones must be known: a log that does not print them says nothing about its lineage.
 NECESSARY = ("train_seq_len", "train_batch_tokens", "num_layers", "model_dim")
 LINEAGE = (
     *NECESSARY,
@@ -244,32 +243,34 @@ def as_text(r: dict[str, Any], chain: bool = False) -> str:
     interval = (
         f", 95 % interval {r['low']:+.5f} to {r['high']:+.5f}" if r["low"] is not None else ""
     )
+    base, new = r["base"], r["new"]
     lines = [
-        f"{r['base']['name']}  {group(r['base'])}  ->  {r['new']['name']}  {group(r['new'])}   bits per byte",
-        f"gain             {r['gain_bpb']:+.5f} bits per byte = {r['gain_nats_per_token']:+.5f} nats per token"
-        + interval,
-        f"margin           {r['margin_nats_per_token']} nats per token = {r['margin_bpb']:.5f} bits per byte at "
-        f"{r['bytes_per_token']:.5f} bytes per token",
-        f"{r['test']:17}p = {show_p(r['p_any_gain'])} for any gain, p = {show_p(r['p_margin'])} for more than the "
-        "margin",
+        f"{base['name']}  {group(base)}  ->  {new['name']}  {group(new)}   bits per byte",
+        f"gain             {r['gain_bpb']:+.5f} bits per byte = "
+        f"{r['gain_nats_per_token']:+.5f} nats per token{interval}",
+        f"margin           {r['margin_nats_per_token']} nats per token = "
+        f"{r['margin_bpb']:.5f} bits per byte at {r['bytes_per_token']:.5f} bytes per token",
+        f"{r['test']:17}p = {show_p(r['p_any_gain'])} for any gain, "
+        f"p = {show_p(r['p_margin'])} for more than the margin",
     ]
     if chain:
         lines.append(
-            f"{'Holm':17}p = {show_p(r['p_any_gain_holm'])} and {show_p(r['p_margin_holm'])} in this chain"
+            f"{'Holm':17}p = {show_p(r['p_any_gain_holm'])} and {show_p(r['p_margin_holm'])} "
+            "in this chain"
         )
     if r["pooled_sd"]:
         needed = [
             str(n or "more than 200") for n in (r["seeds_needed_any"], r["seeds_needed_margin"])
         ]
         lines.append(
-            f"power            with a seed's deviation of {r['pooled_sd']:.5f} these seeds reach p < 0.01 "
-            f"from {r['smallest_significant']:.5f} on; to show this gain in 4 of 5 tries takes {needed[0]} "
-            f"seeds each, beyond the margin {needed[1]}"
+            f"power            with a seed's deviation of {r['pooled_sd']:.5f} these seeds reach "
+            f"p < 0.01 from {r['smallest_significant']:.5f} on; to show this gain in 4 of 5 tries "
+            f"takes {needed[0]} seeds each, beyond the margin {needed[1]}"
         )
     for d in r["documents"]:
         lines.append(
-            f"documents        seed {d['seed']}: {d['gain']:+.5f} ({d['low']:+.5f} to {d['high']:+.5f}, p = "
-            f"{d['p']:.2g}, {d['documents']:,} documents), "
+            f"documents        seed {d['seed']}: {d['gain']:+.5f} ({d['low']:+.5f} to "
+            f"{d['high']:+.5f}, p = {d['p']:.2g}, {d['documents']:,} documents), "
             + (
                 "the same artifact"
                 if d["same_artifact"]

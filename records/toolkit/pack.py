@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # What stays readable in a packed script. "{}" receives the compressed text as the inside of a
-# Latin-1 literal: one
-# byte per byte, where base 85 would take a quarter more. Other ranks may do the same at the same
-# time; all write the
-# same bytes, and the last rename wins.
+# Latin-1 literal: one byte per byte, where base 85 would take a quarter more. Other ranks may do
+# the same at the same time; all write the same bytes, and the last rename wins.
 WRAPPER = """\
 # coding: latin-1
 # A compressed script: "python records/tools.py unpack FILE" prints it, and runs nothing.
@@ -26,7 +24,8 @@ text=lzma.decompress('''{}'''.encode('latin-1'))
 try:
  folder=pathlib.Path(os.environ.get('XDG_CACHE_HOME')or pathlib.Path.home()/'.cache')/'train_gpt'
  folder.mkdir(448,True,True)
- if folder.stat().st_uid!=os.getuid()or folder.stat().st_mode&18 or not os.access(folder,2):raise OSError
+ info=folder.stat()
+ if info.st_uid!=os.getuid()or info.st_mode&18 or not os.access(folder,2):raise OSError
 except(OSError,RuntimeError):folder=pathlib.Path(tempfile.mkdtemp())
 path=folder/(hashlib.sha256(text).hexdigest()+'.py')
 if not path.is_file()or path.read_bytes()!=text:

@@ -69,10 +69,11 @@ def seed_table(s: dict[str, Any]) -> str:
 
 def headline(s: dict[str, Any]) -> str:
     spread = f" ± {s['val_bpb_std']:.4f}" if s["val_bpb_std"] is not None else ""
+    seeds = "seeds" if len(s["seeds"]) > 1 else "seed"
     return (
-        f"**{s['val_bpb']:.4f}{spread} bits per byte** ({s['evidence']['variant']}, {len(s['seeds'])} "
-        f"seed{'s' * (len(s['seeds']) > 1)}, {s['bytes_total']:,} bytes, {s['hardware']}, text of "
-        f"{s['evidence']['val_bytes']:,} bytes)"
+        f"**{s['val_bpb']:.4f}{spread} bits per byte** ({s['evidence']['variant']}, "
+        f"{len(s['seeds'])} {seeds}, {s['bytes_total']:,} bytes, {s['hardware']}, "
+        f"text of {s['evidence']['val_bytes']:,} bytes)"
     )
 
 
@@ -123,8 +124,9 @@ def statistics_text(s: dict[str, Any]) -> str:
         return "Compared with nothing yet: `python records/tools.py compare BASE THIS`."
     p = [f"p = {x:.2g}" if x is not None else "p unknown" for x in (t["p_any_gain"], t["p_value"])]
     return (
-        f"Gain over `{t['baseline']}`: {t['delta_bpb']:+.5f} bits per byte, {t['delta_nats_per_token']:+.5f} nats "
-        f"per token. {t['test']}, n = {t['n'][0]} and {t['n'][1]}: {p[0]} for any gain, {p[1]} for more than "
+        f"Gain over `{t['baseline']}`: {t['delta_bpb']:+.5f} bits per byte, "
+        f"{t['delta_nats_per_token']:+.5f} nats per token. {t['test']}, n = {t['n'][0]} and "
+        f"{t['n'][1]}: {p[0]} for any gain, {p[1]} for more than "
         f"{t['margin_nats_per_token']} nats per token."
     )
 

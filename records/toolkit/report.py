@@ -24,12 +24,18 @@ from facts.statistics import read_documents
 
 MAX_ANALYSIS = 1 << 24  # bytes of analysis.json
 MOST_NAMED = 8  # runs that a legend names
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}td,th{border:1px solid #ccc;
-padding:.2rem .6rem;text-align:right}td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+h1{font-size:1.5rem}
+h2{font-size:1.1rem;margin-top:2rem}
+table{border-collapse:collapse}
+td,th{border:1px solid #ccc;padding:.2rem .6rem;text-align:right}
+td:first-child,th:first-child{text-align:left}
+svg{max-width:100%;height:auto}
 .note{color:#666}"""
 TRAIN_LINE = re.compile(
-    r"^(?:step:)?[ \t]{0,40}(\d{1,12})/(\d{1,12})[ \t]{1,40}(?:train_)?loss:[ \t]{0,9}(\d[\d.]{0,20})"
+    r"^(?:step:)?[ \t]{0,40}(\d{1,12})/(\d{1,12})[ \t]{1,40}"
+    r"(?:train_)?loss:[ \t]{0,9}(\d[\d.]{0,20})"
     r"(?:[^\n]{0,200}?train_time:[ \t]{0,9}(\d{1,12}(?:\.\d{1,9})?)(ms|s|m)?\b)?([^\n]{0,200})$",
     re.MULTILINE,
 )
@@ -427,7 +433,8 @@ def report(folder: Path) -> str:
     body = [f"<h1>{name}</h1>", summary(curves)]
     if not all(c.log.finished for c in curves):
         body.append(
-            '<p class="note">Not finished: dashed lines go on as the second half of the run did.</p>'
+            '<p class="note">Not finished: '
+            "dashed lines go on as the second half of the run did.</p>"
         )
     for title in PICTURES:
         if drawn := picture(title, curves):

@@ -45,8 +45,8 @@ OF_A_MACHINE = ("device", "numerics", "attention", "compile", "threads")
 BLURB = "(No description.)"
 STATEMENTS = {
     True: "These are leaderboard conditions.",
-    False: "These are scaled-down runs, not leaderboard scores: another text, size or machine than the "
-    "competition's.",
+    False: "These are scaled-down runs, not leaderboard scores: another text, size or machine than "
+    "the competition's.",
 }
 
 
@@ -119,14 +119,15 @@ def refuse(runs: list[Run], script: bytes, wanted: Wanted):
     for run in runs:
         if names := differing(first, run):
             wrong.append(
-                f"{run.folder}: {', '.join(n.upper() for n in names[:6])} differ from {first.folder.name}"
+                f"{run.folder}: {', '.join(n.upper() for n in names[:6])} differ from "
+                f"{first.folder.name}"
             )
         if run.preset != first.preset:
             wrong.append(f"{run.folder}: preset {run.preset}, not {first.preset}")
         if run.log.code_sha256 != [digest]:
             wrong.append(
-                f"{run.folder}: made by code {', '.join(h[:12] for h in run.log.code_sha256)}, the script is "
-                f"{digest[:12]}; name the right one with --script"
+                f"{run.folder}: made by code {', '.join(h[:12] for h in run.log.code_sha256)}, "
+                f"the script is {digest[:12]}; name the right one with --script"
             )
         for what in ("manifest", "val_tokens", "val_bytes", "coverage", "tokenizer_sha256"):
             if getattr(run.log, what) != getattr(first.log, what):
@@ -145,8 +146,8 @@ def refuse(runs: list[Run], script: bytes, wanted: Wanted):
         wrong.append(f"{len(set(seeds))} seeds; a record of track 10min_16mb has at least 3")
     if (others := left_out(runs)) and not wanted.left_out:
         wrong.append(
-            f"runs of the same configuration are left out: {', '.join(others[:6])}; a record has every seed "
-            "that was run, or says why with --left-out"
+            f"runs of the same configuration are left out: {', '.join(others[:6])}; a record has "
+            "every seed that was run, or says why with --left-out"
         )
     if wrong:
         raise ValueError("\n       ".join(wrong))
@@ -405,8 +406,8 @@ def text_at_hand(run: Run, wanted: Wanted, repository: Path) -> tuple[Path, Path
         looked = wanted.data or (folders[0] if folders else "a place that the log does not name")
         raise ValueError(
             f"the text of the runs is not at hand ({looked}: no fineweb_train_*.bin and "
-            "fineweb_val_*.bin), so that smoke/ cannot be made and nobody could run the record alone; "
-            "name its folder with --data, or say --without-smoke"
+            "fineweb_val_*.bin), so that smoke/ cannot be made and nobody could run the record "
+            "alone; name its folder with --data, or say --without-smoke"
         )
     models = [wanted.tokenizer] if wanted.tokenizer else []
     models += [*sorted(whole[0].glob("*.model")), *places(run, "tokenizer_path", repository)]
