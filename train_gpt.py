@@ -62,11 +62,17 @@ from typing import Any, NamedTuple
 # Before torch is imported: spinning threads starve each other on a busy machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {missing.name} is missing: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 
 def optional_import(name: str):

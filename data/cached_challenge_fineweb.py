@@ -30,16 +30,22 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import documents as docs
-import tqdm
-import verify
-from build_sample import SHARD_MAGIC, SHARD_VERSION, sha256_file, sync
-from documents import DataError
-from huggingface_hub import HfApi, constants, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
-from huggingface_hub.utils import logging as hub_logging
+try:
+    import documents as docs
+    import tqdm
+    import verify
+    from build_sample import SHARD_MAGIC, SHARD_VERSION, sha256_file, sync
+    from documents import DataError
+    from huggingface_hub import HfApi, constants, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import logging as hub_logging
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {missing.name} is missing: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parent
 REPOSITORY, PREFIX = "willdepueoai/parameter-golf", "datasets"

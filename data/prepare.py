@@ -3,7 +3,8 @@
 
     python data/prepare.py train-tokenizer DOCS --vocab-size 4096 --out my_4096.model [--caseops]
     python data/prepare.py encode DOCS --tokenizer my_4096.model --out data/datasets/mine
-    python data/prepare.py reencode data/datasets/mine --from old.model --tokenizer new.model --out data/datasets/new
+    python data/prepare.py reencode data/datasets/mine --from old.model --tokenizer new.model \\
+        --out data/datasets/new
     python data/prepare.py verify data/datasets/new --tokenizer new.model
 
 DOCS are .jsonl (an object per line, its text in --field), .json (one array of them), .parquet or
@@ -13,8 +14,9 @@ becomes \\n in text files. Blank documents are left out. The validation split is
 documents, 50,000 as in the competition, or the files given with --val; a document that is in both
 splits is refused before anything is written.
 
-Every step may be killed at any moment and run again: it goes on from the last whole shard, and does nothing when all is
-done. The output folder is finished or absent. Exit codes: 0 done, 1 findings (verify), 2 unusable input.
+Every step may be killed at any moment and run again: it goes on from the last whole shard, and does
+nothing when all is done. The output folder is finished or absent. Exit codes: 0 done, 1 findings
+(verify), 2 unusable input.
 """
 
 from __future__ import annotations
@@ -36,15 +38,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import caseops
-import documents as docs
-import numpy as np
-import sentencepiece as spm
-import textfiles
-import tqdm
-import verify
-from build_sample import SPACE, TRAINER, exclusive, save, sha256_file, shard, sync
-from documents import DataError, Tokenizer, load_tokenizer
+try:
+    import caseops
+    import documents as docs
+    import numpy as np
+    import sentencepiece as spm
+    import textfiles
+    import tqdm
+    import verify
+    from build_sample import SPACE, TRAINER, exclusive, save, sha256_file, shard, sync
+    from documents import DataError, Tokenizer, load_tokenizer
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {missing.name} is missing: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 VAL_DOCUMENTS = 50_000  # of the competition's split
 SHARD_TOKENS = 100_000_000  # as in the competition's dataset
@@ -597,7 +605,8 @@ def source_of(asked: argparse.Namespace) -> TextFiles | Shards:
         return TextFiles(asked.documents, val, 0 if val else asked.val_docs, asked.field)
     if len(asked.documents) > 1 or not folders or not asked.source_tokenizer:
         raise DataError(
-            f"{asked.documents[0]}: shards are given as one folder, with --from and their tokenizer"
+            f"{asked.documents[0]}: want files of documents, or one folder of shards and --from "
+            "with their tokenizer"
         )
     return Shards(folders[0], load_tokenizer(asked.source_tokenizer))
 

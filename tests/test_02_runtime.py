@@ -541,3 +541,14 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_error(damage, finished, to
 def test_a_checkpoint_of_another_configuration_is_refused_by_name(knobs, finished, toy, tmp_path):
     shutil.copytree(finished.folder, tmp_path / "a", ignore=shutil.ignore_patterns("log.txt"))
     refused(train(toy, tmp_path, "a", RESUME="auto", **knobs), *knobs)
+
+
+def test_a_python_without_the_packages_is_told_what_to_install():
+    """The first mistake of a new user: one line, no traceback, in every entry point that needs them."""
+    for script in ("train_gpt.py", "data/prepare.py", "data/cached_challenge_fineweb.py"):
+        done = subprocess.run(
+            [sys.executable, "-S", str(ROOT / script)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        want = r"error: \w+ is missing: pip install -r requirements.txt\n"
+        assert re.fullmatch(want, done.stderr), done.stderr

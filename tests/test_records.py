@@ -214,3 +214,21 @@ def test_gains_are_those_of_the_same_artifact_and_documents(toy, tmp_path):
         )
     assert "<svg" in (tmp_path / "plot.svg").read_text()
     assert len(sweep("gains", spec, tmp_path)) == 6, "nothing is measured twice"
+
+
+def test_a_specification_that_lacks_something_is_one_line(tmp_path):
+    """Not a KeyError: the file and the missing names, exit code 2, nothing run."""
+    spec = tmp_path / "spec.json"
+    for verb, text, want in (
+        ("ablate", '{"base": {}}', "no texts, seeds, variants"),
+        ("quantisers", '{"base": {}, "seeds": [1], "variants": {}}', "no reference, factors, bits"),
+        ("gains", "[1]", "no object"),
+    ):
+        spec.write_text(text)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "records" / "tools.py"), verb, "run", str(spec)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {spec}: {want}"), done
+        assert done.stderr.count("\n") == 1

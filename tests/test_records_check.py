@@ -731,3 +731,16 @@ def test_options_of_published_scripts_are_quoted_with_the_name_that_they_have_he
     shown = [f["evidence"] for f in found if f["rule"] == "C30"]
     assert "attn_clip_sigmas (MATRIX_CLIP_SIGMAS here) differs: 12.0, 13.0" in shown
     assert "matrix_lr differs: 0.022, 0.03" in shown
+
+
+def test_a_package_beside_the_script_may_import_its_own_modules(tmp_path):
+    """One dot looks in the package; a module that is nowhere in it is still missing."""
+    files = {"parts/__init__.py": "from .inner import x\n", "parts/inner.py": "x = 1\n"}
+    record = replace(scripted("import parts\n" + SCRIPT), files=files)
+    assert not any(
+        "imports" in f["evidence"] for f in check.check(record.write(tmp_path / "a"))["findings"]
+    )
+    del files["parts/inner.py"]
+    lost = replace(record, files=files | {"inner.py": "x = 1\n"})
+    shown = [f["evidence"] for f in check.check(lost.write(tmp_path / "b"))["findings"]]
+    assert "line 1: imports inner, which is not in the folder" in shown

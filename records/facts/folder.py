@@ -222,7 +222,7 @@ def count_compiled(folder: Folder):
 def read_folder(path: Path) -> Folder:
     """Read a record folder. Raises ValueError when it is none."""
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder")
+        raise ValueError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}")
     folder = Folder(path)
     for name, entry in entries(path):
         if entry.is_symlink():

@@ -22,6 +22,7 @@ from pathlib import Path
 from . import sweep
 
 BASE = "base"
+SPEC = ("base", "texts", "seeds", "variants")
 
 
 def wanted(spec: dict) -> list[dict]:

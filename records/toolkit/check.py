@@ -619,14 +619,23 @@ def guarded_nodes(source: Source) -> set[int]:
     }
 
 
-def shipped_modules(folder: Folder) -> set[str]:
-    return {n.split("/")[0].removesuffix(".py") for n in folder.files if n.endswith(".py")}
+def shipped_modules(folder: Folder, inside: str = "") -> set[str]:
+    """Names of the modules and packages that lie in a folder of the record, by default its top."""
+    names = [n.removeprefix(inside) for n in folder.files if n.startswith(inside)]
+    return {n.split("/")[0].removesuffix(".py") for n in names if n.endswith(".py")}
+
+
+def package(file: str, level: int) -> str:
+    """The folder in which a relative import of a file looks: "facts/" for one dot in facts/a.py."""
+    parts = file.split("/")[:-level]
+    return "".join(f"{part}/" for part in parts)
 
 
 def local_imports(folder: Folder) -> Findings:
     for name, level, node, guarded, file in imports(folder):
         local = level > 0 or SIBLINGS.fullmatch(name)
-        if local and not guarded and name not in shipped_modules(folder):
+        beside = shipped_modules(folder, package(file, level) if level else "")
+        if local and not guarded and name not in beside:
             yield Finding(f"line {node.lineno}: imports {name}, which is not in the folder", file)
 
 

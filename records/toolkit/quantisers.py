@@ -28,6 +28,7 @@ import train_gpt as tg
 from . import sweep
 
 known = sweep.read
+SPEC = ("base", "seeds", "reference", "variants", "factors", "bits")
 
 
 def points(spec: dict) -> list[tuple[str, float]]:

@@ -22,6 +22,8 @@ from facts.statistics import document_bootstrap
 
 from . import sweep
 
+SPEC = ("base", "seeds", "variants")
+
 
 def launch(knobs: dict[str, Any]) -> str:
     """Run the script to its end; returns what it printed. Exits with its message when it failed."""

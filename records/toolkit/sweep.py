@@ -3,8 +3,10 @@ beside them.
 
 Used by ablate.py, quantisers.py and scoring_gains.py. Each of them has
 
-    run(spec, results, scratch, share)   append to results.jsonl what is missing of the I-th of N
-    parts known(results)                       read it table(spec, found), plot(spec, found)
+    SPEC                                 the names that a specification must have
+    run(spec, results, scratch, share)   append to results.jsonl what is missing of part I of N
+    known(results)                       read it
+    table(spec, found), plot(spec, found)
 """
 
 import json
@@ -16,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from facts.files import write_atomic
+from facts.files import read_json, write_atomic
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_gpt.py"
 
@@ -74,7 +76,12 @@ def subplots(*shape: int, **options):
 def perform(kind: ModuleType, spec_file: Path, scratch: Path, share: tuple[int, int] | None) -> str:
     """Do what is missing of a share of the runs (None: nothing), then write table.md and plot.svg
     beside the specification. Returns the table."""
-    spec = json.loads(spec_file.read_text(encoding="utf-8"))
+    try:
+        spec = read_json(spec_file)
+    except ValueError as error:
+        raise ValueError(f"{spec_file}: {error}") from None
+    if missing := [name for name in kind.SPEC if name not in spec]:
+        raise ValueError(f"{spec_file}: no {', '.join(missing)}; --help says what belongs there")
     results = spec_file.with_name("results.jsonl")
     if share is not None:
         kind.run(spec, results, scratch, share)
