@@ -4473,8 +4473,7 @@ AVERAGERS = {"none": LastWeights, "ema": EMA, "swa": SWA, "iw_swa": WeightedSWA}
 
 # ---- 7 Quantisation ------------------------------------------------------------------------------
 class QTensor(NamedTuple):
-    """A tensor as it is stored: floats of any shape, or int8 levels (m,n) that mean multiples of a
-    step."""
+    """A tensor as it is stored: floats, or int8 levels (m,n) that mean multiples of a step."""
 
     values: Tensor
     scale: Tensor | None = None  # (m,) fp16, the step of each row
@@ -4497,9 +4496,7 @@ class QTensor(NamedTuple):
 
 
 class Cast(NamedTuple):
-    """Store as a float type."""
-
-    dtype: torch.dtype
+    dtype: torch.dtype  # stores floats of this type
 
     def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
         return QTensor(w.to(self.dtype))
@@ -4512,23 +4509,20 @@ class RoundToNearest(NamedTuple):
     bits: int
     clip: str = "quantile"  # see CLIPS
     sigmas: float = 0.0  # for clip "sigma"
-    floor: float = (
-        0.0  # the smallest clip: 1 reproduces the published int8 export, 0 adapts to small rows
-    )
+    floor: float = 0.0  # the smallest clip: 1 is the published int8 export's
 
     @property
     def top(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
     def scale(self, w: Tensor, hessian: Tensor | None = None) -> Tensor:
-        """Steps (m,) of the rows of w (m,n), each a normal fp16 number (kept as fp32), never zero
-        or infinite."""
+        """Steps (m,) of the rows of w (m,n), each a normal fp16 number kept as fp32."""
         clip = CLIPS[self.clip](self, w, hessian).clamp(min=self.floor)
         return rounded_to_half(clip / self.top)
 
     def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
-        """w (m,n) fp32 -> levels and fp16 scales; hessian (n,n), the second moment of what w reads,
-        if it is known. The error is at most half a scale inside the clip."""
+        """w (m,n) fp32 -> levels and scales; hessian (n,n), the second moment of what w reads. The
+        error is at most half a scale inside the clip."""
         scale = self.scale(w, hessian)
         levels = (w / scale[:, None]).round().clamp(-self.top, self.top)
         return QTensor(levels.to(torch.int8), scale.half())
@@ -4541,8 +4535,8 @@ def nearest(rule: Cast | RoundToNearest) -> Cast | RoundToNearest:
 
 class GPTQ(RoundToNearest):
     """The same grid, rounded column by column, largest inputs first, each column making up for the
-    errors of those before it; without a Hessian the nearest levels. Source: arXiv 2210.17323. Knob:
-    ROUNDING."""
+    errors of those before it; without a Hessian the nearest levels. Source: arXiv 2210.17323.
+    Knob: ROUNDING."""
 
     BLOCK = 128  # columns that are searched together
     AHEAD = 0  # of them, how many only to look ahead
@@ -4574,9 +4568,8 @@ class GPTQ(RoundToNearest):
         """(n,n) fp32, upper: row j over its diagonal says how columns after j make up for an error
         in column j."""
         h = hessian.double()
-        h = h + self.DAMPING * h.diagonal().mean() * torch.eye(
-            len(h), dtype=h.dtype, device=h.device
-        )
+        damping = self.DAMPING * h.diagonal().mean()
+        h = h + damping * torch.eye(len(h), dtype=h.dtype, device=h.device)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
         return torch.linalg.cholesky(inverse, upper=True).float()
 
@@ -4595,23 +4588,21 @@ class GPTQ(RoundToNearest):
             seen = slice(start, stop)
             done = slice(start, stop if stop == columns else stop - self.AHEAD)
             found = self.search(rest[:, seen], steps[:, seen], upper[seen, seen], dead[seen], state)
-            levels[:, done] = found[:, : done.stop - start]
-            units, state = self.units(levels[:, done], state)
+            units = found[:, : done.stop - start]
+            levels[:, done] = units
+            if self.TRELLIS:
+                units, state = half_steps(units, state)
             wrong = rest[:, done] - units * steps[:, done]
             errors = torch.linalg.solve_triangular(upper[done, done], wrong, upper=True, left=False)
             rest[:, done.stop :] -= errors @ upper[done, done.stop :]
             start = done.stop
         return levels
 
-    def units(self, levels: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """What levels (m,b) mean in steps, and the trellis states (m,) behind them."""
-        return levels, state
-
     def search(
         self, rest: Tensor, steps: Tensor, upper: Tensor, dead: Tensor, state: Tensor
     ) -> Tensor:
-        """Levels (m,b) of a block: rest and steps (m,b), upper (b,b), dead (b,), state (m,) before
-        the block."""
+        """Levels (m,b) of a block: rest and steps (m,b), upper (b,b), dead (b,), state (m,) of the
+        trellis before the block."""
         rest, levels = rest.clone(), torch.zeros_like(rest)
         for j in range(rest.size(1)):
             levels[:, j] = (rest[:, j] / steps[:, j]).round().clamp(-self.top, self.top)
@@ -4621,29 +4612,21 @@ class GPTQ(RoundToNearest):
 
 
 STATES = 16  # of the trellis
-CHECKS = (0o23, 0o04)  # its parity checks; source: Ungerboeck 1982, table I
 
 
 @functools.cache
 def trellis() -> tuple[Tensor, Tensor]:
     """(next (S,2), half (S,)): a state with half = 1 shifts its levels by half a step; whether a
-    level is even or odd leads to the next state. A systematic feedback shift register whose lowest
-    bit is `half`."""
-    table = torch.zeros(STATES, 2, dtype=torch.int64)
-    for state in range(STATES):
-        for odd in (0, 1):
-            following = state >> 1
-            for bit in range(1, STATES.bit_length()):
-                from_state = CHECKS[0] >> bit & state & 1
-                from_level = CHECKS[1] >> bit & odd
-                following ^= ((from_state ^ from_level) & 1) << (bit - 1)
-            table[state, odd] = following
-    return table, torch.arange(STATES) & 1
+    level is even or odd leads to the next state. A systematic feedback shift register with the
+    parity checks 23 and 04 (octal). Source: Ungerboeck 1982, table I."""
+    state, odd = torch.arange(STATES), torch.arange(2)
+    half = state & 1
+    return (state >> 1 ^ half * (0o23 >> 1))[:, None] ^ odd * (0o04 >> 1), half
 
 
 def half_steps(levels: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Levels (m,n) -> (fp32 multiples of the step, last states (m,)): each row walks through the
-    trellis from its state, or from state 0."""
+    trellis from its state, or from 0."""
     after, half = (t.to(levels.device) for t in trellis())
     odd = (levels.long() & 1).T.contiguous()
     units = levels.to(torch.float32, copy=True)
@@ -4656,37 +4639,33 @@ def half_steps(levels: Tensor, state: Tensor | None = None) -> tuple[Tensor, Ten
 
 
 class Trellis(GPTQ):
-    """GPTQ with two more ideas. Columns have steps of their own, in proportion to how well later
-    columns make up for an error: what an entropy coder pays for a column is then what the column is
-    worth. And the grid is finer by half while levels cost what whole steps cost: the path through a
-    trellis decides which half of the points a level may mean. The best path is searched, each
-    survivor with corrections of its own. Together they take two thirds of the 0.25 bit that scalar
-    levels leave above the rate-distortion bound. Sources: WaterSIC, arXiv 2603.04956; trellis-coded
-    quantisation, Marcellin and Fischer 1990."""
+    """GPTQ with two more ideas, which take two thirds of the 0.25 bit that scalar levels leave
+    above the rate-distortion bound. Columns have steps of their own, in proportion to how well
+    later columns make up for an error, so an entropy coder pays for a column what it is worth
+    (WaterSIC, arXiv 2603.04956). And the grid is finer by half at the price of whole steps: the
+    path through a trellis decides which half of the points a level may mean, and the best path is
+    searched (trellis-coded quantisation, Marcellin and Fischer 1990)."""
 
-    BLOCK, AHEAD, TRELLIS = 64, 16, True
-    REACH = 127  # the largest level: an entropy coder asks no price for levels that are not used
+    BLOCK = 64
+    AHEAD = 16
+    TRELLIS = True
+    REACH = 127  # the largest level: an entropy coder asks no price for unused ones
 
     def order(self, hessian: Tensor) -> Tensor:
         return torch.arange(len(hessian), device=hessian.device)
 
     def columns(self, upper: Tensor, units: Tensor, dead: Tensor) -> Tensor:
-        """The geometric mean of columns that are read is 1, so they cost no bits, unless some must
-        be larger lest a level be out of reach."""
+        """Factors of geometric mean 1, which cost no bits, unless a level would be out of reach."""
         d = upper.diagonal()
         factors = (d / d[~dead].log().mean().exp()).masked_fill(dead, 1)
-        return rounded_to_half(
-            torch.maximum(factors, units.abs().amax(0) / (0.8 * self.REACH))
-        ).half()
-
-    def units(self, levels: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        return half_steps(levels, state)
+        least = units.abs().amax(0) / (0.8 * self.REACH)
+        return rounded_to_half(torch.maximum(factors, least)).half()
 
     def search(
         self, rest: Tensor, steps: Tensor, upper: Tensor, dead: Tensor, state: Tensor
     ) -> Tensor:
-        """As GPTQ.search (Viterbi's algorithm). A survivor's row holds its levels in the columns
-        that it has passed and what remains to be rounded in the others."""
+        """As GPTQ.search, by Viterbi's algorithm. A survivor's row holds levels in the columns that
+        it has passed and what remains to be rounded in the others."""
         after, half = (t.to(rest.device) for t in trellis())
         into = after.flatten().argsort(stable=True).view(STATES, 2)  # two ways into every state
         source, odd = into // 2, into % 2
@@ -4700,9 +4679,8 @@ class Trellis(GPTQ):
             found = torch.maximum(torch.minimum(found, largest), -largest)
             errors = (wanted - found) * (steps[:, j] / upper[j, j])[:, None, None]
             price = cost[:, source] + errors.square()
-            price = torch.where(
-                dead[j] & (found != 0), math.inf, price
-            )  # what nothing reads is zero
+            # what nothing reads is zero
+            price = torch.where(dead[j] & (found != 0), math.inf, price)
             cost, way = price.min(-1)
             way = way[:, :, None]
             origin = source.expand(len(rest), -1, -1).gather(2, way)
@@ -4726,8 +4704,8 @@ def row_quantile(a: Tensor, q: float) -> Tensor:
 
 
 def best_quantile(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tensor:
-    """Per row the one of five quantiles whose levels have the least error, weighted by the inputs'
-    size if known. Source: GPTQ-lite, PR 374, whose code chose per matrix."""
+    """Per row the one of five quantiles whose levels have the least error, weighted by the inputs.
+    Source: GPTQ-lite, PR 374, whose code chose per matrix."""
     weight = w.new_ones(w.size(1)) if hessian is None else hessian.diagonal()
     clips = torch.stack([row_quantile(w.abs(), q) for q in (0.999, 0.9995, 0.9999, 0.99999, 1.0)])
     scales = (clips / rule.top).clamp(min=2**-14)[:, :, None]
@@ -4737,7 +4715,7 @@ def best_quantile(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Te
 
 
 def deviations(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tensor:
-    """Multiples of each row's standard deviation; of its magnitude when it has one entry."""
+    """Multiples of each row's standard deviation, or of its only entry."""
     return rule.sigmas * (w.std(1) if w.size(1) > 1 else w.abs().amax(1))
 
 
@@ -4750,9 +4728,8 @@ CLIPS: dict[str, Callable[[RoundToNearest, Tensor, Tensor | None], Tensor]] = {
 
 
 def rounded_to_half(x: Tensor) -> Tensor:
-    """Positive fp32 as the nearest normal finite fp16 number, ties to even, still as fp32. In
-    integer arithmetic, because a compiler may drop a cast to fp16 and back, and the training grid
-    would then differ from the exported."""
+    """Positive fp32 as the nearest normal fp16 number, ties to even, still as fp32. In integers: a
+    compiler may drop a cast to fp16 and back, and QAT's grid would differ from the export's."""
     bits = x.clamp(2**-14, 49152).view(torch.int32)
     drop = 23 - 10  # mantissa bits of the two types
     rounded = bits + (1 << drop - 1) - 1 + (bits >> drop & 1)
@@ -4781,9 +4758,9 @@ Hessians = dict[nn.Parameter, Tensor]  # second moments (n,n) of what matrices r
 
 
 class FakeQuant(nn.Module):
-    """Weight site: in the forward the values on the export grid bit for bit, in the backward the
-    identity. `on` is a tensor, so switching it mid-run takes effect inside a compiled graph. RULES
-    keep the export on the same grid. Knobs: QAT, QAT_START_FRAC."""
+    """Weight site: the values on the export's grid bit for bit, in the backward the identity. `on`
+    is a tensor, so that switching it takes effect inside a compiled graph. RULES keep the export
+    on the same grid. Knobs: QAT, QAT_START_FRAC."""
 
     def __init__(self, rule: Cast | RoundToNearest):
         super().__init__()
@@ -4796,7 +4773,7 @@ class FakeQuant(nn.Module):
 
 
 def attach_qat(model: GPT, cfg: QuantConfig) -> dict[nn.Parameter, FakeQuant]:
-    """Give every block matrix its fake quantiser; returns them so that training can switch them."""
+    """Give every block matrix its fake quantiser; returns them."""
     attached = {}
     for module in model.modules() if cfg.qat != "none" else ():
         if isinstance(module, Linear) and module.weight.quant in LEARNED_GRID:
@@ -4825,8 +4802,7 @@ def weighted_error(w: Tensor, t: QTensor, hessian: Tensor | None) -> float:
 
 
 def harm_ratio(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> float:
-    """Weighted error of the rule over that of the nearest levels, on up to 64 rows of w (m,n): how
-    much of the harm of plain rounding remains."""
+    """Weighted error of the rule over that of the nearest levels, on up to 64 rows of w (m,n)."""
     if hessian is None or not hessian.any():
         return 1.0
     rows = w[:: -(-len(w) // 64)]
@@ -4841,7 +4817,8 @@ def corrected(w: Tensor, t: QTensor, hessian: Tensor | None, rank: int) -> QTens
     """t with a correction of low rank in four bits. The errors are weighted by the root of the
     inputs' second moment before the singular value decomposition; the second factor is solved for
     when the first has been rounded. Sources: LQER, arXiv 2402.02446; PR 1797. Knob: LQER_RANK."""
-    rule, error = RoundToNearest(4), (w - t.dequant()).double()
+    rule = RoundToNearest(4)
+    error = (w - t.dequant()).double()
     root = torch.eye(w.size(1), dtype=torch.float64, device=w.device)
     if hessian is not None and hessian.any():
         values, vectors = torch.linalg.eigh(hessian.double())
@@ -4867,16 +4844,16 @@ def corrections(
     hessians: dict[str, Tensor | None],
     rank: int,
 ) -> dict[str, QTensor]:
-    """The LQER_TOP matrices that gain most, corrected. Only those that might be among them are
-    decomposed."""
-    wide = {name: (w, tensors[name], hessians[name]) for name, w in weights.items()}
-    wide = {name: found for name, found in wide.items() if min(found[0].shape) > rank}
-    most = {name: correctable(*found, rank) for name, found in wide.items()}
+    """The LQER_TOP matrices that gain most, corrected; only what might be among them is tried."""
+    most = {}
+    for name, w in weights.items():
+        if min(w.shape) > rank:
+            most[name] = correctable(w, tensors[name], hessians[name], rank)
     best: list[tuple[float, str, QTensor]] = []
     for name in sorted(most, key=most.get, reverse=True):
         if len(best) == LQER_TOP and most[name] <= best[-1][0]:
             break
-        w, t, hessian = wide[name]
+        w, t, hessian = weights[name], tensors[name], hessians[name]
         better = corrected(w, t, hessian, rank)
         gain = weighted_error(w, t, hessian) - weighted_error(w, better, hessian)
         best = sorted([*best, (gain, name, better)], key=lambda found: -found[0])[:LQER_TOP]
@@ -4886,8 +4863,7 @@ def corrections(
 def quantise(
     model: GPT, cfg: QuantConfig, hessians: Hessians | None = None, rules: Rules | None = None
 ) -> dict[str, QTensor]:
-    """Every parameter through its rule (that of its tag unless told otherwise), on the CPU in the
-    end."""
+    """Every parameter through its rule (by its tag unless told otherwise), moved to the CPU."""
     rules = rules or rules_by_tag(model, cfg)
     weights = {name: p.detach().float() for name, p in model.exported().items()}
     seen = {name: (hessians or {}).get(p) for name, p in model.exported().items()}
@@ -4899,26 +4875,23 @@ def quantise(
 
 
 def on_cpu(t: QTensor) -> QTensor:
-    """The same tensor in the memory that serialisation reads."""
     values, scale, columns = (part if part is None else part.cpu() for part in t[:3])
     correction = t.correction and tuple(map(on_cpu, t.correction))
     return QTensor(values, scale, columns, t.trellis, correction)
 
 
 def rules_by_tag(model: GPT, cfg: QuantConfig) -> Rules:
-    """What the tag of every exported parameter says."""
     return {name: QUANTISERS[p.quant](cfg) for name, p in model.exported().items()}
 
 
 def finest(rule: RoundToNearest) -> float:
-    """The factor by which a grid by standard deviations becomes one of eight bits that still
-    reaches six of them."""
+    """The least factor of the steps at which eight bits still reach six standard deviations."""
     return min(1.0, 6 / 127 * rule.top / rule.sigmas)
 
 
 def rescaled(rule: Cast | RoundToNearest, factor: float) -> Cast | RoundToNearest:
-    """A grid by standard deviations with steps times a factor, no less than the finest; more levels
-    where clips would come below six of them."""
+    """A grid by standard deviations with steps times a factor, no less than the finest; more bits
+    where the clip would come below six of them."""
     if isinstance(rule, Cast):
         return rule
     step = max(factor, finest(rule)) / rule.top
@@ -4937,24 +4910,21 @@ def allocated(model: GPT, cfg: QuantConfig, harms: dict[str, float]) -> Rules:
     rules = rules_by_tag(model, cfg)
     if not harms:
         return rules
-    count = {name: p.numel() for name, p in model.exported().items()}
-    least = 1e-3 * max(harms.values()) + 1e-30
-    ideal = {name: 0.5 * math.log(count[name] / max(harm, least)) for name, harm in harms.items()}
-
-    least_log = {name: math.log(max(1 / 4, finest(rules[name]))) for name in ideal}
-
-    def shifted(by: float) -> dict[str, float]:
-        return {name: min(max(f - by, least_log[name]), math.log(4)) for name, f in ideal.items()}
-
-    low, high = min(ideal.values()), max(ideal.values())
+    exported = model.exported()
+    count = np.array([exported[name].numel() for name in harms])
+    harm = np.array(list(harms.values()))
+    ideal = 0.5 * np.log(count / harm.clip(1e-3 * max(0.0, harm.max()) + 1e-30))
+    least = [math.log(max(1 / 4, finest(rules[name]))) for name in harms]
+    low, high = ideal.min(), ideal.max()
     for _ in range(60):  # the shift by which the bits of clipped factors cancel out
         middle = (low + high) / 2
-        if sum(f * count[name] for name, f in shifted(middle).items()) > 0:
+        logs = np.clip(ideal - middle, least, math.log(4))
+        if (logs * count).sum() > 0:
             low = middle
         else:
             high = middle
-    logs = shifted((low + high) / 2)
-    return {name: rescaled(rule, math.exp(logs.get(name, 0.0))) for name, rule in rules.items()}
+    found = {name: rescaled(rules[name], math.exp(x)) for name, x in zip(harms, logs)}
+    return rules | found
 
 
 # ---- 8 Artifact: a self-describing file, safe to read from strangers -----------------------------
