@@ -265,7 +265,7 @@ FEW = dict(cuts=2, positions=1)
             for name in SYSTEMS
             if config(name).eval.compliant
         ),
-        (dict(PRESET="turbo_engram", EVAL="doc", DOC_ATTENTION=1), []),
+        (dict(PRESET="turbo_engram", EVAL="doc", DOC_ATTENTION=1, BOS_ID=5), []),
         (dict(PRESET="turbo_engram", EVAL="chunked", TTT="sgd", TTT_LR=0.05), []),
         (
             dict(PRESET="turbo_engram", EVAL="doc", TTT="lora", SMEAR_GATE="D", TTT_LORA_LR=0.01),

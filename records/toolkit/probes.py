@@ -48,7 +48,7 @@ def state_digests(strategy: tg.Fixed, rows: int) -> list[str]:
 
 
 def observe(
-    make: Make, tokens: np.ndarray, rt: tg.Runtime, digest: Callable = state_digests
+    make: Make, tokens: np.ndarray, rt: tg.Runtime, digest: Callable = state_digests, bos: int = 1
 ) -> Seen:
     """Run one evaluation and keep everything; a refusal by score() is kept, not raised."""
     n, strategy, error = len(tokens) - 1, make(tokens), ""
@@ -75,7 +75,9 @@ def observe(
         batches += 1
 
     try:
-        coverage = tg.score(tokens, np.ones(n), strategy, rt, watch).coverage
+        # scripts without BOS_ID know 1 alone
+        known = {} if bos == 1 else dict(bos=bos)
+        coverage = tg.score(tokens, np.ones(n), strategy, rt, watch, **known).coverage
         if coverage != hashlib.sha256(np.ones(n, "<i4").tobytes()).hexdigest()[:16]:
             error = "the coverage hash is not that of a text scored once"
     except tg.RunFailed as refused:
@@ -89,13 +91,15 @@ def audit(
     vocab: int,
     rt: tg.Runtime,
     digest: Callable = state_digests,
+    bos: int = 1,
     **options,
 ) -> dict[str, Any]:
     """Every probe of the strategies of `make`; options as text_probes.audit."""
     return text_probes.audit(
-        lambda x, digests: observe(make, x, rt, digest if digests else no_digest),
+        lambda x, digests: observe(make, x, rt, digest if digests else no_digest, bos),
         tokens,
         vocab,
+        bos=bos,
         **options,
     )
 
@@ -183,7 +187,9 @@ def uniform_error(
 def probe(env: dict[str, str], length: int = LENGTH, **options) -> dict[str, Any]:
     """audit() of what a set of knobs describes. Raises UserError for bad knobs."""
     cfg, model, plan = subject(env)
-    rt, tokens = tg.Runtime(cfg, {}), probe_text(length, cfg.data.vocab_size)
+    rt = tg.Runtime(cfg, {})
+    bos = cfg.values().get("bos_id", 1)
+    tokens = probe_text(length, cfg.data.vocab_size, bos=bos)
     alone = cfg.eval.eval == "doc" and (
         cfg.eval.ttt == "none" or cfg.eval.ttt == "lora" and not cfg.eval.ttt_warm_a
     )
@@ -192,6 +198,7 @@ def probe(env: dict[str, str], length: int = LENGTH, **options) -> dict[str, Any
         tokens,
         cfg.data.vocab_size,
         rt,
+        bos=bos,
         isolated=alone,
         **options,
     )

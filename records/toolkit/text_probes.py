@@ -17,7 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-BOS = 1  # the id that begins each document
+
+def ordinary(rng: np.random.Generator, vocab: int, count: int, bos: int) -> np.ndarray:
+    """Random ids that begin no document."""
+    ids = rng.integers(2, vocab, count)
+    ids[ids == bos] = 1
+    return ids
 
 
 class Seen(NamedTuple):
@@ -42,7 +47,12 @@ def moved(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def swap_unscored(
-    look: Look, tokens: np.ndarray, seen: Seen, rng: np.random.Generator, move_borders: bool = False
+    look: Look,
+    tokens: np.ndarray,
+    seen: Seen,
+    rng: np.random.Generator,
+    bos: int,
+    move_borders: bool = False,
 ) -> tuple[float, int, int]:
     """Replace every token that is not scored yet at a random moment: after some batch, and some
     targets into each window of the next. (largest change of a loss whose text stayed, states that
@@ -59,10 +69,10 @@ def swap_unscored(
         keep[p] |= run <= into
     kept = np.concatenate([[True], keep])  # by token
     other = tokens.copy()
-    free = ~kept & (tokens != BOS)
-    other[free] = rng.integers(2, vocab, int(free.sum()))
+    free = ~kept & (tokens != bos)
+    other[free] = ordinary(rng, vocab, int(free.sum()), bos)
     if move_borders:
-        other[np.flatnonzero(~kept)[::11]] = BOS
+        other[np.flatnonzero(~kept)[::11]] = bos
     again = look(other, not move_borders)
     whole = np.concatenate([[0], np.cumsum(~kept)])  # replaced tokens before each
     stays = keep & (whole[np.arange(n) + 2] == whole[seen.start])
@@ -71,7 +81,7 @@ def swap_unscored(
 
 
 def swap_target(
-    look: Look, tokens: np.ndarray, seen: Seen, at: int, vocab: int
+    look: Look, tokens: np.ndarray, seen: Seen, at: int, vocab: int, bos: int
 ) -> tuple[float, float]:
     """Token `at` takes every value: (error of the sum of its probabilities, largest change of an
     earlier loss). A BOS is a new border. Where borders steer what is learnt first, its probability
@@ -85,9 +95,9 @@ def swap_target(
     for value in range(vocab):
         other = tokens.copy()
         other[at] = value
-        again = look(other, value == BOS)
+        again = look(other, value == bos)
         chances[value] = math.exp(-again.losses[target])
-        if value == BOS:
+        if value == bos:
             steered = any(
                 x[target] != y[target]
                 for x, y in (
@@ -98,14 +108,14 @@ def swap_target(
             )
         else:
             before = max(before, moved(seen.losses[earlier], again.losses[earlier]))
-    error = max(0.0, chances.sum() - chances[BOS] - 1) if steered else abs(chances.sum() - 1)
+    error = max(0.0, chances.sum() - chances[bos] - 1) if steered else abs(chances.sum() - 1)
     return float(error), before
 
 
-def reorder(look: Look, tokens: np.ndarray, rng: np.random.Generator) -> float:
+def reorder(look: Look, tokens: np.ndarray, rng: np.random.Generator, bos: int) -> float:
     """Largest change of a loss when documents come in another order. The text must begin and end
     with BOS."""
-    borders = np.flatnonzero(tokens == BOS)
+    borders = np.flatnonzero(tokens == bos)
     order = rng.permutation(len(borders) - 1)
     other = np.concatenate([*(tokens[borders[i] : borders[i + 1]] for i in order), tokens[-1:]])
     a, b = (look(x, False).losses for x in (tokens, other))
@@ -121,8 +131,9 @@ def audit(
     positions: int = 2,
     isolated: bool = False,
     tolerance: float = 2e-5,
+    bos: int = 1,
 ) -> dict[str, Any]:
-    """Every probe of one evaluation of `tokens` (from BOS to BOS). `flags` names what failed,
+    """Every probe of one evaluation of `tokens` (from BOS to BOS, id `bos`). `flags` names what failed,
     `warnings` what a reviewer should know: it learns in another order than the text's, or by
     lengths read ahead. A difference counts when it exceeds that of two equal runs and the tolerance
     in nats; a sum of probabilities when it is off by 1e-3."""
@@ -136,16 +147,18 @@ def audit(
     found["once"] = not seen.error and bool((seen.count == 1).all())
     found["refused"] = seen.error
     found["chronological"] = bool((np.diff(seen.order) >= 0).all())
-    swaps = [swap_unscored(look, tokens, seen, rng) for _ in range(cuts)]
+    swaps = [swap_unscored(look, tokens, seen, rng, bos) for _ in range(cuts)]
     found["suffix"], found["states"], found["compared"] = (
         f(x) for f, x in zip((max, sum, sum), zip(*swaps))
     )
-    found["schedule"] = max(swap_unscored(look, tokens, seen, rng, True)[0] for _ in range(cuts))
-    at = rng.choice(np.flatnonzero(tokens[1:-1] != BOS) + 1, positions, replace=False).tolist()
-    targets = [swap_target(look, tokens, seen, p, vocab) for p in at]
+    found["schedule"] = max(
+        swap_unscored(look, tokens, seen, rng, bos, True)[0] for _ in range(cuts)
+    )
+    at = rng.choice(np.flatnonzero(tokens[1:-1] != bos) + 1, positions, replace=False).tolist()
+    targets = [swap_target(look, tokens, seen, p, vocab, bos) for p in at]
     found["sum"], found["target"] = (max(x) for x in zip(*targets or [(0.0, 0.0)]))
     if isolated:
-        found["documents"] = reorder(look, tokens, rng)
+        found["documents"] = reorder(look, tokens, rng, bos)
     failed = dict(
         once=not found["once"],
         suffix=found["suffix"] > limit,
@@ -163,9 +176,9 @@ def audit(
     return found
 
 
-def probe_text(length: int, vocab: int, seed: int = 1) -> np.ndarray:
+def probe_text(length: int, vocab: int, seed: int = 1, bos: int = 1) -> np.ndarray:
     """Random tokens in documents of very different lengths, from BOS to BOS."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(2, vocab, length).astype(np.uint16)
-    tokens[[0, length // 12, length // 6, length // 2, -1]] = BOS
+    tokens = ordinary(rng, vocab, length, bos).astype(np.uint16)
+    tokens[[0, length // 12, length // 6, length // 2, -1]] = bos
     return tokens
