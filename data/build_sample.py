@@ -1,15 +1,17 @@
-"""Turn the embedded public-domain text into training shards, so that a fresh checkout trains without a download.
+"""Turn the embedded public-domain text into training shards, so that a fresh checkout trains
+without a download.
 
-    python data/build_sample.py                        build data/datasets/sample_sp1024 (seconds; then a no-op)
-    python data/build_sample.py --train-tokenizer      train the tokenizer again and compare it with the committed one
-    python data/build_sample.py --measure-reference    measure data/sample/reference.json again (about half a minute)
+    python data/build_sample.py                      build data/datasets/sample_sp1024, once
+    python data/build_sample.py --train-tokenizer    train the tokenizer again, compare it with ours
+    python data/build_sample.py --measure-reference  measure data/sample/reference.json again
 
-Inputs, in data/sample/: `sample.txt.xz` (documents separated by a blank line), `sample_1024_bpe.model` and
-`reference.json`. Output: one shard per split in the competition's format, a copy of the tokenizer, and `manifest.json`,
-which describes them.
+Inputs, in data/sample/: `sample.txt.xz` (documents separated by a blank line),
+`sample_1024_bpe.model` and `reference.json`. Output: one shard per split in the competition's
+format, a copy of the tokenizer, and `manifest.json`, which describes them.
 
-The output folder is finished or absent, never half-built: everything is written and synced in a hidden sibling folder,
-which is then renamed into place. Importing this module needs neither torch nor a GPU.
+The output folder is finished or absent, never half-built: everything is written and synced in a
+hidden sibling folder, which is then renamed into place. Importing this module needs neither torch
+nor a GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ TOKENIZER = DATA / "sample" / "sample_1024_bpe.model"
 REFERENCE = DATA / "sample" / "reference.json"
 OUT = DATA / "datasets" / "sample_sp1024"
 
-FORMAT = 1  # raise it whenever the same inputs would give another output: existing folders are then rebuilt
+# Raise it whenever the same inputs would give another output: existing folders are then rebuilt.
+FORMAT = 1
 SHARDS = {"train": "fineweb_train_000000.bin", "val": "fineweb_val_000000.bin"}
 MANIFEST = "manifest.json"
 SEPARATOR = "\n\n"  # one blank line
@@ -54,8 +57,10 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 VOCAB_SIZE, PAD, BOS, EOS, UNK = 1024, 0, 1, 2, 3
 SPACE = "\u2581"  # how SentencePiece spells a space
 
-# Of the settings tried, these give the most bytes per token on the training documents (table in data/sample/README.md).
-# The length limit is far above the longest document: the default of 4,192 bytes would silently skip most of them.
+# Of the settings tried, these give the most bytes per token on the training documents (table in
+# data/sample/README.md).
+# The length limit is far above the longest document: the default of 4,192 bytes would silently skip
+# most of them.
 TRAINER = dict(
     model_type="bpe",
     vocab_size=VOCAB_SIZE,
@@ -85,7 +90,8 @@ FORMULA = (
 
 
 def documents() -> list[str]:
-    """Return every document of the embedded text, in file order, without the separators and without empty ones."""
+    """Return every document of the embedded text, in file order, without the separators and without
+    empty ones."""
     text = lzma.decompress(TEXT.read_bytes()).decode("utf-8")
     return [document for document in text.split(SEPARATOR) if document.strip()]
 
@@ -113,7 +119,8 @@ def utf8_bytes(docs: list[str]) -> int:
 
 
 def train_tokenizer() -> bytes:
-    """Train the 1,024-piece BPE tokenizer on the training documents and return the serialised model.
+    """Train the 1,024-piece BPE tokenizer on the training documents and return the serialised
+    model.
 
     One thread and no sampling: the same SentencePiece version gives the same bytes.
     """
@@ -128,8 +135,9 @@ def train_tokenizer() -> bytes:
 def load_tokenizer(model: bytes) -> spm.SentencePieceProcessor:
     """Load a serialised tokenizer after checking what byte accounting relies on.
 
-    Raises RuntimeError for another vocabulary size, other control ids, no lone space piece, or a space inside a piece
-    (a leading space counts one byte, so a later one would be miscounted as the three bytes of its spelling).
+    Raises RuntimeError for another vocabulary size, other control ids, no lone space piece, or a
+    space inside a piece (a leading space counts one byte, so a later one would be miscounted as the
+    three bytes of its spelling).
     """
     tokenizer = spm.SentencePieceProcessor(model_proto=model)
     ids = (tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id())
@@ -141,7 +149,8 @@ def load_tokenizer(model: bytes) -> spm.SentencePieceProcessor:
         )
     if SPACE not in pieces or any(SPACE in piece[1:] for piece in pieces):
         raise RuntimeError(
-            "tokenizer lacks a lone space piece or has a piece with a space after its first character"
+            "tokenizer lacks a lone space piece or has a piece with a space after its first "
+            "character"
         )
     return tokenizer
 
@@ -175,7 +184,8 @@ def encode(tokenizer: spm.SentencePieceProcessor, docs: list[str]) -> np.ndarray
 
 
 def compressors() -> dict[str, Callable[[bytes], bytes]]:
-    """Return the reference compressors at their strongest settings, each with a window that holds the whole text."""
+    """Return the reference compressors at their strongest settings, each with a window that holds
+    the whole text."""
     import brotli
     import zstandard
 
@@ -188,7 +198,8 @@ def compressors() -> dict[str, Callable[[bytes], bytes]]:
 
 
 def reference_bpb() -> dict[str, float]:
-    """Measure what general compressors reach on the validation text once they have seen the training text.
+    """Measure what general compressors reach on the validation text once they have seen the
+    training text.
 
     In bits per byte; the exact formula is `FORMULA`. Takes about half a minute.
     """
@@ -225,10 +236,12 @@ def write_reference() -> dict[str, float]:
 
 
 def build(out: Path = OUT) -> dict:
-    """Make sure that `out` holds the finished dataset and return its manifest; do nothing when it already does.
+    """Make sure that `out` holds the finished dataset and return its manifest; do nothing when it
+    already does.
 
-    Safe when several processes call it at once and when it is killed at any moment. Raises ValueError when `out` holds
-    files that are not ours, RuntimeError when the inputs in data/sample/ contradict each other.
+    Safe when several processes call it at once and when it is killed at any moment. Raises
+    ValueError when `out` holds files that are not ours, RuntimeError when the inputs in
+    data/sample/ contradict each other.
     """
     out = Path(out).resolve()
     if manifest := complete(out):
@@ -251,7 +264,8 @@ def build(out: Path = OUT) -> dict:
 
 
 def complete(out: Path = OUT) -> dict | None:
-    """Return the manifest of a finished, undamaged dataset that matches the inputs of today; None for anything else."""
+    """Return the manifest of a finished, undamaged dataset that matches the inputs of today; None
+    for anything else."""
     inputs, out = _describe_inputs(), Path(out)
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
@@ -275,25 +289,29 @@ def complete(out: Path = OUT) -> dict | None:
 
 
 def shard(tokens: np.ndarray) -> bytes:
-    """Return a shard in the competition's format: a header of 256 int32, then uint16 tokens, all little-endian."""
+    """Return a shard in the competition's format: a header of 256 int32, then uint16 tokens, all
+    little-endian."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
     return header.tobytes() + tokens.astype("<u2").tobytes()
 
 
 def _describe_inputs() -> dict:
-    """Return the part of the manifest that follows from the committed files alone, without building anything."""
+    """Return the part of the manifest that follows from the committed files alone, without building
+    anything."""
     reference = json.loads(REFERENCE.read_text(encoding="utf-8"))
     source = sha256_file(TEXT)
     if reference.get("source_sha256") != source:
         raise RuntimeError(
-            f"{REFERENCE.name} was measured on another text than {TEXT.name}; run --measure-reference"
+            f"{REFERENCE.name} was measured on another text than {TEXT.name}; run "
+            "--measure-reference"
         )
     return {
         "name": "sample",
         "title": "Embedded sample: 8 MB of public-domain English",
         "comparable": False,
-        "note": "Scores on this text cannot be compared with the leaderboard, which is measured on FineWeb.",
+        "note": "Scores on this text cannot be compared with the leaderboard, which is measured "
+        "on FineWeb.",
         "format": FORMAT,
         "source_sha256": source,
         "tokenizer": TOKENIZER.name,
@@ -304,7 +322,8 @@ def _describe_inputs() -> dict:
 
 
 def _fill(folder: Path) -> dict:
-    """Write shards, tokenizer and manifest into `folder`, synced to disk, the manifest last; return the manifest."""
+    """Write shards, tokenizer and manifest into `folder`, synced to disk, the manifest last; return
+    the manifest."""
     model = TOKENIZER.read_bytes()
     tokenizer = load_tokenizer(model)
     manifest = _describe_inputs() | {"splits": {}, "files": {}}
@@ -329,7 +348,8 @@ def _fill(folder: Path) -> dict:
 
 
 def _publish(work: Path, out: Path) -> None:
-    """Rename the finished folder into place; a damaged one in the way is moved aside first, never repaired in place."""
+    """Rename the finished folder into place; a damaged one in the way is moved aside first, never
+    repaired in place."""
     aside = work.with_name(f"{work.name}-old")
     if not complete(out):
         with contextlib.suppress(FileNotFoundError):
@@ -344,7 +364,8 @@ def _publish(work: Path, out: Path) -> None:
 
 
 def _refuse_foreign_files(out: Path) -> None:
-    """Raise ValueError when replacing `out` would delete something that this module did not write."""
+    """Raise ValueError when replacing `out` would delete something that this module did not
+    write."""
     try:
         names = os.listdir(out)
     except FileNotFoundError:
@@ -359,7 +380,8 @@ def _refuse_foreign_files(out: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(out: Path) -> Iterator[bool]:
-    """Hold the build lock of `out`, which the system frees even after a kill; yield False where locks do not work."""
+    """Hold the build lock of `out`, which the system frees even after a kill; yield False where
+    locks do not work."""
     with open(out.with_name(f".{out.name}.lock"), "ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -370,7 +392,8 @@ def exclusive(out: Path) -> Iterator[bool]:
 
 
 def _sweep(out: Path) -> None:
-    """Delete what killed builds left behind; call it with the lock held, when no other build can be alive."""
+    """Delete what killed builds left behind; call it with the lock held, when no other build can be
+    alive."""
     for path in out.parent.iterdir():
         if path.name.startswith(_hidden_prefix(out)):
             shutil.rmtree(path, ignore_errors=True)
@@ -416,7 +439,8 @@ def _digest(manifest: dict) -> str:
 
 
 def compare_tokenizer() -> bool:
-    """Train the tokenizer again and print whether it equals the committed one; create the file when there is none."""
+    """Train the tokenizer again and print whether it equals the committed one; create the file when
+    there is none."""
     model = train_tokenizer()
     if not TOKENIZER.exists():
         TOKENIZER.write_bytes(model)
@@ -429,7 +453,8 @@ def compare_tokenizer() -> bool:
         else "all pieces and scores are identical"
     )
     print(
-        f"{TOKENIZER.name}: {verdict}; the file is {'identical' if model == committed else 'different'}"
+        f"{TOKENIZER.name}: {verdict}; the file is "
+        f"{'identical' if model == committed else 'different'}"
     )
     return not differ
 
@@ -437,8 +462,8 @@ def compare_tokenizer() -> bool:
 def report(manifest: dict) -> str:
     """Return one line per split and the reference figures, for the terminal."""
     lines = [
-        f"{name:5s} {part['documents']:5,d} documents {part['tokens']:9,d} tokens {part['bytes']:9,d} bytes  "
-        f"{part['bytes'] / part['tokens']:.3f} bytes/token"
+        f"{name:5s} {part['documents']:5,d} documents {part['tokens']:9,d} tokens "
+        f"{part['bytes']:9,d} bytes  {part['bytes'] / part['tokens']:.3f} bytes/token"
         for name, part in manifest["splits"].items()
     ]
     figures = ", ".join(f"{name} {bpb:.3f}" for name, bpb in manifest["reference_bpb"].items())
@@ -446,7 +471,8 @@ def report(manifest: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit status: 1 after an error or when the tokenizer does not reproduce."""
+    """Run the command line; return the exit status: 1 after an error or when the tokenizer does not
+    reproduce."""
     parser = argparse.ArgumentParser(
         description="Build the embedded public-domain sample as training shards."
     )

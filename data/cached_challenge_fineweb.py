@@ -4,13 +4,15 @@
     python data/cached_challenge_fineweb.py --variant sp1024 --train-shards 80
     MATCHED_FINEWEB_REPO_ID=<owner>/<repo> python data/cached_challenge_fineweb.py --variant sp8192
 
-Arguments, environment and layout are those of the competition's own downloader: shards go to data/datasets/<dataset>/,
-tokenizers to data/tokenizers/, the repository's manifest.json to data/. The validation split always comes whole. Other
-variables: MATCHED_FINEWEB_REMOTE_ROOT_PREFIX (folder inside the repository), HF_TOKEN, HF_ENDPOINT.
+Arguments, environment and layout are those of the competition's own downloader: shards go to
+data/datasets/<dataset>/, tokenizers to data/tokenizers/, the repository's manifest.json to data/.
+The validation split always comes whole. Other variables: MATCHED_FINEWEB_REMOTE_ROOT_PREFIX (folder
+inside the repository), HF_TOKEN, HF_ENDPOINT.
 
-Every file is compared with the sha256 that the hub tells before it gets its name, and shards with their header. What
-was downloaded when the connection broke, or the process was killed, is kept and continued; files that are there already
-are kept when their content is right. Exit codes: 0 done, 2 not possible, with one line that says why.
+Every file is compared with the sha256 that the hub tells before it gets its name, and shards with
+their header. What was downloaded when the connection broke, or the process was killed, is kept and
+continued; files that are there already are kept when their content is right. Exit codes: 0 done, 2
+not possible, with one line that says why.
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ class Hub(NamedTuple):
     commit: str
 
     def full(self, path: str) -> str:
-        """A path inside the repository, from one below the prefix. Raises DataError for one that leaves it."""
+        """A path inside the repository, from one below the prefix. Raises DataError for one that
+        leaves it."""
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             raise DataError(
                 f"{self.repo}: its manifest names {path!r}, which is outside of its folder"
@@ -96,7 +99,8 @@ class Hub(NamedTuple):
         return ROOT / PurePosixPath(remote.path).relative_to(PurePosixPath(self.prefix))
 
     def find(self, paths: list[str]) -> list[Remote]:
-        """Size and fingerprint of files below the prefix. Raises DataError that names those that are missing."""
+        """Size and fingerprint of files below the prefix. Raises DataError that names those that
+        are missing."""
         full = [self.full(path) for path in paths]
         told = patiently(
             "list of files",
@@ -135,7 +139,8 @@ def final(error: BaseException) -> bool:
 
 
 def patiently(what: str, work: Callable):
-    """What `work` returns, tried several times with growing pauses. Raises DataError with the last reason."""
+    """What `work` returns, tried several times with growing pauses. Raises DataError with the last
+    reason."""
     for attempt in range(ATTEMPTS):
         try:
             return work()
@@ -146,8 +151,8 @@ def patiently(what: str, work: Callable):
                 raise DataError(f"{what}: {reason(error)}") from None
             if attempt == ATTEMPTS - 1:
                 raise DataError(
-                    f"{what}: {reason(error)} ({ATTEMPTS} tries; is there a network?); what has arrived is "
-                    "kept, run this again"
+                    f"{what}: {reason(error)} ({ATTEMPTS} tries; is there a network?); what has "
+                    "arrived is kept, run this again"
                 ) from None
             if STOP.wait(min(WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1.25)):
                 raise Stopped from None
@@ -165,7 +170,8 @@ def wrong_with(path: Path, remote: Remote) -> str:
         with open(path, "rb") as file:
             magic, version, count = struct.unpack("<3i", file.read(12).ljust(12))
         if (magic, version, 1024 + 2 * count) != (SHARD_MAGIC, SHARD_VERSION, size):
-            return f"its header (magic {magic}, version {version}, {count} tokens) is not that of such a shard"
+            told = f"magic {magic}, version {version}, {count} tokens"
+            return f"its header ({told}) is not that of such a shard"
     if remote.sha256:
         return (
             ""
@@ -263,8 +269,8 @@ def connect() -> Hub:
         )
     except RepositoryNotFoundError:
         raise DataError(
-            f"MATCHED_FINEWEB_REPO_ID={repo}: no such dataset repository at {api.endpoint}, or a private "
-            "one (then set HF_TOKEN)"
+            f"MATCHED_FINEWEB_REPO_ID={repo}: no such dataset repository at {api.endpoint}, or a "
+            "private one (then set HF_TOKEN)"
         ) from None
     except ValueError as error:
         raise DataError(f"MATCHED_FINEWEB_REPO_ID={repo}: {reason(error)}") from None
@@ -283,8 +289,8 @@ def get_all(hub: Hub, remotes: list[Remote]) -> None:
     need, free = sum(r.size for r in missing), shutil.disk_usage(ROOT).free
     if need and need + SPARE > free:
         raise DataError(
-            f"{need / 1e9:.1f} GB are to be downloaded, the disk of {ROOT.name}/ has {free / 1e9:.1f} GB "
-            f"free ({SPARE / 1e9:.1f} GB are kept)"
+            f"{need / 1e9:.1f} GB are to be downloaded, the disk of {ROOT.name}/ has "
+            f"{free / 1e9:.1f} GB free ({SPARE / 1e9:.1f} GB are kept)"
         )
     size = sum(r.size for r in remotes)
     pool = concurrent.futures.ThreadPoolExecutor(PARALLEL)
@@ -352,8 +358,9 @@ def download(variant: str, train_shards: int, skip_manifest: bool, with_docs: bo
     ]
     if not any(name.endswith(".model") for name in models):
         raise DataError(
-            f"{hub.repo}: {name} has no SentencePiece model, without which train_gpt.py cannot count "
-            "bytes; --with-docs gives the text with another variant, data/prepare.py encodes it"
+            f"{hub.repo}: {name} has no SentencePiece model, without which train_gpt.py cannot "
+            "count bytes; --with-docs gives the text with another variant, data/prepare.py "
+            "encodes it"
         )
     texts = ["docs_selected.jsonl", "docs_selected.source_manifest.json"] if with_docs else []
     remotes, folder = hub.find(files + models + texts), ROOT / "datasets" / name
@@ -382,7 +389,8 @@ def describe(
     note = (
         f"Validation split of the competition, {known}."
         if known
-        else f"{targets:,} validation targets are not the competition's under a tokenizer that is known here."
+        else f"{targets:,} validation targets are not the competition's under a tokenizer that is "
+        "known here."
     )
     manifest = dict(
         name=folder.name,
@@ -448,7 +456,8 @@ def main(argv: list[str] | None = None) -> int:
         shards = asked.train_shards if asked.positional is None else asked.positional
         folder = download(asked.variant, shards, asked.skip_manifest, asked.with_docs)
         print(
-            f"ready; what is in it: python data/prepare.py verify data/datasets/{folder.name} --tokenizer MODEL"
+            f"ready; what is in it: python data/prepare.py verify data/datasets/{folder.name} "
+            "--tokenizer MODEL"
         )
         return 0
 

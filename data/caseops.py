@@ -1,12 +1,15 @@
-"""CaseOps: text whose capital letters are spelt as operators, so that "The" and "the" share their tokens.
+"""CaseOps: text whose capital letters are spelt as operators, so that "The" and "the" share their
+tokens.
 
-Every maximal run of ASCII letters becomes lower case; what was lost is said by a private-use character in front of it:
+Every maximal run of ASCII letters becomes lower case; what was lost is said by a private-use
+character in front of it:
 
     hello  hello      Hello  <TITLE>hello      HELLO  <ALLCAPS>hello      iPhone  i<NEXT>phone
 
-A literal operator in the text gets <ESCAPE> in front; all other characters stay. decode(encode(text)) == text for any
-text. Scores are still taken per byte of the original text: byte_counts() says how many each token stands for.
-Source: PR 1729 (its transform and code points; the counts are our own, see byte_counts).
+A literal operator in the text gets <ESCAPE> in front; all other characters stay.
+decode(encode(text)) == text for any text. Scores are still taken per byte of the original text:
+byte_counts() says how many each token stands for. Source: PR 1729 (its transform and code points;
+the counts are our own, see byte_counts).
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ _SPELT = re.compile("[\ue001-\ue003][a-z]*+|\ue004[\ue001-\ue004]?")
 
 @functools.lru_cache(1 << 16)
 def _spell(run: str, inside: bool) -> str:
-    """Letters from a capital to the end of their run, which may have begun before (inside); or an operator and letters
-    after it."""
+    """Letters from a capital to the end of their run, which may have begun before (inside); or an
+    operator and letters after it."""
     if run[0] in OPERATORS:
         return ESCAPE + run[0] + (_CAPITALS.sub(_spell_match, run[1:]))
     if len(run) > 1 and run.isupper() and not inside:
@@ -55,13 +58,14 @@ def encode(text: str) -> str:
 
 
 def decode(text: str) -> str:
-    """The text that was spelt. Operators that nothing follows which they could change stand for nothing."""
+    """The text that was spelt. Operators that nothing follows which they could change stand for
+    nothing."""
     return _SPELT.sub(lambda match: _read(match[0]), text)
 
 
 def operator_ids(tokenizer) -> list[int]:
-    """Ids of TITLE, ALLCAPS, NEXT and ESCAPE; empty when the tokenizer has none of them. Raises ValueError when it has
-    only some, or other pieces that contain one."""
+    """Ids of TITLE, ALLCAPS, NEXT and ESCAPE; empty when the tokenizer has none of them. Raises
+    ValueError when it has only some, or other pieces that contain one."""
     ids = [tokenizer.piece_to_id(operator) for operator in OPERATORS]
     known = [i for i in ids if i != tokenizer.unk_id()]
     holders = [
@@ -69,16 +73,17 @@ def operator_ids(tokenizer) -> list[int]:
     ]
     if sorted(known) != holders or len(known) not in (0, len(OPERATORS)):
         raise ValueError(
-            "the tokenizer has some of the case operators, or pieces that contain one, but CaseOps needs "
-            "each of the four as a piece of its own"
+            "the tokenizer has some of the case operators, or pieces that contain one, but "
+            "CaseOps needs each of the four as a piece of its own"
         )
     return known
 
 
 def byte_counts(ids: np.ndarray, piece_bytes: np.ndarray, operators: list[int]) -> np.ndarray:
-    """Bytes of the original text that each token stands for, (N,) uint16: an operator none, unless it is a literal one
-    (an ESCAPE came before it); any other token as many as its piece spells, a leading space included, because lower
-    case and capital letters take one byte each. `piece_bytes` (V,) are the bytes of each piece."""
+    """Bytes of the original text that each token stands for, (N,) uint16: an operator none, unless
+    it is a literal one (an ESCAPE came before it); any other token as many as its piece spells, a
+    leading space included, because lower case and capital letters take one byte each. `piece_bytes`
+    (V,) are the bytes of each piece."""
     counts = piece_bytes[ids].astype(np.uint16)
     counts[np.isin(ids, operators)] = 0
     literal = -1

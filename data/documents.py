@@ -21,7 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 TEXT_CHUNK = 1 << 22
 MANIFEST = "manifest.json"
-PROBE = "Two  spaces,\nlines\n\n\tand tabs; \uff21 full width, \ufb01 ligature, e\u0301, \U0001f600, \x00 and \x7f. "
+PROBE = (
+    "Two  spaces,\nlines\n\n\tand tabs; \uff21 full width, \ufb01 ligature, e\u0301, \U0001f600, "
+    "\x00 and \x7f. "
+)
 
 
 class DataError(ValueError):
@@ -29,7 +32,8 @@ class DataError(ValueError):
 
 
 def script():
-    """train_gpt.py as a module: its readers and its byte table are what training will use (it needs torch)."""
+    """train_gpt.py as a module: its readers and its byte table are what training will use (it needs
+    torch)."""
     return importlib.import_module("train_gpt")
 
 
@@ -37,7 +41,8 @@ def script():
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Run a command; its exit code, or 2 after one line about a mistake in the input, 130 when interrupted."""
+    """Run a command; its exit code, or 2 after one line about a mistake in the input, 130 when
+    interrupted."""
     with contextlib.suppress(BrokenPipeError):
         try:
             return command()
@@ -105,7 +110,8 @@ class Tokenizer(NamedTuple):
         return self.processor.bos_id()
 
     def spell(self, ids: np.ndarray) -> bytes:
-        """The text that tokens stand for, case operators still in it, as UTF-8 that may be cut anywhere."""
+        """The text that tokens stand for, case operators still in it, as UTF-8 that may be cut
+        anywhere."""
         sizes = self.sizes[ids]
         narrow = (
             np.int32 if len(ids) * int(self.sizes.max()) < 2**31 else np.int64
@@ -132,7 +138,8 @@ class Tokenizer(NamedTuple):
         return rows
 
     def text(self, ids: np.ndarray) -> str:
-        """The original text of one document. Raises UnicodeDecodeError when the bytes are no text."""
+        """The original text of one document. Raises UnicodeDecodeError when the bytes are no
+        text."""
         spelt = self.spell(ids).decode("utf-8")
         return caseops.decode(spelt) if self.operators else spelt
 
@@ -198,7 +205,8 @@ def spelling(processor: spm.SentencePieceProcessor, i: int) -> bytes:
 
 
 def stream_of(folder: Path, split: str, vocab: int):
-    """The shards of a split as one sequence of tokens (see train_gpt.TokenStream). Raises DataError."""
+    """The shards of a split as one sequence of tokens (see train_gpt.TokenStream). Raises
+    DataError."""
     tool = script()
     try:
         return tool.TokenStream(folder, split, vocab)
@@ -207,8 +215,8 @@ def stream_of(folder: Path, split: str, vocab: int):
 
 
 def documents_of_shards(stream, bos: int) -> Iterator[np.ndarray]:
-    """The tokens of every document without its BOS, uint16. Raises DataError when the stream begins without one, or
-    holds an impossible id."""
+    """The tokens of every document without its BOS, uint16. Raises DataError when the stream begins
+    without one, or holds an impossible id."""
     parts: list[np.ndarray] = []
     for number, shard in enumerate(stream.shards):
         for low in range(0, len(shard), TEXT_CHUNK):

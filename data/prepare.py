@@ -10,9 +10,9 @@
 DOCS are .jsonl (an object per line, its text in --field), .json (one array of them), .parquet or
 text files (documents separated by one blank line). All but .parquet may be compressed (.gz, .bz2,
 .xz, .zst), may begin with a byte-order mark (UTF-8 without one) and have any line ending, which
-becomes \\n in text files. Blank documents are left out. The validation split is the first --val-docs
-documents, 50,000 as in the competition, or the files given with --val; a document that is in both
-splits is refused before anything is written.
+becomes \\n in text files. Blank documents are left out. The validation split is the first
+--val-docs documents, 50,000 as in the competition, or the files given with --val; a document that
+is in both splits is refused before anything is written.
 
 Every step may be killed at any moment and run again: it goes on from the last whole shard, and does
 nothing when all is done. The output folder is finished or absent. Exit codes: 0 done, 1 findings
@@ -66,7 +66,8 @@ HELD_OUT = 50  # every 50th document is kept from the tokenizer's training to me
 
 
 class TextFiles(NamedTuple):
-    """Documents of text files: the first `val_documents`, or those of `val_paths`, are validation."""
+    """Documents of text files: the first `val_documents`, or those of `val_paths`, are
+    validation."""
 
     paths: list[Path]
     val_paths: list[Path]
@@ -86,7 +87,8 @@ class TextFiles(NamedTuple):
                 yield "train", text
 
     def inputs(self) -> dict:
-        """What identifies the documents. Raises DataError when docs_selected.jsonl is not what its manifest says."""
+        """What identifies the documents. Raises DataError when docs_selected.jsonl is not what its
+        manifest says."""
         files = {path.name: sha256_file(path) for path in (*self.val_paths, *self.paths)}
         for path in self.paths:
             told = docs.read_json(path.with_name(f"{path.stem}.source_manifest.json")) or {}
@@ -161,8 +163,9 @@ def check_survey(found: Survey, drop: bool):
         )
     if found.leaked and not drop:
         raise DataError(
-            f"{len(found.leaked):,} training document(s) are validation documents too (the first is number "
-            f"{found.leaked[0] + 1:,}): the score would reward memory; --drop-leaked leaves them out"
+            f"{len(found.leaked):,} training document(s) are validation documents too (the first "
+            f"is number {found.leaked[0] + 1:,}): the score would reward memory; --drop-leaked "
+            "leaves them out"
         )
 
 
@@ -184,8 +187,8 @@ class Encoded(NamedTuple):
 
 
 def original(item, source: Tokenizer | None) -> str:
-    """The text of a document. Raises DataError when its tokens spell no text; its end may be cut, as that of the last
-    shard is."""
+    """The text of a document. Raises DataError when its tokens spell no text; its end may be cut,
+    as that of the last shard is."""
     if source is None:
         return item
     try:
@@ -194,8 +197,8 @@ def original(item, source: Tokenizer | None) -> str:
         spelt = source.spell(item)
         if error.reason != "unexpected end of data" or error.end < len(spelt):
             raise DataError(
-                "a document of the shards does not spell text: they belong to another tokenizer than "
-                f"{source.path.name}"
+                "a document of the shards does not spell text: they belong to another tokenizer "
+                f"than {source.path.name}"
             ) from None
         spelt = spelt[: error.start].decode("utf-8")
         return caseops.decode(spelt) if source.operators else spelt
@@ -213,8 +216,8 @@ def encode_documents(
     tokens = np.concatenate([part for row in rows for part in (bos, row)])
     if (tokens == tokenizer.processor.unk_id()).any():
         raise DataError(
-            f"{tokenizer.path.name}: the tokenizer is lossy: it has no pieces for some characters; train "
-            "it with byte fallback"
+            f"{tokenizer.path.name}: the tokenizer is lossy: it has no pieces for some "
+            "characters; train it with byte fallback"
         )
     back, sizes, changed = tokenizer.spell(tokens), [], []
     ends = np.cumsum(
@@ -284,8 +287,8 @@ def worker_pool(
 def encoded(
     items: Iterable, tokenizer: Tokenizer, source: Tokenizer | None, workers: int
 ) -> Iterator[tuple[str, int, Encoded]]:
-    """(split, size of the documents, their tokens) of each batch, in the order of the documents whatever the number of
-    workers; with one, in this process."""
+    """(split, size of the documents, their tokens) of each batch, in the order of the documents
+    whatever the number of workers; with one, in this process."""
     sidecar = bool(tokenizer.operators)
     if workers == 1:
         for split, batch in batches(items):
@@ -320,8 +323,9 @@ def encoded(
 
 
 class ShardWriter:
-    """Writes shards of exactly `limit` tokens, the last of a split shorter. The journal always says where the next
-    shard begins, (document, tokens of it already written), with the sums before that document."""
+    """Writes shards of exactly `limit` tokens, the last of a split shorter. The journal always says
+    where the next shard begins, (document, tokens of it already written), with the sums before that
+    document."""
 
     def __init__(self, folder: Path, limit: int, journal: dict):
         self.folder, self.limit, self.journal = folder, limit, journal
@@ -389,8 +393,8 @@ class ShardWriter:
 
 
 def finished(out: Path, inputs: dict) -> dict | None:
-    """The manifest of a finished dataset made of these inputs; None when there is no folder. Raises DataError for a
-    folder that holds anything else, which is never overwritten."""
+    """The manifest of a finished dataset made of these inputs; None when there is no folder. Raises
+    DataError for a folder that holds anything else, which is never overwritten."""
     if not out.exists():
         return None
     manifest = docs.read_json(out / docs.MANIFEST) or {}
@@ -407,11 +411,12 @@ def finished(out: Path, inputs: dict) -> dict | None:
 def build(
     source: TextFiles | Shards, tokenizer: Tokenizer, out: Path, asked: argparse.Namespace
 ) -> dict:
-    """Write the dataset, or go on with it, and return its manifest. Raises DataError before anything is written."""
+    """Write the dataset, or go on with it, and return its manifest. Raises DataError before
+    anything is written."""
     if tokenizer.changes_text() and not asked.allow_normalisation:
         raise DataError(
-            f"{tokenizer.path.name}: the tokenizer is lossy: it normalises text (white space or letters "
-            "change); --allow-normalisation accepts that, as the competition does"
+            f"{tokenizer.path.name}: the tokenizer is lossy: it normalises text (white space or "
+            "letters change); --allow-normalisation accepts that, as the competition does"
         )
     inputs = dict(
         format=FORMAT,
@@ -480,7 +485,8 @@ def describe(name: str, tokenizer: Tokenizer, journal: dict) -> dict:
     note = (
         f"Validation split of the competition, {known}."
         if known
-        else f"Scores on {name} cannot be compared with the leaderboard, which is measured on FineWeb."
+        else f"Scores on {name} cannot be compared with the leaderboard, which is measured on "
+        "FineWeb."
     )
     versions = {
         package: importlib.metadata.version(package) for package in ("sentencepiece", "numpy")
@@ -507,7 +513,8 @@ def describe(name: str, tokenizer: Tokenizer, journal: dict) -> dict:
 
 
 def training_texts(source: TextFiles | Shards, limit: int) -> tuple[list[str], list[str]]:
-    """(documents to train on, held-out documents) of the training split, about `limit` bytes in all."""
+    """(documents to train on, held-out documents) of the training split, about `limit` bytes in
+    all."""
     train, held, size = [], [], 0
     for number, (split, item) in enumerate(source.items()):
         if split == "val":
@@ -519,8 +526,8 @@ def training_texts(source: TextFiles | Shards, limit: int) -> tuple[list[str], l
             break
     if not train or not held:
         raise DataError(
-            f"{len(train) + len(held)} training documents are too few: at least {HELD_OUT} are needed to "
-            "train and to measure (see --val-docs)"
+            f"{len(train) + len(held)} training documents are too few: at least {HELD_OUT} are "
+            "needed to train and to measure (see --val-docs)"
         )
     return train, held
 
@@ -531,8 +538,8 @@ def cut_text(text: str, longest: int = 1 << 22) -> list[str]:
 
 
 def train_model(texts: list[str], vocab_size: int, with_operators: bool) -> bytes:
-    """Train a BPE tokenizer with byte fallback and a lone space piece. The same texts and version give the same bytes.
-    Raises DataError when the text is too small for the vocabulary."""
+    """Train a BPE tokenizer with byte fallback and a lone space piece. The same texts and version
+    give the same bytes. Raises DataError when the text is too small for the vocabulary."""
     model = io.BytesIO()
     options = TRAINER | dict(vocab_size=vocab_size, required_chars=SPACE, minloglevel=2)
     if with_operators:
@@ -547,7 +554,8 @@ def train_model(texts: list[str], vocab_size: int, with_operators: bool) -> byte
 
 
 def measure(tokenizer: Tokenizer, texts: list[str]) -> dict:
-    """Bytes per token on documents. Raises DataError when one of them does not survive, or the probe does not."""
+    """Bytes per token on documents. Raises DataError when one of them does not survive, or the
+    probe does not."""
     batch = encode_documents(texts, tokenizer, None, False)
     lossy = sum(changed >= 0 for changed in batch.changed)
     if lossy or tokenizer.changes_text():
@@ -564,8 +572,8 @@ def measure(tokenizer: Tokenizer, texts: list[str]) -> dict:
 
 
 def train_tokenizer(source: TextFiles | Shards, out: Path, asked: argparse.Namespace) -> dict:
-    """Train a tokenizer and measure it on documents it has not seen; writes the model and, beside it, a report.
-    Raises DataError and writes nothing when the tokenizer would be lossy."""
+    """Train a tokenizer and measure it on documents it has not seen; writes the model and, beside
+    it, a report. Raises DataError and writes nothing when the tokenizer would be lossy."""
     report = out.with_suffix(".json")
     inputs = dict(
         format=FORMAT,
@@ -733,24 +741,25 @@ def run(asked: argparse.Namespace) -> int:
     if asked.command == "train-tokenizer":
         held = train_tokenizer(source, asked.out, asked)["held_out"]
         print(
-            f"{asked.out}: {held['bytes_per_token']:.4f} bytes per token on {held['documents']:,} held-out "
-            "documents, all of which survive encoding and decoding"
+            f"{asked.out}: {held['bytes_per_token']:.4f} bytes per token on {held['documents']:,} "
+            "held-out documents, all of which survive encoding and decoding"
         )
         return 0
     if (asked.command == "reencode") != isinstance(source, Shards):
         raise DataError(
-            f"{asked.documents[0]}: `encode` takes text files, `reencode` a folder of shards and --from"
+            f"{asked.documents[0]}: `encode` takes text files, `reencode` a folder of shards and "
+            "--from"
         )
     manifest = build(source, load_tokenizer(asked.tokenizer), asked.out, asked)
     for split, sums in manifest["splits"].items():
         print(
-            f"{split:5s} {sums['documents']:,} documents, {sums['tokens']:,} tokens, {sums['bytes']:,} bytes, "
-            f"{sums['bytes'] / sums['tokens']:.4f} bytes per token"
+            f"{split:5s} {sums['documents']:,} documents, {sums['tokens']:,} tokens, "
+            f"{sums['bytes']:,} bytes, {sums['bytes'] / sums['tokens']:.4f} bytes per token"
         )
         if sums["changed_documents"]:
             print(
-                f"      {sums['changed_documents']:,} documents were changed: the tokenizer normalises "
-                f"text, or reads {SPACE} as a space; {sums['lost_bytes']:,} bytes lost"
+                f"      {sums['changed_documents']:,} documents were changed: the tokenizer "
+                f"normalises text, or reads {SPACE} as a space; {sums['lost_bytes']:,} bytes lost"
             )
     knobs = f"DATA_PATH={asked.out} VOCAB_SIZE={manifest['vocab_size']}"
     if manifest["bos_id"] != 1:

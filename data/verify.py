@@ -1,4 +1,5 @@
-"""What is wrong with a dataset: checks whose findings all name the file or the split that they are about."""
+"""What is wrong with a dataset: checks whose findings all name the file or the split that they are
+about."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ class Known(NamedTuple):
     rounded_to: int
 
 
-# Source: logs of accepted records. The same 50,000 documents stand for the same bytes whatever the tokenizer: decoded
-# they are 151,073,604 to 151,080,891, depending on how a log counted, while the smallest real mistake was four percent.
+# Source: logs of accepted records. The same 50,000 documents stand for the same bytes whatever the
+# tokenizer: decoded they are 151,073,604 to 151,080,891, depending on how a log counted, while the
+# smallest real mistake was four percent.
 KNOWN = [
     Known("SP1024", 62_021_845, 1),
     Known("SP4096", 45_508_608, 2048),
@@ -59,7 +61,8 @@ class Report:
 
 
 def check_files(folder: Path, report: Report) -> dict:
-    """Every shard has the size that its header promises and is what the manifest says; returns the manifest."""
+    """Every shard has the size that its header promises and is what the manifest says; returns the
+    manifest."""
     tool, manifest = docs.script(), docs.read_json(folder / docs.MANIFEST) or {}
     for path in sorted(folder.glob("fineweb_*.bin")):
         try:
@@ -81,13 +84,14 @@ def check_files(folder: Path, report: Report) -> dict:
 
 
 def check_tokenizer(tokenizer: Tokenizer, manifest: dict, report: Report):
-    """The tokenizer is the one that the manifest names, and loses nothing but what the manifest admits."""
+    """The tokenizer is the one that the manifest names, and loses nothing but what the manifest
+    admits."""
     if manifest.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
         report.find("tokenizer", tokenizer.path.name, "not the tokenizer that the manifest names")
     if tokenizer.changes_text():
         report.notes.append(
-            f"{tokenizer.path.name} normalises text: bytes are those of the normalised text, as in the "
-            "competition"
+            f"{tokenizer.path.name} normalises text: bytes are those of the normalised text, as "
+            "in the competition"
         )
     if manifest and not manifest.get("normalised", False) and tokenizer.changes_text():
         report.find(
@@ -119,8 +123,9 @@ class SplitSums(NamedTuple):
 def sums_of(
     folder: Path, split: str, tokenizer: Tokenizer, every: int, val: SplitSums | None
 ) -> SplitSums:
-    """Read every document of a split; decode and recount the validation split and every n-th training document, encode
-    every n-th again, and compare training documents with those of `val`."""
+    """Read every document of a split; decode and recount the validation split and every n-th
+    training document, encode every n-th again, and compare training documents with those of
+    `val`."""
     tool = docs.script()
     stream = docs.stream_of(folder, split, len(tokenizer.pieces))
     table, total = (
@@ -289,7 +294,8 @@ def check_overlap(train: SplitSums, val: SplitSums, report: Report):
 
 
 def check_known(folder: Path, tokenizer: Tokenizer, val: SplitSums, report: Report):
-    """A folder that is called like the competition's, or has as many validation documents, is its split."""
+    """A folder that is called like the competition's, or has as many validation documents, is its
+    split."""
     name = known_split(val.tokens - 1, val.bytes)
     if name:
         report.notes.append(f"validation split of the competition, {name}")
@@ -298,14 +304,15 @@ def check_known(folder: Path, tokenizer: Tokenizer, val: SplitSums, report: Repo
         report.find(
             "validation",
             "val",
-            f"{val.documents:,} documents, {val.tokens - 1:,} targets, {val.bytes:,} "
-            f"bytes; the competition's split has {KNOWN_DOCUMENTS:,} documents, {KNOWN_BYTES:,} bytes, and "
+            f"{val.documents:,} documents, {val.tokens - 1:,} targets, {val.bytes:,} bytes; the "
+            f"competition's split has {KNOWN_DOCUMENTS:,} documents, {KNOWN_BYTES:,} bytes, and "
             f"targets by tokenizer: {expected}",
         )
 
 
 def verify(folder: Path, tokenizer_path: Path | None = None) -> dict:
-    """Check a dataset; returns the report. Raises DataError when there is nothing that could be checked."""
+    """Check a dataset; returns the report. Raises DataError when there is nothing that could be
+    checked."""
     begin, report = time.monotonic(), Report()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
@@ -314,7 +321,8 @@ def verify(folder: Path, tokenizer_path: Path | None = None) -> dict:
     own = sorted(folder.glob("*.model"))
     if tokenizer_path is None and len(own) != 1:
         raise DataError(
-            f"{folder}: say with --tokenizer which model its tokens come from ({len(own)} are in it)"
+            f"{folder}: say with --tokenizer which model its tokens come from ({len(own)} are in "
+            "it)"
         )
     tokenizer = load_tokenizer(tokenizer_path or own[0])
     manifest = check_files(folder, report)

@@ -1,4 +1,5 @@
-"""Shards, byte accounting and loaders, each against struct, SentencePiece itself or plain arithmetic."""
+"""Shards, byte accounting and loaders, each against struct, SentencePiece itself or plain
+arithmetic."""
 
 import io
 import json
@@ -129,7 +130,8 @@ def dataset(toy, tmp_path):
 
 
 def assert_refused(dataset, named, **knobs):
-    """A run ends at once with exit code 2 and one line that names the culprit, before a model is built."""
+    """A run ends at once with exit code 2 and one line that names the culprit, before a model is
+    built."""
     knobs = (
         dict(PRESET="baseline+tiny", DATA_PATH=dataset, RUNS_DIR=dataset.parent / "runs") | knobs
     )
@@ -273,7 +275,8 @@ def piece_of(path, i: int) -> str:
     ids=["words joined", "runs of spaces", "user-defined"],
 )
 def test_a_tokenizer_with_a_space_inside_a_piece_is_refused_or_counted_right(tmp_path, options):
-    """The mark's spelling takes three bytes, the space it stands for one: counting the spelling flatters the score."""
+    """The mark's spelling takes three bytes, the space it stands for one: counting the spelling
+    flatters the score."""
     text = "of the  end of the\n    a b a b " * 200
     (tmp_path / "odd.model").write_bytes(
         train_tokenizer(text, vocab_size=300, hard_vocab_limit=False, **options)
@@ -402,7 +405,8 @@ def counted(tokenizer, ids) -> int:
 
 
 def decoded_bytes(tokenizer, ids) -> int:
-    """UTF-8 length of the decoded text; a space right after BOS is an artefact of the spelling and does not count."""
+    """UTF-8 length of the decoded text; a space right after BOS is an artefact of the spelling and
+    does not count."""
     return len(tokenizer.decode(ids).removeprefix(" ").encode())
 
 
@@ -567,7 +571,8 @@ def test_rows_of_one_step_are_far_apart_in_the_text_at_a_coprime_stride(position
         assert min(abs(a - b) for a, b in pairwise(starts)) > 62 * SEQ // 4
 
 
-# Documents of 2 to 17 tokens, and one of 201, in rows of 16. A token tells its document and its place, so that a row
+# Documents of 2 to 17 tokens, and one of 201, in rows of 16. A token tells its document and its
+# place, so that a row
 # can be checked against the text.
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
@@ -587,7 +592,8 @@ def small_windows(monkeypatch):
 
 
 def test_packed_rows_predict_every_token_once_from_what_is_before_it(documents, small_windows):
-    """Whatever the order of the documents, a target is the token that follows in its document, or the next BOS."""
+    """Whatever the order of the documents, a target is the token that follows in its document, or
+    the next BOS."""
     total = (len(documents) - 1) // SEQ
     text = documents.read(0, len(documents)).tolist()
     for epoch in range(2):

@@ -1,4 +1,5 @@
-"""Rounding and its error bounds, clips, GPTQ, the training grid against the export grid, filling the budget."""
+"""Rounding and its error bounds, clips, GPTQ, the training grid against the export grid, filling
+the budget."""
 
 import math
 from functools import partial
@@ -124,7 +125,8 @@ def rules():
 
 
 def awkward(rows: int = 40, columns: int = 96) -> Tensor:
-    """Rows of very different sizes, with a zero row, a tiny one and entries that lie on rounding borders."""
+    """Rows of very different sizes, with a zero row, a tiny one and entries that lie on rounding
+    borders."""
     torch.manual_seed(0)
     w = torch.randn(rows, columns) * 10 ** (5 * torch.rand(rows, 1) - 3)
     w[0], w[1] = 0, 1e-9
@@ -168,7 +170,8 @@ def test_switch_works_inside_a_compiled_graph(monkeypatch):
 
 @pytest.mark.parametrize("bits", (6, 8))
 def test_compiled_training_grid_is_the_export_grid(bits):
-    """Inductor computes in fp32 what is written in fp16 unless it cannot, so this needs the real compiler."""
+    """Inductor computes in fp32 what is written in fp16 unless it cannot, so this needs the real
+    compiler."""
     if not tg.can_compile():
         pytest.skip("no compiler on this machine")
     torch._dynamo.reset()
@@ -253,8 +256,8 @@ GRID_MOVES = {
 
 
 def test_what_would_move_the_grid_after_training_is_refused():
-    """Finding Q1: FIT_BUDGET=steps moved exported values by up to 1.1 steps off the grid of the training, CLIP=search
-    changed 10 of 32 rows; accepted even under STRICT_ENV=1."""
+    """Finding Q1: FIT_BUDGET=steps moved exported values by up to 1.1 steps off the grid of the
+    training, CLIP=search changed 10 of 32 rows; accepted even under STRICT_ENV=1."""
     for why, knobs in GRID_MOVES.items():
         with pytest.raises(tg.UserError, match="QAT=ste trains on the grid of the export"):
             config(**QAT_FREE | knobs)
@@ -263,8 +266,8 @@ def test_what_would_move_the_grid_after_training_is_refused():
 
 
 def test_what_is_admitted_exports_on_the_grid_of_the_training():
-    """Finding Q1, the other half: whatever goes with QAT, the steps are those of the training, with a Hessian and after
-    pruning to fit too."""
+    """Finding Q1, the other half: whatever goes with QAT, the steps are those of the training, with
+    a Hessian and after pruning to fit too."""
     checked = 0
     for clip in ("quantile", "search", "sigma"):
         for rounding in ("nearest", "gptq"):
@@ -365,7 +368,8 @@ def weighted_error(w: Tensor, t: tg.QTensor, h: Tensor) -> float:
 def optimal_brain_quantiser(
     w: np.ndarray, h: np.ndarray, scale: np.ndarray, top: int
 ) -> np.ndarray:
-    """Column by column in float64, with the inverse Hessian of the columns that remain updated explicitly."""
+    """Column by column in float64, with the inverse Hessian of the columns that remain updated
+    explicitly."""
     h = h + 0.01 * np.trace(h) / len(h) * np.eye(len(h))
     order = np.argsort(-np.diag(h), kind="stable")
     w, inverse, levels = (
@@ -432,7 +436,8 @@ def test_columns_that_nothing_reads_are_zero():
 
 
 def test_harms_are_scaled_by_what_the_rounding_leaves():
-    """Finding Q5: harms were measured for the nearest levels, the export rounds by GPTQ or a trellis."""
+    """Finding Q5: harms were measured for the nearest levels, the export rounds by GPTQ or a
+    trellis."""
     for rows in (40, 1000):
         w, h = torch.randn(rows, 96), inputs(96)
         for name in ("nearest", "gptq", "trellis"):
@@ -596,8 +601,9 @@ def entropy(levels: Tensor) -> float:
 
 
 def test_trellis_approaches_the_rate_distortion_bound():
-    """Gaussian weights, correlated inputs: bits above the bound at the error that was reached. The bound is half the
-    logarithm of the geometric mean of H's eigenvalues over the error per weight, as all of them are in the water."""
+    """Gaussian weights, correlated inputs: bits above the bound at the error that was reached. The
+    bound is half the logarithm of the geometric mean of H's eigenvalues over the error per weight,
+    as all of them are in the water."""
     torch.manual_seed(0)
     mix = torch.randn(48, 48) / 7
     sizes = torch.exp(0.4 * torch.randn(48))
@@ -784,7 +790,8 @@ def test_the_budget_is_filled_and_never_exceeded(bits, share):
 
 
 def uneven_model(seed: int, **knobs) -> tg.GPT:
-    """A model whose matrices differ in size and whose rows differ in spread and tail, as trained ones do."""
+    """A model whose matrices differ in size and whose rows differ in spread and tail, as trained
+    ones do."""
     model, rng = packer(10**9, **knobs).model, torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if p.dim() == 2:

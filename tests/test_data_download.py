@@ -1,4 +1,5 @@
-"""The downloader against a local server that speaks the hub's protocol, and misbehaves as networks do."""
+"""The downloader against a local server that speaks the hub's protocol, and misbehaves as networks
+do."""
 
 import collections
 import hashlib
@@ -74,8 +75,9 @@ def repository() -> dict[str, bytes]:
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """A hub with one dataset repository. `faults[what]` is a list of what goes wrong with the next requests for it:
-    an HTTP status, "cut" (the connection ends half-way), "corrupt" (a byte is wrong), "slow"."""
+    """A hub with one dataset repository. `faults[what]` is a list of what goes wrong with the next
+    requests for it: an HTTP status, "cut" (the connection ends half-way), "corrupt" (a byte is
+    wrong), "slow"."""
 
     daemon_threads = True
 
@@ -96,7 +98,8 @@ class Hub(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers of the hub: repository, file information, resolution with redirect, content with ranges."""
+    """Answers of the hub: repository, file information, resolution with redirect, content with
+    ranges."""
 
     protocol_version = "HTTP/1.1"
 
@@ -376,7 +379,8 @@ def test_no_network_is_said_in_one_line(hub, monkeypatch, capsys):
 def test_a_killed_download_goes_on_within_the_file(hub, tmp_path):
     hub.faults[TRAIN1] = ["slow"]
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'data')!r}); import cached_challenge_fineweb as t, pathlib; "
+        f"import sys; sys.path.insert(0, {str(ROOT / 'data')!r}); "
+        "import cached_challenge_fineweb as t, pathlib; "
         f"t.constants.DOWNLOAD_CHUNK_SIZE = 4096; t.ROOT = pathlib.Path({str(tmp_path)!r}); "
         "sys.exit(t.main(['--train-shards', '3']))"
     )

@@ -1,4 +1,5 @@
-"""From raw documents to a score: every step of data/prepare.py through its command line, killed, repeated, broken."""
+"""From raw documents to a score: every step of data/prepare.py through its command line, killed,
+repeated, broken."""
 
 import contextlib
 import json
@@ -174,7 +175,8 @@ def test_own_texts_become_shards_with_a_bos_before_each_document(tmp_path, token
 
 
 def test_a_tokenizer_can_be_trained_on_the_text_of_shards(made, tmp_path, capsys):
-    """The same documents are read, without those of the validation split: so it is the same tokenizer."""
+    """The same documents are read, without those of the validation split: so it is the same
+    tokenizer."""
     assert (
         prepared(
             "train-tokenizer",
@@ -309,7 +311,8 @@ sys.exit(prepare.main(sys.argv[2:]))
 
 
 def processes(mentioning: str) -> list[str]:
-    """Numbers of the running processes whose environment has a text in it; none where there is no /proc."""
+    """Numbers of the running processes whose environment has a text in it; none where there is no
+    /proc."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -464,7 +467,8 @@ def test_the_command_line_as_a_user_starts_it(made, copy):
 
 
 def retoken(folder: Path, split: str, change):
-    """Rewrite the first shard of a split with other tokens, without manifest, as a stranger's dataset is."""
+    """Rewrite the first shard of a split with other tokens, without manifest, as a stranger's
+    dataset is."""
     path = min(folder.glob(f"fineweb_{split}_*.bin"))
     tokens = np.fromfile(path, "<u2", offset=1024)
     path.write_bytes(build_sample.shard(change(tokens)))
@@ -569,7 +573,8 @@ def test_a_planted_defect_is_found(copy, defect):
 
 
 def test_the_published_fingerprints_are_recognised_and_the_known_mistakes_are_not():
-    """Targets and bytes from logs of accepted and of refuted runs (rules of the competition, case law)."""
+    """Targets and bytes from logs of accepted and of refuted runs (rules of the competition, case
+    law)."""
     for targets, size in (
         (62_021_845, 151_080_891),
         (45_508_608, 151_080_891),

@@ -1,4 +1,5 @@
-"""The embedded sample corpus: shard bytes, byte accounting, split, tokenizer, reference figures, unbreakable build."""
+"""The embedded sample corpus: shard bytes, byte accounting, split, tokenizer, reference figures,
+unbreakable build."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ spec = importlib.util.spec_from_file_location("build_sample", SCRIPT)
 bs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bs)
 
-# A build of the small corpus in another process: argv = folder, use locks (0/1), and the number of the fsync or rename
+# A build of the small corpus in another process: argv = folder, use locks (0/1), and the number of
+# the fsync or rename
 # call just before which the process kills itself (0: never).
 CHILD = f"""
 import os, signal, sys
@@ -69,7 +71,8 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return (inode, modification time in ns) by file name: unchanged means that nothing was written."""
+    """Return (inode, modification time in ns) by file name: unchanged means that nothing was
+    written."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
@@ -169,14 +172,16 @@ def test_shards_decode_to_the_documents(built, manifest, texts, tokenizer, name)
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_token_bytes_add_up_to_the_text_of_every_document(built, texts, tokenizer, name):
-    """A piece counts its UTF-8 bytes; its leading space one byte, or none right after BOS; controls count nothing."""
+    """A piece counts its UTF-8 bytes; its leading space one byte, or none right after BOS; controls
+    count nothing."""
     bare, space = np.zeros(1024, dtype=int), np.zeros(1024, dtype=int)
     for i in range(1024):
         piece = tokenizer.id_to_piece(i)
         if tokenizer.is_byte(i):
             bare[i] = 1
         elif not tokenizer.is_control(i) and not tokenizer.is_unknown(i):
-            bare[i], space[i] = len(piece.removeprefix("▁").encode("utf-8")), piece.startswith("▁")
+            bare[i] = len(piece.removeprefix("▁").encode("utf-8"))
+            space[i] = piece.startswith("▁")
     for part, text in zip(
         token_documents(read_shard(built / f"fineweb_{name}_000000.bin")), texts[name], strict=True
     ):
@@ -362,7 +367,8 @@ def test_command_line():
 
 
 def test_reference_formula(monkeypatch, texts):
-    """A compressor that does nothing spends 8 bits on each validation byte and on the blank line before them."""
+    """A compressor that does nothing spends 8 bits on each validation byte and on the blank line
+    before them."""
     monkeypatch.setattr(bs, "compressors", lambda: {"none": lambda text: text})
     size = len("\n\n".join(texts["val"]).encode("utf-8"))
     assert bs.reference_bpb()["none"] == pytest.approx(8 * (size + 2) / size, abs=1e-6)

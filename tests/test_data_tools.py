@@ -1,4 +1,5 @@
-"""Parts of data/: the case transform and its byte counts, readers of documents, the writer of shards."""
+"""Parts of data/: the case transform and its byte counts, readers of documents, the writer of
+shards."""
 
 import contextlib
 import json
@@ -102,7 +103,8 @@ def test_byte_counts_follow_the_decoded_text_token_by_token(tokenizers):
 
 
 def test_ordinary_byte_counts_are_those_of_the_scores(tokenizers):
-    """Without operators it is train_gpt's table, but for a space after BOS, which that leaves out."""
+    """Without operators it is train_gpt's table, but for a space after BOS, which that leaves
+    out."""
     tokenizer, text = tokenizers["plain"], "Some text, na\u00efve \u20ac \x00 and all."
     tokens = prepare.encode_documents([text], tokenizer, None, False).tokens
     table = train_gpt.byte_table(tokenizer.processor, 400)
@@ -233,7 +235,8 @@ class Dead(Exception):
 
 
 def written(folder, limit, batches, journal, die_at=0):
-    """Write batches of documents, whose tokens are their own numbers; ends by Dead after some files."""
+    """Write batches of documents, whose tokens are their own numbers; ends by Dead after some
+    files."""
     writer, left = prepare.ShardWriter(folder, limit, journal), die_at
     real = writer.write
 

@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT / "records"))
 import tools  # noqa: E402
 from toolkit import probes  # noqa: E402
 
-# ---- Toy evaluators over bigram tables: text -> (loss of each token, how often it is scored), as rules_and_records.md
+# ---- Toy evaluators over bigram tables: text -> (loss of each token, how often it is scored), as
+# rules_and_records.md
 V, CHUNK, RNG = 32, 16, np.random.default_rng(0)
 TABLES, HINT = RNG.normal(0, 0.7, (2, V, V)), RNG.integers(0, V, V)
 

@@ -4,11 +4,13 @@ comes out.
 An evaluation is a function look(tokens (N,), digests: bool) -> Seen. The probes run it on texts
 that differ where nothing scored so far may depend on it:
 
-suffix    what is not scored yet is replaced, documents keep their borders: no loss so far and no
-state may move schedule  the same with moved borders: a warning, for strategies that read lengths
-ahead target    one token takes every value: earlier losses stand still, and the probabilities of
-all values sum to one once      every target is banked exactly once documents reordered, the losses
-of each stay the same (where an evaluation isolates documents)
+suffix     what is not scored yet is replaced, documents keep their borders: no loss so far and no
+           state may move
+schedule   the same with moved borders: a warning, for strategies that read lengths ahead
+target     one token takes every value: earlier losses stand still, and the probabilities of all
+           values sum to one
+once       every target is banked exactly once
+documents  reordered, the losses of each stay the same (where an evaluation isolates documents)
 """
 
 import math
@@ -133,10 +135,10 @@ def audit(
     tolerance: float = 2e-5,
     bos: int = 1,
 ) -> dict[str, Any]:
-    """Every probe of one evaluation of `tokens` (from BOS to BOS, id `bos`). `flags` names what failed,
-    `warnings` what a reviewer should know: it learns in another order than the text's, or by
-    lengths read ahead. A difference counts when it exceeds that of two equal runs and the tolerance
-    in nats; a sum of probabilities when it is off by 1e-3."""
+    """Every probe of one evaluation of `tokens` (from BOS to BOS, id `bos`). `flags` names what
+    failed, `warnings` what a reviewer should know: it learns in another order than the text's, or
+    by lengths read ahead. A difference counts when it exceeds that of two equal runs and the
+    tolerance in nats; a sum of probabilities when it is off by 1e-3."""
     rng = np.random.default_rng(seed)
     seen, again = look(tokens, True), look(tokens, True)
     floor = moved(seen.losses, again.losses)
