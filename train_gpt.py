@@ -2263,13 +2263,8 @@ def locate_data(cfg: Config, rt: Runtime) -> tuple[Path, Path]:
 
 def build_sample(data: Path, rt: Runtime) -> Path:
     """Shards of the embedded sample, built on first use by data/build_sample.py and cached."""
-    builder = data / "build_sample.py"
     folder = data / "datasets" / "sample_sp1024"
-    if not builder.exists():
-        raise UserError(
-            f"DATA_PATH=auto: {relative(builder)} is missing; set DATA_PATH to a folder of shards"
-        )
-    spec = importlib.util.spec_from_file_location("build_sample", builder)
+    spec = importlib.util.spec_from_file_location("build_sample", data / "build_sample.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
@@ -4528,7 +4523,10 @@ class RoundToNearest(NamedTuple):
         return QTensor(levels.to(torch.int8), scale.half())
 
 
-def nearest(rule: Cast | RoundToNearest) -> Cast | RoundToNearest:
+Quantiser = Cast | RoundToNearest
+
+
+def nearest(rule: Quantiser) -> Quantiser:
     """The same grid, every weight rounded for itself."""
     return rule if isinstance(rule, Cast) else RoundToNearest(*rule)
 
@@ -4736,7 +4734,7 @@ def rounded_to_half(x: Tensor) -> Tensor:
     return (rounded >> drop << drop).view(torch.float32)
 
 
-def quantiser(bits: int, sigmas: float, cfg: QuantConfig) -> Cast | RoundToNearest:
+def quantiser(bits: int, sigmas: float, cfg: QuantConfig) -> Quantiser:
     """The quantiser of a bit width: 16 means fp16."""
     if bits == 16:
         return Cast(torch.float16)
@@ -4744,7 +4742,7 @@ def quantiser(bits: int, sigmas: float, cfg: QuantConfig) -> Cast | RoundToNeare
 
 
 # tag of a parameter -> its quantiser
-QUANTISERS: dict[str, Callable[[QuantConfig], Cast | RoundToNearest]] = {
+QUANTISERS: dict[str, Callable[[QuantConfig], Quantiser]] = {
     "matrix": lambda c: quantiser(c.matrix_bits, c.matrix_clip_sigmas, c),
     "mlp": lambda c: quantiser(
         c.mlp_bits or c.matrix_bits, c.mlp_clip_sigmas or c.matrix_clip_sigmas, c
@@ -4753,7 +4751,7 @@ QUANTISERS: dict[str, Callable[[QuantConfig], Cast | RoundToNearest]] = {
     "keep": lambda c: Cast(torch.float32),
 }
 LEARNED_GRID = ("matrix", "mlp")  # tags that quantisation-aware training covers
-Rules = dict[str, Cast | RoundToNearest]  # by the parameter's name
+Rules = dict[str, Quantiser]  # by the parameter's name
 Hessians = dict[nn.Parameter, Tensor]  # second moments (n,n) of what matrices read
 
 
@@ -4762,7 +4760,7 @@ class FakeQuant(nn.Module):
     is a tensor, so that switching it takes effect inside a compiled graph. RULES keep the export
     on the same grid. Knobs: QAT, QAT_START_FRAC."""
 
-    def __init__(self, rule: Cast | RoundToNearest):
+    def __init__(self, rule: Quantiser):
         super().__init__()
         self.rule = nearest(rule)
         self.register_buffer("on", torch.zeros(()), persistent=False)
@@ -4889,7 +4887,7 @@ def finest(rule: RoundToNearest) -> float:
     return min(1.0, 6 / 127 * rule.top / rule.sigmas)
 
 
-def rescaled(rule: Cast | RoundToNearest, factor: float) -> Cast | RoundToNearest:
+def rescaled(rule: Quantiser, factor: float) -> Quantiser:
     """A grid by standard deviations with steps times a factor, no less than the finest; more bits
     where the clip would come below six of them."""
     if isinstance(rule, Cast):
