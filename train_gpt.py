@@ -880,6 +880,13 @@ class Config:
         """Flat {field: value} of the named groups, or of all."""
         return {k: v for g in groups or GROUPS for k, v in asdict(getattr(self, g)).items()}
 
+    def identity(self) -> dict[str, Any]:
+        """The values that a run keeps when it is resumed."""
+        values = self.values("data", "model", "optim", "quant") | dict(seed=self.run.seed)
+        for may_change in ("data_path", "tokenizer_path", "iterations", "max_wallclock_seconds"):
+            del values[may_change]
+        return values
+
     def shown(self) -> dict[str, Any]:
         """All values as people and logs may see them: paths without the layout of this machine."""
         return {
@@ -1965,6 +1972,7 @@ class Runtime:
                         f"RUN_ID={cfg.run.run_id}: {relative(self.folder)} already holds a run; "
                         "set RESUME=auto to continue it or choose another RUN_ID"
                     )
+                self.check_same(cfg)
                 if "\nfinal:official " in log.read_text(**UTF8):
                     return False
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -1980,6 +1988,15 @@ class Runtime:
                 f"({error.strerror})"
             ) from None
         return True
+
+    def check_same(self, cfg: Config):
+        """Raise UserError when the config.json of the run to be resumed has other values."""
+        try:
+            stored = json.loads((self.folder / "config.json").read_text(**UTF8))["knobs"]
+            earlier = {name: known["value"] for name, known in stored.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return  # it says nothing; the checkpoint will
+        refuse_changes(earlier, {k: v for k, v in cfg.identity().items() if k in earlier})
 
     def drop_run(self):
         """Leave nothing of a run that was refused before it began: its RUN_ID is free again."""
@@ -6543,6 +6560,16 @@ def ran_out_of_memory(error: Exception) -> bool:
     return any(sign in text for sign in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
 
 
+def refuse_changes(earlier: dict[str, Any], now: dict[str, Any]):
+    """Raise UserError when a run that is to be resumed began with other values."""
+    changed = {name: value for name, value in now.items() if earlier.get(name) != value}
+    if changed:
+        found = [
+            f"{name.upper()}: then {earlier.get(name)}, now {changed[name]}" for name in changed
+        ]
+        raise UserError(f"RESUME=auto: the run has another configuration; {'; '.join(found)}")
+
+
 def load_checkpoint(cfg: Config, rt: Runtime) -> dict[str, Any] | None:
     """The run folder's checkpoint when RESUME=auto and there is one. Tensors and plain values only,
     never code. Raises UserError for a file that is no checkpoint."""
@@ -6801,10 +6828,7 @@ class Trainer:
 
     def identity(self) -> dict[str, Any]:
         """The configuration that a checkpoint must agree with."""
-        identity = self.cfg.values("data", "model", "optim", "quant")
-        for may_change in ("data_path", "tokenizer_path", "iterations", "max_wallclock_seconds"):
-            del identity[may_change]
-        return identity | dict(seed=self.cfg.run.seed, train_tokens=len(self.data.train))
+        return self.cfg.identity() | dict(train_tokens=len(self.data.train))
 
     def save(self):
         """Write the checkpoint atomically, off the training clock (rank 0)."""
@@ -6825,14 +6849,7 @@ class Trainer:
 
     def resume(self, saved: dict[str, Any]):
         """Continue from a loaded checkpoint. Raises UserError when it has another configuration."""
-        differ = []
-        for name, value in self.identity().items():
-            stored = saved["identity"].get(name)
-            if stored != value:
-                differ.append(f"{name.upper()}: checkpoint {stored}, now {value}")
-        if differ:
-            found = "; ".join(differ)
-            raise UserError(f"RESUME=auto: the checkpoint has another configuration; {found}")
+        refuse_changes(saved["identity"], self.identity())
         try:
             self.restore(saved["state"])
         except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:

@@ -439,6 +439,22 @@ def test_a_used_folder_is_refused_and_a_finished_run_is_left_alone(finished, toy
     assert log(finished.folder) == before
 
 
+def test_a_refused_resume_leaves_the_run_as_it_was(finished, toy, tmp_path):
+    """Other knobs are named before anything is written, whether the run is complete or not: its
+    config.json and log are what records are made of."""
+    for name, lines in (("a", None), ("half", 5)):
+        run = tmp_path / name
+        shutil.copytree(finished.folder, run)
+        if lines:
+            begun = "".join(log(run).splitlines(keepends=True)[:lines])
+            (run / "log.txt").write_text(begun)
+        before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+        done = train(toy, tmp_path, name, RESUME="auto", NUM_LAYERS=5)
+        refused(done, "RESUME=auto", "NUM_LAYERS: then", "now 5")
+        after = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+        assert after == before
+
+
 def test_a_run_whose_data_is_refused_leaves_no_folder_and_its_name_free(toy, tmp_path):
     refused(train(tmp_path / "none", tmp_path, "a"), "no such folder")
     assert not (tmp_path / "a").exists()
