@@ -1670,7 +1670,12 @@ def holds(condition: str, values: dict[str, Any]) -> bool:
     value = values[name] if acts(name, values) else KNOBS[name][1].default
     if op == "in":
         return str(value) in want.split(",")
-    return OPERATORS[op](value, values[want] if want in KNOBS else parse_knob(name, want))
+    return OPERATORS[op](value, values[want] if names_knob(want, name) else parse_knob(name, want))
+
+
+def names_knob(word: str, name: str) -> bool:
+    """Whether a word that knob `name` is compared with names a knob, and is no value of its own: RUN_MODE=eval."""
+    return word in KNOBS and word not in KNOBS[name][1].metadata["choices"]
 
 
 def acts(name: str, values: dict[str, Any]) -> bool:
@@ -1684,7 +1689,12 @@ def acts(name: str, values: dict[str, Any]) -> bool:
 
 def shown_needs(needs: str) -> str:
     """What a knob needs, as a person sets it."""
-    return " ".join(word.upper() if word in KNOBS else word for word in needs.split())
+    words = needs.split()
+    for i in range(0, len(words), 4):  # name, operator, value, and what joins the next condition
+        if names_knob(words[i + 2], words[i]):
+            words[i + 2] = words[i + 2].upper()
+        words[i] = words[i].upper()
+    return " ".join(words)
 
 
 def ineffective(values: dict[str, Any], before: dict[str, Any], heard: dict[str, str]) -> list[str]:

@@ -597,3 +597,22 @@ def test_missing_optional_packages_are_named_only_when_needed(tmp_path):
         RUN_MODE="plan",
     )
     assert done.code == 0 and "predicted_bytes" in done.out
+
+
+def test_a_value_that_is_also_the_name_of_a_knob_is_a_value():
+    """RUN_MODE=eval and LR_SCHEDULE=warmdown_iters: what needs them acts, and strict runs are not refused."""
+    for env, said in (
+        (dict(RUN_MODE="eval", ARTIFACT="model.golf"), ""),
+        (dict(LR_SCHEDULE="warmdown_iters", WARMDOWN_ITERS="77"), ""),
+        (dict(LR_SCHEDULE="cosine", WARMDOWN_FRAC="0.31"), ""),
+        (
+            dict(LR_SCHEDULE="cosine", WARMDOWN_ITERS="77"),
+            "WARMDOWN_ITERS has no effect unless LR_SCHEDULE == warmdown_iters",
+        ),
+        (
+            dict(LR_SCHEDULE="warmdown_iters", WARMDOWN_FRAC="0.31"),
+            "WARMDOWN_FRAC has no effect unless LR_SCHEDULE != warmdown_iters",
+        ),
+    ):
+        notes = load(dict(PRESET="baseline", **env)).notes
+        assert notes == ((said,) if said else ()), (env, notes)
