@@ -4906,6 +4906,8 @@ def on_cpu(t: QTensor) -> QTensor:
 
 
 def rules_by_tag(model: GPT, cfg: QuantConfig) -> Rules:
+    """How each exported tensor is rounded by its `quant` tag alone: MATRIX_BITS, MLP_BITS or
+    EMBED_BITS. ALLOCATION=loss and FIT_BUDGET change bits and steps afterwards."""
     return {name: QUANTISERS[p.quant](cfg) for name, p in model.exported().items()}
 
 
@@ -5207,6 +5209,7 @@ def packed_smallest(data: bytes, names: tuple[str, ...]) -> tuple[Codec, bytes]:
 
 
 MAGIC = b"GOLF"
+# The file, byte by byte: see pack_artifact.
 FORMAT_VERSION = 4
 PREFIX = struct.Struct("<4sHBxII")  # magic, version, codec, header bytes, raw bytes of the header
 MAX_HEADER_BYTES = 1 << 18  # raw; 64 layers need a third of it
@@ -6524,7 +6527,9 @@ def full_speed(cfg: Config) -> dict[str, float]:
 
 
 class Clock:
-    """Training seconds on a monotonic clock; validation and checkpoints stop it."""
+    """Training seconds on a monotonic clock. All that reads training text counts: the steps, a start
+    from data (see_data), what the quantiser observes. Prewarming, validation, checkpoints and the
+    export do not. It stops for good in Trainer.observe."""
 
     def __init__(self, rt: Runtime):
         self.rt = rt
