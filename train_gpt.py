@@ -362,66 +362,36 @@ class OptimConfig:
         600.0, "training time; 0 = stop by ITERATIONS alone", 0, 10**7, unit="seconds"
     )
     reserve_seconds: float = knob(
-        0.0,
-        "part of the training time kept for what must happen inside it",
-        0,
-        600,
-        unit="seconds",
-        needs="max_wallclock_seconds > 0",
+        0.0, "time kept for calibration", 0, 600, unit="seconds", needs="max_wallclock_seconds > 0"
     )
     warmup_steps: int = knob(
         20, "synthetic steps that prewarm kernels and are undone", 0, 1000, unit="steps"
     )
     lr_schedule: str = knob(
         "warmdown_iters",
-        "shape of the learning rate: constant, then linear over WARMDOWN_ITERS steps, or linear or "
+        "decay of the learning rate at the end: linear over WARMDOWN_ITERS steps, or linear or "
         "half a cosine over WARMDOWN_FRAC of the run",
         choices=("warmdown_iters", "warmdown_frac", "cosine"),
     )
     warmdown_iters: int = knob(
-        1200,
-        "last steps, over which the learning rate decays",
-        0,
-        10**7,
-        needs="lr_schedule == warmdown_iters",
+        1200, "steps of learning-rate decay", 0, 10**7, needs="lr_schedule == warmdown_iters"
     )
     warmdown_frac: float = knob(
-        0.6,
-        "last part of the run, over which the learning rate decays",
-        0,
-        1,
-        needs="lr_schedule != warmdown_iters",
+        0.6, "learning-rate decay's part of the run", 0, 1, needs="lr_schedule != warmdown_iters"
     )
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", 0, 1)
     seq_ramp_start: int = knob(
         0, "first length of training rows, doubled until TRAIN_SEQ_LEN; 0 = off", 0, 65536
     )
     seq_ramp_frac: float = knob(
-        0.3,
-        "part of the run until training rows have their full length",
-        0,
-        1,
-        needs="seq_ramp_start > 0",
+        0.3, "part of the run until rows have their full length", 0, 1, needs="seq_ramp_start > 0"
     )
     muon: str = knob(
         "muon",
-        "list of stages that updates matrices",
+        "stages that update matrices",
+        choices="muon muon_polar muoneq_r muoneq_r_polar muoneq_short_polar turbo_muon "
+        "turbo_muon_plus muon_plus normuon mud rmnp mousse newton_muon".split(),
         source="see MUON",
-        choices=(
-            "muon",
-            "muon_polar",
-            "muoneq_r",
-            "muoneq_r_polar",
-            "muoneq_short_polar",
-            "turbo_muon",
-            "turbo_muon_plus",
-            "muon_plus",
-            "normuon",
-            "mud",
-            "rmnp",
-            "mousse",
-            "newton_muon",
-        ),
     )
     matrix_lr: float = knob(0.04, "learning rate of matrices", 0, 1)
     muon_steps: int = knob(
@@ -433,18 +403,13 @@ class OptimConfig:
         "normuon,mud,newton_muon",
     )
     muon_beta2: float = knob(
-        0.95,
-        "decay of the second moments of normuon, mousse and newton_muon",
-        0,
-        0.99999,
-        needs="muon in normuon,mousse,newton_muon",
+        0.95, "Muon's second-moment decay", 0, 0.99999, needs="muon in normuon,mousse,newton_muon"
     )
     muon_refresh: int = knob(
         0,
-        "steps between two inversions; 0 = as published (mousse 10, newton_muon 32)",
+        "steps between inversions; 0 = as published",
         0,
         10**6,
-        unit="steps",
         needs="muon in mousse,newton_muon",
     )
     muon_decay: str = knob(
@@ -466,11 +431,9 @@ class OptimConfig:
         needs="muon_momentum_warmup_start != muon_momentum",
     )
     muon_momentum_cooldown_steps: int = knob(
-        0, "last steps, over which Muon momentum falls back", 0, 10**6, unit="steps"
+        0, "last steps, in which Muon momentum falls back", 0, 10**6, unit="steps"
     )
-    muon_wd: float = knob(
-        0.0, "decoupled weight decay of the matrices", 0, 10, needs="muon_decay != fixed_norm"
-    )
+    muon_wd: float = knob(0.0, "weight decay of matrices", 0, 10, needs="muon_decay != fixed_norm")
     wd_taper_at: float = knob(
         1.0, "part of the run after which MUON_WD changes linearly", 0, 1, needs="muon_wd > 0"
     )
@@ -485,7 +448,7 @@ class OptimConfig:
     )
     head_lr: float = knob(
         0.008,
-        "AdamW learning rate of untied and of multi-token heads",
+        "AdamW learning rate of an untied and of a multi-token head",
         0,
         10,
         needs="tie_embeddings < 1 or objective == mtp",
@@ -500,11 +463,9 @@ class OptimConfig:
     scalar_lr: float = knob(0.04, "AdamW learning rate of gains, scales, mixes and gates", 0, 10)
     adam_wd: float = knob(0.0, "decoupled weight decay of the AdamW groups", 0, 10)
     embed_wd: float = knob(
-        -1.0, "decoupled weight decay of embeddings and of all tables; -1 = ADAM_WD", -1, 10
+        -1.0, "decoupled weight decay of embeddings and tables; -1 = ADAM_WD", -1, 10
     )
-    adam_l2: float = knob(
-        0.0, "weight decay inside the gradient of the AdamW groups, as plain Adam has it", 0, 10
-    )
+    adam_l2: float = knob(0.0, "plain Adam's weight decay, inside AdamW's gradient", 0, 10)
     beta1: float = knob(0.9, "decay of AdamW's mean gradient", 0, 0.9999)
     embed_beta1: float = knob(
         0.0, "decay of the mean gradient of embeddings, tables and heads; 0 = BETA1", 0, 0.9999
@@ -521,41 +482,27 @@ class OptimConfig:
         2.0, "weight of the slow momentum at the end, from 0", 0, 100, needs="ademamix != none"
     )
     ademamix_beta3: float = knob(
-        0.999,
-        "decay of the slow momentum at the end, from BETA1",
-        0.01,
-        0.99999,
-        needs="ademamix != none",
+        0.999, "slow momentum's last decay, from BETA1", 0.01, 0.99999, needs="ademamix != none"
     )
     grad_clip_norm: float = knob(0.0, "bound of the norm of the reduced gradient; 0 = off", 0, 1e6)
     averaging: str = knob(
         "none",
         "what is exported: the last weights, their moving average, the mean of late snapshots, or "
-        "the mean of those of the second half, weighted by the inverse of their held-out loss",
+        "of those of the second half, weighted by the inverse of their held-out loss",
         choices=("none", "ema", "swa", "iw_swa"),
     )
     ema_decay: float = knob(
-        0.997,
-        "decay of the moving average per step",
-        0,
-        0.99999,
-        needs="averaging == ema",
-        source="PR 287",
+        0.997, "decay of the moving average per step", 0, 0.99999, needs="averaging == ema"
     )
     swa_start: float = knob(
-        0.2,
-        "snapshots begin when the learning rate is below this part of its peak",
-        0,
-        1.01,
-        needs="averaging == swa",
+        0.2, "part of the peak rate below which snapshots begin", 0, 1.01, needs="averaging == swa"
     )
     swa_every: int = knob(
         50, "steps between snapshots", 1, 10**6, unit="steps", needs="averaging in swa,iw_swa"
     )
     held_out_tokens: int = knob(
         65_536,
-        "end of the training text that is kept to score snapshots (AVERAGING=iw_swa) and "
-        "roundings (ALLOCATION=loss)",
+        "end of the training text, kept to score snapshots and roundings",
         8,
         10**8,
         unit="tokens",
@@ -563,15 +510,12 @@ class OptimConfig:
     )
     objective: str = knob(
         "ce",
-        "what is minimised: cross-entropy, the same weighted by bytes, or with multi-token "
-        "prediction; the log reports nats",
+        "what is minimised: cross-entropy, the same weighted by bytes, or with one more head for "
+        "the token after next, not exported; the log reports nats",
         choices=("ce", "byte", "mtp"),
     )
-    mtp_heads: int = knob(
-        1, "further tokens predicted by heads that are not exported", 1, 8, needs="objective == mtp"
-    )
     mtp_weight: float = knob(
-        0.2, "weight of the mean loss of multi-token heads", 0, 10, needs="objective == mtp"
+        0.2, "weight of the loss of the multi-token head", 0, 10, needs="objective == mtp"
     )
 
 
@@ -1274,7 +1218,7 @@ USE_ORTHO_INIT init 1=orthogonal 0=default
 FUSED_CE_ENABLED softcap 1=shifted 0=tanh
 ASYM_LOGIT_RESCALE - 0 : the two caps are never trained where they were published
 ASYMMETRIC_LOGIT - 0 : the two caps are never trained where they were published
-MTP_NUM_HEADS objective 0=mtp>ce : set OBJECTIVE=mtp and MTP_HEADS
+MTP_NUM_HEADS objective 0=mtp>ce 1=ce>mtp : one head at most
 MTP_LOSS_WEIGHT mtp_weight
 TRAIN_SEQ_SCHEDULE - : SEQ_RAMP_START doubles the length of rows
 TRAIN_SEQ_SCHEDULE_MODE - : SEQ_RAMP_FRAC counts as the learning rate does
@@ -1914,10 +1858,6 @@ class Runtime:
         if dist.is_initialized():
             dist.all_reduce(x)
         return x
-
-    def start_all_reduce(self, x: Tensor) -> Callable[[], Any]:
-        """Begin summing over ranks, in place; returns what waits for the end."""
-        return dist.all_reduce(x, async_op=True).wait if self.world > 1 else lambda: None
 
     def reduce_scatter(self, mine: Tensor, x: Tensor) -> Callable[[], Any]:
         """Begin summing x over ranks into `mine`, this rank's equal share; returns what waits for it."""
@@ -3424,23 +3364,20 @@ class ByteWeighted(CrossEntropy):
 
 
 class MultiToken(CrossEntropy):
-    """Add MTP_WEIGHT times the mean loss of MTP_HEADS heads that predict one, two, ... tokens
-    further from the same state; they are not exported. Source: PR 549. Knob: OBJECTIVE=mtp."""
+    """Add MTP_WEIGHT times the mean loss of a second head, which predicts one token further from
+    the same state and is not exported. Source: PR 549. Knob: OBJECTIVE=mtp."""
 
     def __init__(self, cfg: ModelConfig, optim: OptimConfig, vocab: int):
         super().__init__(cfg, optim, vocab)
         self.cap = cfg.logit_softcap
         self.weight = optim.mtp_weight
-        self.heads = param((optim.mtp_heads, vocab, cfg.model_dim), zero, "head", "drop")
+        self.head = param((vocab, cfg.model_dim), zero, "head", "drop")
 
     def forward(self, nats: Tensor, targets: Tensor, h: Tensor) -> Tensor:
-        count = (targets >= 0).sum()
-        further = []
-        for k, head in enumerate(self.heads.to(h.dtype), 1):
-            later = F.pad(targets[:, k:], (0, min(k, targets.size(1))), value=-100)
-            loss = softcapped_cross_entropy(F.linear(h, head), later, self.cap).sum()
-            further.append(loss * count / (later >= 0).sum().clamp(min=1))
-        return nats.sum() + self.weight * torch.stack(further).mean()
+        later = F.pad(targets[:, 1:], (0, 1), value=-100)
+        loss = softcapped_cross_entropy(F.linear(h, self.head.to(h.dtype)), later, self.cap).sum()
+        loss = loss * (targets >= 0).sum() / (later >= 0).sum().clamp(min=1)
+        return nats.sum() + self.weight * loss
 
 
 OBJECTIVES = {"ce": CrossEntropy, "byte": ByteWeighted, "mtp": MultiToken}
@@ -3606,16 +3543,21 @@ def pair_vectors(tokens: Tensor, vocab: int, width: int) -> Tensor:
 
 
 # ---- 6 Optimisation: one Muon made of stages, AdamW groups, ramps, averaging ---------------------
-State = dict[str, Tensor]  # what an optimiser remembers of something
+State = dict[str, Any]  # what an optimiser or an averager remembers: tensors and numbers
+
+
+def on_device(state: State, device: torch.device) -> State:
+    """A copy of a state."""
+    return {k: v.to(device, copy=True) if torch.is_tensor(v) else v for k, v in state.items()}
 
 
 class Bank:
     """Matrices of one shape as one contiguous stack (K,m,n), dealt to the ranks in equal shares.
-    Modules keep ordinary parameters, which are views of it. Optimiser state exists for this rank's
-    share only, always fp32."""
+    Optimiser state exists for this rank's share only."""
 
     def __init__(self, params: list[nn.Parameter], weights: Tensor, gradients: Tensor, rt: Runtime):
-        self.params, self.weights = params, weights
+        self.params = params  # views of the weights
+        self.weights = weights
         self.gradients = gradients  # padded with matrices of zeros to equal shares
         self.share = len(gradients) // rt.world
         first = min(len(params), rt.rank * self.share)
@@ -3627,17 +3569,13 @@ class Bank:
         # what MUON_DECAY=fixed_norm keeps; for a start at zero, what the framework would have drawn
         self.norms = weights.norm(dim=(1, 2), keepdim=True)
         self.norms[self.norms == 0] = (weights.size(1) / 3) ** 0.5
-        self.joined: dict[
-            int, Tensor
-        ] = {}  # plan -> (K,1,1), 0 for matrices that it does not reach
         self.state: State = {}
 
 
 class FlatParameters:
-    """All weights as views of one fp32 vector and all gradients as views of another: first a bank
-    per shape of matrix, the largest bank first, then the other parameters by tag, then one extra
-    number, the loss: `rest` carries both in one all-reduce. Gradients are padded so that every rank
-    owns as many matrices of a bank."""
+    """All weights as views of one fp32 vector and all gradients as views of another: a bank per
+    shape of matrix, the largest first, then the other parameters by tag, then the loss. `rest` has
+    all gradients outside banks and the loss: one all-reduce."""
 
     def __init__(self, model: GPT, rt: Runtime):
         self.rt = rt
@@ -3648,42 +3586,32 @@ class FlatParameters:
                 by_shape.setdefault(p.shape, []).append(p)
             else:
                 by_tag.setdefault(p.opt, []).append(p)
-        banks = sorted(by_shape.values(), key=lambda ps: (-len(ps) * ps[0].numel(), ps[0].shape))
+        stacks = sorted(by_shape.values(), key=lambda ps: (-len(ps) * ps[0].numel(), ps[0].shape))
         vectors = [sorted(by_tag[tag], key=lambda p: p.shape) for tag in sorted(by_tag)]
-        self.params = [p for group in (*banks, *vectors) for p in group]
-
-        padding = [-len(ps) % rt.world * ps[0].numel() for ps in banks]
-        matrices = sum(p.numel() for ps in banks for p in ps) + sum(padding)
-        size = sum(p.numel() for p in self.params)
-        device = self.params[0].device
-        self.weights = torch.zeros(size, device=device)
-        self.gradients = torch.zeros(size + sum(padding) + 1, device=device)
-        self.rest = self.gradients[matrices:]
-        self.filled = [0, 0]  # how far weights and gradients have been dealt out
+        padding = [-len(ps) % rt.world * ps[0].numel() for ps in stacks] + [0] * len(vectors)
+        groups = [*stacks, *vectors]
+        sizes = [sum(p.numel() for p in ps) for ps in groups]
+        self.params = [p for ps in groups for p in ps]
+        self.weights = torch.cat([p.data.flatten() for p in self.params])
+        self.gradients = self.weights.new_zeros(sum(sizes) + sum(padding) + 1)
         self.banks: list[Bank] = []
-        for ps, extra in zip(banks, padding):
-            shape = (-1, *ps[0].shape)
-            weights, gradients = self.adopt(ps, extra)
-            self.banks.append(Bank(ps, weights.view(shape), gradients.view(shape), rt))
-        # tag -> (weights, gradients), both flat
-        self.vectors = {ps[0].opt: self.adopt(ps) for ps in vectors}
-
-    def adopt(self, params: list[nn.Parameter], padding: int = 0) -> tuple[Tensor, Tensor]:
-        """Move parameters to the next free places; returns these places, gradients with padding."""
-        w, g = self.filled
-        begin = w, g
-        for p in params:
-            weights = self.weights[w : w + p.numel()].view(p.shape)
-            weights.copy_(p.data)
-            p.data, p.grad = weights, self.gradients[g : g + p.numel()].view(p.shape)
-            w, g = w + p.numel(), g + p.numel()
-        self.filled = [w, g + padding]
-        return self.weights[begin[0] : w], self.gradients[begin[1] : g + padding]
+        self.vectors: dict[str, tuple[Tensor, Tensor]] = {}  # tag -> weights and gradients, flat
+        begin = 0
+        for ps, size, extra, weights in zip(groups, sizes, padding, self.weights.split(sizes)):
+            gradients = self.gradients[begin : begin + size + extra]
+            counts = [p.numel() for p in ps]
+            for p, w, g in zip(ps, weights.split(counts), gradients[:size].split(counts)):
+                p.data, p.grad = w.view(p.shape), g.view(p.shape)
+            begin += size + extra
+            if ps[0].opt == "matrix":
+                shape = (-1, *ps[0].shape)
+                self.banks.append(Bank(ps, weights.view(shape), gradients.view(shape), rt))
+                self.rest = self.gradients[begin:]
+            else:
+                self.vectors[ps[0].opt] = weights, gradients
 
     def clip(self, bound: float):
-        """Scale the reduced gradient down to the given norm; 0 leaves it alone."""
-        if not bound:
-            return
+        """Scale the reduced gradient down to the given norm."""
         shares = torch.stack([bank.reduced.square().sum() for bank in self.banks]).sum()
         norm = (self.rt.all_reduce(shares) + self.rest[:-1].square().sum()).sqrt()
         for part in (self.rest[:-1], *(bank.reduced for bank in self.banks)):
@@ -3696,12 +3624,11 @@ class Hyper:
 
     cfg: OptimConfig
     dtype: torch.dtype = torch.float32  # of the products inside orthogonalisation
-    momentum: Tensor | None = None  # 0-D: a ramp recompiles nothing
+    momentum: float = 0.0
     step: int = 0  # updates done before
-    betas: tuple[float, float] = (0.9, 0.95)
-    beta3: float = 0.0  # AdEMAMix's slow decay and its weight, both warmed up
+    beta1: float = 0.9
+    beta3: float = 0.0  # AdEMAMix's slow decay and its weight
     alpha: float = 0.0
-    gradient: Tensor | None = None  # what the first stage received
 
 
 # Stages: stage(u (K,m,n), state, hp) -> (K,m,n). The state belongs to the share of a bank: K rows.
@@ -3721,9 +3648,8 @@ def nesterov(u: Tensor, state: State, hp: Hyper) -> Tensor:
 
 
 def input_whitening(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """The gradient times the damped inverse second moment of what its matrix reads, in diagonal
-    blocks (see InputWatch); as it is until the first is known. Source: Newton-Muon, arXiv
-    2604.01472."""
+    """The gradient times what InputWatch has inverted, in diagonal blocks; at first as it is.
+    Source: Newton-Muon, arXiv 2604.01472."""
     if "inverse" not in state:
         return u
     inverse = state["inverse"]  # (K, blocks, n/blocks, n/blocks)
@@ -3742,8 +3668,7 @@ def row_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
 
 
 def short_side_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """Equal norm along the shorter side, so columns of a tall matrix: PR 1539 normalises after it
-    has transposed."""
+    """Equal norm along the shorter side: rows, or columns of a tall matrix. Source: PR 1539."""
     return on_short_side(u, lambda x: normalised(x, -1))
 
 
@@ -3756,8 +3681,8 @@ DION = (  # five steps of growing precision, github.com/microsoft/dion
     (2.8366, -3.0525, 1.2012),
 )
 # Number of steps -> each step's quintic, the nearest to 1 on what the steps before leave: five as
-# published, arXiv 2505.16932; four by its algorithm, with the lowest bound from which all singular
-# values end within 1 +- 0.15. Never cut a table: its first steps aim low and end far from 1.
+# published, arXiv 2505.16932; four by its algorithm, all singular values ending within 1 +- 0.15.
+# Never cut a table: its first steps aim low and end far from 1.
 POLAR_EXPRESS = {
     4: (
         (8.187100137536577, -23.310841492026714, 17.091393708248805),
@@ -3820,10 +3745,10 @@ def polar_express(u: Tensor, state: State, hp: Hyper) -> Tensor:
     return orthogonalise(u, POLAR_EXPRESS[hp.cfg.muon_steps or 5], hp, margin=1.02)
 
 
-def almost_orthogonal(u: Tensor, table: Quintics, hp: Hyper) -> Tensor:
+def turbo(u: Tensor, state: State, hp: Hyper, table: Quintics = DION[1:]) -> Tensor:
     """Divide rows of the short side by the root of their sum of |XX^T|, which bounds the largest
-    singular value by one without shrinking all and saves a step, then apply polynomials. Sources:
-    AOL, arXiv 2208.03160; Turbo-Muon, arXiv 2512.04632."""
+    singular value by one and saves a step, then apply four polynomials. Sources: AOL, arXiv
+    2208.03160; Turbo-Muon, arXiv 2512.04632, with the coefficients of its library."""
 
     def work(x: Tensor) -> Tensor:
         gram = x @ x.mT
@@ -3834,15 +3759,7 @@ def almost_orthogonal(u: Tensor, table: Quintics, hp: Hyper) -> Tensor:
     return on_short_side(u.to(hp.dtype), work).to(u.dtype)
 
 
-def turbo(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """Four steps with the coefficients that the library of the paper took over. Source:
-    Turbo-Muon."""
-    return almost_orthogonal(u, DION[1:], hp)
-
-
-def turbo_polar(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """Four steps with coefficients of Polar Express. Source: PR 1089."""
-    return almost_orthogonal(u, POLAR_AFTER_AOL, hp)
+turbo_polar = functools.partial(turbo, table=POLAR_AFTER_AOL)  # PR 1089
 
 
 def post_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
@@ -3861,8 +3778,7 @@ def neuron_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
 
 def triangular(u: Tensor, state: State, hp: Hyper) -> Tensor:
     """In place of orthogonalisation: equal rows, then the inverse of the lower triangle of their
-    Gram matrix, then equal rows; once, or MUON_STEPS times. Depends on the order of rows. Source:
-    MUD, arXiv 2603.17970."""
+    Gram matrix, then equal rows; once, or MUON_STEPS times. Source: MUD, arXiv 2603.17970."""
 
     def work(x: Tensor) -> Tensor:
         ridge = 1e-6 * torch.eye(x.size(-2), device=x.device)
@@ -3875,27 +3791,30 @@ def triangular(u: Tensor, state: State, hp: Hyper) -> Tensor:
     return on_short_side(u.float(), work)
 
 
+def mean_eigenvalue(moment: Tensor) -> Tensor:
+    """(...,n,n) -> (...,1,1)."""
+    return moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+
+
 def inverse_eighth_root(moment: Tensor) -> Tensor:
-    """moment^(-1/8) of symmetric (K,n,n), made of mean eigenvalue 1 beforehand and shifted to be
-    positive."""
-    n = moment.size(-1)
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    damped = moment / mean.clamp(min=1e-30) + 1e-10 * torch.eye(n, device=moment.device)
+    """moment^(-1/8) of symmetric (K,n,n), first scaled to mean eigenvalue 1 and made positive."""
+    eye = torch.eye(moment.size(-1), device=moment.device)
+    damped = moment / mean_eigenvalue(moment).clamp(min=1e-30) + 1e-10 * eye
     values, vectors = torch.linalg.eigh(damped)
     values = values - values.amin(-1, keepdim=True).clamp(max=0) + 1e-10
     return (vectors * values.pow(-0.125).unsqueeze(-2)) @ vectors.mT
 
 
-def whitened_polar(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """Orthogonalise L U R, multiply once more by L and R on the two sides, and restore the norm; L
-    and R are the inverse eighth roots of running second moments of the gradient's rows and columns.
-    Among all updates bounded in the whitened coordinates this is the steepest. Source: Mousse,
-    arXiv 2603.09697. Knobs: MUON_BETA2, MUON_REFRESH (0 = 10 steps)."""
-    g, roots = hp.gradient, []
+def whitened_polar(g: Tensor, state: State, hp: Hyper) -> Tensor:
+    """Orthogonalise L U R, U the momentum, multiply by L and R once more, and restore the norm: the
+    steepest update of those bounded in whitened coordinates. L and R are inverse eighth roots of
+    running second moments of the gradient's rows and columns. Source: Mousse, arXiv 2603.09697.
+    Knobs: MUON_BETA2, MUON_REFRESH (0 = 10 steps)."""
+    u, roots = heavy_ball(g, state, hp), []
     for side, moment in (("left", g @ g.mT), ("right", g.mT @ g)):
         # no bias correction: a common factor is normalised away
         kept(state, side, moment).lerp_(moment, 1 - hp.cfg.muon_beta2)
-        if hp.step % (hp.cfg.muon_refresh or 10) == 0 or f"{side}_root" not in state:
+        if hp.step % (hp.cfg.muon_refresh or 10) == 0:
             state[f"{side}_root"] = inverse_eighth_root(state[side])
         roots.append(state[f"{side}_root"])
     y = orthogonalise(roots[0] @ u @ roots[1], DION, hp)
@@ -3903,8 +3822,7 @@ def whitened_polar(u: Tensor, state: State, hp: Hyper) -> Tensor:
 
 
 def aspect_scale(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """sqrt(max(1, rows/columns)): a polar factor gets the same update size per entry, wide or
-    tall."""
+    """sqrt(max(1, rows/columns)): entries of a polar factor move as far, wide or tall."""
     return u * max(1.0, u.size(-2) / u.size(-1)) ** 0.5
 
 
@@ -3921,64 +3839,31 @@ MUON: dict[str, tuple[Stage, ...]] = {
     "muoneq_r_polar": (nesterov, row_norm, polar_express, aspect_scale),
     "muoneq_short_polar": (nesterov, short_side_norm, polar_express, aspect_scale),  # PR 1539
     "turbo_muon": (nesterov, turbo, aspect_scale),  # the paper: no norm after the polynomials
-    "turbo_muon_plus": (
-        nesterov,
-        turbo_polar,
-        post_norm,
-        aspect_scale,
-    ),  # PR 1089: wide ones larger
+    "turbo_muon_plus": (nesterov, turbo_polar, post_norm, aspect_scale),  # PR 1089
     "muon_plus": (nesterov, newton_schulz, post_norm, aspect_scale_plus),
     "normuon": (nesterov, newton_schulz, neuron_norm, aspect_scale),
     "mud": (nesterov, triangular, aspect_scale),
     "rmnp": (nesterov, row_norm, aspect_scale),  # arXiv 2603.20527; wants a lower rate
-    "mousse": (heavy_ball, whitened_polar, aspect_scale_plus),
+    "mousse": (whitened_polar, aspect_scale_plus),
     "newton_muon": (input_whitening, nesterov, newton_schulz, aspect_scale),
 }
-
-
-# Adam: what happens to a part of a vector; its weight decay is decoupled, arXiv 1711.05101
-def adam_moments(u: Tensor, state: State, hp: Hyper) -> tuple[Tensor, Tensor]:
-    """Bias-corrected running mean and root mean square of the gradient. Source: arXiv 1412.6980."""
-    beta1, beta2 = hp.betas
-    mean, square = kept(state, "mean", u), kept(state, "square", u)
-    mean.lerp_(u, 1 - beta1)
-    square.mul_(beta2).addcmul_(u, u, value=1 - beta2)
-    t = hp.step + 1
-    return mean / (1 - beta1**t), (square / (1 - beta2**t)).sqrt() + hp.cfg.adam_eps
-
-
-def adam(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """Mean over root mean square."""
-    mean, root = adam_moments(u, state, hp)
-    return mean / root
-
-
-def ademamix(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """Adam whose mean has a second, slow one added, alpha times and not bias-corrected. Source:
-    arXiv 2409.03137. Knobs: ADEMAMIX_ALPHA, ADEMAMIX_BETA3."""
-    mean, root = adam_moments(u, state, hp)
-    slow = kept(state, "slow", u)
-    slow.lerp_(u, 1 - hp.beta3)
-    return (mean + hp.alpha * slow) / root
 
 
 # How updates meet weights, in place: (w (K,m,n), update, learning rate, weight decay or (K,1,1) of
 # it, norms of the start (K,1,1))
 def decoupled(w: Tensor, u: Tensor, lr: float, wd: float | Tensor, norms: Tensor):
-    """Shrink all weights by lr * wd, then step."""
+    """Shrink all weights by lr * wd, then step. Source: AdamW, arXiv 1711.05101."""
     w.mul_(1 - lr * wd).sub_(u, alpha=lr)
 
 
 def cautious_decay(w: Tensor, u: Tensor, lr: float, wd: float | Tensor, norms: Tensor):
-    """Shrink only weights that the update shrinks too. Sources: modded-nanogpt, arXiv
-    2510.12402."""
+    """Shrink only weights that the update shrinks too. Source: arXiv 2510.12402."""
     w.sub_(w * (u * w > 0) * wd, alpha=lr).sub_(u, alpha=lr)
 
 
 def fixed_norm(w: Tensor, u: Tensor, lr: float, wd: float | Tensor, norms: Tensor):
-    """A step of lr times the norm of the start, along the update, then back to that norm exactly;
-    no decay. The rate is relative. What starts at zero has the norm of an ordinary start from the
-    first step on. Source: MuonH (hyperball) of modded-nanogpt's third track."""
+    """Step along the update by lr times the norm of the start, then return to that norm; no decay.
+    Source: MuonH (hyperball) of modded-nanogpt's third track."""
     w.sub_(as_large_as(u, norms), alpha=lr)
     w.copy_(as_large_as(w, norms))
 
@@ -3986,34 +3871,19 @@ def fixed_norm(w: Tensor, u: Tensor, lr: float, wd: float | Tensor, norms: Tenso
 DECAYS = {"decoupled": decoupled, "cautious": cautious_decay, "fixed_norm": fixed_norm}
 
 
-# What reached() says of each plan; empty: every plan reaches everything
-Reach = Sequence[dict[nn.Parameter, Tensor]]
+def adam(u: Tensor, state: State, hp: Hyper, more: float | Tensor = 0.0) -> Tensor:
+    """Bias-corrected mean of the gradient, and what is added to it, over the root mean square.
+    Source: arXiv 1412.6980."""
+    beta1, beta2 = hp.beta1, hp.cfg.beta2
+    t = state["step"] = state.get("step", 0) + 1  # of this state, whatever the run's step
+    mean = kept(state, "mean", u).lerp_(u, 1 - beta1) / (1 - beta1**t)
+    square = kept(state, "square", u).mul_(beta2).addcmul_(u, u, value=1 - beta2) / (1 - beta2**t)
+    return (mean + more) / (square.sqrt() + hp.cfg.adam_eps)
 
 
-@torch.enable_grad()
-def reached(model: GPT, plan: Plan) -> dict[nn.Parameter, Tensor]:
-    """Which elements of each parameter the loss of a plan depends on: bool, in the shape of the
-    parameter. A loss of NaN sent backward turns the gradient of all that it touches into NaN, also
-    where the true gradient is zero, and leaves the rest at zero. Scalars are judged one by one
-    (rows of skip weights and of loop gates join with their slots), matrices and tables as a whole:
-    a row of a table that no token of a batch reads has a gradient, zero."""
-    ids = torch.arange(16, device=model.embed.device).unsqueeze(0) % len(model.embed)
-    loss = model(ids, ids, plan)[0] * math.nan
-    params = list(model.parameters())
-    found = {}
-    for p, gradient in zip(params, torch.autograd.grad(loss, params, allow_unused=True)):
-        touched = torch.zeros_like(p, dtype=torch.bool) if gradient is None else gradient.isnan()
-        found[p] = touched if p.opt == "scalar" else touched.any().expand_as(p)
-    return found
-
-
-class AdamGroup(NamedTuple):
-    """How one tag's vector is updated."""
-
-    lr: float
-    wd: float
-    betas: tuple[float, float]
-    rule: Stage
+def ademamix(u: Tensor, state: State, hp: Hyper) -> Tensor:
+    """Adam with alpha times a second, slow mean, not bias-corrected. Source: arXiv 2409.03137."""
+    return adam(u, state, hp, hp.alpha * kept(state, "slow", u).lerp_(u, 1 - hp.beta3))
 
 
 ADEMAMIX = {  # which tags have a second, slow momentum
@@ -4024,131 +3894,129 @@ ADEMAMIX = {  # which tags have a second, slow momentum
 }
 
 
-def adam_groups(c: OptimConfig, tied: bool) -> dict[str, AdamGroup]:
-    """Tag -> its group. EMBED_WD is for embeddings and tables, EMBED_BETA1 for heads too."""
+def adam_groups(c: OptimConfig, tied: bool) -> dict[str, tuple[float, float, float, Stage]]:
+    """Tag -> (learning rate, weight decay, beta1, rule)."""
     rules = {tag: ademamix if tag in ADEMAMIX[c.ademamix] else adam for tag in ADEMAMIX["all"]}
     embed_lr = c.tied_embed_lr if tied else c.embed_lr
-    embed_wd = c.adam_wd if c.embed_wd < 0 else c.embed_wd
-    embed_betas = (c.embed_beta1 or c.beta1, c.beta2)
+    wd = c.adam_wd if c.embed_wd < 0 else c.embed_wd
+    beta1 = c.embed_beta1 or c.beta1
     return {
-        "embed": AdamGroup(embed_lr, embed_wd, embed_betas, rules["embed"]),
-        "head": AdamGroup(c.head_lr, c.adam_wd, embed_betas, rules["head"]),
-        "table": AdamGroup(c.table_lr, embed_wd, embed_betas, rules["table"]),
-        "scalar": AdamGroup(c.scalar_lr, c.adam_wd, (c.beta1, c.beta2), rules["scalar"]),
+        "embed": (embed_lr, wd, beta1, rules["embed"]),
+        "head": (c.head_lr, c.adam_wd, beta1, rules["head"]),
+        "table": (c.table_lr, wd, beta1, rules["table"]),
+        "scalar": (c.scalar_lr, c.adam_wd, c.beta1, rules["scalar"]),
     }
 
 
+# Parameter -> int64, bit i set where the loss of plan i depends on it: in the shape of a scalar
+# parameter, 0-D for matrices and tables
+Reach = dict[nn.Parameter, Tensor]
+
+
+@torch.enable_grad()
+def reached(model: GPT, plans: Sequence[Plan]) -> Reach:
+    """What each plan reaches. A loss of NaN sent backward turns the gradient of all that it touches
+    into NaN, also where the true gradient is zero. Scalars are judged one by one (rows of skip
+    weights join with their slots), the others whole: a row of a table that no token of a batch
+    reads has a gradient, zero."""
+    ids = torch.arange(16, device=model.embed.device).unsqueeze(0) % len(model.embed)
+    params = list(model.parameters())
+    reach = {}
+    for i, plan in enumerate(plans):
+        loss = model(ids, ids, plan)[0] * math.nan
+        gradients = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        for p, touched in zip(params, map(torch.isnan, gradients)):
+            found = touched if p.opt == "scalar" else touched.any()
+            reach[p] = reach.get(p, 0) + (found.long() << i)
+    return reach
+
+
+@dataclass
 class AdamPart:
-    """A contiguous part of one tag's vector whose elements the same plans reach. While the plan
-    does not reach it, it stands still: no decay, no step counted, as the framework's Adam skips
-    what has no gradient."""
+    """A contiguous part of one tag's vector that the same plans reach. While the plan does not, it
+    stands still: no decay, no step counted, as the framework's Adam skips what has no gradient."""
 
-    def __init__(self, group: AdamGroup, weights: Tensor, gradient: Tensor, idle: frozenset[int]):
-        self.group, self.weights, self.gradient = group, weights, gradient
-        self.idle = idle  # indices of the plans that do not reach it
-        self.steps = 0  # updates done before; bias correction counts from the first
-        self.state: State = {}
-
-
-def idle_runs(params: list[nn.Parameter], reach: Reach) -> list[tuple[int, frozenset[int]]]:
-    """Parameters laid end to end, cut where the plans that reach them change: (elements, indices of
-    the plans that do not reach them) of each run."""
-    size = sum(p.numel() for p in params)
-    codes = torch.zeros(size, dtype=torch.int64, device=params[0].device)
-    for i, found in enumerate(reach):
-        codes += torch.cat([~found[p].flatten() for p in params]).long() << i
-    runs = torch.stack(torch.unique_consecutive(codes, return_counts=True), 1).tolist()
-    return [(n, frozenset(i for i in range(len(reach)) if code >> i & 1)) for code, n in runs]
+    lr: float
+    wd: float
+    beta1: float
+    rule: Stage
+    weights: Tensor
+    gradient: Tensor
+    reach: int
+    state: State = field(default_factory=dict)
 
 
 class Optimiser:
     """Muon over banks of matrices, AdamW or AdEMAMix over one vector per other tag. Every rank
-    reduces, remembers and orthogonalises its own share of each bank, largest bank first; while one
-    bank's gradients or updates travel, others are computed. The result depends on the number of
-    ranks through rounding alone. Sources: Keller Jordan's Muon, PR 399 (banks), arXiv
-    2511.07464."""
+    reduces, remembers and orthogonalises its own share of each bank; while gradients or updates of
+    one bank travel, others are computed. The number of ranks changes rounding alone. Sources:
+    Keller Jordan's Muon, PR 399 (banks), arXiv 2511.07464."""
 
     def __init__(
-        self,
-        flat: FlatParameters,
-        cfg: OptimConfig,
-        rt: Runtime,
-        dtype: torch.dtype,
-        tied: bool = True,
-        reach: Reach = (),
+        self, flat: FlatParameters, cfg: Config, dtype: torch.dtype, reach: Reach | None = None
     ):
-        """`reach` has what reached() says of each plan; without it every plan reaches
-        everything."""
-        self.flat, self.cfg, self.rt = flat, cfg, rt
-        self.stages, self.decay = MUON[cfg.muon], DECAYS[cfg.muon_decay]
-        momentum = torch.zeros((), device=flat.weights.device)
-        self.hyper = Hyper(cfg, dtype, momentum)
-        groups = adam_groups(cfg, tied)
-        if not set(flat.vectors) <= set(groups):
-            raise RuntimeError("a parameter's `opt` tag belongs to no optimiser group")
+        """`dtype` is that of products inside orthogonalisation and of updates that travel; without
+        `reach`, every plan reaches everything."""
+        self.flat, self.cfg, self.rt = flat, cfg.optim, flat.rt
+        self.stages, self.decay = MUON[self.cfg.muon], DECAYS[self.cfg.muon_decay]
+        self.hyper = Hyper(self.cfg, dtype)
+        reach = dict.fromkeys(flat.params, torch.tensor(-1)) | (reach or {})
+        self.bank_reach = [[int(reach[p]) for p in bank.params] for bank in flat.banks]
+        groups = adam_groups(self.cfg, cfg.model.tie_embeddings)
         self.parts: list[AdamPart] = []
         for tag, (weights, gradients) in flat.vectors.items():
-            runs = idle_runs([p for p in flat.params if p.opt == tag], reach)
-            sizes = [size for size, _ in runs]
-            for w, g, (_, idle) in zip(weights.split(sizes), gradients.split(sizes), runs):
-                self.parts.append(AdamPart(groups[tag], w, g, idle))
-        for bank in flat.banks:
-            for i, found in enumerate(reach):
-                joined = torch.stack([found[p].any() for p in bank.params])
-                if not joined.all():
-                    bank.joined[i] = joined[:, None, None].float()
+            tagged = [p for p in flat.params if p.opt == tag]
+            codes = torch.cat([reach[p].expand(p.shape).flatten() for p in tagged])
+            codes, sizes = torch.unique_consecutive(codes, return_counts=True)
+            sizes = sizes.tolist()
+            for w, g, code in zip(weights.split(sizes), gradients.split(sizes), codes.tolist()):
+                self.parts.append(AdamPart(*groups[tag], w, g, code))
 
     @torch.no_grad()
     def step(self, ramps: dict[str, float]):
         """One update of all weights from the gradients of all ranks."""
         arrivals = [self.rt.reduce_scatter(b.reduced, b.gradients) for b in self.flat.banks]
-        rest_arrived = self.rt.start_all_reduce(self.flat.rest)
+        self.rt.all_reduce(self.flat.rest)
         if self.cfg.grad_clip_norm:
             for arrived in arrivals:
                 arrived()
-        rest_arrived()
-        self.flat.clip(self.cfg.grad_clip_norm)
-        self.hyper.momentum.fill_(ramps["momentum"])
-        self.hyper.alpha, self.hyper.beta3 = ramps["alpha"], ramps["beta3"]
+            self.flat.clip(self.cfg.grad_clip_norm)
+        self.hyper.momentum = ramps["momentum"]
+        self.hyper.alpha = ramps["alpha"]
+        self.hyper.beta3 = ramps["beta3"]
         self.step_vectors(ramps)
-        finish = None  # what remains of the bank before, while the next one's gradients arrive
+        travelling = []
         for bank, arrived in zip(self.flat.banks, arrivals):
             arrived()
-            update, landed = self.rt.all_gather(self.direction(bank))
-            if finish:
-                finish()
-            finish = functools.partial(self.apply, bank, update, landed, ramps)
-        if finish:
-            finish()
+            travelling.append(self.rt.all_gather(self.direction(bank)))
+        for bank, reach, (update, landed) in zip(self.flat.banks, self.bank_reach, travelling):
+            landed()
+            self.apply(bank, update, reach, ramps)
         self.hyper.step += 1
 
     def step_vectors(self, ramps: dict[str, float]):
         """AdamW, or AdEMAMix, for all but matrices."""
         for part in self.parts:
-            if ramps["plan"] in part.idle:
-                continue
-            group, lr = part.group, part.group.lr * ramps["lr"]
-            hp = replace(self.hyper, betas=group.betas, step=part.steps)
-            part.gradient.add_(part.weights, alpha=self.cfg.adam_l2)
-            update = group.rule(part.gradient, part.state, hp)
-            part.weights.mul_(1 - lr * group.wd).sub_(update, alpha=lr)
-            part.steps += 1
+            if part.reach >> ramps["plan"] & 1:
+                lr, hp = part.lr * ramps["lr"], replace(self.hyper, beta1=part.beta1)
+                part.gradient.add_(part.weights, alpha=self.cfg.adam_l2)
+                update = part.rule(part.gradient, part.state, hp)
+                part.weights.mul_(1 - lr * part.wd).sub_(update, alpha=lr)
 
     def direction(self, bank: Bank) -> Tensor:
         """The update of this rank's share of a bank, (share,m,n) in the dtype that travels."""
         u = bank.reduced[: bank.owned]
-        hp = replace(self.hyper, gradient=u)
         for stage in self.stages:
-            u = stage(u, bank.state, hp)
+            u = stage(u, bank.state, self.hyper)
         return F.pad(u.to(self.hyper.dtype), (0, 0, 0, 0, 0, bank.share - bank.owned))
 
-    def apply(self, bank: Bank, update: Tensor, landed: Callable[[], Any], ramps: dict[str, float]):
+    def apply(self, bank: Bank, update: Tensor, reach: list[int], ramps: dict[str, float]):
         """Change the weights of a whole bank, the same on every rank."""
-        landed()
         lr, wd = self.cfg.matrix_lr * ramps["lr"], self.cfg.muon_wd * ramps["wd"]
         update = update[: len(bank.weights)].float()
-        if ramps["plan"] in bank.joined:
-            joined = bank.joined[ramps["plan"]]
+        joined = [code >> ramps["plan"] & 1 for code in reach]
+        if not all(joined):
+            joined = update.new_tensor(joined)[:, None, None]
             update, wd = update * joined, wd * joined
         self.decay(bank.weights, update, lr, wd, bank.norms)
 
@@ -4163,32 +4031,30 @@ class Optimiser:
                 landed()
                 full[name] = gathered[: len(bank.weights)]
             banks.append(full)
-        parts = [dict(steps=part.steps, state=part.state) for part in self.parts]
-        return dict(step=self.hyper.step, banks=banks, parts=parts)
+        return dict(step=self.hyper.step, banks=banks, parts=[part.state for part in self.parts])
 
     def load_state_dict(self, state: dict[str, Any]):
         """Inverse of state_dict(), on any number of ranks."""
         device = self.flat.weights.device
         self.hyper.step = state["step"]
         for bank, full in zip(self.flat.banks, state["banks"], strict=True):
-            bank.state = {k: v[bank.mine].to(device, copy=True) for k, v in full.items()}
+            bank.state = on_device({k: v[bank.mine] for k, v in full.items()}, device)
         for part, saved in zip(self.parts, state["parts"], strict=True):
-            part.steps = saved["steps"]
-            part.state = {k: v.to(device, copy=True) for k, v in saved["state"].items()}
+            part.state = on_device(saved, device)
 
 
 @torch.no_grad()
 def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Tensor]:
-    """Mean outer product (n,n) fp32 of what each matrix and the head read, over this rank's ids
-    (B,T) and all visits of a plan; zero for one that the plan does not visit, and for all when
-    there are no ids. By hooks on an eager pass: compiled graphs never hear of it."""
+    """Sum of outer products (n,n) fp32 of what each matrix and the head read, over ids (B,T),
+    perhaps no row, and all visits of a plan. By hooks on an eager pass: compiled graphs never hear
+    of it."""
     readers = [m for m in model.modules() if isinstance(m, Linear) and m.weight.opt == "matrix"]
     read = [*(m.weight for m in readers), model.output]
     sums = {p: torch.zeros(p.size(1), p.size(1), device=ids.device) for p in read}
 
     def add(p: nn.Parameter, inputs: Tensor):
         x = inputs.flatten(0, -2).float()
-        sums[p] += x.mT @ x / ids.numel()
+        sums[p] += x.mT @ x
 
     def watch(module: Linear, inputs: tuple[Tensor, ...]):
         add(module.weight, inputs[0])
@@ -4205,33 +4071,28 @@ def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Te
 
 class StepHook:
     """What a technique does around a training step beside its part in the forward; by itself,
-    nothing. Knobs reach it through STEP_HOOKS (section 10), so that the training loop names no
-    technique."""
+    nothing. STEP_HOOKS (section 10) has them all: the training loop names no technique."""
 
     def before_step(self, ramps: dict[str, float]):
-        """Set what changes during the run; also called with the values at which the model is
-        scored."""
+        """Set what changes during the run; also called with the values of scoring."""
 
     def after_backward(self, ids: Tensor, targets: Tensor, plan: Plan):
-        """See the rows of one micro-batch, (rows,T) each and never padding, when its gradients are
-        known."""
+        """See the rows of one micro-batch, (rows,T) each and never padding, after its backward."""
 
     def before_update(self):
-        """All micro-batches of this rank have been seen, the weights have not changed. May
-        communicate."""
+        """Act between the last micro-batch of this rank and the update. May communicate."""
 
 
 class InputWatch(StepHook):
     """For Newton-Muon: in the last step of every MUON_REFRESH (0 = 32), look at what the matrices
-    read, over all micro-batches and ranks, and invert its running mean, damped by a fifth of the
-    mean eigenvalue. The mean starts at a thousandth of the identity; until the first look, updates
-    are plain. Matrices that read more than the model's width (the way down of an MLP) have four
-    diagonal blocks. Source: github.com/zhehangdu/Newton-Muon. Knobs: MUON_BETA2, MUON_REFRESH."""
+    read on all ranks, and invert its running mean, damped by a fifth of the mean eigenvalue. The
+    mean starts at a thousandth of the identity. Matrices that read more than the model's width (the
+    way down of an MLP) have four diagonal blocks. Source: github.com/zhehangdu/Newton-Muon. Knobs:
+    MUON_BETA2, MUON_REFRESH."""
 
     def __init__(self, model: GPT, optimiser: Optimiser):
         self.model, self.optimiser = model, optimiser
-        self.seen = 0  # tokens of this rank in this step
-        self.sums: dict[nn.Parameter, Tensor] = {}  # of outer products over these tokens
+        self.before_step({})
 
     def due(self) -> bool:
         """Whether this step looks."""
@@ -4239,40 +4100,34 @@ class InputWatch(StepHook):
         return self.optimiser.hyper.step % period == period - 1
 
     def before_step(self, ramps: dict[str, float]):
-        self.seen = 0
-        self.sums = {}
+        self.seen = 0  # tokens of this rank
+        self.sums: dict[nn.Parameter, Tensor] = {}  # of outer products over these tokens
 
     def after_backward(self, ids: Tensor, targets: Tensor, plan: Plan):
-        if not self.due():
-            return
-        self.seen += ids.numel()
-        for p, mean in second_moments(self.model, ids, plan).items():
-            total = mean * ids.numel()
-            self.sums[p] = self.sums[p] + total if p in self.sums else total
+        if self.due():
+            self.seen += ids.numel()
+            for p, total in second_moments(self.model, ids, plan).items():
+                self.sums[p] = self.sums.get(p, 0) + total
 
     @torch.no_grad()
     def before_update(self):
         if not self.due():
             return
-        o = self.optimiser
-        seen = o.rt.all_reduce(torch.tensor(float(self.seen), device=o.flat.weights.device))
-        for bank in o.flat.banks:
+        rt, beta2 = self.optimiser.rt, self.optimiser.cfg.muon_beta2
+        for bank in self.optimiser.flat.banks:
             n = bank.weights.size(2)
-            none = torch.zeros(n, n, device=bank.weights.device)
-            total = o.rt.all_reduce(torch.stack([self.sums.get(p, none) for p in bank.params]))
+            none = bank.weights.new_zeros(n, n)  # of a rank without rows
+            total = rt.all_reduce(torch.stack([self.sums.get(p, none) for p in bank.params]))
+            seen = rt.all_reduce(none.new_tensor(float(self.seen)))
             count = 4 if n > self.model.cfg.model_dim and n % 4 == 0 else 1
-            size = n // count
-            blocks = (total / seen)[bank.mine].view(-1, count, size, count, size)
-            fresh = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # (K, count, size, size)
-            eye = torch.eye(size, device=fresh.device)
-            if "inputs" not in bank.state:
-                bank.state["inputs"] = 0.001 * eye.expand_as(fresh).clone()
-            moment = bank.state["inputs"]
-            trace = fresh.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-            visited = (trace > 0).float()  # what read nothing keeps its moment
-            moment.lerp_(fresh, visited * (1 - o.cfg.muon_beta2))
-            mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-            bank.state["inverse"] = torch.linalg.inv(moment + (0.2 * mean + 1e-8) * eye)
+            blocks = (total / seen)[bank.mine].view(-1, count, n // count, count, n // count)
+            fresh = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # (K, count, n/count, n/count)
+            eye = torch.eye(n // count, device=fresh.device)
+            moment = bank.state.setdefault("inputs", 0.001 * eye.expand_as(fresh).clone())
+            visited = mean_eigenvalue(fresh) > 0  # what read nothing keeps its moment
+            moment.lerp_(fresh, visited * (1 - beta2))
+            damping = 0.2 * mean_eigenvalue(moment) + 1e-8
+            bank.state["inverse"] = torch.linalg.inv(moment + damping * eye)
 
 
 class LoopStrength(StepHook):
@@ -4294,14 +4149,13 @@ class Progress(NamedTuple):
     step_cost: float  # seconds of one step (0 = not known yet), or 1 step
 
     def steps_left(self) -> float:
-        """Steps until the end at the present pace; infinite while that is not known."""
+        """Steps until the end at the present pace; infinite while that is not known, so that slow
+        first steps start no decay."""
         return self.remaining / self.step_cost if self.step_cost else math.inf
 
 
 def warmdown_iters(p: Progress, cfg: OptimConfig) -> float:
-    """Linear to zero over the last WARMDOWN_ITERS steps, their duration estimated from the steps so
-    far. A slow first step must not start the decay: the estimate skips the first steps and is 0
-    until it is sound."""
+    """Linear to zero over the last WARMDOWN_ITERS steps."""
     return min(1.0, p.steps_left() / cfg.warmdown_iters) if cfg.warmdown_iters else 1.0
 
 
@@ -4319,8 +4173,7 @@ LR_SCHEDULES = {"warmdown_iters": warmdown_iters, "warmdown_frac": warmdown_frac
 
 
 def momentum(p: Progress, cfg: OptimConfig) -> float:
-    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM, and back at the very end of the
-    run."""
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM, and back at the end of the run."""
     part = 1.0
     if cfg.muon_momentum_warmup_steps:
         part = min(part, p.step / cfg.muon_momentum_warmup_steps)
@@ -4337,8 +4190,7 @@ def wd_taper(p: Progress, cfg: OptimConfig) -> float:
 
 
 def slow_decay(p: Progress, cfg: OptimConfig) -> float:
-    """AdEMAMix's beta3: its half-life grows linearly from that of BETA1 over the whole run. Source:
-    arXiv 2409.03137."""
+    """AdEMAMix's beta3: its half-life grows linearly from that of BETA1 over the whole run."""
 
     def half_life(beta: float) -> float:
         return math.log(0.5) / math.log(beta) - 1 if beta else -1.0
@@ -4348,8 +4200,7 @@ def slow_decay(p: Progress, cfg: OptimConfig) -> float:
 
 
 def row_lengths(cfg: Config) -> list[int]:
-    """Lengths of training rows in order: SEQ_RAMP_START doubled until TRAIN_SEQ_LEN; each becomes a
-    compiled graph."""
+    """Lengths of training rows in order, each with a compiled graph."""
     lengths = [cfg.data.train_seq_len]
     while cfg.optim.seq_ramp_start and lengths[0] > cfg.optim.seq_ramp_start:
         lengths.insert(0, lengths[0] // 2)
@@ -4357,11 +4208,11 @@ def row_lengths(cfg: Config) -> list[int]:
 
 
 def row_length(p: Progress, cfg: Config) -> int:
-    """Which of row_lengths() a step uses: equal parts of the first SEQ_RAMP_FRAC of the run, then
-    the last."""
-    lengths = row_lengths(cfg)
-    part = p.frac / cfg.optim.seq_ramp_frac if cfg.optim.seq_ramp_frac else 1.0
-    return lengths[min(len(lengths) - 1, int(part * (len(lengths) - 1)))]
+    """Equal parts of the first SEQ_RAMP_FRAC of the run for all lengths but the last."""
+    *shorter, last = row_lengths(cfg)
+    if p.frac >= cfg.optim.seq_ramp_frac or not shorter:
+        return last
+    return shorter[int(p.frac / cfg.optim.seq_ramp_frac * len(shorter))]
 
 
 def plan_index(p: Progress, cfg: ModelConfig) -> int:
@@ -4373,12 +4224,12 @@ def plan_index(p: Progress, cfg: ModelConfig) -> int:
 def loop_strength(p: Progress, cfg: ModelConfig) -> float:
     """Linear from 0 to 1 over LOOP_RAMP_STEPS steps after looping begins (by time: at the average
     pace so far)."""
+    if not cfg.loop_ramp_steps:
+        return 1.0
     start = cfg.enable_looping_at
     if start <= 1:
         start *= p.step / max(p.frac, 1e-9)
-    return (
-        min(1.0, max(0.0, p.step + 1 - start) / cfg.loop_ramp_steps) if cfg.loop_ramp_steps else 1.0
-    )
+    return min(1.0, max(0.0, p.step + 1 - start) / cfg.loop_ramp_steps)
 
 
 def qat_progress(p: Progress, cfg: QuantConfig) -> float:
@@ -4403,55 +4254,49 @@ RAMPS: dict[str, Callable[[Progress, Config], float]] = {
 
 
 class LastWeights:
-    """No averaging: what is exported is what the last step left. Interface of every averager."""
+    """No averaging: the last step's weights are exported. Interface of every averager."""
 
     needs_scores = False  # whether it asks for losses of held-out training text
 
     def __init__(self, weights: Tensor, cfg: OptimConfig, loss: Callable[[], float]):
         """`loss` scores the live weights on held-out training text, in nats per token."""
         self.weights, self.cfg, self.loss = weights, cfg, loss
-        self.state: State = {}
+        self.state: State = dict(count=0)
 
     def update(self, step: int, ramps: dict[str, float]):
         """Called after every step with the number of steps done and the step's ramps."""
 
-    def apply(self) -> str:
-        """Replace the live weights by the averaged ones after training. Returns what was done."""
-        return "last weights"
+    def take(self, share: float):
+        """Move the fp32 average towards the live weights."""
+        self.state["count"] += 1
+        kept(self.state, "average", self.weights).lerp_(self.weights, share)
 
-    def state_dict(self) -> State:
-        return self.state
+    def apply(self) -> str:
+        """Replace the live weights by their average after training. Returns what was done."""
+        if not self.state["count"]:
+            return "last weights, no snapshot"
+        self.weights.copy_(self.state["average"])
+        return f"{self.state['count']} snapshots"
 
     def load_state_dict(self, state: State):
-        for name, value in state.items():
-            self.state[name].copy_(value)
+        """Continue from the `state` of another averager."""
+        self.state = on_device(state, self.weights.device)
 
 
 class EMA(LastWeights):
-    """Exponential moving average in fp32, updated after every step. Source: PR 287. Knob:
-    EMA_DECAY."""
+    """Exponential moving average, the start included. Source: PR 287. Knob: EMA_DECAY."""
 
     def __init__(self, weights: Tensor, cfg: OptimConfig, loss: Callable[[], float]):
         super().__init__(weights, cfg, loss)
         self.state["average"] = weights.clone()
 
     def update(self, step: int, ramps: dict[str, float]):
-        self.state["average"].lerp_(self.weights, 1 - self.cfg.ema_decay)
-
-    def apply(self) -> str:
-        self.weights.copy_(self.state["average"])
-        return f"moving average, decay {self.cfg.ema_decay}"
+        self.take(1 - self.cfg.ema_decay)
 
 
 class SWA(LastWeights):
-    """Plain mean, in fp32, of snapshots taken every SWA_EVERY steps once the learning rate has
-    fallen below SWA_START of its peak. Source: the competition's records from March 20 on."""
-
-    def __init__(self, weights: Tensor, cfg: OptimConfig, loss: Callable[[], float]):
-        super().__init__(weights, cfg, loss)
-        self.state["average"] = torch.zeros_like(weights)
-        # number of snapshots, and the sum of their worths
-        self.state["taken"] = torch.zeros(2, dtype=torch.float64)
+    """Mean of snapshots every SWA_EVERY steps once the learning rate is below SWA_START of its
+    peak. Source: the competition's records from March 20 on."""
 
     def due(self, ramps: dict[str, float]) -> bool:
         """Whether the run has come to the part that is averaged."""
@@ -4464,22 +4309,13 @@ class SWA(LastWeights):
     def update(self, step: int, ramps: dict[str, float]):
         if self.due(ramps) and step % self.cfg.swa_every == 0:
             worth = self.worth()
-            self.state["taken"] += torch.tensor([1.0, worth])
-            share = worth / float(self.state["taken"][1])
-            self.state["average"].lerp_(self.weights, share)
-
-    def apply(self) -> str:
-        count, worth = self.state["taken"].tolist()
-        if not count:
-            return "last weights: no snapshot was due, see SWA_START and SWA_EVERY"
-        self.weights.copy_(self.state["average"])
-        return f"mean of {count:.0f} snapshots, of worth {worth:.6g}"
+            self.state["worth"] = self.state.get("worth", 0.0) + worth
+            self.take(worth / self.state["worth"])
 
 
 class WeightedSWA(SWA):
-    """Mean of snapshots of the second half of the run, each worth the inverse of its bits per byte
-    on held-out training text. The text is the same each time: nats per token give the same shares.
-    Source: the research log of the depth-recurrent system."""
+    """Mean of snapshots of the second half of the run, each worth the inverse of its loss on
+    held-out training text. Source: the research log of the depth-recurrent system."""
 
     needs_scores = True
 
@@ -6627,10 +6463,7 @@ class Trainer:
         self.loss = compiled(model.forward, numerics)
         self.qat = attach_qat(model, cfg.quant)
         self.flat = FlatParameters(model, rt)
-        reach = [reached(model, plan) for plan in self.plans]
-        self.optimiser = Optimiser(
-            self.flat, cfg.optim, rt, numerics.dtype, cfg.model.tie_embeddings, reach
-        )
+        self.optimiser = Optimiser(self.flat, cfg, numerics.dtype, reached(model, self.plans))
         self.hooks = [hook for make in STEP_HOOKS if (hook := make(self)) is not None]
         self.averager = averaging(self.flat.weights, cfg.optim, self.held_out_loss)
         self.loader = LOADERS[cfg.data.loader](data.train, cfg)
@@ -6769,8 +6602,8 @@ class Trainer:
             wanted = min(self.loader.rows, -(-(tokens - seen) // seq))
             rows = CALIBRATIONS[self.cfg.quant.calibration](self, seen, wanted)
             for ids, _, real in self.micro_batches(rows, seq):
-                for p, mean in second_moments(self.model, ids[:real], plan).items():
-                    sums[p] += mean * (real * seq)
+                for p, total in second_moments(self.model, ids[:real], plan).items():
+                    sums[p] += total
             seen += wanted * seq
             self.rt.log(f"calibrated:{seen} of {tokens} tokens")
         moments = {p: self.rt.all_reduce(total) / seen for p, total in sums.items()}
@@ -6820,7 +6653,7 @@ class Trainer:
         return dict(
             weights=self.flat.weights,
             optimiser=self.optimiser.state_dict(),
-            averager=self.averager.state_dict(),
+            averager=self.averager.state,
             loader=self.loader.state_dict(),
             step=self.step_number,
             seconds=self.clock.read(),

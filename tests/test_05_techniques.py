@@ -445,7 +445,6 @@ def test_objectives_equal_float64_and_the_log_stays_plain(kind, softcap):
         objective=kind,
         softcap=softcap,
         vocab_size=61,
-        **dict(mtp_heads=3) if kind == "mtp" else {},
     )
     torch.manual_seed(0)
     model = tg.GPT(cfg.model, 61, tg.Numerics(), cfg.optim)
@@ -462,7 +461,10 @@ def test_objectives_equal_float64_and_the_log_stays_plain(kind, softcap):
     h = model.hidden(ids, plan).detach()
     z, further = (
         model.logits(h).detach().double(),
-        [(h @ head.T).detach().double() for head in getattr(model.objective, "heads", ())],
+        [
+            (h @ head.T).detach().double()
+            for head in ([model.objective.head] if kind == "mtp" else [])
+        ],
     )
     want = exact_objective(kind, z, further, targets, byte_weights, 30.0)
     assert float(objective.detach()) == pytest.approx(float(want), rel=1e-5)
@@ -481,7 +483,7 @@ def test_heads_of_further_tokens_read_what_the_main_head_reads():
     cfg = config(mup_base_width=16, objective="mtp", mtp_weight=1, vocab_size=61)
     model, (ids, targets) = random_model(cfg), random_batch(cfg, 2, 20)
     with torch.no_grad():
-        model.objective.heads[0].copy_(model.output)
+        model.objective.head.copy_(model.output)
     plan = tg.schedule(cfg.model)
     objective, nats = model(ids, targets, plan)
     h = model.hidden(ids, plan)
@@ -492,7 +494,7 @@ def test_heads_of_further_tokens_read_what_the_main_head_reads():
 
 
 def test_heads_of_further_tokens_are_trained_but_neither_counted_nor_exported(toy, tmp_path):
-    done = train(toy, tmp_path, "mtp", OBJECTIVE="mtp", MTP_HEADS=2)
+    done = train(toy, tmp_path, "mtp", OBJECTIVE="mtp")
     assert done.code == 0, done.err
     assert f"model_params:{sum(p.numel() for p in meta_model(config()).parameters())}\n" in done.out
     _, tensors = tg.unpack_artifact((done.folder / "model.golf").read_bytes())

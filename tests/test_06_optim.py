@@ -241,7 +241,7 @@ def test_simple_stages_equal_their_formulas():
     for _ in range(4):
         g = torch.randn(2, 6, 4)
         buffer = mu * buffer + g.double()
-        out = tg.nesterov(g, state, replace(HYPER, momentum=torch.tensor(mu)))
+        out = tg.nesterov(g, state, replace(HYPER, momentum=mu))
         torch.testing.assert_close(out.double(), g + mu * buffer, rtol=1e-5, atol=1e-6)
     rows = tg.row_norm(u * 100, {}, HYPER)
     torch.testing.assert_close(rows.norm(dim=-1), torch.ones(2, 6))
@@ -454,7 +454,7 @@ def test_every_variant_is_its_published_recipe_in_float64():
     for kind in tg.MUON:
         for shape in {*SHAPES}:
             cfg = config(muon=kind, muon_beta2=0.95).optim
-            hp = tg.Hyper(cfg, torch.float64, torch.zeros((), dtype=torch.float64))
+            hp = tg.Hyper(cfg, torch.float64)
             references, state = [Reference(kind) for _ in range(2)], {}
             if kind == "newton_muon":
                 z = torch.randn(2, shape[1], 99, dtype=torch.float64)
@@ -465,11 +465,10 @@ def test_every_variant_is_its_published_recipe_in_float64():
             torch.manual_seed(0)
             for step in range(12):
                 g = torch.randn(2, *shape, dtype=torch.float64)
-                hp.momentum.fill_(0.85 + 0.01 * step)
-                hp.step, hp.gradient, u = step, g, g
+                hp.momentum, hp.step, u = 0.85 + 0.01 * step, step, g
                 for stage in tg.MUON[kind]:
                     u = stage(u, state, hp)
-                want = [r.direction(m.numpy(), float(hp.momentum)) for r, m in zip(references, g)]
+                want = [r.direction(m.numpy(), hp.momentum) for r, m in zip(references, g)]
                 error = distance(u, torch.from_numpy(np.stack(want)))
                 worst[kind] = max(worst.get(kind, 0), error)
     tolerance = dict(mud=2e-2)  # its triangles are solved in fp32, with a ridge
@@ -838,7 +837,7 @@ def test_a_step_of_every_variant_moves_all_weights_and_lowers_the_loss(kind):
         )
 
 
-@pytest.mark.parametrize("bound", (0.3, 1e6, 0.0))
+@pytest.mark.parametrize("bound", (0.3, 1e6))
 def test_clipping_equals_torch_and_spares_the_loss(bound):
     module = tagged()
     flat = tg.FlatParameters(module, ALONE)
@@ -848,8 +847,7 @@ def test_clipping_equals_torch_and_spares_the_loss(bound):
     for p, q in zip(flat.params, copies):
         q.grad = p.grad.clone()
     flat.clip(bound)
-    if bound:
-        nn.utils.clip_grad_norm_(copies, bound)
+    nn.utils.clip_grad_norm_(copies, bound)
     for p, q in zip(flat.params, copies):
         torch.testing.assert_close(p.grad, q.grad)
     assert flat.rest[-1] == before[-1]
@@ -956,7 +954,7 @@ def test_ademamix_equals_float64_where_it_is_chosen(choice):
 def test_a_parameter_without_an_optimiser_is_refused():
     model = random_model(config())
     model.skips.weights.opt = "nobody"
-    with pytest.raises(RuntimeError, match="optimiser group"):
+    with pytest.raises(KeyError, match="nobody"):
         flattened(model, config())
 
 
@@ -1114,11 +1112,8 @@ def test_a_matrix_outside_the_plan_stands_still(decay):
         cfg = config(**knobs)
         flat = tg.FlatParameters(module, ALONE)
         outside = {module.matrices[2], module.vector}
-        reach = [
-            {p: torch.full(p.shape, p not in outside or late) for p in module.parameters()}
-            for late in (False, True)
-        ]
-        optimiser = tg.Optimiser(flat, cfg.optim, ALONE, torch.float32, True, reach)
+        reach = {p: torch.tensor(2 if p in outside else 3) for p in module.parameters()}
+        optimiser = tg.Optimiser(flat, cfg, torch.float32, reach)
         start = [p.detach().clone() for p in module.parameters()]
         for _ in range(3):
             flat.gradients.normal_()
@@ -1422,7 +1417,7 @@ def test_averages_continue_from_their_state(kind):
     torch.manual_seed(1)
     follow(weights, average, 5)
     file = io.BytesIO()
-    torch.save(average.state_dict(), file)
+    torch.save(average.state, file)
     walk = follow(weights, average, 4)
     average.apply()
     other, resumed = averager(kind, **knobs)
@@ -1439,7 +1434,7 @@ def test_no_averaging_exports_the_last_weights():
     before = weights.clone()
     last.update(1, dict(lr=0.1, done=0.9))
     last.apply()
-    assert torch.equal(weights, before) and last.state_dict() == {} and not last.needs_scores
+    assert torch.equal(weights, before) and last.state == dict(count=0) and not last.needs_scores
 
 
 @pytest.mark.parametrize("kind", [kind for kind in tg.AVERAGERS if kind != "none"])
