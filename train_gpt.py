@@ -3763,22 +3763,22 @@ turbo_polar = functools.partial(turbo, table=POLAR_AFTER_AOL)  # PR 1089
 
 
 def post_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """Unit rows, then unit columns, after orthogonalisation: the Frobenius norm becomes sqrt(n),
-    larger than a polar factor's when n > m. Source: Muon+, arXiv 2602.21545."""
+    """Unit rows, then unit columns: the Frobenius norm becomes sqrt(n), larger than a polar
+    factor's when n > m. Source: Muon+, arXiv 2602.21545."""
     return normalised(normalised(u, -1), -2)
 
 
 def neuron_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """Divide each row by the root of its running mean square, then restore the norm of the whole.
-    Source: NorMuon, arXiv 2510.05491. Knob: MUON_BETA2."""
+    """Divide each row by its running root mean square, then restore the norm of the whole. Source:
+    NorMuon, arXiv 2510.05491. Knob: MUON_BETA2."""
     mean = kept(state, "rows", u[..., :1])
     mean.lerp_(u.square().mean(-1, keepdim=True), 1 - hp.cfg.muon_beta2)
     return as_large_as(u / (mean.sqrt() + 1e-10), u)
 
 
 def triangular(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """In place of orthogonalisation: equal rows, then the inverse of the lower triangle of their
-    Gram matrix, then equal rows; once, or MUON_STEPS times. Source: MUD, arXiv 2603.17970."""
+    """MUON_STEPS (0 = 1) times: equal rows, the inverse of the lower triangle of their Gram matrix,
+    equal rows. Source: MUD, arXiv 2603.17970."""
 
     def work(x: Tensor) -> Tensor:
         ridge = 1e-6 * torch.eye(x.size(-2), device=x.device)
@@ -3806,10 +3806,9 @@ def inverse_eighth_root(moment: Tensor) -> Tensor:
 
 
 def whitened_polar(g: Tensor, state: State, hp: Hyper) -> Tensor:
-    """Orthogonalise L U R, U the momentum, multiply by L and R once more, and restore the norm: the
-    steepest update of those bounded in whitened coordinates. L and R are inverse eighth roots of
-    running second moments of the gradient's rows and columns. Source: Mousse, arXiv 2603.09697.
-    Knobs: MUON_BETA2, MUON_REFRESH (0 = 10 steps)."""
+    """Orthogonalise L U R, U the momentum, multiply by L and R once more, and restore the norm. L
+    and R are inverse eighth roots of running second moments of the gradient's rows and columns.
+    Source: Mousse, arXiv 2603.09697. Knobs: MUON_BETA2, MUON_REFRESH (0 = 10 steps)."""
     u, roots = heavy_ball(g, state, hp), []
     for side, moment in (("left", g @ g.mT), ("right", g.mT @ g)):
         # no bias correction: a common factor is normalised away
@@ -3915,10 +3914,9 @@ Reach = dict[nn.Parameter, Tensor]
 
 @torch.enable_grad()
 def reached(model: GPT, plans: Sequence[Plan]) -> Reach:
-    """What each plan reaches. A loss of NaN sent backward turns the gradient of all that it touches
-    into NaN, also where the true gradient is zero. Scalars are judged one by one (rows of skip
-    weights join with their slots), the others whole: a row of a table that no token of a batch
-    reads has a gradient, zero."""
+    """What each plan reaches: a loss of NaN turns the gradient of all that it depends on into NaN,
+    also where the true gradient is zero. Scalars are judged one by one (rows of skip weights join
+    with their slots), the others whole: a row of a table that nobody reads has a zero gradient."""
     ids = torch.arange(16, device=model.embed.device).unsqueeze(0) % len(model.embed)
     params = list(model.parameters())
     reach = {}
@@ -3948,9 +3946,8 @@ class AdamPart:
 
 class Optimiser:
     """Muon over banks of matrices, AdamW or AdEMAMix over one vector per other tag. Every rank
-    reduces, remembers and orthogonalises its own share of each bank; while gradients or updates of
-    one bank travel, others are computed. The number of ranks changes rounding alone. Sources:
-    Keller Jordan's Muon, PR 399 (banks), arXiv 2511.07464."""
+    orthogonalises its share of each bank, while gradients and updates of others travel; the number
+    of ranks changes rounding alone. Sources: Keller Jordan's Muon, PR 399 (banks)."""
 
     def __init__(
         self, flat: FlatParameters, cfg: Config, dtype: torch.dtype, reach: Reach | None = None
@@ -4045,9 +4042,8 @@ class Optimiser:
 
 @torch.no_grad()
 def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Tensor]:
-    """Sum of outer products (n,n) fp32 of what each matrix and the head read, over ids (B,T),
-    perhaps no row, and all visits of a plan. By hooks on an eager pass: compiled graphs never hear
-    of it."""
+    """Sum of outer products (n,n) fp32 of what each matrix and the head read, over ids (B,T) and
+    all visits of a plan; zeros without rows. By hooks on an eager pass."""
     readers = [m for m in model.modules() if isinstance(m, Linear) and m.weight.opt == "matrix"]
     read = [*(m.weight for m in readers), model.output]
     sums = {p: torch.zeros(p.size(1), p.size(1), device=ids.device) for p in read}
@@ -4070,25 +4066,23 @@ def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Te
 
 
 class StepHook:
-    """What a technique does around a training step beside its part in the forward; by itself,
-    nothing. STEP_HOOKS (section 10) has them all: the training loop names no technique."""
+    """What a technique of STEP_HOOKS does around a training step; by itself, nothing."""
 
     def before_step(self, ramps: dict[str, float]):
-        """Set what changes during the run; also called with the values of scoring."""
+        """Set what changes during the run; also called before scoring."""
 
     def after_backward(self, ids: Tensor, targets: Tensor, plan: Plan):
-        """See the rows of one micro-batch, (rows,T) each and never padding, after its backward."""
+        """See the rows of a micro-batch, (rows,T), without padding."""
 
     def before_update(self):
-        """Act between the last micro-batch of this rank and the update. May communicate."""
+        """Act when all micro-batches of this rank are done; may communicate."""
 
 
 class InputWatch(StepHook):
-    """For Newton-Muon: in the last step of every MUON_REFRESH (0 = 32), look at what the matrices
-    read on all ranks, and invert its running mean, damped by a fifth of the mean eigenvalue. The
-    mean starts at a thousandth of the identity. Matrices that read more than the model's width (the
-    way down of an MLP) have four diagonal blocks. Source: github.com/zhehangdu/Newton-Muon. Knobs:
-    MUON_BETA2, MUON_REFRESH."""
+    """For Newton-Muon: in the last step of every MUON_REFRESH (0 = 32), invert the running second
+    moment of what each matrix reads, damped by a fifth of its mean eigenvalue. It starts at a
+    thousandth of the identity; the way down of an MLP has four diagonal blocks. Source:
+    github.com/zhehangdu/Newton-Muon. Knobs: MUON_BETA2, MUON_REFRESH."""
 
     def __init__(self, model: GPT, optimiser: Optimiser):
         self.model, self.optimiser = model, optimiser
