@@ -4787,12 +4787,22 @@ def allocated(model: GPT, cfg: QuantConfig, harms: dict[str, float]) -> Rules:
 # ---- 8 Artifact: a self-describing file, safe to read from strangers -----------------------------
 class Codec(NamedTuple):
     """A byte compressor. `unpack(data, size)` returns at most `size` bytes, whatever the data
-    claims, and takes little more memory than these; it may raise anything on damaged data."""
+    claims, in little more memory than these; it may raise anything on damaged data."""
 
     number: int  # identifies it in the file
     pack: Callable[[bytes], bytes]
     unpack: Callable[[bytes, int], bytes]
-    module: Any = zlib
+    module: Any = zlib  # None where it is not installed
+
+
+def unzlib(data: bytes, size: int) -> bytes:
+    """At most `size` bytes of a zlib stream."""
+    return zlib.decompressobj().decompress(data, max(size, 1))[:size]  # 0 would mean no limit
+
+
+def unlzma(data: bytes, size: int) -> bytes:
+    """At most `size` bytes of a raw LZMA2 stream."""
+    return lzma.LZMADecompressor(**LZMA).decompress(data, size)
 
 
 def unzstd(data: bytes, size: int) -> bytes:
@@ -4813,32 +4823,23 @@ def unbrotli(data: bytes, size: int) -> bytes:
 
 
 RANS_BITS = 14  # probabilities are multiples of 2^-14; states lie in [2^16, 2^32)
-RANS_HEAD = struct.Struct(
-    "<IBIB"
-)  # symbols, index of the cut, bytes of side information, least symbol
+RANS_HEAD = struct.Struct("<IBIB")  # symbols, index of the cut, bytes of the tables, least symbol
 RANS_CUTS = ((1 << 32, 1), (1024, 8), (256, 16))  # symbols of a lane in a class; classes
 
 
-def rans_lanes(count: int) -> tuple[int, int, int]:
-    """(lanes, symbols of the longest, lanes of that length): enough for numpy to be fast, so few
-    that states cost little."""
+def rans_lanes(count: int) -> np.ndarray:
+    """(lanes, longest) bool, where the grid of symbols is used: a lane is a consecutive piece, the
+    first ones may be longer by one. Enough lanes for numpy to be fast, so few that states cost
+    little."""
     lanes = min(4096, max(1, count // 8192))
     longest = -(-count // lanes)
-    return lanes, longest, count - lanes * (longest - 1)
-
-
-def rans_grid(symbols: np.ndarray) -> tuple[np.ndarray, int]:
-    """(grid (longest, lanes), lanes of full length): column j is lane j's consecutive piece of the
-    symbols."""
-    lanes, longest, full = rans_lanes(len(symbols))
-    grid = np.zeros((lanes, longest), symbols.dtype)
-    grid[:full] = symbols[: full * longest].reshape(full, longest)
-    grid[full:, : longest - 1] = symbols[full * longest :].reshape(lanes - full, longest - 1)
-    return np.ascontiguousarray(grid.T), full
+    used = np.ones((lanes, longest), bool)
+    used[count - lanes * (longest - 1) :, -1] = False
+    return used
 
 
 def rans_frequencies(counts: np.ndarray) -> np.ndarray:
-    """Counts (classes, symbols) -> whole numbers whose rows sum to 2^14, at least 1 where a count
+    """Counts (classes, symbols) -> integers, each row summing to 2^14, at least 1 where a count
     is."""
     sums = np.maximum(counts.sum(1, keepdims=True), 1)
     room = (1 << RANS_BITS) - (counts > 0).sum(1, keepdims=True)
@@ -4888,13 +4889,15 @@ def rans_model(grid: np.ndarray, full: int, cut: int) -> RansModel:
 
 def rans_pack(data: bytes) -> bytes:
     """Asymmetric numeral systems with static tables, many lanes at once. Blocks of symbols belong
-    to classes with a histogram each, so that rows, columns and matrices of different spread are
-    coded apart; the cheapest cut is taken. Source: arXiv 1311.2540."""
+    to classes, so that rows, columns and matrices of different spread are coded apart; the cheapest
+    cut is taken. Source: arXiv 1311.2540."""
     if not data:
         return RANS_HEAD.pack(0, 0, 0, 0)
     symbols = np.frombuffer(data, np.uint8) ^ 128  # signed numbers in order
-    least = int(symbols.min())
-    grid, full = rans_grid(symbols - least)
+    least, used = int(symbols.min()), rans_lanes(len(symbols))
+    grid = np.zeros(used.shape, np.uint8)
+    grid[used] = symbols - least
+    grid, full = np.ascontiguousarray(grid.T), int(used[:, -1].sum())
     cuts = [cut for cut, (block, _) in enumerate(RANS_CUTS) if cut == 0 or len(grid) >= block]
     model = min((rans_model(grid, full, cut) for cut in cuts), key=lambda m: m.size)
     block, starts = RANS_CUTS[model.cut][0], np.cumsum(model.table, 1) - model.table
@@ -4934,28 +4937,28 @@ def rans_unpack(data: bytes, size: int) -> bytes:
         return b""
     if count > size or cut >= len(RANS_CUTS):
         raise ValueError("impossible size")
-    lanes, longest, full = rans_lanes(count)
+    used = rans_lanes(count)
+    (lanes, longest), full = used.shape, int(used[:, -1].sum())
     block, offset = RANS_CUTS[cut][0], RANS_HEAD.size + length
     side = data[RANS_HEAD.size : offset]
     chosen, table = rans_tables(side, -(-longest // block), lanes, cut)
-    classes, width = table.shape
-    if least + width > 256:
+    if least + table.shape[1] > 256:
         raise ValueError("impossible symbols")
-    symbol = np.repeat(np.tile(np.arange(width, dtype=np.uint8), classes), table.ravel())
-    row = np.repeat(np.arange(classes), 1 << RANS_BITS)
-    starts = np.cumsum(table, 1) - table
-    step = table[row, symbol].astype(np.uint32)
-    first = (np.arange(len(row)) % (1 << RANS_BITS) - starts[row, symbol]).astype(np.uint32)
+    # What each of the 2^14 slots of each class stands for: symbol, frequency, place in the symbol.
+    start, times = np.cumsum(table, 1) - table, table.ravel()
+    symbol = np.repeat(np.indices(table.shape, np.uint8)[1].ravel(), times)
+    step = np.repeat(times, times).astype(np.uint32)
+    first = np.arange(len(step)) % (1 << RANS_BITS) - np.repeat(start.ravel(), times)
+    first = first.astype(np.uint32)
     state = np.frombuffer(data, "<u4", lanes, offset).astype(np.uint32)
     words, read = np.frombuffer(data, "<u2", offset=offset + 4 * lanes), 0
-    grid, mask = np.zeros((longest, lanes), np.uint8), np.uint32((1 << RANS_BITS) - 1)
+    grid, bits = np.zeros((longest, lanes), np.uint8), np.uint32(RANS_BITS)
     for t in range(longest):
         active = slice(0, full if t == longest - 1 else None)
-        base = chosen[t // block, active].astype(np.uint32) << np.uint32(RANS_BITS)
         x = state[active]
-        at = base + (x & mask)
+        at = (chosen[t // block, active].astype(np.uint32) << bits) + x % np.uint32(1 << RANS_BITS)
         grid[t, active] = symbol[at]
-        x = step[at] * (x >> np.uint32(RANS_BITS)) + first[at]
+        x = step[at] * (x >> bits) + first[at]
         small = np.flatnonzero(x < 1 << 16)
         fresh = words[read : read + len(small)].astype(np.uint32)
         x[small] = (x[small] << np.uint32(16)) | fresh
@@ -4963,18 +4966,17 @@ def rans_unpack(data: bytes, size: int) -> bytes:
         state[active] = x
     if read != len(words) or (state != 1 << 16).any():
         raise ValueError("damaged")
-    symbols = np.concatenate([grid.T[:full].ravel(), grid.T[full:, : longest - 1].ravel()])
-    return ((symbols + np.uint8(least)) ^ np.uint8(128)).tobytes()
+    return ((grid.T[used] + np.uint8(least)) ^ np.uint8(128)).tobytes()
 
 
 def shuffled(data: bytes) -> bytes:
-    """First every even byte, then every odd one, so that the halves of fp16 numbers lie
-    together."""
+    """First every even byte, then every odd one: the halves of fp16 numbers lie together."""
     return data[::2] + data[1::2]
 
 
-def unshuffled(data: bytes) -> bytes:
-    """Inverse of shuffled."""
+def unbrotli_shuffle(data: bytes, size: int) -> bytes:
+    """At most `size` bytes of a brotli stream of shuffled bytes."""
+    data = unbrotli(data, size)
     out, half = bytearray(len(data)), len(data) - len(data) // 2
     out[::2] = data[:half]
     out[1::2] = data[half:]
@@ -4982,27 +4984,15 @@ def unshuffled(data: bytes) -> bytes:
 
 
 LZMA = dict(
-    format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME)]
 )
 CODECS = {
-    "zlib": Codec(
-        1,
-        lambda b: zlib.compress(b, 9),
-        lambda b, n: zlib.decompressobj().decompress(b, n or 1)[:n],
-    ),
-    "lzma": Codec(
-        2,
-        lambda b: lzma.compress(b, **LZMA),
-        lambda b, n: lzma.LZMADecompressor(**LZMA).decompress(b, n),
-        lzma,
-    ),
+    "zlib": Codec(1, lambda b: zlib.compress(b, 9), unzlib),
+    "lzma": Codec(2, lambda b: lzma.compress(b, **LZMA), unlzma),
     "zstd": Codec(3, lambda b: zstandard.ZstdCompressor(level=22).compress(b), unzstd, zstandard),
     "brotli": Codec(4, lambda b: brotli.compress(b, quality=11, lgwin=24), unbrotli, brotli),
     "brotli_shuffle": Codec(
-        5,
-        lambda b: brotli.compress(shuffled(b), quality=11, lgwin=24),
-        lambda b, n: unshuffled(unbrotli(b, n)),
-        brotli,
+        5, lambda b: CODECS["brotli"].pack(shuffled(b)), unbrotli_shuffle, brotli
     ),
     "rans": Codec(6, rans_pack, rans_unpack),
 }
@@ -5025,11 +5015,7 @@ PACKINGS = {name: Packing((name,), (name,)) for name in CODECS} | {
 
 def available_packings() -> list[str]:
     """What CODEC may be on this machine."""
-
-    def usable(packing: Packing) -> bool:
-        return all(CODECS[codec].module for codec in packing.levels + packing.rest)
-
-    return [name for name, packing in PACKINGS.items() if name == "best" or usable(packing)]
+    return [name for name in PACKINGS if name == "best" or CODECS[name].module]
 
 
 def packed_smallest(data: bytes, names: tuple[str, ...]) -> tuple[Codec, bytes]:
@@ -5044,13 +5030,11 @@ FORMAT_VERSION = 4
 PREFIX = struct.Struct("<4sHBxII")  # magic, version, codec, header bytes, raw bytes of the header
 MAX_HEADER_BYTES = 1 << 18  # raw; 64 layers need a third of it
 MAX_STREAM_BYTES = 1 << 30  # raw, of all streams together
-DTYPES = {"i1": torch.int8, "f2": torch.float16, "f4": torch.float32}
-KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
-STREAMS = DTYPES | {
-    "scale": torch.float16,
-    "columns": torch.float16,
-}  # numbers of a kind lie together
-NUMPY_TYPES = {torch.int8: "<i1", torch.float16: "<f2", torch.float32: "<f4"}
+ORDERS = {"rows": "C", "columns": "F"}  # of a stream's matrices
+KINDS = ("i1", "f2", "f4")  # of a tensor's values
+# Numbers of a kind, all row steps and all column factors lie together.
+STREAMS = {kind: np.dtype(f"<{kind}") for kind in KINDS}
+STREAMS |= dict.fromkeys(("scale", "columns"), np.dtype("<f2"))
 
 
 class Entry(NamedTuple):
@@ -5075,42 +5059,41 @@ class Entry(NamedTuple):
             yield from Entry("", "i1", [self.rank, size], 1).parts()
 
 
-def stored_parts(t: QTensor) -> Iterator[Tensor]:
-    """All tensors in t, in the order of Entry.parts."""
-    yield from (part for part in t[:3] if part is not None)
-    for factor in t.correction or ():
-        yield from stored_parts(factor)
-
-
-def described(name: str, t: QTensor) -> Entry:
+def entry_of(name: str, t: QTensor) -> Entry:
     """The header's line about a tensor."""
-    flags = [int(part is not None) for part in (t.scale, t.columns)]
+    kind = t.values.numpy().dtype.str[1:]
+    flags = int(t.scale is not None), int(t.columns is not None), int(t.trellis)
     rank = len(t.correction[0].values) if t.correction else 0
-    return Entry(name, KINDS[t.values.dtype], list(t.values.shape), *flags, int(t.trellis), rank)
+    return Entry(name, kind, list(t.values.shape), *flags, rank)
+
+
+def stored_arrays(t: QTensor) -> Iterator[np.ndarray]:
+    """All numbers in t, in the order of Entry.parts."""
+    yield from (part.numpy() for part in t[:3] if part is not None)
+    for factor in t.correction or ():
+        yield from stored_arrays(factor)
 
 
 def packed_stream(key: str, arrays: list[np.ndarray], packing: Packing) -> tuple[list, bytes]:
     """(the header's line, bytes) of one stream, in the order of rows or columns that packs best."""
-    if key != "i1":
-        packing = Packing(packing.rest, packing.rest)
+    names, orders = (packing.levels, packing.orders) if key == "i1" else (packing.rest, ("rows",))
     tried = []
-    for order in packing.orders:
-        memory = "F" if order == "columns" else "C"
-        data = b"".join(a.tobytes(memory) for a in arrays)
-        tried.append((order, *packed_smallest(data, packing.levels)))
+    for order in orders:
+        data = b"".join(a.astype(STREAMS[key]).tobytes(ORDERS[order]) for a in arrays)
+        tried.append((order, *packed_smallest(data, names)))
     order, codec, body = min(tried, key=lambda found: len(found[2]))
-    return [key, codec.number, sum(a.nbytes for a in arrays), len(body), order], body
+    return [key, codec.number, len(data), len(body), order], body
 
 
 def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], packing: Packing) -> bytes:
     """Serialise: prefix, packed JSON header, one packed stream per kind of number, sha256 of all
-    before it. Values of equal type lie in one stream in the order of the header, which lets the
-    codec see them together."""
-    entries = [described(name, t) for name, t in tensors.items()]
+    before it. Numbers of a kind lie in one stream in the order of the header, which lets the codec
+    see them together."""
+    entries = [entry_of(name, t) for name, t in tensors.items()]
     arrays: dict[str, list[np.ndarray]] = {}
     for entry, t in zip(entries, tensors.values()):
-        for (key, _), part in zip(entry.parts(), stored_parts(t)):
-            arrays.setdefault(key, []).append(part.numpy().astype(NUMPY_TYPES[part.dtype]))
+        for (key, _), array in zip(entry.parts(), stored_arrays(t)):
+            arrays.setdefault(key, []).append(array)
     packed = [packed_stream(key, found, packing) for key, found in arrays.items()]
     lines = dict(tensors=entries, streams=[line for line, _ in packed])
     text = json.dumps(header | lines, separators=(",", ":")).encode()
@@ -5130,8 +5113,7 @@ def unpack_stream(data: bytes, number: int, size: int) -> bytes:
     except Exception as error:  # whatever a library makes of damaged data
         raise UserError(f"a stream does not decompress ({type(error).__name__})") from None
     if len(raw) != size:
-        held = "more" if len(raw) > size else len(raw)
-        raise UserError(f"a stream holds {held} instead of {size} bytes")
+        raise UserError(f"a stream does not hold {size} bytes")
     return raw
 
 
@@ -5146,8 +5128,10 @@ def malformed():
         raise UserError(f"malformed header ({error!r:.200})") from None
 
 
+@malformed()
 def unpack_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
-    """(header, packed streams) of an artifact. Raises UserError with the reason."""
+    """(header, packed streams) of an artifact; the header's tensors are checked entries. Raises
+    UserError with the reason."""
     if len(blob) < PREFIX.size + 32 or blob[:4] != MAGIC:
         raise UserError("not an artifact (too short, or wrong magic)")
     _, version, number, packed, size = PREFIX.unpack_from(blob)
@@ -5157,73 +5141,65 @@ def unpack_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
         raise UserError("checksum mismatch: truncated or corrupted")
     if size > MAX_HEADER_BYTES:
         raise UserError(f"its header claims {size} bytes; {MAX_HEADER_BYTES} are enough")
-    with malformed():
-        header = json.loads(unpack_stream(blob[PREFIX.size : PREFIX.size + packed], number, size))
-        stored_entries(header)
+    header = json.loads(unpack_stream(blob[PREFIX.size : PREFIX.size + packed], number, size))
+    header["tensors"] = entries = [Entry(*line) for line in header["tensors"]]
+    if len({entry.name for entry in entries}) < len(entries):
+        raise ValueError("a tensor's name appears twice")
+    for entry in entries:
+        check_entry(entry)
     return header, blob[PREFIX.size + packed : -32]
 
 
-def stored_entries(header: dict[str, Any]) -> list[Entry]:
-    """The tensors that a header describes. Raises ValueError and its like when it describes
-    none."""
-    entries = [Entry(*line) for line in header["tensors"]]
-    if len({entry.name for entry in entries}) < len(entries):
-        raise ValueError("a tensor's name appears twice")
-    for e in entries:
-        if type(e.name) is not str or e.kind not in DTYPES or type(e.shape) is not list:
-            raise ValueError("a tensor has no name, kind or shape")
-        if not all(type(n) is int and n >= 0 for n in [*e.shape, *e[3:]]):
-            raise ValueError(f"shape or count {e.shape!r:.99}")
-        if max(e[3:6]) > 1 or (
-            any(e[3:]) and (e.kind != "i1" or len(e.shape) != 2 or not e.scaled)
-        ):
-            raise ValueError("a tensor has scales that it cannot have")
-        if e.rank > min(e.shape, default=0):
-            raise ValueError(f"a correction of rank {e.rank}")
-    return entries
+def check_entry(e: Entry):
+    """Raise ValueError or TypeError unless a stored tensor can be what the header says."""
+    if type(e.name) is not str or e.kind not in KINDS or type(e.shape) is not list:
+        raise ValueError("a tensor has no name, kind or shape")
+    if not all(type(n) is int and n >= 0 for n in [*e.shape, *e[3:]]):
+        raise ValueError(f"shape or count {e.shape!r:.99}")
+    levels = e.kind == "i1" and len(e.shape) == 2 and e.scaled
+    if max(e[3:6]) > 1 or (any(e[3:]) and not levels):
+        raise ValueError("a tensor has scales that it cannot have")
+    if e.rank > min(e.shape, default=0):
+        raise ValueError(f"a correction of rank {e.rank}")
 
 
+@malformed()
 def unpack_tensors(header: dict[str, Any], body: bytes) -> dict[str, QTensor]:
     """The tensors behind a header. Executes nothing from the file; before any memory is taken,
     every stream must be exactly as long as its tensors, and every byte of the file must belong to a
     stream. Raises UserError."""
-    with malformed():
-        entries, needed = stored_entries(header), collections.Counter()
-        for key, shape in (part for entry in entries for part in entry.parts()):
+    needed = collections.Counter()
+    for entry in header["tensors"]:
+        for key, shape in entry.parts():
             needed[key] += math.prod(shape) * STREAMS[key].itemsize
-        if sum(needed.values()) > MAX_STREAM_BYTES:
-            raise UserError(f"it claims {sum(needed.values())} bytes in its streams")
-        streams, by_columns, offset = {}, set(), 0
-        for key, number, raw, length, order in header["streams"]:
-            if key in streams or key not in needed or order not in ("rows", "columns"):
-                raise ValueError("a stream is repeated or unknown")
-            if raw != needed[key] or type(length) is not int or length < 0:
-                raise ValueError(
-                    f"a stream of {raw!r:.99} bytes where its tensors take {needed[key]}"
-                )
-            data = body[offset : offset + length]
-            streams[key] = memoryview(unpack_stream(data, number, needed[key]))
-            offset += length
-            if order == "columns":
-                by_columns.add(key)
-        if offset != len(body):
-            raise ValueError("its streams do not fill the file")
-        return {entry.name: taken(entry, streams, by_columns) for entry in entries}
+    if needed.total() > MAX_STREAM_BYTES:
+        raise UserError(f"it claims {needed.total()} bytes in its streams")
+    streams, orders, offset = {}, {}, 0
+    for key, number, raw, length, order in header["streams"]:
+        if key in streams or key not in needed:
+            raise ValueError("a stream is repeated or unknown")
+        if raw != needed[key] or type(length) is not int or length < 0:
+            raise ValueError(f"a stream of {raw!r:.99} bytes where its tensors take {needed[key]}")
+        data = unpack_stream(body[offset : offset + length], number, needed[key])
+        streams[key], orders[key] = np.frombuffer(data, STREAMS[key]), ORDERS[order]
+        offset += length
+    if offset != len(body):
+        raise ValueError("its streams do not fill the file")
+    return {entry.name: taken(entry, streams, orders) for entry in header["tensors"]}
 
 
-def taken(entry: Entry, streams: dict[str, memoryview], by_columns: set[str]) -> QTensor:
+def taken(entry: Entry, streams: dict[str, np.ndarray], orders: dict[str, str]) -> QTensor:
     """Cut the next tensor off the streams. Raises ValueError, of numbers that are not finite
     too."""
     parts = []
     for key, shape in entry.parts():
-        kind = NUMPY_TYPES[STREAMS[key]]
-        size = math.prod(shape) * np.dtype(kind).itemsize
-        data, streams[key] = streams[key][:size], streams[key][size:]
-        order = "F" if key in by_columns else "C"
-        array = np.frombuffer(data, kind).reshape(shape, order=order)
-        if not np.isfinite(array).all():
+        numbers, streams[key] = np.split(streams[key], [math.prod(shape)])
+        if not np.isfinite(numbers).all():
             raise ValueError(f"{entry.name}: numbers that are not finite")
-        parts.append(torch.from_numpy(array.astype(kind[1:], order="C")))
+        native = numbers.dtype.newbyteorder("=")
+        parts.append(
+            torch.from_numpy(numbers.reshape(shape, order=orders[key]).astype(native, "C"))
+        )
     values = parts.pop(0)
     scale = parts.pop(0) if entry.scaled else None
     columns = parts.pop(0) if entry.columns else None
@@ -5261,20 +5237,6 @@ class Packer(NamedTuple):
     def blob(self, tensors: dict[str, QTensor]) -> bytes:
         return pack_artifact(tensors, self.header, PACKINGS[self.cfg.codec])
 
-    def expected(self, rules: Rules) -> float:
-        """Bytes of the artifact by the entropy of a few of its levels: good enough to begin the
-        search with."""
-        total = 0.0
-        for name, p in self.model.exported().items():
-            if isinstance(rules[name], Cast):
-                total += p.numel() * rules[name].dtype.itemsize
-                continue
-            rows = p.detach()[:: -(-p.numel() // 2**16)].float()
-            counts = nearest(rules[name]).fit(rows).values.unique(return_counts=True)[1]
-            share = counts / counts.sum()
-            total += p.numel() * float(-(share * share.log2()).sum()) / 8 + 2 * len(p)
-        return total
-
 
 class Slope(NamedTuple):
     """How the size of an artifact depends on what is searched, as far as it is known beforehand."""
@@ -5289,40 +5251,38 @@ class Slope(NamedTuple):
 def packed_to(room: int, make: Callable[[float], bytes], s: Slope) -> tuple[float, bytes, int]:
     """(x, make(x), packings): the largest of a handful of artifacts that fits, or the smallest when
     none does."""
-    tried, x, slope = {}, min(max(s.start, s.low), s.high), s.bytes_per_unit
-    for _ in range(9):
+    tried: dict[float, bytes] = {}
+    x, slope = min(max(s.start, s.low), s.high), s.bytes_per_unit
+    while x not in tried and len(tried) < 9:
         tried[x] = make(x)
-        nearest_first = sorted(tried.items(), key=lambda item: abs(len(item[1]) - room))
-        best_x, best = nearest_first[0]
-        if 0.998 * room <= len(best) <= room:
+        near = sorted(tried, key=lambda x: abs(len(tried[x]) - room))
+        fitting = [x for x in near if len(tried[x]) <= room]
+        larger = [x for x in near if len(tried[x]) > room]
+        if fitting and len(tried[fitting[0]]) >= 0.998 * room:
             break
-        if len(tried) > 1:
-            other_x, other = nearest_first[1]
-            measured = abs(len(best) - len(other)) / abs(best_x - other_x)
-            slope = math.copysign(max(measured, abs(slope) / 5), slope)
-        x = best_x + (0.9991 * room - len(best)) / slope
+        if fitting and larger:  # between the two; sizes may be noisy, so the sign is theirs
+            a, b = fitting[0], larger[0]
+            slope = (len(tried[a]) - len(tried[b])) / (a - b)
+        elif len(tried) > 1:
+            measured = (len(tried[near[0]]) - len(tried[near[1]])) / (near[0] - near[1])
+            slope = math.copysign(max(abs(measured), abs(slope) / 5), slope)
+        x = near[0] + (0.9991 * room - len(tried[near[0]])) / slope
         x = min(max(round(x) if s.whole else x, s.low), s.high)
-        if x in tried:
-            break
-    fitting = {x: blob for x, blob in tried.items() if len(blob) <= room}
-    if fitting:
-        x = max(fitting, key=lambda x: len(fitting[x]))
-    else:
-        x = min(tried, key=lambda x: len(tried[x]))
-    return x, tried[x], len(tried)
+    best = fitting[0] if fitting else larger[0]
+    return best, tried[best], len(tried)
 
 
 def fit_steps(p: Packer) -> tuple[bytes, str]:
     """All steps times one factor exp(x): twice the step saves about a bit per weight."""
-    rules, sizes = p.rules(), {name: q.numel() for name, q in p.model.exported().items()}
+    rules, exported = p.rules(), p.model.exported()
     grids = {name: rule for name, rule in rules.items() if not isinstance(rule, Cast)}
-    slope = -max(1, sum(sizes[name] for name in grids)) / (8 * math.log(2))
+    slope = -max(1, sum(exported[name].numel() for name in grids)) / (8 * math.log(2))
 
     def scaled(x: float) -> bytes:
         factor = math.exp(x)
         return p.blob(p.tensors({name: rescaled(rule, factor) for name, rule in rules.items()}))
 
-    start = (p.room - p.expected(rules)) / slope
+    start = (p.room - gaussian_bytes(p.model, p.cfg)) / slope
     low = min((math.log(finest(rule)) for rule in grids.values()), default=0.0)
     x, blob, count = packed_to(p.room, scaled, Slope(start, slope, low, 3.0))
     text = f"{count} packings, steps times {math.exp(x):.4f}"
@@ -5335,35 +5295,32 @@ def fit_bits(p: Packer) -> tuple[bytes, str]:
     """One more bit at a time, up to seven, for the matrix where a byte helps most; a bit leaves a
     quarter of the harm. If not even the first model fits, small levels become zero. Source: PR
     1089."""
-    rules = p.rules()
+    rules, exported = p.rules(), p.model.exported()
     sizes = {
-        name: q.numel()
-        for name, q in p.model.exported().items()
-        if q.quant in LEARNED_GRID and not isinstance(rules[name], Cast)
+        name: exported[name].numel()
+        for name, rule in rules.items()
+        if exported[name].quant in LEARNED_GRID and not isinstance(rule, Cast)
     }
-    harm = {name: p.harms.get(name, size) / size for name, size in sizes.items()}
-    bits = {name: rules[name].bits for name in sizes}
-    order: list[str] = []  # of promotions
-    while waiting := [name for name in sizes if bits[name] < 7]:
-        name = max(waiting, key=harm.get)
-        order.append(name)
-        bits[name] += 1
-        harm[name] /= 4
+    gains = [
+        (p.harms.get(name, size) / size / 4**more, name)
+        for name, size in sizes.items()
+        for more in range(7 - rules[name].bits)
+    ]
+    order = [name for _, name in sorted(gains, key=lambda gain: -gain[0])]
 
-    def promoted(x: float) -> Rules:
+    def promoted(x: float) -> bytes:
         changed = dict(rules)
-        for name, more in collections.Counter(order[: int(x)]).items():
-            changed[name] = rules[name]._replace(bits=rules[name].bits + more)
-        return changed
+        for name in order[: int(x)]:
+            changed[name] = changed[name]._replace(bits=changed[name].bits + 1)
+        return p.blob(p.tensors(changed))
 
-    mean = sum(sizes[name] for name in order) / max(1, len(order)) / 8
-    grown = list(itertools.accumulate(sizes[name] / 8 for name in order))
-    start = bisect.bisect_right(grown, p.room - p.expected(rules))
-    slope = Slope(start, max(1.0, mean), 0, len(order), whole=True)
-    x, blob, count = packed_to(p.room, lambda x: p.blob(p.tensors(promoted(x))), slope)
+    mean = max(1.0, sum(sizes[name] for name in order) / max(1, len(order)) / 8)
+    start = max(0, round((p.room - gaussian_bytes(p.model, p.cfg)) / mean))
+    slope = Slope(start, mean, 0, len(order), whole=True)
+    x, blob, count = packed_to(p.room, promoted, slope)
     if len(blob) > p.room:
         return fit_zeros(p)
-    return blob, f"{count} packings, {int(x)} of {len(order)} promotions by a bit"
+    return blob, f"{count} packings, {x} of {len(order)} promotions by a bit"
 
 
 SMALL_LEVELS = 2  # the largest that may become zero to fit; PR 1089
@@ -5371,30 +5328,26 @@ SMALL_LEVELS = 2  # the largest that may become zero to fit; PR 1089
 
 def fit_zeros(p: Packer) -> tuple[bytes, str]:
     """Small levels become zero, those first whose loss hurts the outputs least. Source: PR 609."""
-    whole, by_name, costs = p.tensors(p.rules()), p.model.exported(), {}
+    whole, exported, costs = p.tensors(p.rules()), p.model.exported(), {}
     for name, t in whole.items():
-        if by_name[name].quant in LEARNED_GRID and t.scale is not None:
-            h = p.hessians.get(by_name[name])
+        if exported[name].quant in LEARNED_GRID and t.scale is not None:
             cost = (t.values.float() * t.scale.float()[:, None]).square()
-            if h is not None:
+            if (h := p.hessians.get(exported[name])) is not None:
                 cost = cost * h.diagonal().cpu()
             kept = (t.values == 0) | (t.values.abs() > SMALL_LEVELS)
-            costs[name] = cost.masked_fill(kept, math.inf).flatten()
-    every = torch.cat([torch.zeros(0), *costs.values()])
-    candidates, ranked = int(every.isfinite().sum()), every.argsort(stable=True)
+            costs[name] = cost.masked_fill(kept, math.inf)
+    ranked = torch.cat([torch.zeros(0), *(cost.flatten() for cost in costs.values())]).sort().values
+    candidates = int(ranked.isfinite().sum())
 
-    def without(x: float) -> dict[str, QTensor]:
-        chosen = torch.zeros(len(every), dtype=torch.bool)
-        chosen[ranked[: int(x)]] = True
+    def without(x: float) -> bytes:
         changed = dict(whole)
-        for name, part in zip(costs, chosen.split([len(cost) for cost in costs.values()])):
-            t = whole[name]
-            changed[name] = t._replace(values=t.values.masked_fill(part.view_as(t.values), 0))
-        return changed
+        for name, cost in costs.items() if x else ():
+            values = whole[name].values.masked_fill(cost <= ranked[int(x) - 1], 0)
+            changed[name] = whole[name]._replace(values=values)
+        return p.blob(changed)
 
-    slope = Slope(0, -0.25, 0, candidates, whole=True)
-    x, blob, count = packed_to(p.room, lambda x: p.blob(without(x)), slope)
-    return blob, f"{count} packings, {int(x)} of {candidates} small levels set to zero"
+    x, blob, count = packed_to(p.room, without, Slope(0, -0.25, 0, candidates, whole=True))
+    return blob, f"{count} packings, {x} of {candidates} small levels set to zero"
 
 
 FITS: dict[str, Callable[[Packer], tuple[bytes, str]]] = {
@@ -5413,11 +5366,11 @@ def pack_to_fit(p: Packer, rt: Runtime) -> bytes:
     if text:
         share = 100 * len(blob) / p.room
         rt.log(f"fit_budget:{fit} {text}, {share:.2f} % of {p.room} bytes")
-    if fit != "none" and len(blob) > p.room:
-        rt.log(
-            f"warning: FIT_BUDGET={fit} found nothing that fits {p.room} bytes beside the code, "
-            f"the smallest takes {len(blob)}; raise ARTIFACT_BUDGET_BYTES or shrink the model"
-        )
+        if len(blob) > p.room:
+            rt.log(
+                f"warning: FIT_BUDGET={fit} found nothing that fits {p.room} bytes beside the "
+                f"code, the smallest takes {len(blob)}; raise ARTIFACT_BUDGET_BYTES or shrink the model"
+            )
     return blob
 
 
@@ -5435,7 +5388,7 @@ def packed_by_tool(tool: Path) -> bytes:
 @functools.cache
 def shipped_code() -> tuple[bytes, str]:
     """(the file that is shipped as code, why it is not packed). A packed script ships itself. The
-    plain one is packed by the tool beside it, once: the result lies beside Python's own cache;
+    plain one is packed once by the tool beside it, the result kept beside Python's own cache;
     without the tool it ships itself."""
     source = SCRIPT.read_bytes()
     tool = SCRIPT.parent / "records" / "tools.py"
@@ -5472,18 +5425,6 @@ def submit_code(rt: Runtime):
     write_atomic(folder / "train_gpt.py", lambda f: f.write(shipped_code()[0]))
 
 
-def submit_model(path: Path):
-    """Put the artifact beside the code that reads it, as a second name of the same file where the
-    disk knows such."""
-    beside = path.parent / "submission" / path.name
-    beside.unlink(missing_ok=True)
-    try:
-        beside.hardlink_to(path)
-    except OSError:
-        blob = path.read_bytes()
-        write_atomic(beside, lambda f: f.write(blob))
-
-
 STORED_GROUPS = ("model", "eval")  # what an artifact must know to be scored again
 STORED_FIELDS = (
     "vocab_size",
@@ -5509,8 +5450,8 @@ def export(trainer: "Trainer") -> Path:
     path = rt.folder / "model.golf"
     with rt.phase("quantise"):
         blob = pack_to_fit(Packer(model, cfg.quant, trainer.hessians, trainer.harms, header), rt)
-        write_atomic(path, lambda f: f.write(blob))
-        submit_model(path)
+        for place in (path, rt.folder / "submission" / path.name):  # beside the code that reads it
+            write_atomic(place, lambda f: f.write(blob))
     rt.log(f"Serialized model: {sum(p.numel() * 4 for p in model.exported().values())} bytes")
     rt.log(f"Code size: {code_bytes()} bytes")
     rt.log(f"Total submission size: {len(blob) + code_bytes()} bytes")
@@ -5547,12 +5488,8 @@ def read_artifact(path: Path, rt: Runtime) -> tuple[dict[str, Any], bytes]:
 def check_header(header: dict[str, Any]):
     """Raise UserError unless a header has what scoring needs, each of the right type."""
     config, n = header.get("config"), header.get("numerics")
-    if not (
-        isinstance(config, dict)
-        and isinstance(n, dict)
-        and isinstance(header.get("tokenizer_sha256"), str)
-        and type(header.get("compliant")) is bool
-    ):
+    types = dict(config=dict, numerics=dict, tokenizer_sha256=str, compliant=bool)
+    if any(type(header.get(key)) is not kind for key, kind in types.items()):
         raise UserError("its header is incomplete")
     wanted = {f.name for group in STORED_GROUPS for f in fields(GROUPS[group])} | set(STORED_FIELDS)
     if odd := sorted(set(config) ^ wanted):
@@ -5570,9 +5507,7 @@ def artifact_config(env: dict[str, str], path: Path, header: dict[str, Any]) -> 
     """The configuration to score an artifact with. Raises UserError naming the file when its own
     part is bad."""
     if env.get("RUN_MODE") == "eval" and env.get("TTT") == "prequant" != header["config"]["ttt"]:
-        raise UserError(
-            "TTT=prequant trains before the export; this artifact was exported without it"
-        )
+        raise UserError("TTT=prequant trains before the export, which this artifact's run did not")
     load(env)  # what the user typed is judged first, so that what is left is the file's fault
     with blamed_on(path):
         return load(env, header["config"])
@@ -5587,7 +5522,7 @@ def build_from_artifact(
     with torch.device("meta"):
         shapes = GPT(cfg.model, cfg.data.vocab_size, numerics).exported()
     wanted = {name: list(p.shape) for name, p in shapes.items()}
-    if wanted != {entry.name: entry.shape for entry in stored_entries(header)}:
+    if wanted != {entry.name: entry.shape for entry in header["tensors"]}:
         raise UserError("its tensors do not fit its own configuration")
     tensors = unpack_tensors(header, body)
     model = GPT(cfg.model, cfg.data.vocab_size, numerics)
@@ -5606,47 +5541,47 @@ def stored_plan(cfg: Config, header: dict[str, Any]) -> Plan:
     return known[index]
 
 
+FINEST = {  # FIT_BUDGET -> what a model small enough is stored with
+    "none": {},
+    "steps": dict.fromkeys(("matrix_bits", "mlp_bits", "embed_bits"), 8)
+    | dict.fromkeys(("matrix_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas"), 6),
+    "bits": dict(matrix_bits=7, mlp_bits=7),
+    "prune": {},
+}
+
+
 def predict_model_bytes(model: GPT, cfg: QuantConfig) -> int:
     """Size of the artifact before training, as FIT_BUDGET will make it."""
-    room, plain = cfg.artifact_budget_bytes - code_bytes(), gaussian_bytes(model, cfg)
-    if cfg.fit_budget == "none":
-        return plain
-    finest = replace(cfg, matrix_bits=8, mlp_bits=8, embed_bits=8)
-    if cfg.fit_budget == "steps":
-        finest = replace(finest, matrix_clip_sigmas=6, mlp_clip_sigmas=6, embed_clip_sigmas=6)
-        return min(room, gaussian_bytes(model, finest))
-    if plain > room:
-        return max(room, gaussian_bytes(model, cfg, SMALL_LEVELS))
-    if cfg.fit_budget == "bits":
-        finest = replace(cfg, matrix_bits=7, mlp_bits=7)
-        return min(room, gaussian_bytes(model, finest))
-    return plain
+    room = cfg.artifact_budget_bytes - code_bytes()
+    size = gaussian_bytes(model, replace(cfg, **FINEST[cfg.fit_budget]))
+    if cfg.fit_budget == "none" or size <= room:
+        return size
+    smallest = 0 if cfg.fit_budget == "steps" else gaussian_bytes(model, cfg, SMALL_LEVELS)
+    return max(room, smallest)
 
 
 def gaussian_bytes(model: GPT, cfg: QuantConfig, small_levels: int = 0) -> int:
     """Size of an artifact that nothing fits to a budget, by the real quantisers and codec on
-    Gaussian rows of the real lengths; levels of the block matrices up to small_levels become zero.
-    Assumes entries of unit-free Gaussian shape; a SCALE_FLOOR makes trained size depend on their
-    size as well."""
-    samples: dict[tuple[str, int], float] = {}
-    total, generator, sums = 400.0, torch.Generator().manual_seed(0), []
-    for p in model.exported().values():
-        columns = p.size(-1)
-        if (p.quant, columns) not in samples:
-            rows = max(1, min(2**19 // columns, 4096))
-            t = nearest(QUANTISERS[p.quant](cfg)).fit(
-                torch.randn(rows, columns, generator=generator)
-            )
-            values, packing = t.values, PACKINGS[cfg.codec]
-            if p.quant in LEARNED_GRID and t.scale is not None:
-                values = values.masked_fill(values.abs() <= small_levels, 0)
-            names = packing.rest if t.scale is None else packing.levels
-            packed = len(packed_smallest(values.numpy().tobytes(), names)[1])
-            scales = 0 if t.scale is None else 2 * rows
-            samples[p.quant, columns] = (packed + scales) / (rows * columns)
-        total += p.numel() * samples[p.quant, columns] + 12
-        sums.append(sum(p.shape) if p.dim() == 2 else 0)
-    return int(total + sum(sorted(sums)[-LQER_TOP:]) * cfg.lqer_rank / 2)
+    standard Gaussian rows of the real lengths; levels of the block matrices up to small_levels
+    become zero."""
+    packing, generator = PACKINGS[cfg.codec], torch.Generator().manual_seed(0)
+
+    @functools.cache
+    def bytes_each(tag: str, columns: int) -> float:
+        """Bytes of an entry, its part of the row's step included."""
+        rows = max(1, min(2**19 // columns, 4096))
+        w = torch.randn(rows, columns, generator=generator)
+        t = nearest(QUANTISERS[tag](cfg)).fit(w)
+        if t.scale is None:
+            return len(packed_smallest(t.values.numpy().tobytes(), packing.rest)[1]) / w.numel()
+        kept = t.values.abs() > small_levels if tag in LEARNED_GRID else t.values != 0
+        levels = (t.values * kept).numpy().tobytes()
+        return (len(packed_smallest(levels, packing.levels)[1]) + 2 * rows) / w.numel()
+
+    matrices = [p for p in model.exported().values() if p.dim() == 2]
+    corrected = sorted(sum(p.shape) for p in matrices)[-LQER_TOP:]
+    each = (p.numel() * bytes_each(p.quant, p.size(-1)) + 12 for p in model.exported().values())
+    return int(400 + sum(each) + sum(corrected) * cfg.lqer_rank / 2)
 
 
 # ---- 9 Evaluation: one loop for every strategy; a loss is banked before anything may adapt -------

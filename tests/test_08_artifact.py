@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -291,15 +292,21 @@ def test_the_scalar_reader_reads_what_the_vector_coder_writes(count):
             CODECS["rans"].unpack(packed, count - 1)
 
 
-@examples(300)
+@functools.cache
+def intact_codes() -> bytes:
+    """20,001 levels, coded."""
+    return CODECS["rans"].pack(levels(20_001, 0.5).tobytes())
+
+
+@examples(150)
 @given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
 def test_damaged_codes_are_refused_or_decode_to_as_many_symbols(at, bit, cut):
-    q = levels(20_001, 0.5)
-    packed = bytearray(CODECS["rans"].pack(q.tobytes()))
+    packed = bytearray(intact_codes())
     i = int(at * len(packed))
     packed[i] ^= 1 << bit
     try:
-        assert len(CODECS["rans"].unpack(bytes(packed[:i] if cut else packed), len(q))) <= len(q)
+        damaged = bytes(packed[:i] if cut else packed)
+        assert len(CODECS["rans"].unpack(damaged, 20_001)) <= 20_001
     except (ValueError, struct.error, zlib.error, IndexError):
         pass
 
@@ -853,7 +860,8 @@ def test_any_change_of_the_header_is_scored_or_refused_by_name(
         (),
         ("numerics", "compile"),
         ("config", "vocab_size"),
-    ]  # the last one blames the tokenizer, see below
+        ("config", "bos_id"),
+    ]  # the last two blame the tokenizer, see below
     path = data.draw(st.sampled_from([p for p in places(header) if p not in elsewhere]))
     suspect = tmp_path_factory.getbasetemp() / "suspect.golf"
     suspect.write_bytes(forge(replaced(header, path, junk), body))
