@@ -4786,8 +4786,8 @@ def allocated(model: GPT, cfg: QuantConfig, harms: dict[str, float]) -> Rules:
 
 # ---- 8 Artifact: a self-describing file, safe to read from strangers -----------------------------
 class Codec(NamedTuple):
-    """A byte compressor. `unpack(data, size)` returns at most `size` bytes, whatever the data
-    claims, in little more memory than these; it may raise anything on damaged data."""
+    """A byte compressor. `unpack(data, size)` returns at most `size` bytes, in little more memory,
+    whatever the data claims; it may raise anything on damaged data."""
 
     number: int  # identifies it in the file
     pack: Callable[[bytes], bytes]
@@ -4839,8 +4839,7 @@ def rans_lanes(count: int) -> np.ndarray:
 
 
 def rans_frequencies(counts: np.ndarray) -> np.ndarray:
-    """Counts (classes, symbols) -> integers, each row summing to 2^14, at least 1 where a count
-    is."""
+    """Counts (classes, symbols) -> integers, 2^14 in a row, at least 1 where a count is."""
     sums = np.maximum(counts.sum(1, keepdims=True), 1)
     room = (1 << RANS_BITS) - (counts > 0).sum(1, keepdims=True)
     table = np.maximum(np.rint(counts * room / sums), counts > 0)
@@ -4871,7 +4870,7 @@ class RansModel(NamedTuple):
 
 
 def rans_model(grid: np.ndarray, full: int, cut: int) -> RansModel:
-    """The tables of one cut for a grid (longest, lanes), of which `full` lanes use the last row."""
+    """Tables of a grid (longest, lanes), of which `full` lanes use the last row."""
     block, classes = RANS_CUTS[cut]
     width, lanes = int(grid.max()) + 1, grid.shape[1]
     ids = grid + width * np.arange(lanes)
@@ -4999,12 +4998,11 @@ CODECS = {
 
 
 class Packing(NamedTuple):
-    """What CODEC stands for: the codecs and orders to try on levels, and the codecs for all else;
-    the smallest wins."""
+    """What CODEC tries; the smallest wins."""
 
-    levels: tuple[str, ...]
-    rest: tuple[str, ...]
-    orders: tuple[str, ...] = ("rows",)
+    levels: tuple[str, ...]  # codecs for levels
+    rest: tuple[str, ...]  # codecs for all else
+    orders: tuple[str, ...] = ("rows",)  # of levels
 
 
 PACKINGS = {name: Packing((name,), (name,)) for name in CODECS} | {
@@ -5086,9 +5084,8 @@ def packed_stream(key: str, arrays: list[np.ndarray], packing: Packing) -> tuple
 
 
 def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], packing: Packing) -> bytes:
-    """Serialise: prefix, packed JSON header, one packed stream per kind of number, sha256 of all
-    before it. Numbers of a kind lie in one stream in the order of the header, which lets the codec
-    see them together."""
+    """Prefix, packed JSON header, one packed stream per kind of number (each in the order of the
+    header), sha256 of all before it."""
     entries = [entry_of(name, t) for name, t in tensors.items()]
     arrays: dict[str, list[np.ndarray]] = {}
     for entry, t in zip(entries, tensors.values()):
@@ -5130,8 +5127,7 @@ def malformed():
 
 @malformed()
 def unpack_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
-    """(header, packed streams) of an artifact; the header's tensors are checked entries. Raises
-    UserError with the reason."""
+    """(header, packed streams) of an artifact; its tensors as entries. Raises UserError."""
     if len(blob) < PREFIX.size + 32 or blob[:4] != MAGIC:
         raise UserError("not an artifact (too short, or wrong magic)")
     _, version, number, packed, size = PREFIX.unpack_from(blob)
@@ -5165,9 +5161,8 @@ def check_entry(e: Entry):
 
 @malformed()
 def unpack_tensors(header: dict[str, Any], body: bytes) -> dict[str, QTensor]:
-    """The tensors behind a header. Executes nothing from the file; before any memory is taken,
-    every stream must be exactly as long as its tensors, and every byte of the file must belong to a
-    stream. Raises UserError."""
+    """The tensors behind a header. Nothing from the file is executed; every stream must be as long
+    as its tensors, and every byte of the file belong to a stream. Raises UserError."""
     needed = collections.Counter()
     for entry in header["tensors"]:
         for key, shape in entry.parts():
@@ -5189,8 +5184,7 @@ def unpack_tensors(header: dict[str, Any], body: bytes) -> dict[str, QTensor]:
 
 
 def taken(entry: Entry, streams: dict[str, np.ndarray], orders: dict[str, str]) -> QTensor:
-    """Cut the next tensor off the streams. Raises ValueError, of numbers that are not finite
-    too."""
+    """Cut the next tensor off the streams. Raises ValueError."""
     parts = []
     for key, shape in entry.parts():
         numbers, streams[key] = np.split(streams[key], [math.prod(shape)])
@@ -5255,20 +5249,21 @@ def packed_to(room: int, make: Callable[[float], bytes], s: Slope) -> tuple[floa
     x, slope = min(max(s.start, s.low), s.high), s.bytes_per_unit
     while x not in tried and len(tried) < 9:
         tried[x] = make(x)
-        near = sorted(tried, key=lambda x: abs(len(tried[x]) - room))
-        fitting = [x for x in near if len(tried[x]) <= room]
-        larger = [x for x in near if len(tried[x]) > room]
-        if fitting and len(tried[fitting[0]]) >= 0.998 * room:
+        size = len(tried[x])
+        if 0.998 * room <= size <= room:
             break
-        if fitting and larger:  # between the two; sizes may be noisy, so the sign is theirs
-            a, b = fitting[0], larger[0]
-            slope = (len(tried[a]) - len(tried[b])) / (a - b)
-        elif len(tried) > 1:
-            measured = (len(tried[near[0]]) - len(tried[near[1]])) / (near[0] - near[1])
-            slope = math.copysign(max(abs(measured), abs(slope) / 5), slope)
-        x = near[0] + (0.9991 * room - len(tried[near[0]])) / slope
+        across = [other for other, blob in tried.items() if (len(blob) > room) != (size > room)]
+        if len(tried) > 1:
+            others = across or [other for other in tried if other != x]
+            near = min(others, key=lambda other: abs(len(tried[other]) - room))
+            measured = (size - len(tried[near])) / (x - near)
+            slope = measured if across else math.copysign(max(abs(measured), abs(slope) / 5), slope)
+        x += (0.9991 * room - size) / slope
         x = min(max(round(x) if s.whole else x, s.low), s.high)
-    best = fitting[0] if fitting else larger[0]
+    fitting = [x for x, blob in tried.items() if len(blob) <= room]
+    best = max(fitting, key=lambda x: len(tried[x]), default=None)
+    if best is None:
+        best = min(tried, key=lambda x: len(tried[x]))
     return best, tried[best], len(tried)
 
 
@@ -5359,8 +5354,8 @@ FITS: dict[str, Callable[[Packer], tuple[bytes, str]]] = {
 
 
 def pack_to_fit(p: Packer, rt: Runtime) -> bytes:
-    """The artifact, as FIT_BUDGET fits it to the budget. One that cannot fit is kept and said to be
-    too large: a run must not be lost for it."""
+    """The artifact, as FIT_BUDGET fits it to the budget. One too large is kept, with a warning: a
+    run must not be lost for it."""
     fit = p.cfg.fit_budget
     blob, text = FITS[fit](p)
     if text:
@@ -5387,9 +5382,8 @@ def packed_by_tool(tool: Path) -> bytes:
 
 @functools.cache
 def shipped_code() -> tuple[bytes, str]:
-    """(the file that is shipped as code, why it is not packed). A packed script ships itself. The
-    plain one is packed once by the tool beside it, the result kept beside Python's own cache;
-    without the tool it ships itself."""
+    """(the code that ships, why it is not packed). A plain script is packed by the tool beside it,
+    once: the result lies beside Python's own cache. A packed script ships itself."""
     source = SCRIPT.read_bytes()
     tool = SCRIPT.parent / "records" / "tools.py"
     if WRAPPED:
@@ -5418,8 +5412,7 @@ def code_bytes() -> int:
 
 
 def submit_code(rt: Runtime):
-    """Before any training: keep in the run's folder the code that the run is counted with (on rank
-    0)."""
+    """Keep in the run's folder the code that the run is counted with (on rank 0)."""
     folder = rt.folder / "submission"
     folder.mkdir(exist_ok=True)
     write_atomic(folder / "train_gpt.py", lambda f: f.write(shipped_code()[0]))
@@ -5471,8 +5464,7 @@ def blamed_on(path: Path):
 
 
 def read_artifact(path: Path, rt: Runtime) -> tuple[dict[str, Any], bytes]:
-    """(header, packed streams) of a file that rank 0 reads, checked on every rank. Raises UserError
-    naming the file."""
+    """(header, packed streams) of a file that rank 0 reads. Raises UserError naming the file."""
 
     def work():
         if path.stat().st_size > MAX_STREAM_BYTES:
@@ -5494,18 +5486,17 @@ def check_header(header: dict[str, Any]):
     wanted = {f.name for group in STORED_GROUPS for f in fields(GROUPS[group])} | set(STORED_FIELDS)
     if odd := sorted(set(config) ^ wanted):
         raise UserError(f"its configuration does not fit this script: {', '.join(odd)}")
-    if (
-        set(n) != set(Numerics._fields)
-        or n["mode"] not in KNOBS["numerics"][1].metadata["choices"]
-        or n["attention"] not in list(ATTENTION)
-        or type(n["compile"]) is not bool
-    ):
+    known = dict(
+        mode=KNOBS["numerics"][1].metadata["choices"],
+        attention=tuple(ATTENTION),
+        compile=(False, True),
+    )
+    if set(n) != set(known) or any(n[key] not in values for key, values in known.items()):
         raise UserError(f"its numerics are unknown: {n}")
 
 
 def artifact_config(env: dict[str, str], path: Path, header: dict[str, Any]) -> Config:
-    """The configuration to score an artifact with. Raises UserError naming the file when its own
-    part is bad."""
+    """The configuration to score an artifact with. Raises UserError, naming the file if at fault."""
     if env.get("RUN_MODE") == "eval" and env.get("TTT") == "prequant" != header["config"]["ttt"]:
         raise UserError("TTT=prequant trains before the export, which this artifact's run did not")
     load(env)  # what the user typed is judged first, so that what is left is the file's fault
@@ -5516,9 +5507,8 @@ def artifact_config(env: dict[str, str], path: Path, header: dict[str, Any]) -> 
 def build_from_artifact(
     cfg: Config, header: dict[str, Any], body: bytes, numerics: Numerics
 ) -> GPT:
-    """A model made of nothing but the file: configuration from its header, weights from its
-    streams. Before any memory is taken the header's tensors must be those of the model. Raises
-    UserError."""
+    """A model made of nothing but the file. Before any memory is taken the header's tensors must be
+    those of the model. Raises UserError."""
     with torch.device("meta"):
         shapes = GPT(cfg.model, cfg.data.vocab_size, numerics).exported()
     wanted = {name: list(p.shape) for name, p in shapes.items()}
@@ -5533,27 +5523,22 @@ def build_from_artifact(
 
 
 def stored_plan(cfg: Config, header: dict[str, Any]) -> Plan:
-    """The plan that an artifact was trained with last. Raises UserError when its header names
-    none."""
+    """The plan that an artifact was trained with last. Raises UserError."""
     known, index = plans(cfg.model), header.get("plan")
     if type(index) is not int or not 0 <= index < len(known):
         raise UserError(f"its plan {index!r} is none of its {len(known)}")
     return known[index]
 
 
-FINEST = {  # FIT_BUDGET -> what a model small enough is stored with
-    "none": {},
-    "steps": dict.fromkeys(("matrix_bits", "mlp_bits", "embed_bits"), 8)
-    | dict.fromkeys(("matrix_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas"), 6),
-    "bits": dict(matrix_bits=7, mlp_bits=7),
-    "prune": {},
-}
-
-
 def predict_model_bytes(model: GPT, cfg: QuantConfig) -> int:
     """Size of the artifact before training, as FIT_BUDGET will make it."""
-    room = cfg.artifact_budget_bytes - code_bytes()
-    size = gaussian_bytes(model, replace(cfg, **FINEST[cfg.fit_budget]))
+    room, most = cfg.artifact_budget_bytes - code_bytes(), cfg
+    if cfg.fit_budget == "bits":
+        most = replace(cfg, matrix_bits=7, mlp_bits=7)
+    if cfg.fit_budget == "steps":
+        most = replace(cfg, matrix_bits=8, mlp_bits=8, embed_bits=8)
+        most = replace(most, matrix_clip_sigmas=6, mlp_clip_sigmas=6, embed_clip_sigmas=6)
+    size = gaussian_bytes(model, most)
     if cfg.fit_budget == "none" or size <= room:
         return size
     smallest = 0 if cfg.fit_budget == "steps" else gaussian_bytes(model, cfg, SMALL_LEVELS)
@@ -5562,8 +5547,7 @@ def predict_model_bytes(model: GPT, cfg: QuantConfig) -> int:
 
 def gaussian_bytes(model: GPT, cfg: QuantConfig, small_levels: int = 0) -> int:
     """Size of an artifact that nothing fits to a budget, by the real quantisers and codec on
-    standard Gaussian rows of the real lengths; levels of the block matrices up to small_levels
-    become zero."""
+    Gaussian rows of the real lengths. Levels of block matrices up to small_levels become zero."""
     packing, generator = PACKINGS[cfg.codec], torch.Generator().manual_seed(0)
 
     @functools.cache
