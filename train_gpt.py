@@ -4828,9 +4828,8 @@ RANS_CUTS = ((1 << 32, 1), (1024, 8), (256, 16))  # symbols of a lane in a class
 
 
 def rans_lanes(count: int) -> np.ndarray:
-    """(lanes, longest) bool, where the grid of symbols is used: a lane is a consecutive piece, the
-    first ones may be longer by one. Enough lanes for numpy to be fast, so few that states cost
-    little."""
+    """(lanes, longest) bool: the symbols of each lane, the last lanes may have one less. Enough
+    lanes for numpy to be fast, so few that their states cost little."""
     lanes = min(4096, max(1, count // 8192))
     longest = -(-count // lanes)
     used = np.ones((lanes, longest), bool)
@@ -4888,8 +4887,7 @@ def rans_model(grid: np.ndarray, full: int, cut: int) -> RansModel:
 
 def rans_pack(data: bytes) -> bytes:
     """Asymmetric numeral systems with static tables, many lanes at once. Blocks of symbols belong
-    to classes, so that rows, columns and matrices of different spread are coded apart; the cheapest
-    cut is taken. Source: arXiv 1311.2540."""
+    to classes, so that parts of different spread are coded apart. Source: arXiv 1311.2540."""
     if not data:
         return RANS_HEAD.pack(0, 0, 0, 0)
     symbols = np.frombuffer(data, np.uint8) ^ 128  # signed numbers in order
@@ -4929,8 +4927,7 @@ def rans_tables(side: bytes, blocks: int, lanes: int, cut: int) -> tuple[np.ndar
 
 
 def rans_unpack(data: bytes, size: int) -> bytes:
-    """Inverse of rans_pack. Raises ValueError, struct.error or zlib.error when the data cannot be
-    right, more than `size` bytes included."""
+    """Inverse of rans_pack; more than `size` bytes are an error."""
     count, cut, length, least = RANS_HEAD.unpack_from(data)
     if not count:
         return b""
@@ -5077,7 +5074,7 @@ def packed_stream(key: str, arrays: list[np.ndarray], packing: Packing) -> tuple
     names, orders = (packing.levels, packing.orders) if key == "i1" else (packing.rest, ("rows",))
     tried = []
     for order in orders:
-        data = b"".join(a.astype(STREAMS[key]).tobytes(ORDERS[order]) for a in arrays)
+        data = b"".join(a.tobytes(ORDERS[order]) for a in arrays)
         tried.append((order, *packed_smallest(data, names)))
     order, codec, body = min(tried, key=lambda found: len(found[2]))
     return [key, codec.number, len(data), len(body), order], body
@@ -5190,10 +5187,7 @@ def taken(entry: Entry, streams: dict[str, np.ndarray], orders: dict[str, str]) 
         numbers, streams[key] = np.split(streams[key], [math.prod(shape)])
         if not np.isfinite(numbers).all():
             raise ValueError(f"{entry.name}: numbers that are not finite")
-        native = numbers.dtype.newbyteorder("=")
-        parts.append(
-            torch.from_numpy(numbers.reshape(shape, order=orders[key]).astype(native, "C"))
-        )
+        parts.append(torch.from_numpy(numbers.reshape(shape, order=orders[key]).copy()))
     values = parts.pop(0)
     scale = parts.pop(0) if entry.scaled else None
     columns = parts.pop(0) if entry.columns else None
@@ -5246,24 +5240,23 @@ def packed_to(room: int, make: Callable[[float], bytes], s: Slope) -> tuple[floa
     """(x, make(x), packings): the largest of a handful of artifacts that fits, or the smallest when
     none does."""
     tried: dict[float, bytes] = {}
+    sizes: dict[float, int] = {}
     x, slope = min(max(s.start, s.low), s.high), s.bytes_per_unit
     while x not in tried and len(tried) < 9:
         tried[x] = make(x)
-        size = len(tried[x])
+        sizes[x] = size = len(tried[x])
         if 0.998 * room <= size <= room:
             break
-        across = [other for other, blob in tried.items() if (len(blob) > room) != (size > room)]
-        if len(tried) > 1:
-            others = across or [other for other in tried if other != x]
-            near = min(others, key=lambda other: abs(len(tried[other]) - room))
-            measured = (size - len(tried[near])) / (x - near)
+        others = [other for other in tried if other != x]
+        across = [other for other in others if (sizes[other] > room) != (size > room)]
+        if others:
+            near = min(across or others, key=lambda other: abs(sizes[other] - room))
+            measured = (size - sizes[near]) / (x - near)
             slope = measured if across else math.copysign(max(abs(measured), abs(slope) / 5), slope)
         x += (0.9991 * room - size) / slope
         x = min(max(round(x) if s.whole else x, s.low), s.high)
-    fitting = [x for x, blob in tried.items() if len(blob) <= room]
-    best = max(fitting, key=lambda x: len(tried[x]), default=None)
-    if best is None:
-        best = min(tried, key=lambda x: len(tried[x]))
+    fitting = [x for x in tried if sizes[x] <= room]
+    best = max(fitting, key=sizes.get) if fitting else min(sizes, key=sizes.get)
     return best, tried[best], len(tried)
 
 
@@ -5363,21 +5356,10 @@ def pack_to_fit(p: Packer, rt: Runtime) -> bytes:
         rt.log(f"fit_budget:{fit} {text}, {share:.2f} % of {p.room} bytes")
         if len(blob) > p.room:
             rt.log(
-                f"warning: FIT_BUDGET={fit} found nothing that fits {p.room} bytes beside the code, "
+                f"warning: FIT_BUDGET={fit} finds nothing that fits {p.room} bytes beside the code, "
                 f"the least is {len(blob)}; raise ARTIFACT_BUDGET_BYTES or shrink the model"
             )
     return blob
-
-
-def packed_by_tool(tool: Path) -> bytes:
-    """This script as `records/tools.py pack` makes it. Raises UserError with what the tool says."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / SCRIPT.name
-        command = [sys.executable, str(tool), "pack", str(SCRIPT), "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-        if done.returncode:
-            raise UserError((done.stderr.strip() or "no reason given").splitlines()[-1])
-        return out.read_bytes()
 
 
 @functools.cache
@@ -5396,10 +5378,13 @@ def shipped_code() -> tuple[bytes, str]:
     kept = cache / f"{SCRIPT.stem}-{digest}.packed"
     with contextlib.suppress(OSError):
         return kept.read_bytes(), ""
-    try:
-        packed = packed_by_tool(tool)
-    except UserError as error:
-        return source, str(error)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / SCRIPT.name
+        command = [sys.executable, str(tool), "pack", str(SCRIPT), "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+        if done.returncode:
+            return source, (done.stderr.strip() or "no reason given").splitlines()[-1]
+        packed = out.read_bytes()
     with contextlib.suppress(OSError):  # a folder that only may be read
         cache.mkdir(exist_ok=True)
         write_atomic(kept, lambda f: f.write(packed))
@@ -5479,24 +5464,21 @@ def read_artifact(path: Path, rt: Runtime) -> tuple[dict[str, Any], bytes]:
 
 def check_header(header: dict[str, Any]):
     """Raise UserError unless a header has what scoring needs, each of the right type."""
-    config, n = header.get("config"), header.get("numerics")
     types = dict(config=dict, numerics=dict, tokenizer_sha256=str, compliant=bool)
     if any(type(header.get(key)) is not kind for key, kind in types.items()):
         raise UserError("its header is incomplete")
+    config, n = header["config"], header["numerics"]
     wanted = {f.name for group in STORED_GROUPS for f in fields(GROUPS[group])} | set(STORED_FIELDS)
     if odd := sorted(set(config) ^ wanted):
         raise UserError(f"its configuration does not fit this script: {', '.join(odd)}")
-    known = dict(
-        mode=KNOBS["numerics"][1].metadata["choices"],
-        attention=tuple(ATTENTION),
-        compile=(False, True),
-    )
+    modes, attention = KNOBS["numerics"][1].metadata["choices"], tuple(ATTENTION)
+    known = dict(mode=modes, attention=attention, compile=(False, True))
     if set(n) != set(known) or any(n[key] not in values for key, values in known.items()):
         raise UserError(f"its numerics are unknown: {n}")
 
 
 def artifact_config(env: dict[str, str], path: Path, header: dict[str, Any]) -> Config:
-    """The configuration to score an artifact with. Raises UserError, naming the file if at fault."""
+    """The configuration to score an artifact with. Raises UserError that blames the right side."""
     if env.get("RUN_MODE") == "eval" and env.get("TTT") == "prequant" != header["config"]["ttt"]:
         raise UserError("TTT=prequant trains before the export, which this artifact's run did not")
     load(env)  # what the user typed is judged first, so that what is left is the file's fault
