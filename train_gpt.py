@@ -5356,8 +5356,8 @@ def pack_to_fit(p: Packer, rt: Runtime) -> bytes:
         rt.log(f"fit_budget:{fit} {text}, {share:.2f} % of {p.room} bytes")
         if len(blob) > p.room:
             rt.log(
-                f"warning: FIT_BUDGET={fit} finds nothing that fits {p.room} bytes beside the code, "
-                f"the least is {len(blob)}; raise ARTIFACT_BUDGET_BYTES or shrink the model"
+                f"warning: FIT_BUDGET={fit} finds nothing that fits {p.room} bytes beside the "
+                f"code, the least is {len(blob)}; raise ARTIFACT_BUDGET_BYTES or shrink the model"
             )
     return blob
 
