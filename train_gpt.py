@@ -2697,14 +2697,10 @@ def compiled(function: Callable, numerics: Numerics) -> Callable:
 
 
 # ---- 5 Model: a technique is a module at a named site; switched off, it is absent ----------------
-def param(
-    shape: tuple[int, ...], init: Callable[[Tensor], Any], opt: str, quant: str
-) -> nn.Parameter:
-    """A parameter born with its two tags: `opt` names its optimiser group, `quant` its quantiser
-    (see QUANTISERS)."""
+def param(shape: Sequence[int], init: Callable, opt: str, quant: str) -> nn.Parameter:
+    """A parameter with its two tags: its optimiser group and its quantiser (see QUANTISERS)."""
     p = nn.Parameter(torch.empty(shape))
-    with torch.no_grad():
-        init(p)
+    init(p.data)
     p.opt = opt
     p.quant = quant
     return p
@@ -2712,46 +2708,38 @@ def param(
 
 def scalar(*shape: int, value: float = 0.0) -> nn.Parameter:
     """A gain, scale, mix or gate: AdamW's scalar group, kept in fp32."""
-    return param(shape, constant(value), "scalar", "keep")
-
-
-def constant(value: float) -> Callable[[Tensor], Any]:
-    """An initialiser that fills with one value."""
-    return lambda t: t.fill_(value)
+    return param(shape, functools.partial(nn.init.constant_, val=value), "scalar", "keep")
 
 
 def normal(std: float) -> Callable[[Tensor], Any]:
     """An initialiser that draws Gaussian noise."""
-    return lambda t: t.normal_(0, std)
+    return functools.partial(nn.init.normal_, std=std)
 
 
 def uniform(t: Tensor):
     """The framework's default for linear layers: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = t.size(1) ** -0.5
-    return t.uniform_(-bound, bound)
+    t.uniform_(-bound, bound)
 
 
 def zero(t: Tensor):
     """For outputs of branches: a block starts as the identity. Only INIT=uniform redraws it."""
-    return t.zero_()
+    t.zero_()
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMS normalisation over the last axis, no gain. The fp32 epsilon is explicit: old torch used a
-    bf16 one."""
+    """RMS normalisation over the last axis, no gain; the epsilon is that of fp32 in any dtype."""
     return F.rms_norm(x, (x.size(-1),), eps=1.1920929e-07)
 
 
 def before(x: Tensor, steps: int = 1) -> Tensor:
     """x (B,T,...) moved to later positions; zeros where nothing came before."""
-    if steps >= x.size(1):
-        return torch.zeros_like(x)
     pad = [0, 0] * (x.dim() - 2) + [steps, 0]
-    return F.pad(x[:, : x.size(1) - steps], pad)
+    return F.pad(x, pad)[:, : x.size(1)]
 
 
 def through(modules: nn.ModuleList, x: Tensor, *context) -> Tensor:
-    """x after the techniques of one site, in their order."""
+    """x after the techniques of one site."""
     for module in modules:
         x = module(x, *context)
     return x
@@ -2760,16 +2748,9 @@ def through(modules: nn.ModuleList, x: Tensor, *context) -> Tensor:
 class Linear(nn.Module):
     """Matrix without bias: x (..., n_in) -> (..., n_out), its fp32 weight cast to the dtype of x.
     Fake quantisation attaches to `weight_sites` (w -> w), test-time adapters to `out_sites`
-    (y, x, slot number -> y); both are filled before compile and empty when off."""
+    (y, x, slot number -> y)."""
 
-    def __init__(
-        self,
-        n_in: int,
-        n_out: int,
-        init: Callable = uniform,
-        opt: str = "matrix",
-        quant: str = "matrix",
-    ):
+    def __init__(self, n_in: int, n_out: int, init=uniform, opt="matrix", quant="matrix"):
         super().__init__()
         self.init = init
         self.weight = param((n_out, n_in), init, opt, quant)
@@ -2782,8 +2763,8 @@ class Linear(nn.Module):
 
 
 class WholeRows(NamedTuple):
-    """What attention reads when rows are read at once: every earlier position that is visible.
-    KeyValueCache (section 9) stands in its place when rows grow by a position at a time."""
+    """What attention reads when rows are read at once. KeyValueCache (section 9) stands in its
+    place when rows grow by a position at a time."""
 
     kernel: Callable = sdpa_attention
     visible: Tensor | None = None  # (B,T,T) bool, see visible_keys
@@ -2806,34 +2787,38 @@ class Context(NamedTuple):
 
 
 class Site(nn.Module):
-    """A technique that plugs into block `layer`; `build` makes what it owns, if anything."""
+    """A technique that plugs into block `layer`."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.build(cfg, layer)
 
     def build(self, cfg: ModelConfig, layer: int):
-        """Make parameters and constants from the configuration."""
+        """Make the parameters and constants that it owns."""
 
 
-GATE_DIMS = 12  # leading channels that the small gates read
+GATE_DIMS = 12
+
+
+def leading(x: Tensor) -> Tensor:
+    """The channels that small gates read."""
+    return x[..., :GATE_DIMS].contiguous()
 
 
 # embed sites: (x (B,T,C), ids (B,T)) -> (B,T,C)
 class BigramHash(Site):
-    """Add a learned vector for the hashed pair (previous token, token); identity at the start.
+    """Add a learned vector for the hashed pair (previous token, token); zero at the start.
     Source: PR 162. Knob: BIGRAM_BUCKETS."""
 
     WIDTH = 128
 
     def build(self, cfg: ModelConfig, layer: int):
-        self.table = param((cfg.bigram_buckets, self.WIDTH), constant(0.0), "table", "embed")
+        self.table = param((cfg.bigram_buckets, self.WIDTH), zero, "table", "embed")
         self.proj = Linear(self.WIDTH, cfg.model_dim)
         self.scale = scalar(1, value=0.05)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """(B,T) int64 -> (B,T) rows of the table; the first position, without a pair, takes the
-        last."""
+        """(B,T) int64 -> (B,T) rows of the table; the first position takes the last."""
         last = self.table.size(0) - 1
         ids = ids.int()  # int32 products wrap, as published
         pair = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % last
@@ -2845,8 +2830,8 @@ class BigramHash(Site):
 
 
 class EngramLite(Site):
-    """Add gated vectors of two hashes of the last two and two of the last three tokens; identity at
-    the start. Source: PR 1089. Knobs: ENGRAM_*."""
+    """Add gated vectors of two hashes of the last two and two of the last three tokens; zero at the
+    start. Source: PR 1089. Knobs: ENGRAM_*."""
 
     def build(self, cfg: ModelConfig, layer: int):
         self.buckets = cfg.engram_buckets
@@ -2890,31 +2875,17 @@ class SmearGateB(Site):
 
 
 class SmearGateC(Site):
-    """Add the previous raw embedding, gated by 12 channels of the token; identity at the start.
-    Source: PR 1667. Knob: SMEAR_GATE=C."""
+    """Add the previous raw embedding, gated by 12 channels of the token; nothing at the start. Form
+    D adds nothing to a document's first token. Sources: PRs 1667, 1851. Knob: SMEAR_GATE."""
 
     def build(self, cfg: ModelConfig, layer: int):
         self.gate = Linear(GATE_DIMS, 1, zero, "scalar", "keep")
         self.strength = scalar(1)
-
-    def share(self, x: Tensor, ids: Tensor) -> Tensor:
-        """(B,T,1): the share of the previous embedding that each position receives."""
-        gate = torch.sigmoid(self.gate(x[..., :GATE_DIMS].contiguous()))
-        return self.strength.to(x.dtype) * gate
+        self.closed_id = cfg.bos_id if cfg.smear_gate == "D" else -1
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return x + self.share(x, ids) * before(x)
-
-
-class SmearGateD(SmearGateC):
-    """As C, but nothing enters a document's first token. Source: PR 1851. Knob: SMEAR_GATE=D."""
-
-    def build(self, cfg: ModelConfig, layer: int):
-        super().build(cfg, layer)
-        self.bos_id = cfg.bos_id
-
-    def share(self, x: Tensor, ids: Tensor) -> Tensor:
-        return super().share(x, ids) * (ids != self.bos_id).unsqueeze(-1).to(x.dtype)
+        share = self.strength.to(x.dtype) * torch.sigmoid(self.gate(leading(x)))
+        return x + share * (ids != self.closed_id).unsqueeze(-1) * before(x)
 
 
 # value sites: (ids (B,T), dtype) -> (B,T,G*D), made once and used by several blocks
@@ -2925,8 +2896,8 @@ class ValueTable(nn.Module):
     def __init__(self, cfg: ModelConfig, vocab: int):
         super().__init__()
         self.table = param((vocab, cfg.value_embed_dim), normal(0.01), "table", "embed")
-        # Published: zero, yet made orthogonal; so INIT=orthogonal must not take it for an output.
-        self.proj = Linear(cfg.value_embed_dim, cfg.kv_dim, constant(0.0))
+        # Published: zero, yet INIT=orthogonal redraws it, as no output of a branch.
+        self.proj = Linear(cfg.value_embed_dim, cfg.kv_dim, nn.init.zeros_)
         self.scale = scalar(1, value=0.1)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -2946,8 +2917,7 @@ class AddValueEmbedding(Site):
 
 
 class KeepValue(Site):
-    """In block 0: remember its values for the value residual; a looped block 0 counts by its first
-    pass."""
+    """In block 0: remember the values of its first pass for the value residual."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
         context.kept.append(v)
@@ -2967,7 +2937,7 @@ class ValueResidual(Site):
 
 
 class QKNorm(Site):
-    """Normalise queries and keys per head, which bounds attention logits by gain * sqrt(D)."""
+    """Normalise queries and keys per head: attention logits stay within gain * sqrt(D)."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
         return norm(q), norm(k), v
@@ -3030,18 +3000,17 @@ class OutputGate(Site):
         self.gate = Linear(GATE_DIMS, cfg.num_heads, zero, "scalar", "keep")
 
     def forward(self, y: Tensor, v: Tensor, n: Tensor) -> Tensor:
-        z = self.steepness * self.gate(n[..., :GATE_DIMS].contiguous())
-        return y * torch.sigmoid(z).unsqueeze(-1)
+        return y * torch.sigmoid(self.steepness * self.gate(leading(n))).unsqueeze(-1)
 
 
 # residual sites: (x (B,T,C), x0 (B,T,C)) -> (B,T,C)
 class X0Mix(Site):
-    """Blend the residual stream with the embedding by learned amounts per channel: all stream at
-    the start. Knob: X0_MIX."""
+    """Add the embedding to the stream, both by learned amounts per channel, 0 and 1 at the start.
+    Knob: X0_MIX."""
 
     def build(self, cfg: ModelConfig, layer: int):
-        start = torch.tensor([[1.0], [0.0]])
-        self.mix = param((2, cfg.model_dim), lambda t: t.copy_(start), "scalar", "keep")
+        self.mix = scalar(2, cfg.model_dim)
+        self.mix.data[0] = 1
 
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:
         stream, embedding = self.mix.to(x.dtype)
@@ -3061,8 +3030,8 @@ class LNScale(Site):
 
 # head sites: final normalised state (B,T,C) -> what every output table reads
 class MupLogits(LNScale):
-    """Scale logits by base width / width. Muon already moves activations equally at every width,
-    but the head sums C entries that AdamW each moves by the learning rate. Knob: MUP_BASE_WIDTH."""
+    """Scale logits by base width / width: the head sums C entries that AdamW each moves by the
+    learning rate; Muon needs no such care. Knob: MUP_BASE_WIDTH."""
 
     def build(self, cfg: ModelConfig, layer: int):
         self.scale = cfg.mup_base_width / cfg.model_dim
@@ -3073,8 +3042,7 @@ SITES: dict[str, list[tuple[type[Site], Callable[[ModelConfig, int], bool]]]] = 
     "embed": [
         (BigramHash, lambda c, i: c.bigram_buckets > 0),
         (EngramLite, lambda c, i: c.engram_buckets > 0),
-        (SmearGateC, lambda c, i: c.smear_gate == "C"),
-        (SmearGateD, lambda c, i: c.smear_gate == "D"),
+        (SmearGateC, lambda c, i: c.smear_gate in ("C", "D")),
         (EmbedNorm, lambda c, i: True),
         (SmearGateB, lambda c, i: c.smear_gate == "B"),
     ],
@@ -3097,7 +3065,7 @@ SITES: dict[str, list[tuple[type[Site], Callable[[ModelConfig, int], bool]]]] = 
 
 
 def sites(name: str, cfg: ModelConfig, layer: int = 0) -> nn.ModuleList:
-    """The techniques that a configuration puts at one site of one block; empty when all are off."""
+    """The techniques that a configuration puts at one site of one block."""
     return nn.ModuleList(kind(cfg, layer) for kind, wanted in SITES[name] if wanted(cfg, layer))
 
 
@@ -3115,9 +3083,8 @@ class Attention(nn.Module):
         self.out_sites = sites("attn_out", cfg, layer)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        q = self.q(x, context.slot).unflatten(-1, (-1, self.head_dim))
-        k = self.k(x, context.slot).unflatten(-1, (-1, self.head_dim))
-        v = self.v(x, context.slot).unflatten(-1, (-1, self.head_dim))
+        projected = [m(x, context.slot) for m in (self.q, self.k, self.v)]
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         for site in self.qkv_sites:
             q, k, v = site(q, k, v, context)
         y = context.rows.attend(q, k, v, context.slot)
@@ -3125,8 +3092,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Up-projection, leaky relu, square (positive on both sides), down-projection that starts at
-    zero. x (B,T,C) -> (B,T,C). Source: PR 493. Knobs: MLP_MULT, LEAKY_SLOPE."""
+    """Up-projection, leaky relu, square (positive on both sides), down-projection.
+    x (B,T,C) -> (B,T,C). Source: PR 493. Knobs: MLP_MULT, LEAKY_SLOPE."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -3138,11 +3105,14 @@ class MLP(nn.Module):
         return self.down(F.leaky_relu(self.up(x), self.slope).square())
 
 
-class Block(nn.Module):
-    """One stored layer: residual sites, attention, then the MLP on its result, each branch scaled
-    per channel. Takes and returns the lanes of the residual stream, each (B,T,C), here one."""
+Lanes = tuple[Tensor, ...]  # of the residual stream, each (B,T,C); skips join the first
 
-    lanes = 1  # lanes that it carries; skips join the first
+
+class Block(nn.Module):
+    """One stored layer: attention, then the MLP on its result, each branch scaled per channel.
+    Carries one lane."""
+
+    lanes = 1
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
@@ -3159,22 +3129,21 @@ class Block(nn.Module):
         self.mlp_sites = nn.ModuleList()
 
     def mixed(self, x: Tensor, context: Context) -> Tensor:
-        """The stream after the residual sites."""
         return through(self.residual_sites, x, context.x0)
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
-        """What attention adds to a stream."""
+        """What attention adds to a lane."""
         n = through(self.input_sites, norm(x))
         y = through(self.attn_sites, self.attn(n, context), n, context.slot)
         return self.attn_scale.to(x.dtype) * y
 
     def feed(self, x: Tensor, context: Context) -> Tensor:
-        """What the MLP adds to a stream."""
+        """What the MLP adds to a lane."""
         n = through(self.input_sites, norm(x))
         y = through(self.mlp_sites, self.mlp(n), n, context.slot)
         return self.mlp_scale.to(x.dtype) * y
 
-    def forward(self, lanes: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
+    def forward(self, lanes: Lanes, context: Context) -> Lanes:
         x = self.mixed(lanes[0], context)
         x = x + self.attend(x, context)
         return (x + self.feed(x, context),)
@@ -3183,7 +3152,7 @@ class Block(nn.Module):
 class ParallelBlock(Block):
     """Form A: attention and MLP read the same stream and add to it together. Source: PR 1412."""
 
-    def forward(self, lanes: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
+    def forward(self, lanes: Lanes, context: Context) -> Lanes:
         x = self.mixed(lanes[0], context)
         return (x + self.attend(x, context) + self.feed(x, context),)
 
@@ -3193,7 +3162,7 @@ class LanesB(Block):
 
     lanes = 2
 
-    def forward(self, lanes: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
+    def forward(self, lanes: Lanes, context: Context) -> Lanes:
         x = self.mixed(lanes[0], context)
         return x + self.attend(x, context), lanes[1] + self.feed(lanes[1], context)
 
@@ -3204,7 +3173,7 @@ class LanesD(Block):
 
     lanes = 2
 
-    def forward(self, lanes: tuple[Tensor, ...], context: Context) -> tuple[Tensor, ...]:
+    def forward(self, lanes: Lanes, context: Context) -> Lanes:
         keep, write = (w.to(lanes[0].dtype) for w in self.routing)  # by lane; by branch and lane
         a = self.attend(self.mixed(lanes[0], context), context)
         m = self.feed(lanes[1], context)
@@ -3232,7 +3201,7 @@ class Merge(nn.Module):
         else:
             self.register_buffer("share", torch.tensor([0.5]), persistent=False)
 
-    def forward(self, lanes: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, lanes: Lanes) -> Tensor:
         if len(lanes) == 1:
             return lanes[0]
         return torch.lerp(lanes[1], lanes[0], self.share.to(lanes[0].dtype))
@@ -3258,8 +3227,8 @@ class SigmoidSkips(UNetSkips):
 
 
 class GatedSkips(UNetSkips):
-    """Blend the stream with the weighted earlier output by a learned gate per channel, half and
-    half at the start. Source: PR 1089. SKIPS=gated."""
+    """Blend the stream with the weighted earlier output by a learned gate per channel, one half at
+    the start. Source: PR 1089. SKIPS=gated."""
 
     def __init__(self, pairs: int, width: int):
         super().__init__(pairs, width)
@@ -3283,9 +3252,7 @@ class LoopGates(nn.Module):
         # A tensor, so that the ramp recompiles nothing.
         self.register_buffer("strength", torch.ones(()), persistent=False)
 
-    def forward(
-        self, lanes: tuple[Tensor, ...], after: tuple[Tensor, ...], gate: tuple[int, int]
-    ) -> tuple[Tensor, ...]:
+    def forward(self, lanes: Lanes, after: Lanes, gate: tuple[int, int]) -> Lanes:
         """The lanes moved a part of the way to what the pass made of them; gate = (pass, block)."""
         share = (self.gates[gate] * self.strength).to(lanes[0].dtype)
         return tuple(torch.lerp(a, b, share) for a, b in zip(lanes, after))
@@ -3303,10 +3270,10 @@ Plan = tuple[Slot, ...]
 
 
 def schedule(cfg: ModelConfig, loops: int | None = None) -> Plan:
-    """The order of block applications and the skips between them, decided once, as data.
-    Blocks LOOP_START..LOOP_END run 1 + loops times. The first half of the slots (or those before
-    the loop) push their outputs, the second half (or those after it) pop them, last in, first out.
-    Source: PR 1394. Knobs: NUM_LOOPS, LOOP_*, SKIPS, SKIP_PAIRS."""
+    """The order of block applications and the skips between them: blocks LOOP_START..LOOP_END run
+    1 + loops times; the first half of the slots (or those before the loop) push their outputs, the
+    second half (or those after it) pop them, last in, first out. Source: PR 1394. Knobs: NUM_LOOPS,
+    LOOP_*, SKIPS, SKIP_PAIRS."""
     loops = cfg.num_loops if loops is None else loops
     looped = range(cfg.loop_start, cfg.loop_end + 1) if cfg.num_loops else range(0)
     gated = cfg.loop_ramp_steps > 0
@@ -3328,15 +3295,10 @@ def schedule(cfg: ModelConfig, loops: int | None = None) -> Plan:
     return tuple(slots)
 
 
-def loop_counts(cfg: ModelConfig) -> list[int]:
-    """Extra passes in each phase of a run: none until loops begin, then all."""
-    late = cfg.num_loops > 0 and cfg.enable_looping_at > 0
-    return [0, cfg.num_loops] if late else [cfg.num_loops]
-
-
 def plans(cfg: ModelConfig) -> tuple[Plan, ...]:
-    """One plan per phase of a run; each becomes one compiled graph."""
-    return tuple(schedule(cfg, loops) for loops in loop_counts(cfg))
+    """One plan per phase of a run, without and with loops; each becomes one compiled graph."""
+    late = cfg.num_loops > 0 and cfg.enable_looping_at > 0
+    return (schedule(cfg, 0), schedule(cfg)) if late else (schedule(cfg),)
 
 
 # Objectives: (nats (B,T), targets (B,T), final state h (B,T,C)) -> sum to minimise, 0-D
@@ -3352,8 +3314,8 @@ class CrossEntropy(nn.Module):
 
 class ByteWeighted(CrossEntropy):
     """Weigh each target by its bytes, leading space left out, over their mean in the vocabulary, at
-    least by 0.1; see_data sets the weights. They do not average to 1 over a text: the loss changes its
-    scale. Source: the research log of the depth-recurrent system. Knob: OBJECTIVE=byte."""
+    least by 0.1 (see see_data): over a text the loss changes its scale. Source: the research log of
+    the depth-recurrent system. Knob: OBJECTIVE=byte."""
 
     def __init__(self, cfg: ModelConfig, optim: OptimConfig, vocab: int):
         super().__init__(cfg, optim, vocab)
@@ -3402,9 +3364,8 @@ class GPT(nn.Module):
         self.objective = OBJECTIVES[optim.objective](cfg, optim, vocab)
         self.embed_sites, self.head_sites = sites("embed", cfg), sites("head", cfg)
         self.logit_sites = nn.ModuleList()  # as Linear.out_sites, for the output table
-        self.value_sites = nn.ModuleList()
-        if cfg.value_embed_last_n:
-            self.value_sites.append(ValueTable(cfg, vocab))
+        tables = [ValueTable(cfg, vocab)] if cfg.value_embed_last_n else []
+        self.value_sites = nn.ModuleList(tables)
         self.blocks = nn.ModuleList(make_block(cfg, i) for i in range(cfg.num_layers))
         INITS[cfg.init](self)
 
@@ -3413,8 +3374,8 @@ class GPT(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.quant != "drop"}
 
     def hidden(self, ids: Tensor, plan: Plan, rows: Any = None) -> Tensor:
-        """ids (B,T) int64 -> (B,T,C), what the output table reads. `rows` is what attention reads:
-        by default these very rows, else a KeyValueCache."""
+        """ids (B,T) int64 -> (B,T,C), what the output table reads; `rows` is a KeyValueCache or,
+        by default, these very rows."""
         x = through(self.embed_sites, F.embedding(ids, self.embed).to(self.dtype), ids)
         if rows is None:
             rows = WholeRows(self.kernel, visible_keys(ids, self.cfg))
@@ -3454,52 +3415,47 @@ class GPT(nn.Module):
         return self.losses(torch.gather(h, 1, chosen), targets)
 
 
-def matmul_weights(*modules: nn.Module) -> int:
-    """Entries of all matrices inside some modules."""
-    found = (m for module in modules for m in module.modules() if isinstance(m, Linear))
-    return sum(m.weight.numel() for m in found)
-
-
 def flops_per_token(model: GPT, plan: Plan, seq: int) -> float:
     """Forward and backward FLOPs of one training token: 6 per matmul weight used, plus causal
     attention, where a token sees seq / 2 keys on average."""
-    used = sum(matmul_weights(model.blocks[slot.block]) for slot in plan)
-    used += matmul_weights(model.embed_sites, model.value_sites) + model.output.numel()
-    used += sum(p.numel() for p in model.objective.parameters())
+    modules = [model.embed_sites, model.value_sites, *(model.blocks[slot.block] for slot in plan)]
+    used = sum(linear.weight.numel() for module in modules for linear in linears(module))
+    used += model.output.numel() + sum(p.numel() for p in model.objective.parameters())
     return 6 * used + 6 * len(plan) * model.cfg.model_dim * seq
 
 
+def linears(module: nn.Module) -> list[Linear]:
+    """All matrices inside a module, small gates included."""
+    return [m for m in module.modules() if isinstance(m, Linear)]
+
+
 # Initialisation of a whole model, after every parameter has been born with its own
-def matrices(module: nn.Module) -> list[Linear]:
-    """The matrices that an initialisation may draw anew."""
-    found = [m for m in module.modules() if isinstance(m, Linear)]
-    return [m for m in found if m.weight.opt == "matrix"]
 
 
 def uniform_init(model: GPT):
     """Draw all matrices of the blocks from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), outputs included."""
-    for m in matrices(model.blocks):
-        uniform(m.weight.data)
+    for m in linears(model.blocks):
+        if m.weight.opt == "matrix":
+            uniform(m.weight.data)
 
 
 def orthogonal_init(model: GPT):
     """Orthonormal rows or columns for matrices of at least 64 x 64 that do not start at zero.
     Source: PR 162."""
-    for m in matrices(model):
+    for m in linears(model):
         if m.init is not zero and min(m.weight.shape) >= 64:
             nn.init.orthogonal_(m.weight.data)
 
 
 def mimetic_init(model: GPT, rows: bool = False):
     """Orthogonal, and each head's output undoes a bit of its values: V_h O_h = -0.05 I. `rows` puts
-    the same block into the rows of O instead of the columns, as published in PR 1089. Source:
-    arXiv 2305.09828."""
+    the block into the rows of O, as published in PR 1089. Source: arXiv 2305.09828."""
     orthogonal_init(model)
     cfg = model.cfg
-    for attn in (block.attn for block in model.blocks):
-        values = attn.v.weight.data.view(cfg.num_kv_heads, cfg.head_dim, cfg.model_dim)
+    for block in model.blocks:
+        values = block.attn.v.weight.data.unflatten(0, (cfg.num_kv_heads, cfg.head_dim))
         values = values.repeat_interleave(cfg.num_heads // cfg.num_kv_heads, 0).flatten(0, 1)
-        attn.proj.weight.data.copy_(-0.05 * (values if rows else values.T))
+        block.attn.proj.weight.data.copy_(-0.05 * (values if rows else values.T))
 
 
 INITS: dict[str, Callable[[GPT], Any]] = {
@@ -3513,18 +3469,14 @@ INITS: dict[str, Callable[[GPT], Any]] = {
 
 @torch.no_grad()
 def see_data(model: GPT, data: Data):
-    """What a model takes from its data: the weight of each token's bytes (OBJECTIVE=byte) and, from the
-    first 4 million training tokens, an initial embedding (EMBED_INIT=svd)."""
-    by_bytes, by_pairs = isinstance(model.objective, ByteWeighted), model.cfg.embed_init == "svd"
-    if not (by_bytes or by_pairs):
-        return
-    if by_bytes:
+    """What a model takes from its data: the weight of each token's bytes (OBJECTIVE=byte) and, from
+    the first 4 million training tokens, an initial embedding (EMBED_INIT=svd)."""
+    if isinstance(model.objective, ByteWeighted):
         lengths = torch.from_numpy(data.token_bytes).float()
         model.objective.weights.copy_((lengths / lengths[lengths > 0].mean()).clamp(min=0.1))
-    if by_pairs:
-        tokens = data.train.read(0, min(len(data.train), 4_000_000))
-        tokens = torch.from_numpy(tokens.astype(np.int64))
-        vectors = pair_vectors(tokens, *model.embed.shape)
+    if model.cfg.embed_init == "svd":
+        tokens = data.train.read(0, min(len(data.train), 4_000_000)).astype(np.int64)
+        vectors = pair_vectors(torch.from_numpy(tokens), *model.embed.shape)
         vectors *= model.cfg.tied_embed_init_std / vectors.square().mean().sqrt()
         model.embed[:, : vectors.size(1)] = vectors.to(model.embed)
 
@@ -4212,7 +4164,7 @@ def row_length(p: Progress, cfg: Config) -> int:
 def plan_index(p: Progress, cfg: ModelConfig) -> int:
     """Which of plans() a step uses."""
     begun = (p.frac if cfg.enable_looping_at <= 1 else p.step) >= cfg.enable_looping_at
-    return loop_counts(cfg).index(cfg.num_loops if begun else 0)
+    return len(plans(cfg)) - 1 if begun else 0
 
 
 def loop_strength(p: Progress, cfg: ModelConfig) -> float:

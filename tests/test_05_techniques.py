@@ -236,10 +236,9 @@ def test_both_kernels_read_what_they_may_and_nothing_else():
 
 
 def test_smear_gate_d_lets_nothing_into_a_document():
-    cfg = tg.ModelConfig(model_dim=16)
     ids, x = torch.tensor([[1, 5, 6, 1, 7, 1]]), torch.randn(1, 6, 16)
-    for kind, isolated in ((tg.SmearGateC, []), (tg.SmearGateD, [0, 3, 5])):
-        site = kind(cfg, 0)
+    for form, isolated in (("C", []), ("D", [0, 3, 5])):
+        site = tg.SmearGateC(tg.ModelConfig(model_dim=16, smear_gate=form), 0)
         assert torch.equal(site(x, ids), x), "the identity at start"
         with torch.no_grad():
             site.gate.weight.normal_()
