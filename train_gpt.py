@@ -5511,9 +5511,9 @@ class Score:
     tokens: int
     bytes: int
     coverage: str = ""  # sha256 of the per-target count of scores
-    # (n,2) float32: nats and bytes of each document
+    # nats and bytes of each document, (n,2) float32
     documents: np.ndarray | None = field(default=None, compare=False, repr=False)
-    forward_tokens: int = field(default=0, compare=False)  # inputs read for it, padding included
+    forward_tokens: int = field(default=0, compare=False)  # inputs read, padding included
 
     @property
     def loss(self) -> float:
@@ -5531,8 +5531,7 @@ LANES = 8  # shares of work that carry something along; more ranks than that fin
 
 class Batch(NamedTuple):
     """Windows scored together, padded to one shape. One rank scores the batches of a lane in their
-    order; what is learnt along the way never leaves the lane, so that no score depends on the
-    number of ranks."""
+    order; what they teach stays in the lane, so that no score depends on the number of ranks."""
 
     items: np.ndarray  # (n,3) int64: window start, first scored target, how many
     rows: int  # n is padded to this
@@ -5551,18 +5550,16 @@ def dealt(items: np.ndarray, width: int, scored: int, budget: int) -> list[Batch
 
 
 class Windows(NamedTuple):
-    """Windows of `size` that advance by `stride` and score what no earlier window scored: window 0
-    all its targets, later ones those past the first size - stride. So every target is scored once,
-    and after window 0 with at least that much context; stride == size gives disjoint chunks. Window
-    starts are 0, S, 2S, ... while the start plus size - stride is before the end. Source: the
-    competition's corrected sliding rule."""
+    """Windows of `size` that start at 0, S, 2S, ... and score what no earlier window scored: window
+    0 all its targets, later ones those past the first size - stride, while there are any. So every
+    target is scored once; stride == size gives disjoint chunks. Source: the competition's corrected
+    sliding rule."""
 
     size: int
     stride: int
 
     def items(self, targets: int) -> np.ndarray:
-        """(n,3) int64: window start, first scored target, count. Window 0 is split so that no count
-        exceeds the stride."""
+        """As Batch.items; window 0 is split so that no count exceeds the stride."""
         context = self.size - self.stride
         later = np.arange(self.stride, max(targets - context, self.stride), self.stride)
         first = np.arange(0, min(self.size, targets), self.stride)
@@ -5572,21 +5569,19 @@ class Windows(NamedTuple):
         return np.stack([starts, begin, end - begin], 1)
 
     def batches(self, borders: np.ndarray, budget: int) -> list[Batch]:
-        """All windows of a text, whose documents lie between `borders`."""
+        """All windows of a text, whose documents lie between `borders` (n + 1,)."""
         return dealt(self.items(int(borders[-1])), self.size, self.stride, budget)
 
 
 class DocumentWindows(NamedTuple):
-    """The same rule inside each document: no window crosses a border. A document's first `size`
-    targets have one context whatever the stride, so one window scores them all; only what lies
-    deeper slides. Short documents are padded to a quarter, half or three quarters of a window."""
+    """The same rule inside each document: no window crosses a border, and one scores a document's
+    first `size` targets. Short documents are padded to quarters of a window."""
 
     size: int
     stride: int
 
     @property
     def widths(self) -> list[int]:
-        """Lengths of rows, in order."""
         return [-(-self.size * i // 4) for i in range(1, 5)]
 
     def width(self, inputs: int) -> int:
@@ -5597,12 +5592,11 @@ class DocumentWindows(NamedTuple):
         """All windows of all documents."""
         begin, length = borders[:-1], np.diff(borders)
         heads = np.stack([begin, begin, np.minimum(length, self.size)], 1)
-        found, narrower = [], 0
-        for width in self.widths:
-            mine = heads[(heads[:, 2] > narrower) & (heads[:, 2] <= width)]
-            found += dealt(mine, width, width, budget)
-            narrower = width
-        tails = [np.zeros((0, 3), np.int64)]
+        fitting = np.searchsorted(self.widths, heads[:, 2])
+        found = []
+        for i, width in enumerate(self.widths):
+            found += dealt(heads[fitting == i], width, width, budget)
+        tails = [heads[:0]]
         for first, n in zip(begin.tolist(), length.tolist()):
             if n > self.size:
                 items = Windows(self.size, self.stride).items(n)
@@ -5623,7 +5617,7 @@ class FineTuner:
     batch is cut into LANES shares, dealt to the ranks, and their gradients are added as whole
     multiples of 2^-44, whose sum has no order."""
 
-    UNIT, CLIP = 2.0**44, 1.0
+    UNIT = 2.0**44
 
     def __init__(
         self, model: GPT, plan: Plan, numerics: Numerics, rt: Runtime, optimiser: Callable
@@ -5640,13 +5634,12 @@ class FineTuner:
         self.model.requires_grad_(True)
         size, total = -(-len(ids) // LANES), (targets >= 0).sum()
         spare = (0, 0, 0, size * LANES - len(ids))
-        ids = F.pad(ids, spare).to(self.rt.device)
-        targets = F.pad(targets, spare, value=-100).to(self.rt.device)
+        ids = F.pad(ids, spare).to(self.rt.device).split(size)
+        targets = F.pad(targets, spare, value=-100).to(self.rt.device).split(size)
         sums = [torch.zeros_like(p, dtype=torch.int64) for p in self.params]
         nats = torch.zeros((), dtype=torch.float64, device=self.rt.device)
         for share in range(self.rt.rank, LANES, self.rt.world):
-            rows = slice(share * size, (share + 1) * size)
-            objective, plain = self.loss(ids[rows], targets[rows], self.plan)
+            objective, plain = self.loss(ids[share], targets[share], self.plan)
             gradients = torch.autograd.grad(
                 objective / total, self.params, materialize_grads=True, allow_unused=True
             )
@@ -5654,12 +5647,10 @@ class FineTuner:
                 whole += (gradient.double() * self.UNIT).round().long()
             nats += plain
         if not self.rt.all_reduce(nats).isfinite():
-            raise RunFailed(
-                f"training on scored text diverged at a learning rate of {lr:.2g}; try a lower one"
-            )
+            raise RunFailed(f"test-time training diverged at learning rate {lr:.2g}; lower it")
         for p, whole in zip(self.params, sums):
             p.grad = (self.rt.all_reduce(whole).double() / self.UNIT).float()
-        nn.utils.clip_grad_norm_(self.params, self.CLIP)
+        nn.utils.clip_grad_norm_(self.params, 1.0)
         self.optimiser.param_groups[0]["lr"] = lr
         self.optimiser.step()
         return float(nats / total)
@@ -5669,9 +5660,9 @@ def padded_rows(tokens: np.ndarray, spans: np.ndarray) -> tuple[Tensor, Tensor]:
     """(ids, targets), each (n, longest) int64, of spans (n,2) of targets; after a span's end
     targets are -100."""
     position = spans[:, :1] + np.arange(np.diff(spans).max())
-    ids = tokens[np.minimum(position, len(tokens) - 1)].astype(np.int64)
-    targets = tokens[np.minimum(position + 1, len(tokens) - 1)].astype(np.int64)
-    targets = np.where(position < spans[:, 1:], targets, -100)
+    ids = tokens.take(position, mode="clip").astype(np.int64)
+    targets = tokens.take(position + 1, mode="clip").astype(np.int64)
+    targets[position >= spans[:, 1:]] = -100
     return torch.from_numpy(ids), torch.from_numpy(targets)
 
 
@@ -5687,8 +5678,7 @@ def cosine_rate(peak: float, k: int, count: int) -> float:
 
 
 class Ledger:
-    """What has been scored. A strategy learns from text through `read`, which gives out nothing
-    else."""
+    """What has been scored; a strategy learns from text through `read` alone."""
 
     def __init__(self, tokens: np.ndarray):
         self._tokens = tokens
@@ -5696,8 +5686,7 @@ class Ledger:
         self.count = np.zeros(len(tokens) - 1, np.int32)
 
     def read(self, spans: np.ndarray) -> tuple[Tensor, Tensor]:
-        """padded_rows() of spans (n,2) of scored targets. Raises RunFailed when one is not scored
-        yet."""
+        """padded_rows() of spans (n,2) of targets. Raises RunFailed when one is not scored yet."""
         if not all(self.count[a:b].all() for a, b in spans.tolist()):
             raise RunFailed("a strategy asked to learn from text that is not scored yet")
         return padded_rows(self._tokens, spans)
@@ -5710,26 +5699,28 @@ class RoundBank:
         self.lo = min(int(batch.items[:, 1].min()) for batch in batches)
         self.hi = max(int(batch.items[:, 1:].sum(1).max()) for batch in batches)
         self.losses = torch.zeros(self.hi - self.lo + 1, device=device)  # the last takes padding
-        self.borders = np.zeros(self.hi - self.lo + 1, np.int32)  # +1 begins a run, -1 ends it
+        self.times = np.zeros(len(self.losses), np.int32)
 
     def add(self, batch: Batch, losses: Tensor):
         """Keep the losses (n,S) of a batch's windows."""
-        begin, count = batch.items[:, 1:2] - self.lo, batch.items[:, 2:]
         offset = np.arange(batch.scored)
-        into = np.where(offset < count, begin + offset, self.hi - self.lo)
+        into = np.where(offset < batch.items[:, 2:], batch.items[:, 1:2] + offset, self.hi)
+        into -= self.lo
         self.losses[torch.from_numpy(into).to(self.losses.device)] = losses
-        np.add.at(self.borders, begin, 1)
-        np.add.at(self.borders, begin + count, -1)
+        np.add.at(self.times, into, 1)
 
     def enter(self, ledger: Ledger, rt: Runtime):
-        """Write what all ranks have scored into the ledger; shares are disjoint, so sums are exact."""
-        times = torch.from_numpy(self.borders.cumsum(dtype=np.int32))
+        """Write what all ranks have scored into the ledger; shares are disjoint: sums are exact."""
+        times = rt.all_reduce(torch.from_numpy(self.times))
         ledger.losses[self.lo : self.hi] += rt.all_reduce(self.losses)[:-1].cpu().numpy()
-        ledger.count[self.lo : self.hi] += rt.all_reduce(times)[:-1].numpy()
+        ledger.count[self.lo : self.hi] += times[:-1].numpy()
 
 
 class Fixed:
     """A predictor that learns nothing, and the interface of those that do."""
+
+    bos_id = 1  # begins a document
+    attached: Sequence[tuple[nn.ModuleList, nn.Module]] = ()  # (where, what) of modules of its own
 
     def __init__(
         self, windows, cfg: Config, rt: Runtime, model: GPT, numerics: Numerics, plan: Plan
@@ -5738,11 +5729,11 @@ class Fixed:
         self.model, self.numerics, self.plan = model, numerics, plan
         self.nll = functools.partial(compiled(model.nll, numerics), plan=plan)
         self.budget = cfg.eval.eval_batch_tokens
-        self.attached: list[tuple[nn.ModuleList, nn.Module]] = []
+        self.bos_id = cfg.model.bos_id
 
     def rounds(self, borders: np.ndarray, ledger: Ledger) -> Iterator[list[Batch]]:
-        """Rounds of batches. All of a round is scored, on whatever rank, before the next one is
-        asked for; between two, the strategy may learn from whatever `ledger` gives out."""
+        """Rounds of batches. All of a round is scored before the next one is asked for; between
+        two, the strategy may learn from whatever `ledger` gives out."""
         yield self.windows.batches(borders, self.budget)
 
     def losses(self, batch: Batch, ids: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
@@ -5753,18 +5744,6 @@ class Fixed:
     def learn(self, batch: Batch, losses: Tensor):
         """Learn within the lane from losses that have just been banked."""
 
-    def attach(self, points: nn.ModuleList, module: nn.Module):
-        """Put a module at a site of the model until detach()."""
-        points.append(module.to(self.rt.device))
-        self.attached.append((points, module))
-
-    def detach(self):
-        """Leave the model as it was."""
-        while self.attached:
-            points, _ = self.attached.pop()
-            # `del points[-1]` would make another dict, which compiles again
-            delattr(points, str(len(points) - 1))
-
     def tuner(self, numerics: Numerics) -> FineTuner:
         """What trains all weights on scored text."""
         c = self.cfg.eval
@@ -5774,8 +5753,7 @@ class Fixed:
 
 class ScoreFirstSGD(Fixed):
     """Score a chunk of TTT_CHUNK_TOKENS, then train all weights on it for the next ones. A window
-    belongs to the chunk of its first scored target. The last chunk never trains.
-    Source: PRs 461, 549, 1493. Knob: TTT=sgd."""
+    belongs to the chunk of its first scored target. Source: PRs 461, 549, 1493. Knob: TTT=sgd."""
 
     def rounds(self, borders: np.ndarray, ledger: Ledger) -> Iterator[list[Batch]]:
         c, targets, tuner = self.cfg.eval, int(borders[-1]), self.tuner(self.numerics)
@@ -5792,9 +5770,8 @@ class ScoreFirstSGD(Fixed):
 
 
 class LoRA(nn.Module):
-    """Output site: add scale * B A x, with matrices of each batch row's own for every slot that the
-    module serves; nothing as long as B is zero. Source: arXiv 2106.09685, batched over documents as
-    in PR 1530."""
+    """Output site: add scale * B A x, each batch row with matrices of its own for every slot that
+    the module serves. Source: arXiv 2106.09685, batched over documents as in PR 1530."""
 
     def __init__(self, rows: int, n_in: int, n_out: int, rank: int, scale: float, slots: list[int]):
         super().__init__()
@@ -5823,9 +5800,6 @@ class DocumentLoRA(Fixed):
     document's next chunk (PR 1530). Documents go longest first, TTT_LORA_DOCS at a time, in LANES
     lanes; under TTT_WARM_A a lane keeps its A matrices (PR 1767). TTT=phased: after some of the
     TTT_PHASE_DOCS longest documents, all weights train on them (PR 1610)."""
-
-    lane = -1
-    adapters: Sequence[tuple[nn.ModuleList, LoRA]] = ()
 
     def rounds(self, borders: np.ndarray, ledger: Ledger) -> Iterator[list[Batch]]:
         c, documents = self.cfg.eval, np.stack([borders[:-1], borders[1:]], 1)
@@ -5885,39 +5859,46 @@ class DocumentLoRA(Fixed):
         return found
 
     def adapt(self):
-        """Put adapters at queries, keys, values, the whole attention branch and the whole MLP
-        branch of each block, all reading the branch's input, and at the logits; the weights stand
-        still."""
+        """Put in the adapters; the weights stand still."""
         self.model.requires_grad_(False)
-        self.adapters = self.adapters or self.made()  # the same ones each time: one graph
-        for points, lora in self.adapters:
-            self.attach(points, lora)
-            lora.requires_grad_(True)
+        self.attached = self.attached or self.made()  # the same ones each time: one graph
+        for points, lora in self.attached:
+            points.append(lora.requires_grad_(True))
         self.lane = -1
 
+    def detach(self):
+        """Take the adapters out."""
+        for points, _ in self.attached:
+            # `del points[-1]` would make another dict, which compiles again
+            delattr(points, str(len(points) - 1))
+
     def made(self) -> list[tuple[nn.ModuleList, LoRA]]:
-        """An adapter for every place, to serve every slot that passes it."""
+        """Adapters at queries, keys, values, the whole attention branch and the whole MLP branch of
+        each block, all reading the branch's input, and at the logits."""
         c, model = self.cfg.eval, self.model
-        width, kv, scale = model.cfg.model_dim, model.cfg.kv_dim, c.ttt_lora_alpha / c.ttt_lora_rank
+        width, kv = model.cfg.model_dim, model.cfg.kv_dim
         places = []
         for i, block in enumerate(model.blocks):
             slots = [number for number, slot in enumerate(self.plan) if slot.block == i]
-            places += [
-                (block.attn.q.out_sites, width, slots),
-                (block.attn.k.out_sites, kv, slots),
-                (block.attn.v.out_sites, kv, slots),
-                (block.attn_sites, width, slots),
-                (block.mlp_sites, width, slots),
-            ]
+            q, k, v = (m.out_sites for m in (block.attn.q, block.attn.k, block.attn.v))
+            pairs = (
+                (q, width),
+                (k, kv),
+                (v, kv),
+                (block.attn_sites, width),
+                (block.mlp_sites, width),
+            )
+            places += [(points, out, slots) for points, out in pairs]
         places.append((model.logit_sites, model.output.size(0), [0]))
+        rank, scale = c.ttt_lora_rank, c.ttt_lora_alpha / c.ttt_lora_rank
         return [
-            (points, LoRA(self.rows, width, out, c.ttt_lora_rank, scale, slots))
+            (points, LoRA(self.rows, width, out, rank, scale, slots).to(self.rt.device))
             for points, out, slots in places
         ]
 
     def forget(self, batch: Batch):
-        """Begin new documents: B = 0, and the A that all begin with unless the lane keeps its own.
-        Every document has the same A, so that no score depends on which others are in its batch."""
+        """Begin new documents: B = 0, and the same A for each, so that no score depends on which
+        others are in its batch, unless the lane keeps its own."""
         c, generator = self.cfg.eval, None
         if batch.lane != self.lane or not c.ttt_warm_a:
             generator = torch.Generator(self.rt.device).manual_seed(0)
@@ -5954,20 +5935,17 @@ LEARNERS = {
 
 
 def document_borders(tokens: np.ndarray, bos: int = 1) -> np.ndarray:
-    """(n + 1,) first target of each document, then the number of targets.
-
-    A document reaches from its BOS to the next one, which is its last target and stands for no
-    bytes; text before the first BOS is a document too.
-    """
+    """(n + 1,) first target of each document, then the number of targets. A document reaches from
+    its BOS to the next one, which is its last target and stands for no bytes; text before the first
+    BOS is a document too."""
     return np.unique(np.concatenate([[0], np.flatnonzero(tokens[:-1] == bos), [len(tokens) - 1]]))
 
 
 def window_batch(text: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Tensors of one batch on the device of text (N,): ids (B,W), targets and rows (B,S). Padding
-    lies to the right, where no scored row can see it, and is never banked."""
+    """ids (B,W), targets and rows (B,S) of one batch of text (N,), on its device. Padding lies to
+    the right, where no scored row can see it, and is never banked."""
     items = torch.from_numpy(batch.items).to(text.device)
-    nothing = items[-1:] * torch.tensor([1, 1, 0], device=text.device)
-    items = torch.cat([items, nothing.expand(batch.rows - len(items), -1)])
+    items = torch.cat([items, items[-1:].expand(batch.rows - len(items), -1)])
     start, first, count = items.split(1, 1)
     inputs = start + torch.arange(batch.width, device=text.device)
     offset = torch.arange(batch.scored, device=text.device)
@@ -5984,7 +5962,6 @@ class Meter:
         self.begun = self.told = time.monotonic()
 
     def add(self, part: float):
-        """Another part of the whole text is scored."""
         self.done = min(1.0, self.done + part)
         if self.bar:
             self.bar.update(self.done - self.bar.n)
@@ -6000,14 +5977,13 @@ def score(
     strategy: Fixed,
     rt: Runtime,
     observer: Callable | None = None,
-    bos: int = 1,
 ) -> Score:
     """Score every target tokens[1:] exactly once and return the sums, equal on all ranks and for
     any number of them. `observer(batch, losses (n,S))` sees each banked batch before the strategy
-    may learn from it, and the strategy in the state that scored it. Raises RunFailed when a target
-    is missed, repeated or its loss not finite."""
-    borders, ledger = document_borders(tokens, bos), Ledger(tokens)
-    text, forward_tokens = torch.from_numpy(tokens.astype(np.int32)).to(rt.device), 0
+    learns from it. Raises RunFailed when a target is missed, repeated or its loss not finite."""
+    borders, ledger = document_borders(tokens, strategy.bos_id), Ledger(tokens)
+    text = torch.from_numpy(tokens.astype(np.int32)).to(rt.device)
+    forward_tokens = 0
     with rt.progress(1.0, "score") as bar:
         meter = Meter(rt, bar)
         for batches in strategy.rounds(borders, ledger):
@@ -6032,38 +6008,36 @@ def score(
 
 
 def totals(ledger: Ledger, sizes: np.ndarray, borders: np.ndarray, forward_tokens: int) -> Score:
-    """The sums over a text that is scored, whose targets stand for `sizes` bytes each."""
-    of_documents = [
-        np.add.reduceat(x.astype(np.float64), borders[:-1]) for x in (ledger.losses, sizes)
-    ]
+    """The sums over a scored text whose targets stand for `sizes` bytes each."""
+    of_targets = np.stack([ledger.losses.astype(np.float64), sizes], 1)
     return Score(
         nats=float(ledger.losses.sum(dtype=np.float64)),
         tokens=len(ledger.losses),
         bytes=int(sizes.sum(dtype=np.int64)),
         coverage=hashlib.sha256(ledger.count.astype("<i4").tobytes()).hexdigest()[:16],
-        documents=np.stack(of_documents, 1).astype(np.float32),
+        documents=np.add.reduceat(of_targets, borders[:-1]).astype(np.float32),
         forward_tokens=forward_tokens,
     )
 
 
 def tuning_text(cfg: Config, data: Data) -> np.ndarray | None:
     """What TTT=prequant trains on: the validation text, or as many tokens off the end of the
-    training text, which training then never sees; None without it. Raises UserError."""
+    training text, which training then never sees. Raises UserError."""
     if cfg.eval.ttt != "prequant":
         return None
     if not cfg.eval.compliant:
         return data.val
     if len(data.val) > len(data.train) // 2:
         raise UserError(
-            f"PREQUANT_TEXT=train: {len(data.val)} tokens would be more than half of the training text"
+            f"PREQUANT_TEXT=train: {len(data.val)} tokens are over half of the training text"
         )
     return data.train.hold_out(len(data.val))
 
 
 def prequant(trainer: "Trainer", text: np.ndarray | None):
-    """Train all weights some epochs on a text, then let them be quantised. On the validation text
-    this is training on the test set (PR 1539, closed); on held-out training text it is the control,
-    and on the training clock."""
+    """Train all weights some epochs on a text before they are quantised. On the validation text
+    this is training on the test set (PR 1539, closed); on held-out training text, the control, it
+    counts as training time."""
     if text is None:
         return
     c, rt, plan = trainer.cfg.eval, trainer.rt, trainer.plans[trainer.plan]
@@ -6095,7 +6069,7 @@ def variant(c: EvalConfig, kind: str, ttt: str = "none") -> str:
 
 
 def final_label(c: EvalConfig) -> str:
-    """The same in the competition's words: a score with learning never looks like one without."""
+    """The same in the competition's words."""
     windows = variant(c, c.eval, c.ttt).split("+")[0]
     windows = {"chunked": "roundtrip", "sliding": "sliding_window"}.get(c.eval, windows)
     return windows if c.ttt == "none" else f"{windows}_ttt_{c.ttt}"
@@ -6122,7 +6096,7 @@ def score_model(
     """Score a model that walks `plan` with a named strategy and log the audit line."""
     begin = time.monotonic()
     strategy = strategy_of(cfg, rt, model, numerics, plan, kind, ttt)
-    result = score(data.val, data.val_bytes, strategy, rt, observer, cfg.model.bos_id)
+    result = score(data.val, data.val_bytes, strategy, rt, observer)
     rt.log(
         f"score:{variant(cfg.eval, kind, ttt)} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} "
         f"tokens:{result.tokens} bytes:{result.bytes} scored_once:1 coverage:{result.coverage} "
@@ -6132,9 +6106,9 @@ def score_model(
 
 
 class KeyValueCache:
-    """Keys and values of every slot while rows grow by one position at a time: what WholeRows is
-    for rows that are read at once. Only the last position attends; the REACH - 1 before it are read
-    again, since embedding sites look that far back. Kept: (slots,2,B,T,G,D) in plan order."""
+    """What WholeRows is, for rows that grow by one position at a time: keys and values of every
+    slot, (slots,2,B,T,G,D). Only the last position attends; the REACH - 1 before it are read again,
+    since embedding sites look that far back."""
 
     REACH = 4  # a smear gate of a hash of three tokens
 
@@ -6155,7 +6129,7 @@ class KeyValueCache:
         return F.pad(y, (0, 0, 0, 0, q.size(1) - 1, 0))
 
     def read(self, ids: Tensor, at: int) -> Tensor:
-        """Logits (B,V), uncapped, after position `at` of ids (B, up to T); read positions in order."""
+        """Uncapped logits (B,V) after position `at` of ids (B, up to T); to be read in order."""
         self.at, self.first = at, max(0, at + 1 - self.REACH)
         visible = visible_keys(ids[:, : at + 1], self.model.cfg)
         self.visible = ids.new_ones(1, 1, at + 1).bool() if visible is None else visible[:, -1:]
@@ -6181,8 +6155,8 @@ def written(model: GPT, plan: Plan, first: Tensor, draws: Tensor) -> Tensor:
 
 def written_rows(trainer: "Trainer", seen: int, wanted: int) -> np.ndarray:
     """This rank's part of `wanted` rows, (rows, T + 1) uint16, that the model writes itself from a
-    random first token; they depend on SEED and on how many tokens were `seen` before, not on the
-    number of ranks. Source: PR 1019. Knob: CALIBRATION."""
+    random first token, drawn by SEED and the number of tokens `seen` before. Source: PR 1019.
+    Knob: CALIBRATION."""
     cfg, rt, seq = trainer.cfg, trainer.rt, trainer.loader.seq
     numbers = range(rt.rank, wanted, rt.world)
     draws = [np.random.default_rng([cfg.run.seed, seen, i]).random(seq + 1) for i in numbers]

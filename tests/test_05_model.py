@@ -430,7 +430,7 @@ LEAK, SEEN = 1e-11, 1e-4  # nats: far above rounding in float64, far below what 
 
 @pytest.mark.parametrize("preset, technique, attention", CAUSAL)
 def test_a_token_never_changes_an_earlier_loss(preset, technique, attention):
-    """Finding T1: in fp32 rounding (4e-6 to 1.1e-5) met the bound of 1e-5; in float64 it is 1e-14."""
+    """Finding T1: fp32 rounding (4e-6 to 1.1e-5) met the bound of 1e-5; in float64 it is 1e-14."""
     cfg = config(f"{preset}+tiny", **TECHNIQUES[technique], vocab_size=61)
     model = exact(random_model(cfg, tg.Numerics("fp32", attention)))
     T = 12
@@ -448,7 +448,7 @@ def test_a_token_never_changes_an_earlier_loss(preset, technique, attention):
 
 @pytest.mark.parametrize("attention", tg.ATTENTION)
 def test_a_leak_of_a_millionth_is_found_and_a_causal_change_is_none(attention, monkeypatch):
-    """Finding T1: a 2 % change of XSA, which is causal, failed the bound; the smallest leak must."""
+    """Finding T1: a 2 % change of XSA, which is causal, failed the bound; the least leak must."""
     forward = tg.XSA.forward
     case = "baseline", "xsa", attention
     monkeypatch.setattr(tg.XSA, "forward", lambda s, y, v, n: y + 0.98 * (forward(s, y, v, n) - y))

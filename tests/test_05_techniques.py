@@ -36,8 +36,10 @@ def meta_model(cfg: tg.Config) -> tg.GPT:
 
 
 # ---- Presets ----
-TOTALS = {  # from the published logs; depth_recurrent has none: table 2,097,152 + 8 blocks of 2,359,296 + 8 * 1,032
-    # scales and gains + 2 * 512 skips + 8 * 3 loop gates, there being no blend with the embedding
+TOTALS = {
+    # From the published logs; depth_recurrent has none: table 2,097,152 + 8 blocks of 2,359,296 +
+    # 8 * 1,032 scales and gains + 2 * 512 skips + 8 * 3 loop gates, without a blend with the
+    # embedding.
     "depth_recurrent": (20_980_824, 4096),
     "turbo_engram": (30_666_843, 1024),
     "prequant_ttt": (36_311_132, 8192),
@@ -478,7 +480,7 @@ def test_objectives_equal_float64_and_the_log_stays_plain(kind, softcap):
 
 
 def test_heads_of_further_tokens_read_what_the_main_head_reads():
-    """Finding M10: under MUP_BASE_WIDTH main logits were scaled, those of further tokens were not."""
+    """Finding M10: under MUP_BASE_WIDTH main logits were scaled, those of further tokens not."""
     cfg = config(mup_base_width=16, objective="mtp", mtp_weight=1, vocab_size=61)
     model, (ids, targets) = random_model(cfg), random_batch(cfg, 2, 20)
     with torch.no_grad():

@@ -201,7 +201,7 @@ def test_byte_sums_do_not_overflow(rt):
 
 
 def random_model(cfg, seed: int = 0) -> train_gpt.GPT:
-    """A model in which every weight matters: random everywhere, also where training starts at zero."""
+    """A model in which every weight matters: random, also where training starts at zero."""
     torch.manual_seed(seed)
     model = train_gpt.GPT(cfg.model, VOCAB, train_gpt.Numerics())
     for p in model.parameters():

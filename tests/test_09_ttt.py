@@ -85,7 +85,7 @@ def test_score_first_sgd_equals_a_plain_loop(kind):
             TRAIN_SEQ_LEN=16,
         )
     )
-    model, tokens, plan = random_model(cfg), documents(150), tg.schedule(cfg.model)
+    model, tokens = random_model(cfg), documents(150)
     found, _ = score(cfg, model, tokens)
     ids, expected = torch.from_numpy(tokens.astype(np.int64)), np.zeros(149)
     stride = 4 if kind == "sliding" else 16
@@ -158,7 +158,7 @@ def written_out(cfg, model, tokens, documents, initial) -> np.ndarray:
         state = [torch.zeros_like(p) for pair in zip(a, b) for side in pair for p in side]
         visits, step = [0] * len(places), 0
 
-        def hook(i):
+        def hook(i, visits=visits, a=a, b=b):
             def add(module, inputs, out):
                 visit, visits[i] = visits[i], visits[i] + 1
                 return out + scale * inputs[0] @ a[i][visit].T @ b[i][visit].T
@@ -283,7 +283,7 @@ def test_warm_a_is_kept_within_a_lane_and_b_never():
     for warm in (False, True):
         knobs = tg.replace(cfg, eval=tg.replace(cfg.eval, ttt_warm_a=warm))
 
-        def catch(batch, losses):
+        def catch(batch, losses, warm=warm):
             lora = score.strategy.attached[0][1]
             seen.setdefault((warm, batch.lane), []).append((batch.part, lora.a[0].detach().clone()))
             assert batch.part or not any(b.any() for _, x in score.strategy.attached for b in x.b)

@@ -34,11 +34,9 @@ def state_digests(strategy: tg.Fixed, rows: int) -> list[str]:
     """Digest of what scores each row of a batch: all weights and buffers, and the row's own
     adapters."""
     own, shared = [hashlib.sha256() for _ in range(rows)], hashlib.sha256()
-    attached = {
-        id(t) for _, module in strategy.attached for t in (*module.parameters(), *module.buffers())
-    }
+    adapters = {id(t) for _, module in strategy.attached for t in module.parameters()}
     for tensor in (*strategy.model.parameters(), *strategy.model.buffers()):
-        if id(tensor) not in attached:
+        if id(tensor) not in adapters:
             shared.update(tensor.detach().cpu().numpy().tobytes())
     for _, module in strategy.attached:
         for tensor in module.parameters():
@@ -48,7 +46,7 @@ def state_digests(strategy: tg.Fixed, rows: int) -> list[str]:
 
 
 def observe(
-    make: Make, tokens: np.ndarray, rt: tg.Runtime, digest: Callable = state_digests, bos: int = 1
+    make: Make, tokens: np.ndarray, rt: tg.Runtime, digest: Callable = state_digests
 ) -> Seen:
     """Run one evaluation and keep everything; a refusal by score() is kept, not raised."""
     n, strategy, error = len(tokens) - 1, make(tokens), ""
@@ -75,9 +73,7 @@ def observe(
         batches += 1
 
     try:
-        # scripts without BOS_ID know 1 alone
-        known = {} if bos == 1 else dict(bos=bos)
-        coverage = tg.score(tokens, np.ones(n), strategy, rt, watch, **known).coverage
+        coverage = tg.score(tokens, np.ones(n), strategy, rt, watch).coverage
         if coverage != hashlib.sha256(np.ones(n, "<i4").tobytes()).hexdigest()[:16]:
             error = "the coverage hash is not that of a text scored once"
     except tg.RunFailed as refused:
@@ -96,7 +92,7 @@ def audit(
 ) -> dict[str, Any]:
     """Every probe of the strategies of `make`; options as text_probes.audit."""
     return text_probes.audit(
-        lambda x, digests: observe(make, x, rt, digest if digests else no_digest, bos),
+        lambda x, digests: observe(make, x, rt, digest if digests else no_digest),
         tokens,
         vocab,
         bos=bos,
