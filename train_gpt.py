@@ -5275,15 +5275,17 @@ def fit_zeros(p: Packer) -> tuple[bytes, str]:
             if (h := p.hessians.get(exported[name])) is not None:
                 cost = cost * h.diagonal().cpu()
             kept = (t.values == 0) | (t.values.abs() > SMALL_LEVELS)
-            costs[name] = cost.masked_fill(kept, math.inf)
-    ranked = torch.cat([torch.zeros(0), *(cost.flatten() for cost in costs.values())]).sort().values
-    candidates = int(ranked.isfinite().sum())
+            costs[name] = cost.masked_fill(kept, math.inf).flatten()
+    every = torch.cat([torch.zeros(0), *costs.values()])
+    candidates, ranked = int(every.isfinite().sum()), every.argsort(stable=True)
 
     def without(x: float) -> bytes:
+        chosen = torch.zeros(len(every), dtype=torch.bool)  # not by cost: thousands may be equal
+        chosen[ranked[: int(x)]] = True
         changed = dict(whole)
-        for name, cost in costs.items() if x else ():
-            values = whole[name].values.masked_fill(cost <= ranked[int(x) - 1], 0)
-            changed[name] = whole[name]._replace(values=values)
+        for name, part in zip(costs, chosen.split([len(cost) for cost in costs.values()])):
+            values = whole[name].values
+            changed[name] = whole[name]._replace(values=values.masked_fill(part.view_as(values), 0))
         return p.blob(changed)
 
     x, blob, count = packed_to(p.room, without, Slope(0, -0.25, 0, candidates, whole=True))
