@@ -1690,9 +1690,7 @@ def help_text() -> str:
 
 
 # ---- 2 Runtime: device, ranks, clock, log, files -------------------------------------------------
-UTF8 = dict(
-    encoding="utf-8", errors="surrogateescape"
-)  # whatever the locale is; odd bytes of paths survive
+UTF8 = dict(encoding="utf-8", errors="surrogateescape")  # in any locale; odd bytes survive
 
 
 def use_utf8():
@@ -1709,16 +1707,8 @@ def cpu_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(**UTF8).split()
-        cores = min(cores, max(1, int(int(quota) / int(period))))
+        cores = min(cores, max(1, int(quota) // int(period)))
     return cores
-
-
-def open_many_files():
-    """Raise the limit of open files as far as the system admits: every shard stays open."""
-    if resource:
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def sha256_file(path: Path) -> str:
@@ -1733,67 +1723,53 @@ def relative(path: Path | str) -> str:
     return Path(path).name if rel.startswith("..") else rel
 
 
-def write_atomic(path: Path, write: Callable[[Any], None]):
+def write_atomic(path: Path, content: bytes):
     """Create or replace `path` so that a crash at any moment leaves the old file or the new one.
     Raises OSError that names the file and how much of it could be written."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
-            write(f)
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save hides the system's error behind its own
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, OSError):
-            raise
+    except OSError as error:
         written = temporary.stat().st_size if temporary.exists() else 0
-        reason = f"not written ({cause.strerror or cause}, after {written:,} bytes)"
-        raise OSError(cause.errno, reason, str(path)) from None
+        reason = f"not written ({error.strerror}, after {written:,} bytes)"
+        raise OSError(error.errno, reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not every system can sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 class Place(NamedTuple):
-    """Which process of how many this one is."""
+    """Which process of how many this one is, on all machines and on this one."""
 
     rank: int = 0
     world: int = 1
-    local_rank: int = 0  # among those of this machine; the number of its GPU
+    local_rank: int = 0  # the number of its GPU
     local_world: int = 1
-    launched: bool = False  # by torchrun, so that there is a process group to join
 
 
 def place_of(env: dict[str, str]) -> Place:
-    """The place that torchrun's variables tell; alone without them. MASTER_ADDR and MASTER_PORT by
-    themselves mean nothing. Raises OneRankFailed for half of the variables or an impossible one."""
+    """The place that torchrun's variables tell; alone without them. Raises OneRankFailed."""
     wanted = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    present = [name for name in wanted if name in env]
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(present):
+    if not env.keys() & wanted[:3]:
         return Place()
-    told = " ".join(f"{name}={env[name]}" for name in present)
-    if missing := [name for name in wanted if name not in env]:
-        raise OneRankFailed(
-            f"{told}: {', '.join(missing)} not set; start with torchrun, which sets all of these, "
-            "or unset them"
-        )
-    numbers = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+    if missing := ", ".join(name for name in wanted if name not in env):
+        told = " ".join(f"{name}={env[name]}" for name in wanted if name in env)
+        raise OneRankFailed(f"{told}: {missing} not set; start with torchrun or unset all of them")
+    numbers = []
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         text = env.get(name, env["WORLD_SIZE"])
         if not text.isdecimal():
             raise OneRankFailed(f"{name}={text}: want a whole number")
-        numbers[name] = int(text)
-    for name, most in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        if numbers[name] >= numbers[most]:
-            raise OneRankFailed(f"{name}={env[name]}: want less than {most}={numbers[most]}")
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return Place(*(numbers[name] for name in names), launched=True)
+        numbers.append(int(text))
+    rank, world, local_rank, local_world, _ = numbers
+    if rank >= world:
+        raise OneRankFailed(f"RANK={rank}: want less than WORLD_SIZE={world}")
+    if local_rank >= local_world:
+        raise OneRankFailed(f"LOCAL_RANK={local_rank}: want less than {local_world}, those here")
+    return Place(rank, world, local_rank, local_world)
 
 
 class Runtime:
@@ -1805,52 +1781,39 @@ class Runtime:
         self.main = self.rank == 0
         self.device = torch.device("cpu")
         if pick_device({"DEVICE": cfg.run.device}) == "cuda":
-            present = torch.cuda.device_count()
-            if place.local_rank >= present:
-                wanted = f"{present} GPUs here, {place.local_world} wanted"
-                raise OneRankFailed(f"LOCAL_RANK={place.local_rank}: {wanted}")
+            gpus = torch.cuda.device_count()
+            if place.local_rank >= gpus:
+                many = f"{gpus} GPUs here, {place.local_world} wanted"
+                raise OneRankFailed(f"LOCAL_RANK={place.local_rank}: {many}")
             self.device = torch.device("cuda", place.local_rank)
             torch.cuda.set_device(self.device)
         torch.set_num_threads(cfg.system.threads or max(1, cpu_cores() // place.local_world))
-        open_many_files()
-        if place.launched:
+        if "RANK" in env:  # started by torchrun
             self.join(env)
         self.start = time.monotonic()
         self.phases: list[tuple[str, float, float]] = []  # name, begin and end in seconds
         self.doing = "set-up"  # the phase that runs
-        self.folder: Path | None = None
-        self.log_file = None
-        self.metrics_file = None
-        self.unwritten: set[str] = set()  # files that have been warned about
+        self.folder: Path | None = None  # where log and metrics go
+        self.warned = False  # of a full disk
         self.interrupted = False
         self.mark = ""  # ends every log line of a run that is not admissible
 
     def join(self, env: dict[str, str]):
         """Enter the process group. Raises OneRankFailed, which names the address."""
         importlib.import_module("torch._dynamo")  # imported later, gloo's threads can abort at exit
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend)
+            dist.init_process_group("gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl")
         except (RuntimeError, ValueError) as error:
+            address = f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}"
             reason = str(error).splitlines()[0]
             raise OneRankFailed(
-                f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}: cannot join "
-                f"{self.world} ranks there; take a free port ({reason})"
+                f"{address}: cannot join {self.world} ranks; take a free port ({reason})"
             ) from None
 
     def close(self):
-        """Leave the process group and close the files."""
+        """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
-        self.close_files()
-
-    def close_files(self):
-        """Close the log and the metrics; what a full disk does not take is lost."""
-        for file in (self.log_file, self.metrics_file):
-            if file:
-                with contextlib.suppress(OSError):
-                    file.close()
-        self.log_file = self.metrics_file = None
 
     # Collectives: no-ops on one rank.
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -1860,13 +1823,13 @@ class Runtime:
         return x
 
     def reduce_scatter(self, mine: Tensor, x: Tensor) -> Callable[[], Any]:
-        """Begin summing x over ranks into `mine`, this rank's equal share; returns what waits for it."""
+        """Begin summing x over ranks into `mine`, this rank's equal share; returns what waits."""
         if self.world == 1:
             return lambda: None
         return dist.reduce_scatter(mine, list(x.chunk(self.world)), async_op=True).wait
 
     def all_gather(self, mine: Tensor) -> tuple[Tensor, Callable[[], Any]]:
-        """Begin joining equal shares along the first axis; returns their place and what waits for them."""
+        """Begin joining equal shares along the first axis; returns the whole and what waits."""
         if self.world == 1:
             return mine, lambda: None
         full = mine.new_empty(self.world * len(mine), *mine.shape[1:])
@@ -1875,19 +1838,17 @@ class Runtime:
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0 alone; every rank returns its result (to be pickled) or error."""
-        result = error = None
+        outcome = [None, None]
         if self.main:
             try:
-                result = work()
-            except (UserError, RunFailed, OSError) as raised:
-                error = raised
+                outcome[0] = work()
+            except (UserError, RunFailed, OSError) as error:
+                outcome[1] = error
         if dist.is_initialized():
-            box = [result, error]
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-            result, error = box
-        if error:
-            raise error
-        return result
+            dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        if outcome[1]:
+            raise outcome[1]
+        return outcome[0]
 
     def numbers_from_main(self, *values: float) -> list[float]:
         """Rank 0's numbers on every rank; cheap enough for every step."""
@@ -1903,40 +1864,35 @@ class Runtime:
 
     # Output.
     def open_run(self, cfg: Config) -> bool:
-        """Create runs/<RUN_ID>/ and start the log. Returns False when the run is complete."""
-        auto = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-seed{cfg.run.seed}"
-        name = self.on_main(lambda: auto if cfg.run.run_id == "auto" else cfg.run.run_id)
-        self.folder = Path(cfg.run.runs_dir) / name
+        """Create the run's folder, for log and all. Returns False when its run is complete."""
+        name = cfg.run.run_id
+        if name == "auto":
+            name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-seed{cfg.run.seed}"
+        self.folder = Path(cfg.run.runs_dir) / self.on_main(lambda: name)
         return self.on_main(lambda: self.claim_folder(cfg))
 
     def claim_folder(self, cfg: Config) -> bool:
         """Rank 0's part of open_run."""
-        log = self.folder / "log.txt"
-        known = {k: dict(value=v, origin=cfg.origins[k]) for k, v in cfg.shown().items()}
-        about = dict(preset=cfg.preset, compliant=cfg.eval.compliant, knobs=known)
-        text = json.dumps(about, indent=1).encode()
+        log, name = self.folder / "log.txt", relative(self.folder)
+        knobs = {k: dict(value=v, origin=cfg.origins[k]) for k, v in cfg.shown().items()}
+        about = dict(preset=cfg.preset, compliant=cfg.eval.compliant, knobs=knobs)
         try:
-            if log.exists():
-                if cfg.run.resume == "none":
-                    raise UserError(
-                        f"RUN_ID={cfg.run.run_id}: {relative(self.folder)} already holds a run; "
-                        "set RESUME=auto to continue it or choose another RUN_ID"
-                    )
-                self.check_same(cfg)
-                if "\nfinal:official " in log.read_text(**UTF8):
-                    return False
+            self.fresh = not log.exists()
+            if not self.fresh and cfg.run.resume == "none":
+                raise UserError(
+                    f"RUN_ID={cfg.run.run_id}: {name} already holds a run; set RESUME=auto to "
+                    "continue it or choose another RUN_ID"
+                )
+            if not self.fresh and "\nfinal:official " in log.read_text(**UTF8):
+                self.say(f"{name} is complete; see its log.txt")
+                return False
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_by_a_crash in self.folder.glob("*.tmp"):
                 left_by_a_crash.unlink()
-            self.fresh = not log.exists()
-            self.log_file = open(log, "a", buffering=1, **UTF8)
-            self.metrics_file = open(self.folder / "metrics.jsonl", "a", buffering=1, **UTF8)
-            write_atomic(self.folder / "config.json", lambda f: f.write(text))
+            write_atomic(self.folder / "config.json", json.dumps(about, indent=1).encode())
         except OSError as error:
-            raise UserError(
-                f"RUNS_DIR={relative(cfg.run.runs_dir)}: cannot write {relative(self.folder)} "
-                f"({error.strerror})"
-            ) from None
+            runs = relative(cfg.run.runs_dir)
+            raise UserError(f"RUNS_DIR={runs}: cannot write {name} ({error.strerror})") from None
         return True
 
     def check_same(self, cfg: Config):
@@ -1951,35 +1907,36 @@ class Runtime:
     def drop_run(self):
         """Leave nothing of a run that was refused before it began: its RUN_ID is free again."""
         if self.main and self.fresh:
-            self.close_files()
             for name in ("log.txt", "metrics.jsonl", "config.json"):
                 (self.folder / name).unlink(missing_ok=True)
-            if not any(self.folder.iterdir()):
+            with contextlib.suppress(OSError):  # it holds something else
                 self.folder.rmdir()
 
     def log(self, text: str, echo: bool = True):
         """One line to the log file and, if `echo`, to the terminal; rank 0 only. Never fails."""
-        text += self.mark
         if self.main:
-            self.append(self.log_file, text)
+            self.append("log.txt", text + self.mark)
             if echo:
-                self.say(text)
+                self.say(text + self.mark)
 
     def metric(self, event: str, **values):
         """One JSON line to metrics.jsonl; rank 0 only. Never fails."""
         seconds = round(time.monotonic() - self.start, 3)
-        self.append(self.metrics_file, json.dumps(dict(event=event, t=seconds, **values)))
+        self.append("metrics.jsonl", json.dumps(dict(event=event, t=seconds, **values)))
 
-    def append(self, file, line: str):
-        """Add a line to a file, if it is open and the disk takes it: a full disk must not end a run
-        that can finish. What was not written is tried again with the next line."""
+    def append(self, name: str, line: str):
+        """Add a line to a file of the run's folder, if there is one: a full disk must not end a run
+        that can finish."""
+        if not (self.main and self.folder):
+            return
+        path = self.folder / name
         try:
-            if file:
-                file.write(line + "\n")
+            with open(path, "a", **UTF8) as f:
+                f.write(line + "\n")
         except OSError as error:
-            if file.name not in self.unwritten:
-                self.unwritten.add(file.name)
-                self.say(f"warning: {relative(file.name)} not written ({error.strerror})")
+            if not self.warned:
+                self.warned = True
+                self.say(f"warning: {relative(path)} not written ({error.strerror})")
 
     def say(self, text: str):
         """One line to the terminal, until nobody reads it (`| head`) or its disk is full."""
@@ -1992,7 +1949,8 @@ class Runtime:
 
     @contextlib.contextmanager
     def catch_signals(self):
-        """SIGINT and SIGTERM set `interrupted`, so that the loop ends between steps; a second one kills."""
+        """The first SIGINT or SIGTERM sets `interrupted`, which ends the loop between steps; a
+        second one kills."""
 
         def note(number, frame):
             self.interrupted = True
@@ -2007,7 +1965,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def phase(self, name: str):
-        """Account the enclosed time under `name` in the ledger, on a monotonic clock."""
+        """Account the enclosed time under `name` in the ledger."""
         self.synchronize()
         self.doing = name
         begin = time.monotonic() - self.start
@@ -2020,22 +1978,24 @@ class Runtime:
         self.metric("phase", name=name, start=begin, end=end)
 
     def progress(self, total: float, label: str):
-        """A bar on a terminal, silence elsewhere (the log lines carry the time left)."""
+        """A bar on a terminal, None elsewhere (the log lines carry the time left)."""
         if not (tqdm and self.main and sys.stderr.isatty()):
             return contextlib.nullcontext()
-        return tqdm.tqdm(
-            total=total,
-            desc=label,
-            leave=False,
-            dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}",
-        )
+        bar = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        return tqdm.tqdm(total=total, desc=label, leave=False, dynamic_ncols=True, bar_format=bar)
 
 
-def log_header(cfg: Config, rt: Runtime):
-    """The first lines of a log (rank 0): which code ships, which runs, how configured, on what."""
+def log_header(cfg: Config, rt: Runtime, compliant: bool):
+    """The first lines of a log: which code ships, which runs, how configured, on what. Marks all
+    lines from now on when weights see the validation text before it is scored."""
     if not rt.main:
         return
+    if not compliant:
+        rt.mark = " [NONCOMPLIANT]"
+        rt.log(
+            "warning: weights are trained on validation text before it is scored; the competition "
+            "does not admit that (its issues 402 and 677, PR 1376)"
+        )
     ran, (shipped, reason) = SCRIPT.read_bytes(), shipped_code()
     for what, code in (("code", shipped), ("source", ran)):
         wrapped = int(code != ran or WRAPPED)
@@ -2047,7 +2007,8 @@ def log_header(cfg: Config, rt: Runtime):
     host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
     rt.log(
         f"audit:env python:{platform.python_version()} torch:{torch.__version__} "
-        f"cuda:{torch.version.cuda} gpu:{gpu} host_hash:{host} world_size:{rt.world} threads:{torch.get_num_threads()}"
+        f"cuda:{torch.version.cuda} gpu:{gpu} host_hash:{host} world_size:{rt.world} "
+        f"threads:{torch.get_num_threads()}"
     )
     rt.log(f"preset:{cfg.preset}")
     for name, value in cfg.shown().items():
@@ -5341,7 +5302,7 @@ def shipped_code() -> tuple[bytes, str]:
         packed = out.read_bytes()
     with contextlib.suppress(OSError):  # a folder that only may be read
         cache.mkdir(exist_ok=True)
-        write_atomic(kept, lambda f: f.write(packed))
+        write_atomic(kept, packed)
     return packed, ""
 
 
@@ -5354,7 +5315,7 @@ def submit_code(rt: Runtime):
     """Keep in the run's folder the code that the run is counted with (on rank 0)."""
     folder = rt.folder / "submission"
     folder.mkdir(exist_ok=True)
-    write_atomic(folder / "train_gpt.py", lambda f: f.write(shipped_code()[0]))
+    write_atomic(folder / "train_gpt.py", shipped_code()[0])
 
 
 STORED_GROUPS = ("model", "eval")  # what an artifact must know to be scored again
@@ -5383,7 +5344,7 @@ def export(trainer: "Trainer") -> Path:
     with rt.phase("quantise"):
         blob = pack_to_fit(Packer(model, cfg.quant, trainer.hessians, trainer.harms, header), rt)
         for place in (path, rt.folder / "submission" / path.name):  # beside the code that reads it
-            write_atomic(place, lambda f: f.write(blob))
+            write_atomic(place, blob)
     rt.log(f"Serialized model: {sum(p.numel() * 4 for p in model.exported().values())} bytes")
     rt.log(f"Code size: {code_bytes()} bytes")
     rt.log(f"Total submission size: {len(blob) + code_bytes()} bytes")
@@ -6171,18 +6132,8 @@ def written_rows(trainer: "Trainer", seen: int, wanted: int) -> np.ndarray:
 # ---- 10 Training ---------------------------------------------------------------------------------
 def full_speed(cfg: Config) -> dict[str, float]:
     """Ramps of a step without any ramp: full rate, whole batch, longest rows, no momentum."""
-    return dict(
-        lr=1.0,
-        done=0.0,
-        momentum=0.0,
-        wd=1.0,
-        alpha=0.0,
-        beta3=0.0,
-        row=cfg.data.train_seq_len,
-        qat=1.0,
-        plan=0,
-        loop=1.0,
-    )
+    full = dict(lr=1.0, wd=1.0, qat=1.0, loop=1.0, row=cfg.data.train_seq_len)
+    return dict.fromkeys(RAMPS, 0.0) | full
 
 
 class Clock:
@@ -6210,13 +6161,6 @@ class Clock:
         self.since = None
 
     @contextlib.contextmanager
-    def running(self):
-        """Count the enclosed time."""
-        self.start()
-        yield
-        self.stop()
-
-    @contextlib.contextmanager
     def paused(self):
         """Do not count the enclosed time; a clock that stands still stays so."""
         running = self.since is not None
@@ -6228,10 +6172,8 @@ class Clock:
 
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ended, on a GPU or (where the system tells) on a CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return any(sign in text for sign in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def refuse_changes(earlier: dict[str, Any], now: dict[str, Any]):
@@ -6245,42 +6187,39 @@ def refuse_changes(earlier: dict[str, Any], now: dict[str, Any]):
 
 
 def load_checkpoint(cfg: Config, rt: Runtime) -> dict[str, Any] | None:
-    """The run folder's checkpoint when RESUME=auto and there is one. Tensors and plain values only,
-    never code. Raises UserError for a file that is no checkpoint."""
+    """The run's checkpoint when RESUME=auto and there is one: tensors and plain values, never code.
+    Raises UserError for a file that is none."""
     path = rt.folder / "checkpoint.pt"
-    blob = rt.on_main(
-        lambda: path.read_bytes() if cfg.run.resume == "auto" and path.exists() else None
-    )
-    if blob is None:
+    if cfg.run.resume == "none" or not rt.on_main(path.exists):
         return None
+    blob = rt.on_main(path.read_bytes)
     try:
         saved = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
         if set(saved) != {"state", "identity", "numerics"}:
             raise ValueError("foreign")
         return saved
     except Exception as error:
-        raise UserError(
-            f"{relative(path)}: not a readable checkpoint ({type(error).__name__}); move it away to "
-            "start over"
-        ) from None
+        reason = f"not a readable checkpoint ({type(error).__name__})"
+        raise UserError(f"{relative(path)}: {reason}; move it away to start over") from None
 
 
 class Trainer:
     """Owns what changes in training: weights, optimiser state, average, place in the text, clock.
 
-    How a gradient reaches the weights: `run` asks the loader for rows; `accumulate` sends them
-    through the model in passes, whose gradients add up in one flat vector; `update` lets the
-    optimiser sum it over ranks and change the weights, and the averager follow. A checkpoint holds
-    `state` after whole steps: step N+1 after a kill is the step that would have come anyway."""
+    How a gradient reaches the weights: `run` asks the loader for rows; `accumulate` adds up their
+    gradients in one flat vector, pass by pass; `update` lets the optimiser sum it over ranks and
+    change the weights. A checkpoint holds `state` after whole steps: step N+1 after a kill is the
+    step that would have come anyway."""
 
     def __init__(self, cfg: Config, rt: Runtime, data: Data, model: GPT, numerics: Numerics):
         self.cfg, self.rt, self.data, self.model, self.numerics = cfg, rt, data, model, numerics
-        self.clock = Clock(rt)
         averaging = AVERAGERS[cfg.optim.averaging]
         needs_scores = averaging.needs_scores or cfg.quant.allocation == "loss"
         self.held_out = data.train.hold_out(cfg.optim.held_out_tokens) if needs_scores else None
-        with self.clock.running():  # it reads training text, what is held out excepted
-            see_data(model, data)
+        self.clock = Clock(rt)
+        self.clock.start()
+        see_data(model, data)  # it reads training text, what is held out excepted
+        self.clock.stop()
         self.plans = plans(cfg.model)
         self.plan = 0  # number of the plan of the last step
         self.loss = compiled(model.forward, numerics)
@@ -6302,21 +6241,17 @@ class Trainer:
     def progress(self, elapsed: float) -> Progress:
         """Where the run stands, from rank 0's clock and the step number alone."""
         o, step = self.cfg.optim, self.step_number
+        frac, left = step / o.iterations, o.iterations - step
         if not o.max_wallclock_seconds:
-            return Progress(step, step / o.iterations, o.iterations - step, 1.0)
+            return Progress(step, frac, left, 1.0)
         budget = o.max_wallclock_seconds - o.reserve_seconds
         cost = statistics.median(self.recent) if len(self.recent) >= 5 else 0.0
-        left = budget - elapsed
-        if cost:
-            left = min(left, (o.iterations - step) * cost)
-        return Progress(
-            step, min(1.0, max(elapsed / budget, step / o.iterations)), max(0.0, left), cost
-        )
+        seconds = min(budget - elapsed, left * cost if cost else math.inf)
+        return Progress(step, min(1.0, max(elapsed / budget, frac)), max(0.0, seconds), cost)
 
     def micro_batches(self, rows: np.ndarray, length: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Cut rows (n, T + 1) into as few passes as possible, all of one size, and these into rows of
-        `length`: (ids, targets, real rows), both int64 on the device. The last pass is filled up, by
-        less than a row for each pass, with targets that give no loss. Without rows, no pass."""
+        """Rows (n, T + 1) in as few passes as possible, all of one size, cut into rows of `length`:
+        (ids, targets, real rows), int64 on the device. What fills the last pass gives no loss."""
         tokens = torch.from_numpy(rows.astype(np.int32))
         if self.rt.device.type == "cuda":
             tokens = tokens.pin_memory()  # so that the copy waits for nothing
@@ -6332,8 +6267,7 @@ class Trainer:
             yield ids.view(-1, length), targets.view(-1, length), real
 
     def step(self, rows: np.ndarray, ramps: dict[str, float]) -> Tensor:
-        """One optimiser update from this rank's rows; returns the mean loss of the whole batch, 0-D
-        on the device."""
+        """One optimiser update from this rank's rows; returns the whole batch's mean loss (0-D)."""
         self.accumulate(rows, ramps)
         return self.update(ramps)
 
@@ -6365,20 +6299,19 @@ class Trainer:
         """Whole steps on synthetic tokens, so that kernels compile off the clock and passes are no
         larger than the memory admits; then undo everything but that."""
         graphs = list(itertools.product(range(len(self.plans)), row_lengths(self.cfg)))
-        steps = self.cfg.optim.warmup_steps * len(graphs)
+        graphs *= self.cfg.optim.warmup_steps
         before = copy.deepcopy(self.state())
         generator = np.random.default_rng(0)
         mine = len(range(self.rt.rank, self.loader.rows, self.rt.world))
-        shape = (mine, self.cfg.data.train_seq_len + 1)
-        for i in range(steps):
+        shape = (mine, self.loader.seq + 1)
+        for i, (plan, row) in enumerate(graphs, 1):
             fake = generator.integers(self.cfg.data.vocab_size, size=shape).astype(np.uint16)
-            plan, row = graphs[i % len(graphs)]
             ramps = full_speed(self.cfg) | dict(plan=plan, row=row)
             while not self.fits(fake, ramps):
                 self.shrink_passes(mine)
             self.update(ramps)
-            self.rt.log(f"warmup_step:{i + 1}/{steps}", echo=False)
-        if steps and self.held_out is not None:
+            self.rt.log(f"warmup_step:{i}/{len(graphs)}", echo=False)
+        if graphs and self.held_out is not None:
             with torch.no_grad():
                 self.mean_loss(np.zeros_like(self.held_out))
         self.restore(before)
@@ -6395,8 +6328,7 @@ class Trainer:
         return not self.rt.all_reduce(torch.tensor(failed, device=self.rt.device))
 
     def shrink_passes(self, rows: int):
-        """Take one pass more, or a quarter more, for so many rows. Raises RunFailed when a pass has
-        one row already."""
+        """Take one pass more, or a quarter more, for so many rows. Raises RunFailed below one row."""
         tried, seq = self.most_rows, self.loader.seq
         if tried == 1:
             raise RunFailed(
@@ -6407,40 +6339,39 @@ class Trainer:
         self.most_rows = max(1, min(tried - 1, -(-rows // (passes + max(1, passes // 4)))))
         if self.rt.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.rt.log(
-            f"warning: out of memory with {tried * seq} tokens a pass; trying as "
-            f"MICRO_BATCH_TOKENS={self.most_rows * seq} would have"
-        )
+        now = f"MICRO_BATCH_TOKENS={self.most_rows * seq}"
+        self.rt.log(f"warning: out of memory with {tried * seq} tokens a pass; {now} from now on")
 
     # Looking at text.
     def observe_inputs(self, tokens: int) -> Hessians:
-        """Second moments of what each matrix reads, over at least so many tokens of all ranks. A tied
-        embedding is read twice, by the head and row by row as input: all inputs alike are added to
-        what the head reads."""
-        seq, plan, device = self.loader.seq, self.plans[self.plan], self.rt.device
-        none = torch.zeros(0, seq, dtype=torch.int64, device=device)
+        """Second moments of what each matrix reads, over at least so many tokens of all ranks. A
+        tied embedding is also read row by row as input: all inputs alike are added."""
+        rt, seq, plan = self.rt, self.loader.seq, self.plans[self.plan]
+        none = torch.zeros(0, seq, dtype=torch.int64, device=rt.device)
         sums = second_moments(self.model, none, plan)  # zeros, on a rank without rows too
         seen = 0
         while seen < tokens:
             wanted = min(self.loader.rows, -(-(tokens - seen) // seq))
-            rows = CALIBRATIONS[self.cfg.quant.calibration](self, seen, wanted)
+            if self.cfg.quant.calibration == "self":
+                rows = written_rows(self, seen, wanted)
+            else:
+                rows = self.loader.next(rt.rank, rt.world, wanted)
             for ids, _, real in self.micro_batches(rows, seq):
                 for p, total in second_moments(self.model, ids[:real], plan).items():
                     sums[p] += total
             seen += wanted * seq
-            self.rt.log(f"calibrated:{seen} of {tokens} tokens")
-        moments = {p: self.rt.all_reduce(total) / seen for p, total in sums.items()}
+            rt.log(f"calibrated:{seen} of {tokens} tokens")
+        moments = {p: rt.all_reduce(total) / seen for p, total in sums.items()}
         if self.model.embed in moments:
             tied = moments[self.model.embed]
-            tied += tied.diagonal().mean() * torch.eye(len(tied), device=device)
+            tied += tied.diagonal().mean() * torch.eye(len(tied), device=rt.device)
         return moments
 
     @torch.no_grad()
     def observe_harms(self) -> dict[str, float]:
-        """Nats per token of held-out training text that the rounding of each matrix costs by itself.
-        Its errors are enlarged fourfold, above the noise, and taken with both signs, so that the slope
-        of the loss cancels out. What is measured for the nearest levels is scaled by how much of
-        their error ROUNDING leaves."""
+        """Nats per token of held-out training text that the rounding of each matrix costs: with
+        errors to the nearest levels, enlarged fourfold, above the noise, and of both signs, so that
+        the slope of the loss cancels out; scaled by how much of them ROUNDING leaves."""
         harms, size, before = {}, 4.0, self.held_out_loss()
         for name, p in self.model.exported().items():
             rule, kept = QUANTISERS[p.quant](self.cfg.quant), p.detach().clone()
@@ -6471,8 +6402,8 @@ class Trainer:
 
     # Checkpoints.
     def state(self) -> dict[str, Any]:
-        """Everything that a bit-identical continuation needs, the same on any number of ranks;
-        tensors are live, not copies. Every rank must call it."""
+        """Everything that a bit-identical continuation needs, on any number of ranks; tensors are
+        live, not copies. Every rank must call it."""
         return dict(
             weights=self.flat.weights,
             optimiser=self.optimiser.state_dict(),
@@ -6486,7 +6417,7 @@ class Trainer:
         )
 
     def restore(self, state: dict[str, Any]):
-        """Inverse of state(); also accepts the live state's copies."""
+        """Inverse of state()."""
         self.flat.weights.copy_(state["weights"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.averager.load_state_dict(state["averager"])
@@ -6506,13 +6437,13 @@ class Trainer:
         self.check_finite()
         with self.clock.paused():
             if not self.flat.weights.isfinite().all():
-                raise RunFailed(self.not_finite("weights", self.step_number))
-            content = dict(
-                state=self.state(), identity=self.identity(), numerics=self.numerics._asdict()
-            )
+                raise self.diverged("weights", self.step_number)
+            numerics = self.numerics._asdict()
+            content = dict(state=self.state(), identity=self.identity(), numerics=numerics)
             if self.rt.main:
+                torch.save(content, blob := io.BytesIO())
                 try:
-                    write_atomic(self.rt.folder / "checkpoint.pt", lambda f: torch.save(content, f))
+                    write_atomic(self.rt.folder / "checkpoint.pt", blob.getbuffer())
                     self.rt.metric("checkpoint", step=self.step_number)
                 except OSError as error:  # a full disk must not end a run that can still finish
                     self.rt.log(f"warning: checkpoint {error.strerror}")
@@ -6520,7 +6451,15 @@ class Trainer:
 
     def resume(self, saved: dict[str, Any]):
         """Continue from a loaded checkpoint. Raises UserError when it has another configuration."""
-        refuse_changes(saved["identity"], self.identity())
+        old = saved["identity"]
+        differ = [
+            f"{name.upper()}: checkpoint {old.get(name)}, now {value}"
+            for name, value in self.identity().items()
+            if old.get(name) != value
+        ]
+        if differ:
+            found = "; ".join(differ)
+            raise UserError(f"RESUME=auto: the checkpoint has another configuration; {found}")
         try:
             self.restore(saved["state"])
         except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -6532,40 +6471,44 @@ class Trainer:
 
     # The loop.
     def check_finite(self):
-        """Stop the run when the previous step's loss was not finite; read one step late, so that the
-        device stays busy."""
+        """Stop a run whose last loss was not finite; read a step late, so that the device stays
+        busy."""
         if self.pending is not None and not math.isfinite(self.pending[1].item()):
-            raise RunFailed(self.not_finite("loss", self.pending[0]))
+            raise self.diverged("loss", self.pending[0])
         self.pending = None
 
-    def not_finite(self, what: str, step: int) -> str:
-        """What to tell the user of a diverged run."""
+    def diverged(self, what: str, step: int) -> RunFailed:
+        """What ends a run with numbers that are not finite."""
         saved = self.rt.folder / "checkpoint.pt"
-        hint = "no checkpoint was written yet"
-        if saved.exists():
-            hint = f"last good checkpoint: {relative(saved)}"
-        return (
-            f"{what} not finite at step {step} ({hint}); try a lower MATRIX_LR, TIED_EMBED_LR or "
+        good = f"last good checkpoint: {relative(saved)}" if saved.exists() else "no checkpoint yet"
+        return RunFailed(
+            f"{what} not finite at step {step} ({good}); try a lower MATRIX_LR, TIED_EMBED_LR or "
             "SCALAR_LR, GRAD_CLIP_NORM=0.3, or NUMERICS=fp32"
         )
 
     def report(self, loss: Tensor, p: Progress, ramps: dict[str, float]):
-        """The competition's training line with speed and time left: the first ten steps, then every
-        TRAIN_LOG_EVERY."""
+        """The competition's training line, with speed and time left."""
         step = self.step_number
         if step > 10 and step % self.cfg.run.train_log_every:
             return
-        loss_now, elapsed = loss.item(), self.clock.read()
-        self.rt.metric("train", step=step, loss=loss_now, seconds=elapsed, **ramps)
-        speed = self.loader.dealt() / max(elapsed, 1e-9)
+        value, elapsed = loss.item(), self.clock.read()
+        self.rt.metric("train", step=step, loss=value, seconds=elapsed, **ramps)
         left = p.remaining  # seconds; steps where no wall clock ends the run
         if not self.cfg.optim.max_wallclock_seconds:
             left *= elapsed / step
+        speed = self.loader.dealt() / max(elapsed, 1e-9)
+        times = self.times(elapsed)
         self.rt.log(
-            f"step:{step}/{self.cfg.optim.iterations} train_loss:{loss_now:.4f} "
-            f"train_time:{elapsed * 1e3:.0f}ms step_avg:{elapsed * 1e3 / step:.2f}ms "
-            f"tok/s:{speed:.0f} left:{left:.0f}s"
+            f"{self.at()} train_loss:{value:.4f} {times} tok/s:{speed:.0f} left:{left:.0f}s"
         )
+
+    def at(self) -> str:
+        return f"step:{self.step_number}/{self.cfg.optim.iterations}"
+
+    def times(self, elapsed: float) -> str:
+        """Training time and its average, for the log."""
+        average = elapsed * 1e3 / max(self.step_number, 1)
+        return f"train_time:{elapsed * 1e3:.0f}ms step_avg:{average:.2f}ms"
 
     def rest_hooks(self):
         """Make the model what the artifact will be: no fake quantisation, loops at full strength."""
@@ -6573,43 +6516,33 @@ class Trainer:
             hook.before_step(full_speed(self.cfg) | dict(qat=0.0))
 
     def validate(self, elapsed: float):
-        """The competition's validation line: chunked score of the live weights, as they are at rest."""
+        """The competition's validation line: chunked score of the live weights at rest."""
         self.rest_hooks()
-        numerics = self.numerics._replace(
-            compile=self.numerics.compile and self.rt.device.type == "cuda"
-        )
-        result = score_model(
-            self.cfg, self.rt, self.model, numerics, self.data, "chunked", self.plans[self.plan]
-        )
-        step = self.step_number
-        self.rt.log(
-            f"step:{step}/{self.cfg.optim.iterations} "
-            f"val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} "
-            f"train_time:{elapsed * 1e3:.0f}ms step_avg:{elapsed * 1e3 / max(step, 1):.2f}ms"
-        )
-        self.rt.metric("val", step=step, loss=result.loss, bpb=result.bpb, seconds=elapsed)
+        compiles = self.numerics.compile and self.rt.device.type == "cuda"
+        numerics, plan = self.numerics._replace(compile=compiles), self.plans[self.plan]
+        result = score_model(self.cfg, self.rt, self.model, numerics, self.data, "chunked", plan)
+        loss, bpb = result.loss, result.bpb
+        self.rt.log(f"{self.at()} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {self.times(elapsed)}")
+        self.rt.metric("val", step=self.step_number, loss=loss, bpb=bpb, seconds=elapsed)
 
-    def stop_reason(self, elapsed: float) -> str:
-        """Why training ends before another step as long as the longest of the last 20; empty when it
-        goes on. On a GPU the last step still runs when `elapsed` is read: two are to come."""
+    def done(self, elapsed: float) -> bool:
+        """Whether training ends before another step as long as the longest of the last 20. On a GPU
+        the last step still runs when `elapsed` is read: two are to come."""
         o = self.cfg.optim
-        if self.step_number >= o.iterations:
-            return "iterations"
-        if not o.max_wallclock_seconds:
-            return ""
         to_come = 2 if self.rt.device.type == "cuda" else 1
         end = elapsed + to_come * max(self.recent[-20:], default=0.0)
-        return "wallclock_cap" if end > o.max_wallclock_seconds - o.reserve_seconds else ""
+        late = o.max_wallclock_seconds and end > o.max_wallclock_seconds - o.reserve_seconds
+        return self.step_number >= o.iterations or late
 
     def run(self):
-        """Train until the clock or ITERATIONS says stop, at the same step on every rank. After a
-        signal, write a checkpoint and raise KeyboardInterrupt."""
+        """Train until the clock or ITERATIONS says stop, at the same step on every rank. A signal
+        ends it with a checkpoint and KeyboardInterrupt."""
         checkpoint_every = self.cfg.run.checkpoint_every or math.inf
-        validate_every = self.cfg.run.val_loss_every or self.cfg.optim.iterations + 1
+        validate_every = self.cfg.run.val_loss_every or math.inf
         [elapsed] = self.rt.numbers_from_main(self.clock.read())
         self.clock.start()
         with self.rt.progress(1.0, "train") as bar, self.rt.catch_signals():
-            while not self.stop_reason(elapsed):
+            while not self.done(elapsed):
                 begin, p = elapsed, self.progress(elapsed)
                 ramps = {name: ramp(p, self.cfg) for name, ramp in RAMPS.items()}
                 loss = self.step(self.loader.next(self.rt.rank, self.rt.world), ramps)
@@ -6632,17 +6565,15 @@ class Trainer:
                 if self.step_number % validate_every == 0:
                     with self.clock.paused():
                         self.validate(elapsed)
-            self.end(self.stop_reason(elapsed))
+            self.end()
 
-    def end(self, reason: str):
-        """Log why training ended, when the last step has, and keep a last checkpoint."""
+    def end(self):
+        """Wait for the last step, log an end by the clock, and keep a last checkpoint."""
         self.check_finite()
         self.rt.synchronize()
-        if reason == "wallclock_cap":
-            self.rt.log(
-                f"stopping_early: wallclock_cap train_time:{self.clock.read() * 1e3:.0f}ms "
-                f"step:{self.step_number}/{self.cfg.optim.iterations}"
-            )
+        if self.step_number < self.cfg.optim.iterations:
+            elapsed = f"train_time:{self.clock.read() * 1e3:.0f}ms"
+            self.rt.log(f"stopping_early: wallclock_cap {elapsed} {self.at()}")
         if self.cfg.run.checkpoint_every:
             self.save()
 
@@ -6652,16 +6583,17 @@ class Trainer:
         self.rt.log(f"averaging:{self.cfg.optim.averaging} {self.averager.apply()}")
 
     def observe(self):
-        """See what the quantiser asks for; what reads training text does so before the clock stops."""
-        q = self.cfg.quant
+        """See what the quantiser asks for; training text is read before the clock stops."""
+        q, limit = self.cfg.quant, self.cfg.optim.max_wallclock_seconds
         self.rest_hooks()
         with self.clock.paused() if q.calibration == "self" else contextlib.nullcontext():
             if q.sees_inputs:
                 self.hessians = self.observe_inputs(q.calibration_tokens)
-        self.harms = HARMS[q.allocation](self)
+        if q.allocation == "loss":
+            self.harms = self.observe_harms()
         self.clock.stop()
-        late = self.clock.read() - self.cfg.optim.max_wallclock_seconds
-        if self.cfg.optim.max_wallclock_seconds and late > 1:
+        late = self.clock.read() - limit
+        if limit and late > 1:
             self.rt.log(
                 f"warning: the last use of training text ended {late:.1f} s after "
                 "MAX_WALLCLOCK_SECONDS; raise RESERVE_SECONDS"
@@ -6674,56 +6606,41 @@ STEP_HOOKS: tuple[Callable[[Trainer], StepHook | None], ...] = (
     lambda t: LoopStrength(t.model.loops) if t.model.loops else None,
     lambda t: InputWatch(t.model, t.optimiser) if input_whitening in t.optimiser.stages else None,
 )
-# CALIBRATION -> this rank's part of `wanted` rows, after `seen` tokens: (trainer, seen, wanted)
-CALIBRATIONS: dict[str, Callable[[Trainer, int, int], np.ndarray]] = {
-    "train": lambda t, seen, wanted: t.loader.next(t.rt.rank, t.rt.world, wanted),
-    "self": written_rows,
-}
-# ALLOCATION -> what the rounding of each matrix costs; empty = not known
-HARMS: dict[str, Callable[[Trainer], dict[str, float]]] = {
-    "tag": lambda trainer: {},
-    "loss": Trainer.observe_harms,
-}
 
 
 # ---- 11 main: the story in reading order ---------------------------------------------------------
 def parameter_report(model: GPT, cfg: Config, rt: Runtime):
     """Totals that identify the architecture: parameters by role, slots, FLOPs per token."""
-    roles: dict[str, int] = {}
+    roles: collections.Counter[str] = collections.Counter()
     for p in model.exported().values():
-        roles[p.opt] = roles.get(p.opt, 0) + p.numel()
-    rt.log(f"model_params:{sum(roles.values())}")
+        roles[p.opt] += p.numel()
+    rt.log(f"model_params:{roles.total()}")
     rt.log("parameters " + " ".join(f"{role}:{n}" for role, n in roles.items()))
     for i, plan in enumerate(plans(cfg.model)):
-        blocks = [str(slot.block) for slot in plan]
-        blocks.insert(len(plan) // 2 if cfg.model.skip_pairs != "around_loop" else len(plan), "/")
-        skips = " ".join(
-            f"{source}>{target}" for target, slot in enumerate(plan) for _, source in slot.skips
-        )
-        rt.log(
-            f"plan:{i} flops_per_token:{flops_per_token(model, plan, cfg.data.train_seq_len):.4g} "
-            f"slots:{' '.join(blocks)} skips:{skips}"
-        )
+        slots = [str(slot.block) for slot in plan]
+        slots.insert(len(plan) if cfg.model.skip_pairs == "around_loop" else len(plan) // 2, "/")
+        pairs = [(source, target) for target, slot in enumerate(plan) for _, source in slot.skips]
+        skips = " ".join(f"{source}>{target}" for source, target in pairs)
+        flops = flops_per_token(model, plan, cfg.data.train_seq_len)
+        rt.log(f"plan:{i} flops_per_token:{flops:.4g} slots:{' '.join(slots)} skips:{skips}")
 
 
 def plan_only(cfg: Config, rt: Runtime):
     """RUN_MODE=plan: what a run would be, without data or training."""
-    log_header(cfg, rt)
+    log_header(cfg, rt, cfg.eval.compliant)
     torch.manual_seed(cfg.run.seed)
     with torch.device("meta"):  # shapes alone
         model = GPT(cfg.model, cfg.data.vocab_size, Numerics(), cfg.optim)
     parameter_report(model, cfg, rt)
     predicted, code = predict_model_bytes(model, cfg.quant), code_bytes()
     total, budget = predicted + code, cfg.quant.artifact_budget_bytes
-    rt.log(
-        f"predicted_bytes model:{predicted} code:{code} total:{total} budget:{budget} "
-        f"fits:{int(total <= budget)}"
-    )
+    sizes = f"model:{predicted} code:{code} total:{total} budget:{budget}"
+    rt.log(f"predicted_bytes {sizes} fits:{int(total <= budget)}")
 
 
 def artifact_numerics(cfg: Config, rt: Runtime, header: dict[str, Any]) -> Numerics:
-    """The arithmetic that the artifact was scored with, unless the environment says otherwise or this
-    machine cannot compile."""
+    """The arithmetic that the artifact was scored with, as far as the environment and this machine
+    admit."""
     if any(cfg.origins[name] == "environment" for name in ("numerics", "attention", "compile")):
         return rt.on_main(lambda: choose_numerics(cfg, rt))
     wanted = Numerics(**header["numerics"])
@@ -6733,15 +6650,13 @@ def artifact_numerics(cfg: Config, rt: Runtime, header: dict[str, Any]) -> Numer
 def official_score(
     cfg: Config, rt: Runtime, path: Path, data: Data, env: dict[str, str]
 ) -> tuple[Config, Score]:
-    """Score the model that the file at `path` holds; nothing of a live model is used. Logs the final
-    lines of the competition."""
+    """Score the model that the file at `path` holds, and nothing else; logs the final lines."""
     with rt.phase("load"):
         header, body = read_artifact(path, rt)
         cfg = artifact_config(env, path, header)
         if header["tokenizer_sha256"] != data.tokenizer_sha256:
-            raise UserError(
-                f"ARTIFACT={relative(path)}: trained with another tokenizer than TOKENIZER_PATH"
-            )
+            reason = "trained with another tokenizer than TOKENIZER_PATH"
+            raise UserError(f"ARTIFACT={relative(path)}: {reason}")
         numerics = artifact_numerics(cfg, rt, header)
         apply_numerics(numerics, rt)
         with blamed_on(path):
@@ -6749,20 +6664,19 @@ def official_score(
             model = build_from_artifact(cfg, header, body, numerics)
         model.to(rt.device)
     with rt.phase("eval"):
-        begin = time.monotonic()
         result = score_model(cfg, rt, model, numerics, data, cfg.eval.eval, plan, cfg.eval.ttt)
-        milliseconds = (time.monotonic() - begin) * 1e3
+    _, begin, end = rt.phases[-1]
     name = variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt)
     kept = rt.folder / "doc_loss.npy" if rt.folder else path.with_suffix(f".{name}.doc_loss.npy")
+    np.save(documents := io.BytesIO(), result.documents)
     try:
-        rt.on_main(lambda: write_atomic(kept, lambda f: np.save(f, result.documents)))
+        rt.on_main(lambda: write_atomic(kept, documents.getbuffer()))
     except OSError as error:  # a folder that only may be read is no reason to withhold a score
         rt.log(f"warning: {relative(kept)} {error.strerror}")
     name = f"final_int{cfg.quant.matrix_bits}_{cfg.quant.codec}_{final_label(cfg.eval)}"
-    rt.log(
-        f"{name} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} eval_time:{milliseconds:.0f}ms"
-    )
-    rt.log(f"{name}_exact val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f}")
+    loss, bpb = result.loss, result.bpb
+    rt.log(f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{(end - begin) * 1e3:.0f}ms")
+    rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
     return cfg, result
 
 
@@ -6772,48 +6686,36 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
         return
     code, model_bytes = code_bytes(), path.stat().st_size
     total, budget = code + model_bytes, cfg.quant.artifact_budget_bytes
-    scored = variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt)
     room = f"{budget - total:,} bytes free"
     if total > budget:
         room = f"OVER BUDGET by {total - budget:,} bytes"
-    spent: dict[str, float] = {}
+    spent: collections.Counter[str] = collections.Counter()
     for name, begin, end in rt.phases:
-        spent[name] = spent.get(name, 0.0) + end - begin
+        spent[name] += end - begin
+    loss, bpb, tokens, size = result.loss, result.bpb, result.tokens, result.bytes
+    scored = variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt)
     rt.log("-" * 100)
     rt.log(
-        f"official score   {result.bpb:.4f} bits per byte   ({result.loss:.4f} nats per token, "
-        f"{result.tokens:,} tokens, {result.bytes:,} bytes, {scored})"
+        f"official score   {bpb:.4f} bits per byte   ({loss:.4f} nats per token, "
+        f"{tokens:,} tokens, {size:,} bytes, {scored})"
     )
-    rt.log(
-        f"artifact         {total:,} bytes = code {code:,} + model {model_bytes:,}   "
-        f"({room} of {budget:,})"
-    )
+    parts = f"code {code:,} + model {model_bytes:,}"
+    rt.log(f"artifact         {total:,} bytes = {parts}   ({room} of {budget:,})")
     seconds = "  ".join(f"{name} {value:.1f}s" for name, value in spent.items())
     rt.log(f"time             {seconds}")
     if reference := data.manifest.get("reference_bpb"):
         scores = "  ".join(f"{name} {value:.3f}" for name, value in reference.items())
-        rt.log(
-            f"for orientation  {scores}   "
-            "(compressors primed with the training text, same validation text)"
-        )
+        rt.log(f"for orientation  {scores}   (compressors, primed with the training text)")
     if not data.manifest.get("comparable", True):
         rt.log(f"note             {data.manifest['note']}")
     rt.log("-" * 100)
     rt.log(
-        f"final:official variant:{scored} val_loss:{result.loss:.8f} "
-        f"val_bpb:{result.bpb:.8f} tokens:{result.tokens} bytes:{result.bytes}"
+        f"final:official variant:{scored} val_loss:{loss:.8f} val_bpb:{bpb:.8f} tokens:{tokens} "
+        f"bytes:{size}"
     )
-    rt.metric(
-        "final",
-        loss=result.loss,
-        bpb=result.bpb,
-        tokens=result.tokens,
-        bytes=result.bytes,
-        model_bytes=model_bytes,
-        code_bytes=code,
-        phases=spent,
-        compliant=not rt.mark,
-    )
+    scores = dict(loss=loss, bpb=bpb, tokens=tokens, bytes=size)
+    sizes = dict(model_bytes=model_bytes, code_bytes=code)
+    rt.metric("final", **scores, **sizes, phases=spent, compliant=not rt.mark)
 
 
 def peak_memory(rt: Runtime) -> str:
@@ -6860,16 +6762,6 @@ def train_and_export(cfg: Config, rt: Runtime, data: Data) -> Path:
     return rt.on_main(lambda: export(trainer))
 
 
-def announce(rt: Runtime, compliant: bool):
-    """Mark every log line from now on when weights see the validation text before it is scored."""
-    if not compliant:
-        rt.mark = " [NONCOMPLIANT]"
-        rt.log(
-            "warning: weights are trained on validation text before it is scored; the competition "
-            "does not admit that (its issues 402 and 677, PR 1376)"
-        )
-
-
 def run(cfg: Config, rt: Runtime, env: dict[str, str]):
     """One whole run in the mode that RUN_MODE names."""
     if cfg.run.run_mode == "plan":
@@ -6879,20 +6771,17 @@ def run(cfg: Config, rt: Runtime, env: dict[str, str]):
         path = Path(cfg.run.artifact)
         header, _ = read_artifact(path, rt)  # fail on a bad file before anything else
         cfg = artifact_config(env, path, header)
-        announce(rt, header["compliant"])
-        log_header(cfg, rt)
+        log_header(cfg, rt, header["compliant"])
         data = open_data(cfg, rt)
     else:
-        announce(rt, cfg.eval.compliant)
         if not rt.open_run(cfg):
-            rt.log(f"{relative(rt.folder)} is complete; see its log.txt")
             return
-        log_header(cfg, rt)
+        log_header(cfg, rt, cfg.eval.compliant)
         data = data_of_a_run(cfg, rt)
         rt.on_main(lambda: submit_code(rt))
         path = train_and_export(cfg, rt, data)
-    scored, result = official_score(cfg, rt, path, data, env)
-    summary(scored, rt, path, data, result)
+    cfg, result = official_score(cfg, rt, path, data, env)
+    summary(cfg, rt, path, data, result)
 
 
 def data_of_a_run(cfg: Config, rt: Runtime) -> Data:
@@ -6909,10 +6798,10 @@ def data_of_a_run(cfg: Config, rt: Runtime) -> Data:
         raise OneRankFailed(f"{file}: {error.strerror}; see DATA_PATH") from None
 
 
-def resume_command(cfg: Config, rt: Runtime) -> str:
-    """The shell command that continues this run, with all that was set for it; empty when it left no
-    checkpoint."""
-    if not rt.folder or not (rt.folder / "checkpoint.pt").exists():
+def how_to_go_on(cfg: Config | None, rt: Runtime | None, lead: str) -> str:
+    """`lead` and the shell command that continues this run, with all that was set for it; empty
+    when it left no checkpoint."""
+    if not rt or not rt.folder or not (rt.folder / "checkpoint.pt").exists():
         return ""
     values = cfg.values()
     given = dict(preset=cfg.preset)
@@ -6925,15 +6814,7 @@ def resume_command(cfg: Config, rt: Runtime) -> str:
     words.append("python")
     if rt.world > 1:
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={rt.world}"]
-    return " ".join([*words, shlex.quote(sys.argv[0])])
-
-
-def memory_hint(rt: Runtime) -> str:
-    """What to say when memory ended."""
-    knob = "MICRO_BATCH_TOKENS"
-    if rt.doing in ("eval", "validate"):
-        knob = "EVAL_BATCH_TOKENS"
-    return f"out of memory (in {rt.doing}); lower {knob} or the model's size"
+    return lead + " ".join([*words, shlex.quote(sys.argv[0])])
 
 
 def tell(*messages: str):
@@ -6956,9 +6837,7 @@ def main(argv: list[str], env: dict[str, str]) -> int:
     main_rank = env.get("RANK", "0") == "0"
     try:
         if argv:
-            raise UserError(
-                f"{argv[0]}: takes no arguments but --help; knobs are environment variables"
-            )
+            raise UserError(f"{argv[0]}: --help is the only argument; set environment variables")
         cfg = load(env)
         rt = Runtime(cfg, env)
         run(cfg, rt, env)
@@ -6970,22 +6849,18 @@ def main(argv: list[str], env: dict[str, str]) -> int:
     except (RuntimeError, MemoryError) as error:
         if not rt or not ran_out_of_memory(error):
             raise
-        after = resume_command(cfg, rt)
-        tell(memory_hint(rt) + (f", then: {after}" if after else ""))
+        knob = "EVAL" if rt.doing in ("eval", "validate") else "MICRO"
+        advice = f"lower {knob}_BATCH_TOKENS or the model's size"
+        tell(f"out of memory (in {rt.doing}); {advice}" + how_to_go_on(cfg, rt, ", then: "))
         return 1
     except OSError as error:  # disk full, file gone: the machine's fault, not a bug
-        after = resume_command(cfg, rt) if rt else ""
         file = relative(error.filename) if error.filename else "a file"
-        tell(
-            f"{file}: {error.strerror or error}" + (f"; make room, then: {after}" if after else "")
-        )
+        reason = f"{file}: {error.strerror or error}"
+        tell(reason + how_to_go_on(cfg, rt, "; make room, then: "))
         return 1
     except KeyboardInterrupt:
         if main_rank:
-            after = resume_command(cfg, rt) if rt else ""
-            print(
-                f"interrupted; continue with: {after}" if after else "interrupted", file=sys.stderr
-            )
+            print("interrupted" + how_to_go_on(cfg, rt, "; continue with: "), file=sys.stderr)
         return 130
     finally:
         if rt:

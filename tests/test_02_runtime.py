@@ -27,26 +27,27 @@ import train_gpt
 
 
 # ---- files
-def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path):
-    def half(f):
-        f.write(b"ne")
-        raise OSError("disk full")
+def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(28, "disk full")
 
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    for target in (path, tmp_path / "b"):
-        with pytest.raises(OSError, match="disk full"):
-            train_gpt.write_atomic(target, half)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for target in (path, tmp_path / "b"):
+            with pytest.raises(OSError, match="disk full, after 3 bytes"):
+                train_gpt.write_atomic(target, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_bytes() == b"old"
-    train_gpt.write_atomic(path, lambda f: f.write(b"new"))
+    train_gpt.write_atomic(path, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_bytes() == b"new"
 
 
 def test_kill_in_the_middle_of_writing_leaves_the_old_file(tmp_path):
     code = (
         "import pathlib, signal, os, train_gpt\n"
-        "def half(f):\n    f.write(b'n' * 100_000); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "train_gpt.write_atomic(pathlib.Path('a'), half)"
+        "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train_gpt.write_atomic(pathlib.Path('a'), b'n' * 100_000)"
     )
     (tmp_path / "a").write_bytes(b"old")
     done = subprocess.run(
@@ -87,7 +88,7 @@ def test_what_exists_on_one_system_only_is_optional():
         "    if os.path.isdir(path):\n        raise PermissionError(13, 'Permission denied', path)\n"
         "    return open_file(path, *args)\n"
         "os.open = refuse_folders\n"
-        "train_gpt.write_atomic(Path(sys.argv[1]), lambda f: f.write(b'new'))\n"
+        "train_gpt.write_atomic(Path(sys.argv[1]), b'new')\n"
         "rt = train_gpt.Runtime(train_gpt.load({'PRESET': 'baseline+tiny', 'DEVICE': 'cpu'}), {})\n"
         "print(train_gpt.peak_memory(rt))\nsys.exit(train_gpt.main(['--help'], {}))\n"
     )
@@ -108,9 +109,9 @@ LAUNCHED = dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MAS
 def test_half_of_a_torchrun_environment_is_refused_by_name():
     """Finding M16: tracebacks, the last of them after the run folder existed."""
     place, wrong = train_gpt.place_of, []
-    assert place({}) == (0, 1, 0, 1, False) == place({"MASTER_ADDR": "host", "MASTER_PORT": "1"})
+    assert place({}) == (0, 1, 0, 1) == place({"MASTER_ADDR": "host", "MASTER_PORT": "1"})
     whole = {name: str(value) for name, value in LAUNCHED.items()}
-    assert place(whole | {"LOCAL_WORLD_SIZE": "1"}) == (0, 2, 0, 1, True)
+    assert place(whole | {"LOCAL_WORLD_SIZE": "1"}) == (0, 2, 0, 1)
     cases = [({name: whole[name]}, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     cases += [
         ({k: v for k, v in whole.items() if k != name}, f"{name} not set") for name in LAUNCHED
@@ -213,14 +214,19 @@ def test_a_full_disk_or_a_closed_pipe_ends_no_log(tmp_path):
     code = (
         "import sys, train_gpt\n"
         "rt = train_gpt.Runtime(train_gpt.load({'PRESET': 'baseline+tiny', 'DEVICE': 'cpu'}), {})\n"
-        "rt.log_file = open('/dev/full', 'a', buffering=1)\n"
-        "rt.metrics_file = open('/dev/full', 'a', buffering=1)\n"
+        "rt.folder = train_gpt.Path(sys.argv[1])\n"
         "for i in range(2000):\n    rt.log(f'line {i}')\n    rt.metric('train', step=i)\n"
         "rt.close()\nsys.stderr.write('reached the end')\n"
     )
+    for name in ("log.txt", "metrics.jsonl"):
+        (tmp_path / name).symlink_to("/dev/full")
     for out in (open("/dev/full", "w"), open(tmp_path / "out", "w"), subprocess.PIPE):
         process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", code, tmp_path],
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         if out is subprocess.PIPE:
             process.stdout.close()  # as `| head` does

@@ -271,13 +271,15 @@ def test_memory_that_admits_no_row_or_ends_later_is_one_line(toy, tmp_path):
 
 # ---- crashes
 KILL_IN_CHECKPOINT = """
-save, calls = torch.save, []
-def dying_save(content, file):
-    calls.append(1)
+fsync, save, calls = os.fsync, torch.save, []
+def dying_fsync(file):
     if len(calls) == 20:
-        file.write(b"half a checkpoint"); file.flush(); os.kill(os.getpid(), signal.SIGKILL)
-    save(content, file)
-torch.save = dying_save
+        os.ftruncate(file, 1000); os.kill(os.getpid(), signal.SIGKILL)
+    fsync(file)
+def counted_save(*args):
+    calls.append(1)
+    save(*args)
+os.fsync, torch.save = dying_fsync, counted_save
 """
 KILL_IN_EXPORT = "train_gpt.pack_artifact = lambda *args: os.kill(os.getpid(), signal.SIGKILL)"
 CRASHY = dict(
