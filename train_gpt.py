@@ -6328,7 +6328,7 @@ class Trainer:
         return not self.rt.all_reduce(torch.tensor(failed, device=self.rt.device))
 
     def shrink_passes(self, rows: int):
-        """Take one pass more, or a quarter more, for so many rows. Raises RunFailed below one row."""
+        """Take one pass more, or a quarter more, for so many rows. Raises RunFailed at one row."""
         tried, seq = self.most_rows, self.loader.seq
         if tried == 1:
             raise RunFailed(
@@ -6511,7 +6511,7 @@ class Trainer:
         return f"train_time:{elapsed * 1e3:.0f}ms step_avg:{average:.2f}ms"
 
     def rest_hooks(self):
-        """Make the model what the artifact will be: no fake quantisation, loops at full strength."""
+        """Make the model what is exported: no fake quantisation, loops at full strength."""
         for hook in self.hooks:
             hook.before_step(full_speed(self.cfg) | dict(qat=0.0))
 
@@ -6704,8 +6704,8 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
     seconds = "  ".join(f"{name} {value:.1f}s" for name, value in spent.items())
     rt.log(f"time             {seconds}")
     if reference := data.manifest.get("reference_bpb"):
-        scores = "  ".join(f"{name} {value:.3f}" for name, value in reference.items())
-        rt.log(f"for orientation  {scores}   (compressors, primed with the training text)")
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in reference.items())
+        rt.log(f"for orientation  {figures}   (compressors, primed with the training text)")
     if not data.manifest.get("comparable", True):
         rt.log(f"note             {data.manifest['note']}")
     rt.log("-" * 100)
@@ -6803,13 +6803,11 @@ def how_to_go_on(cfg: Config | None, rt: Runtime | None, lead: str) -> str:
     when it left no checkpoint."""
     if not rt or not rt.folder or not (rt.folder / "checkpoint.pt").exists():
         return ""
-    values = cfg.values()
-    given = dict(preset=cfg.preset)
-    given |= {name: values[name] for name, origin in cfg.origins.items() if origin == "environment"}
-    given |= dict(run_id=rt.folder.name, resume="auto")
+    given = {k: v for k, v in cfg.values().items() if cfg.origins[k] == "environment"}
+    given = dict(preset=cfg.preset) | given | dict(run_id=rt.folder.name, resume="auto")
     words = []
     for name, value in given.items():
-        text = str(int(value)) if type(value) is bool else str(value)
+        text = str(int(value) if type(value) is bool else value)
         words.append(f"{name.upper()}={shlex.quote(text)}")
     words.append("python")
     if rt.world > 1:
@@ -6817,9 +6815,9 @@ def how_to_go_on(cfg: Config | None, rt: Runtime | None, lead: str) -> str:
     return lead + " ".join([*words, shlex.quote(sys.argv[0])])
 
 
-def tell(*messages: str):
+def tell(*messages: Any):
     """One error line each on the terminal, without control characters."""
-    for message in messages:
+    for message in map(str, messages):
         text = "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else "?" for c in message)
         print("error: " + text[:1000], file=sys.stderr)
 
@@ -6844,7 +6842,7 @@ def main(argv: list[str], env: dict[str, str]) -> int:
         return 0
     except (UserError, RunFailed) as error:
         if main_rank or isinstance(error, OneRankFailed):
-            tell(*map(str, error.args))
+            tell(*error.args)
         return 2 if isinstance(error, UserError) else 1
     except (RuntimeError, MemoryError) as error:
         if not rt or not ran_out_of_memory(error):
