@@ -14,8 +14,11 @@ SCRIPT = ROOT / "train_gpt.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import build_sample  # noqa: E402
+import torch  # noqa: E402
 
 import train_gpt  # noqa: E402
+
+collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 
 
 def clean_env(**knobs) -> dict[str, str]:

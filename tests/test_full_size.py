@@ -19,9 +19,9 @@ PREPARE = [sys.executable, str(ROOT / "data" / "prepare.py")]
 
 
 def shards(folder: Path, vocab: int, caseops: bool) -> Path:
-    """The embedded sample in a vocabulary of any size, with a validation text of a few thousand tokens."""
+    """The embedded sample in a vocabulary of any size, with a validation text of some thousand tokens."""
     documents = build_sample.documents()
-    short = min(documents, key=lambda text: abs(len(text) - 8_000))
+    short = min(documents, key=lambda text: abs(len(text) - 24_000))
     texts = [short, *(text for text in documents if text != short)]
     source = folder / "documents.jsonl"
     source.write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
