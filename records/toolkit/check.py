@@ -14,6 +14,7 @@ import lzma
 import math
 import re
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -305,12 +306,29 @@ def translated(log: Log) -> tuple[dict[str, str], list[str], dict[str, str]]:
     where train_gpt.py cannot be imported."""
     if log.origins or not log.knobs:
         return {}, [], {}
-    try:
-        from train_gpt import translate
-    except ImportError:
-        return {}, [], {}
     switches = {"true": "1", "false": "0"}
-    return translate({k.upper(): switches.get(v.lower(), v) for k, v in log.knobs.items()})
+    return names_here(tuple((k.upper(), switches.get(v.lower(), v)) for k, v in log.knobs.items()))
+
+
+@functools.cache
+def names_here(options: tuple[tuple[str, str], ...]) -> tuple[dict, list, dict]:
+    """What translate() of train_gpt.py says, asked in a process of its own: the script imports
+    torch, which needs more memory than a reader of strangers' files should."""
+    asked = subprocess.run(
+        [sys.executable, "-c", TRANSLATE],
+        cwd=Path(__file__).resolve().parents[2],
+        input=json.dumps(dict(options)),
+        capture_output=True,
+        encoding="utf-8",
+    )
+    return tuple(json.loads(asked.stdout)) if asked.returncode == 0 else ({}, [], {})
+
+
+TRANSLATE = """
+import json, sys
+from train_gpt import translate
+json.dump(translate(json.load(sys.stdin)), sys.stdout)
+"""
 
 
 def decimals(value: Any) -> int:
