@@ -4261,6 +4261,8 @@ class QTensor(NamedTuple):
 
 
 class Cast(NamedTuple):
+    """Weights kept as fp16."""
+
     dtype: torch.dtype  # stores floats of this type
 
     def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:

@@ -37,6 +37,16 @@ UNDOCUMENTED = {
     "rounds",
     "losses",
     "learn",
+    "draw",
+    "draw_order",
+    "row",
+    "before_step",
+    "after_backward",
+    "before_update",
+    "add",
+    "on_cpu",
+    "read",
+    "out_of_range",
 }
 
 
