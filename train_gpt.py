@@ -1863,16 +1863,15 @@ class Runtime:
             torch.cuda.synchronize()
 
     # Output.
-    def open_run(self, cfg: Config) -> bool:
-        """Create the run's folder, for log and all. Returns False when its run is complete."""
+    def choose_folder(self, cfg: Config):
+        """Set the run's folder, the same on every rank."""
         name = cfg.run.run_id
         if name == "auto":
             name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-seed{cfg.run.seed}"
         self.folder = Path(cfg.run.runs_dir) / self.on_main(lambda: name)
-        return self.on_main(lambda: self.claim_folder(cfg))
 
     def claim_folder(self, cfg: Config) -> bool:
-        """Rank 0's part of open_run."""
+        """Create the run's folder (on rank 0). Returns False when the run in it is complete."""
         log, name = self.folder / "log.txt", relative(self.folder)
         knobs = {k: dict(value=v, origin=cfg.origins[k]) for k, v in cfg.shown().items()}
         about = dict(preset=cfg.preset, compliant=cfg.eval.compliant, knobs=knobs)
@@ -1894,15 +1893,6 @@ class Runtime:
             runs = relative(cfg.run.runs_dir)
             raise UserError(f"RUNS_DIR={runs}: cannot write {name} ({error.strerror})") from None
         return True
-
-    def check_same(self, cfg: Config):
-        """Raise UserError when the config.json of the run to be resumed has other values."""
-        try:
-            stored = json.loads((self.folder / "config.json").read_text(**UTF8))["knobs"]
-            earlier = {name: known["value"] for name, known in stored.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return  # it says nothing; the checkpoint will
-        refuse_changes(earlier, {k: v for k, v in cfg.identity().items() if k in earlier})
 
     def drop_run(self):
         """Leave nothing of a run that was refused before it began: its RUN_ID is free again."""
@@ -6178,31 +6168,29 @@ def ran_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
-def refuse_changes(earlier: dict[str, Any], now: dict[str, Any]):
-    """Raise UserError when a run that is to be resumed began with other values."""
-    changed = {name: value for name, value in now.items() if earlier.get(name) != value}
-    if changed:
-        found = [
-            f"{name.upper()}: then {earlier.get(name)}, now {changed[name]}" for name in changed
-        ]
-        raise UserError(f"RESUME=auto: the run has another configuration; {'; '.join(found)}")
-
-
 def load_checkpoint(cfg: Config, rt: Runtime) -> dict[str, Any] | None:
     """The run's checkpoint when RESUME=auto and there is one: tensors and plain values, never code.
-    Raises UserError for a file that is none."""
+    Raises UserError for a file that is none or of a run that began with other values."""
     path = rt.folder / "checkpoint.pt"
     if cfg.run.resume == "none" or not rt.on_main(path.exists):
         return None
     blob = rt.on_main(path.read_bytes)
     try:
         saved = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-        if set(saved) != {"state", "identity", "numerics"}:
+        if set(saved) != {"state", "identity", "numerics", "train_tokens"}:
             raise ValueError("foreign")
-        return saved
+        then = saved["identity"]
+        changed = [
+            f"{name.upper()}: then {then.get(name)}, now {value}"
+            for name, value in cfg.identity().items()
+            if then.get(name) != value
+        ]
     except Exception as error:
         reason = f"not a readable checkpoint ({type(error).__name__})"
         raise UserError(f"{relative(path)}: {reason}; move it away to start over") from None
+    if changed:
+        raise UserError(f"RESUME=auto: the run has another configuration; {'; '.join(changed)}")
+    return saved
 
 
 class Trainer:
@@ -6430,18 +6418,18 @@ class Trainer:
         self.clock.total = state["seconds"]
         torch.set_rng_state(state["rng"])
 
-    def identity(self) -> dict[str, Any]:
-        """The configuration that a checkpoint must agree with."""
-        return self.cfg.identity() | dict(train_tokens=len(self.data.train))
-
     def save(self):
         """Write the checkpoint atomically, off the training clock (rank 0)."""
         self.check_finite()
         with self.clock.paused():
             if not self.flat.weights.isfinite().all():
                 raise self.diverged("weights", self.step_number)
-            numerics = self.numerics._asdict()
-            content = dict(state=self.state(), identity=self.identity(), numerics=numerics)
+            content = dict(
+                state=self.state(),
+                identity=self.cfg.identity(),
+                numerics=self.numerics._asdict(),
+                train_tokens=len(self.data.train),
+            )
             if self.rt.main:
                 torch.save(content, blob := io.BytesIO())
                 try:
@@ -6452,16 +6440,10 @@ class Trainer:
             self.last_checkpoint = time.monotonic()
 
     def resume(self, saved: dict[str, Any]):
-        """Continue from a loaded checkpoint. Raises UserError when it has another configuration."""
-        old = saved["identity"]
-        differ = [
-            f"{name.upper()}: checkpoint {old.get(name)}, now {value}"
-            for name, value in self.identity().items()
-            if old.get(name) != value
-        ]
-        if differ:
-            found = "; ".join(differ)
-            raise UserError(f"RESUME=auto: the checkpoint has another configuration; {found}")
+        """Continue from a loaded checkpoint. Raises UserError when text or script was another."""
+        then, now = saved["train_tokens"], len(self.data.train)
+        if then != now:
+            raise UserError(f"RESUME=auto: then {then} tokens of training text, now {now}")
         try:
             self.restore(saved["state"])
         except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -6730,9 +6712,8 @@ def peak_memory(rt: Runtime) -> str:
     return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
 
 
-def train_and_export(cfg: Config, rt: Runtime, data: Data) -> Path:
-    """Build, prewarm (or resume), train, validate, quantise, pack; returns the artifact's path."""
-    saved = load_checkpoint(cfg, rt)
+def train_and_export(cfg: Config, rt: Runtime, data: Data, saved: dict[str, Any] | None) -> Path:
+    """Build, prewarm, go on from `saved`, train, validate, export; returns the artifact's path."""
     with rt.phase("calibrate"):
         if saved:
             numerics = Numerics(**saved["numerics"])
@@ -6776,12 +6757,14 @@ def run(cfg: Config, rt: Runtime, env: dict[str, str]):
         log_header(cfg, rt, header["compliant"])
         data = open_data(cfg, rt)
     else:
-        if not rt.open_run(cfg):
+        rt.choose_folder(cfg)
+        saved = load_checkpoint(cfg, rt)
+        if not rt.on_main(lambda: rt.claim_folder(cfg)):
             return
         log_header(cfg, rt, cfg.eval.compliant)
         data = data_of_a_run(cfg, rt)
         rt.on_main(lambda: submit_code(rt))
-        path = train_and_export(cfg, rt, data)
+        path = train_and_export(cfg, rt, data, saved)
     cfg, result = official_score(cfg, rt, path, data, env)
     summary(cfg, rt, path, data, result)
 

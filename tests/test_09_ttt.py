@@ -500,7 +500,7 @@ def test_training_on_the_test_set_is_marked_everywhere(runs, corpus, tmp_path):
             **FAST | score_again | dict(TTT="prequant", ARTIFACT=runs["none"].folder / "model.golf")
         ),
         "TTT=prequant",
-        "exported",
+        "before the export",
     )
 
 

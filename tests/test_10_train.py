@@ -542,6 +542,7 @@ def test_divergence_stops_the_run_and_spares_the_checkpoint(step, steps, every, 
         "a",
         script=sabotaged(tmp_path, SPOIL.format(step=step)),
         WARMUP_STEPS=0,
+        GRAD_CLIP_NORM=1,
         ITERATIONS=steps,
         CHECKPOINT_EVERY=every,
     )
