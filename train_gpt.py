@@ -6124,7 +6124,7 @@ def written_rows(trainer: "Trainer", seen: int, wanted: int) -> np.ndarray:
 # ---- 10 Training ---------------------------------------------------------------------------------
 def full_speed(cfg: Config) -> dict[str, float]:
     """Ramps of a step without any ramp: full rate, whole batch, longest rows, no momentum."""
-    full = dict(lr=1.0, wd=1.0, qat=1.0, loop=1.0, row=cfg.data.train_seq_len)
+    full = dict(lr=1.0, wd=1.0, qat=1.0, loop=1.0, row=cfg.data.train_seq_len, plan=0)
     return dict.fromkeys(RAMPS, 0.0) | full
 
 
