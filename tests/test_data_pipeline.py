@@ -398,7 +398,7 @@ def refusals(folder: Path) -> dict[str, tuple[list, str]]:
         "text to reencode": (["reencode", path, *tokenizer], "`reencode` a folder of shards"),
         "shards without tokenizer": (
             ["reencode", folder / "plain", *tokenizer],
-            "with --from and their tokenizer",
+            "one folder of shards and --from with their tokenizer",
         ),
         "shards of another tokenizer": (
             ["reencode", folder / "caseops", "--from", folder / "plain.model", *tokenizer],
