@@ -18,7 +18,60 @@ import torch  # noqa: E402
 
 import train_gpt  # noqa: E402
 
+# ---- What is collected, what is quick, what it costs ----
+QUICK_SECONDS = 4  # of processor time, on a loaded machine; alone a quick test takes under 1.5
+NOT_QUICK = ("slow", "full_size", "survey", "gpu")
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cpu", metavar="FILE", help="write the processor seconds of every test")
+
+
+def pytest_collection_modifyitems(items):
+    """What nobody called slow is quick: `-m quick` forgets no new test."""
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in NOT_QUICK):
+            item.add_marker("quick")
+
+
+def cpu_seconds() -> float:
+    """Processor seconds of this process and of all processes that it started and waited for."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Adds to the report of each phase what the processors did since the report before it."""
+    report = yield
+    now = cpu_seconds()
+    quick = item.get_closest_marker("quick") is not None
+    report.user_properties.append(("cpu", report.when, now - cpu_seconds.last, quick))
+    cpu_seconds.last = now
+    return report
+
+
+cpu_seconds.last = cpu_seconds()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Names the tests that should be marked slow, and writes what --cpu asks for."""
+    rows = []
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for entry in getattr(report, "user_properties", []):
+                if entry[0] == "cpu" and entry[1] == getattr(report, "when", None):
+                    rows.append((entry[2], entry[1], entry[3], report.nodeid))
+    rows.sort(reverse=True)
+    late = [row for row in rows if row[2] and row[1] == "call" and row[0] > QUICK_SECONDS]
+    if late:
+        terminalreporter.section("not quick: mark them slow")
+    for seconds, _, _, name in late:
+        terminalreporter.line(f"{seconds:6.1f} s  {name}")
+    if config.getoption("--cpu"):
+        lines = [f"{seconds:8.2f} {when:8} {name}\n" for seconds, when, _, name in rows]
+        Path(config.getoption("--cpu")).write_text("".join(lines), encoding="utf-8")
 
 
 def clean_env(**knobs) -> dict[str, str]:
