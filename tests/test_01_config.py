@@ -460,6 +460,7 @@ def test_unknown_variables_of_a_known_family_are_named():
 
 
 # ---- help
+@pytest.mark.slow
 def test_help_lists_every_knob_once_and_needs_no_data(tmp_path):
     done = run_script(args=["--help"], cwd=tmp_path, DATA_PATH="nowhere", RUNS_DIR="nowhere")
     assert done.code == 0 and done.err == ""
@@ -472,6 +473,7 @@ def test_help_lists_every_knob_once_and_needs_no_data(tmp_path):
     assert run_script(args=["--help"], cwd=tmp_path, **plain).code == 0
 
 
+@pytest.mark.slow
 def test_markdown_help_is_a_table_and_the_readme_holds_it():
     table = run_script(args=["--help=md"]).out.rstrip("\n")
     rows = [re.split(r"(?<!\\)\|", line) for line in table.splitlines()]
@@ -491,6 +493,7 @@ HAND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", HAND)
 def test_plan_predicts_a_run_without_data(preset, tmp_path):
     given = dict(
@@ -577,6 +580,7 @@ def test_cuda_asked_for_and_absent_is_refused(tmp_path):
     refused(run_script(timeout=60, cwd=tmp_path, DEVICE="cuda"), "DEVICE=cuda")
 
 
+@pytest.mark.slow
 def test_missing_optional_packages_are_named_only_when_needed(tmp_path):
     """Without zstandard, brotli and tqdm: CODEC=zstd is refused with what is left, everything else works."""
     hidden = tmp_path / "without.py"

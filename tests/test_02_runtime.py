@@ -437,6 +437,7 @@ def test_log_holds_no_absolute_path(finished):
     assert not found
 
 
+@pytest.mark.slow
 def test_a_used_folder_is_refused_and_a_finished_run_is_left_alone(finished, toy):
     before = log(finished.folder)
     refused(train(toy, finished.folder.parent, "a"), "RUN_ID=a", "RESUME=auto")
@@ -461,6 +462,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(finished, toy, tmp_path):
         assert after == before
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_is_refused_leaves_no_folder_and_its_name_free(toy, tmp_path):
     refused(train(tmp_path / "none", tmp_path, "a"), "no such folder")
     assert not (tmp_path / "a").exists()
@@ -480,6 +482,7 @@ def test_an_unwritable_runs_dir_is_refused(toy, tmp_path):
 
 
 # ---- signals
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_training_with_a_usable_checkpoint(number, toy, tmp_path):
     process = launch(toy, tmp_path, "a", ITERATIONS=1_000_000, CHECKPOINT_EVERY=0)

@@ -178,12 +178,14 @@ def test_a_folder_without_shards_is_refused_by_pattern(dataset, split):
     assert_refused(dataset, f"fineweb_{split}_*.bin")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_token_outside_the_vocabulary_is_refused_by_shard(dataset, split):
     write_shard(dataset / f"fineweb_{split}_000002.bin", [5, 6] * 50 + [1024] + [7] * 50)
     assert_refused(dataset, f"fineweb_{split}_000002.bin")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_text_shorter_than_one_row_or_window_is_refused_by_shard(dataset, split):
     for path in dataset.glob(f"fineweb_{split}_*.bin"):
@@ -192,11 +194,13 @@ def test_text_shorter_than_one_row_or_window_is_refused_by_shard(dataset, split)
     assert_refused(dataset, f"fineweb_{split}_000000.bin")
 
 
+@pytest.mark.slow
 def test_a_folder_named_like_a_shard_is_refused(dataset):
     (dataset / "fineweb_train_000009.bin").mkdir()
     assert_refused(dataset, "fineweb_train_000009.bin: not a file")
 
 
+@pytest.mark.slow
 def test_two_tokenizers_in_one_folder_are_refused_by_name(dataset):
     (dataset / "a_second.model").write_bytes((dataset / "tokenizer.model").read_bytes())
     assert_refused(
@@ -238,6 +242,7 @@ def train_tokenizer(text: str, **options) -> bytes:
     return model.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["missing", "random bytes", "another size", "no lone space"])
 def test_an_unusable_tokenizer_is_refused_by_name(dataset, case):
     text = build_sample.documents()[0][:20_000]
@@ -429,6 +434,7 @@ def test_real_web_documents_are_counted_as_their_utf8_length(vocab):
         assert table.target_bytes(np.array([1, *ids])).sum() == len(tokenizer.decode(ids).encode())
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=500, derandomize=True)
 @given(text=st.text() | st.text(alphabet="ab \u2581\n\u20ac\U0001f600\x00"))
 @example(text="  two spaces before, two after  ")

@@ -494,6 +494,7 @@ def test_heads_of_further_tokens_read_what_the_main_head_reads():
     assert not torch.allclose(model.logits(h), unscaled)
 
 
+@pytest.mark.slow
 def test_heads_of_further_tokens_are_trained_but_neither_counted_nor_exported(toy, tmp_path):
     done = train(toy, tmp_path, "mtp", OBJECTIVE="mtp")
     assert done.code == 0, done.err
@@ -503,6 +504,7 @@ def test_heads_of_further_tokens_are_trained_but_neither_counted_nor_exported(to
 
 
 # ---- Training ----
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", SYSTEMS)
 def test_a_run_compiles_one_graph_per_plan_and_nothing_at_the_switch(preset, monkeypatch):
     counter = CompileCounterWithBackend("aot_eager")
@@ -528,6 +530,7 @@ def test_a_run_compiles_one_graph_per_plan_and_nothing_at_the_switch(preset, mon
     assert counter.frame_count == len(plans), "compiled again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps, plan", ((2, 0), (6, 1)))
 def test_a_run_scores_with_the_plan_that_it_ended_with(steps, plan, toy, tmp_path):
     knobs = dict(PRESET="prequant_ttt+tiny", ITERATIONS=steps, TTT="none")

@@ -703,6 +703,7 @@ def on_ranks(tmp_path, world: int) -> dict:
     return torch.load(out, weights_only=True)
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_gives_the_same_weights_and_state(tmp_path):
     """Bit for bit: gradients are such that their sums are exact, so that only the optimiser could
     differ. Eigenvectors are the exception: LAPACK takes another path for another size of the
@@ -1437,6 +1438,7 @@ def test_no_averaging_exports_the_last_weights():
     assert torch.equal(weights, before) and last.state == dict(count=0) and not last.needs_scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in tg.AVERAGERS if kind != "none"])
 def test_what_was_averaged_is_what_is_exported(kind, toy, tmp_path):
     """The whole script: weights after every step are written down, averaged here, and compared with
@@ -1526,6 +1528,7 @@ def test_held_out_text_is_never_trained_on(toy):
         stream.hold_out(total)
 
 
+@pytest.mark.slow
 def test_unknown_variants_are_refused_by_name():
     cases = (
         (dict(muon="shampoo"), ["MUON=shampoo", "turbo_muon"]),

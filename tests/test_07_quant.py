@@ -503,6 +503,7 @@ def test_gptq_hurts_no_matrix_of_a_trained_model_more_than_rounding(toy, bits):
     assert compared > 10
 
 
+@pytest.mark.slow
 def test_observed_inputs_are_those_of_the_forward_and_of_all_ranks(toy, tmp_path):
     cfg = config("prequant_ttt+tiny", data_path=toy, calibration_tokens=2000, calibration="train")
     rt = tg.Runtime(cfg, {})
@@ -772,6 +773,7 @@ def fitted(p: tg.Packer) -> tuple[bytes, Log]:
 MIDDLE = dict(model_dim=128, vocab_size=2048)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", (4, 6))
 @pytest.mark.parametrize("share", (0.3, 0.55, 0.8, 1.2))
 def test_the_budget_is_filled_and_never_exceeded(bits, share):
@@ -815,6 +817,7 @@ def fills(budget: int, seed: int, **knobs):
     assert 0.998 * budget <= len(blob) <= budget and int(log.lines[0].split()[1]) <= 6, log.lines
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**31),
@@ -825,6 +828,7 @@ def test_200_kilobytes_are_filled_whatever_the_weights(seed, bits, codec):
     fills(200_000, seed, model_dim=64, num_layers=8, matrix_bits=bits, codec=codec)
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31), bits=st.integers(4, 7))
 def test_a_megabyte_and_four_are_filled_whatever_the_weights(seed, bits):
@@ -832,6 +836,7 @@ def test_a_megabyte_and_four_are_filled_whatever_the_weights(seed, bits):
     fills(4_000_000, seed, model_dim=320, num_layers=8, matrix_bits=bits)
 
 
+@pytest.mark.slow
 def test_the_competitions_budget_is_filled_beside_the_code():
     fills(
         16_000_000 - tg.code_bytes(),
@@ -843,6 +848,7 @@ def test_the_competitions_budget_is_filled_beside_the_code():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fit", ("steps", "bits", "prune"))
 def test_a_budget_that_cannot_be_met_keeps_the_run_and_says_why(fit):
     blob, log = fitted(packer(3000, fit_budget=fit))
@@ -871,6 +877,7 @@ def test_finer_steps_bring_more_levels(bits, sigmas, factor):
     assert tg.rescaled(tg.Cast(torch.float16), factor) == tg.Cast(torch.float16)
 
 
+@pytest.mark.slow
 def test_bits_go_where_a_byte_helps_most():
     model = packer(10**9, **MIDDLE).model
     matrices = {n: q for n, q in model.exported().items() if q.quant in ("matrix", "mlp")}
@@ -899,6 +906,7 @@ def test_bits_go_where_a_byte_helps_most():
     )
 
 
+@pytest.mark.slow
 def test_zeros_are_set_where_they_hurt_least_until_it_fits():
     model = packer(10**9, **MIDDLE).model
     plain, _ = fitted(
@@ -1002,6 +1010,7 @@ def test_measured_harm_is_the_loss_that_rounding_costs(toy, tmp_path):
     assert harms[name] == pytest.approx(want, rel=0.05, abs=2e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
     (

@@ -205,6 +205,7 @@ def bits(part):
     return tuple(map(bits, part)) if isinstance(part, tuple) else part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", PACKINGS)
 def test_the_container_returns_every_bit(codec):
     @examples(15)
@@ -298,6 +299,7 @@ def intact_codes() -> bytes:
     return CODECS["rans"].pack(levels(20_001, 0.5).tobytes())
 
 
+@pytest.mark.slow
 @examples(150)
 @given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
 def test_damaged_codes_are_refused_or_decode_to_as_many_symbols(at, bit, cut):
@@ -311,6 +313,7 @@ def test_damaged_codes_are_refused_or_decode_to_as_many_symbols(at, bit, cut):
         pass
 
 
+@pytest.mark.slow
 def test_the_best_packing_is_never_larger_than_any_other():
     tensors = {
         "w": QTensor(
@@ -391,6 +394,7 @@ def stored_header(cfg) -> dict:
     )
 
 
+@pytest.mark.slow
 def test_another_process_reads_the_exported_weights_bit_for_bit(tmp_path):
     cfg = train_gpt.load(
         dict(
@@ -455,6 +459,7 @@ def test_the_artifact_holds_nothing_about_the_machine(trained, toy):
 # ---- Size accounting ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
     [
@@ -579,6 +584,7 @@ def explode(tmp_path_factory):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["zlib", "lzma", "zstd", "brotli"])
 def test_a_bomb_yields_no_more_than_was_asked_for(explode, codec):
     """zstd asks for its window first, which may be no larger than the stream is said to be."""
@@ -588,11 +594,13 @@ def test_a_bomb_yields_no_more_than_was_asked_for(explode, codec):
     assert small == [1, 10, 100_000] or (codec == "zstd" and "too much memory" in small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["zlib", "lzma", "zstd", "brotli"])
 def test_a_bomb_that_claims_nothing_yields_nothing(explode, codec):
     assert explode(codec, 0) == [0]
 
 
+@pytest.mark.slow
 def test_the_bombs_would_explode(explode):
     assert "MemoryError" in explode("zlib", 1 << 30)
 
@@ -782,6 +790,7 @@ def test_any_damage_is_detected(trained, kind, at, piece):
             unpack_artifact(damaged)
 
 
+@pytest.mark.slow
 @examples(400)
 @given(codec=st.sampled_from(list(CODECS)), **DAMAGE)
 def test_damage_under_a_valid_checksum_raises_nothing_but_user_errors(codec, kind, at, piece):
@@ -850,6 +859,7 @@ JUNK = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @examples(250)
 @given(data=st.data(), junk=JUNK)
 def test_any_change_of_the_header_is_scored_or_refused_by_name(
@@ -1098,6 +1108,7 @@ def hostile(blob: bytes, path, value) -> bytes:
     return forge(replaced(header, path, value), body)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BROKEN)
 def test_an_unreadable_artifact_ends_the_process_with_one_line(trained, toy, tmp_path, case):
     make, reason = BROKEN[case]
@@ -1116,6 +1127,7 @@ def test_an_unreadable_artifact_ends_the_process_with_one_line(trained, toy, tmp
     assert reason in run.err and not (tmp_path / "owned").exists()
 
 
+@pytest.mark.slow
 def test_a_missing_artifact_is_one_line_on_two_ranks(toy, tmp_path):
     run = run_script(
         nproc=2,
@@ -1133,6 +1145,7 @@ def test_a_missing_artifact_is_one_line_on_two_ranks(toy, tmp_path):
     assert "read_artifact" not in run.err, "the launcher may print a traceback, the script must not"
 
 
+@pytest.mark.slow
 def test_reading_a_file_executes_nothing(trained, tmp_path):
     """Python's own audit events: no code is compiled, imported, unpickled, run or opened while a file is unpacked."""
     (tmp_path / "good").write_bytes(trained.blob)

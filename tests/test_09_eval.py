@@ -294,6 +294,7 @@ def test_changing_a_token_leaves_every_earlier_loss_alone(rt, model, text, windo
         assert abs(after - before)[t - 1] > 1e-4, "the loss of the changed target itself must move"
 
 
+@pytest.mark.slow
 def test_the_losses_of_all_possible_targets_form_a_distribution(rt, model, text):
     """Target swap: the probabilities of every token of the alphabet at one position sum to one."""
     for t in (1, 40, 150):
@@ -546,6 +547,7 @@ def numbers(line: str) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_official_line_equals_its_own_formula_and_the_bytes_of_the_text(trained, toy, tokenizer):
     ids = np.fromfile(toy / "fineweb_val_000000.bin", "<u2")[512:].tolist()
     line = numbers(official(trained.out))
@@ -556,6 +558,7 @@ def test_official_line_equals_its_own_formula_and_the_bytes_of_the_text(trained,
     )
 
 
+@pytest.mark.slow
 def test_every_score_of_the_log_implies_the_same_bytes(trained):
     known = numbers(official(trained.out))
     lines = [
@@ -567,12 +570,14 @@ def test_every_score_of_the_log_implies_the_same_bytes(trained):
         assert implied == pytest.approx(known["bytes"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_repeats_the_official_line(trained):
     again = run_script(PRESET="baseline+tiny", **trained.env)
     assert again.code == 0, again.err
     assert official(again.out) == official(trained.out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
     [
@@ -594,6 +599,7 @@ def test_the_environment_cannot_change_the_model_of_an_artifact(trained, evaluat
     assert official(evaluate(**knobs)) == official(trained.out)
 
 
+@pytest.mark.slow
 def test_a_knob_that_an_artifact_decides_is_said_to_have_no_effect(trained, evaluate):
     run = run_script(PRESET="baseline+tiny", **trained.env, NUM_LAYERS=5, TRAIN_SEQ_LEN=128)
     assert run.code == 0
@@ -604,6 +610,7 @@ def test_a_knob_that_an_artifact_decides_is_said_to_have_no_effect(trained, eval
     assert strict.code == 2 and "NUM_LAYERS has no effect" in strict.err
 
 
+@pytest.mark.slow
 def test_another_way_of_scoring_has_another_name_and_score(trained, evaluate):
     found, labels = {}, []
     for knobs in (
@@ -648,17 +655,20 @@ def test_what_was_learnt_is_in_the_name_of_every_score():
     assert len(learnt) == 2 * 3 * 4 and not plain & learnt
 
 
+@pytest.mark.slow
 def test_scoring_needs_no_training_text(trained, evaluate, toy, tmp_path):
     for name in ("fineweb_val_000000.bin", "tokenizer.model"):
         (tmp_path / name).write_bytes((toy / name).read_bytes())
     assert official(evaluate(DATA_PATH=tmp_path)) == official(trained.out)
 
 
+@pytest.mark.slow
 def test_chunks_of_another_length_have_another_name(trained, evaluate):
     line = official(evaluate(TRAIN_SEQ_LEN=256))
     assert line == official(trained.out) or "variant:chunked " not in line
 
 
+@pytest.mark.slow
 def test_the_batch_of_the_evaluation_does_not_change_the_score(trained, evaluate):
     reference = numbers(official(trained.out))
     for size in (1, 500, 100_000):
@@ -667,6 +677,7 @@ def test_the_batch_of_the_evaluation_does_not_change_the_score(trained, evaluate
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_gives_the_same_score(trained, evaluate, ranks):
     run = run_script(nproc=ranks, PRESET="baseline+tiny", EVAL="sliding", **trained.env)

@@ -67,6 +67,7 @@ def score(cfg, model, tokens, observer=None) -> tuple[np.ndarray, tg.Score]:
 # ---- All weights, chunk by chunk ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sliding", "chunked"])
 def test_score_first_sgd_equals_a_plain_loop(kind):
     """Chunk by chunk: every target alone with the weights of the chunk, then plain SGD on the
@@ -304,6 +305,7 @@ def test_warm_a_is_kept_within_a_lane_and_b_never():
 # ---- Phases ----
 
 
+@pytest.mark.slow
 def test_phases_train_on_the_longest_documents_once_they_are_scored():
     cfg = config(
         **LORA
@@ -388,6 +390,7 @@ def all_jobs(rt: tg.Runtime) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_gives_identical_scores_document_by_document(tmp_path):
     script, found = tmp_path / "worker.py", [all_jobs(ALONE)]
     script.write_text(WORKER)
@@ -441,6 +444,7 @@ def corpus(tmp_path_factory, tokenizer):
 TUNED = dict(TTT="prequant", PREQUANT_EPOCHS=2, PREQUANT_LR=0.005, ITERATIONS=20)
 
 
+@pytest.mark.slow
 def test_training_on_the_test_set_must_be_asked_for_twice(corpus, tmp_path):
     done = run_script(**FAST | TUNED | dict(DATA_PATH=corpus, RUNS_DIR=tmp_path, RUN_ID="a"))
     refused(done, "TTT=prequant", "ALLOW_NONCOMPLIANT=1", "PREQUANT_TEXT=train")
@@ -476,6 +480,7 @@ def runs(corpus, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_training_on_the_test_set_is_marked_everywhere(runs, corpus, tmp_path):
     for name, run in runs.items():
         marked = name == "val"
@@ -508,6 +513,7 @@ def re_phases(out: str) -> list[str]:
     return [line for line in out.splitlines() if line.startswith("phase:prequant ")]
 
 
+@pytest.mark.slow
 def test_the_gain_of_the_test_set_is_memory_and_the_control_shows_it(runs):
     loss = {
         name: float(official(run.out).split("val_loss:")[1].split()[0])
@@ -532,6 +538,7 @@ def test_the_gain_of_the_test_set_is_memory_and_the_control_shows_it(runs):
     assert dealt == whole, "the log names the shards; the slice is taken off afterwards"
 
 
+@pytest.mark.slow
 def test_every_official_evaluation_leaves_the_loss_of_each_document(runs, corpus):
     tokens = np.fromfile(corpus / "fineweb_val_000000.bin", "<u2")[512:]
     starts = np.flatnonzero(tokens[:-1] == 1)
@@ -551,6 +558,7 @@ def test_every_official_evaluation_leaves_the_loss_of_each_document(runs, corpus
     assert (np.load(artifact.with_suffix(".chunked.doc_loss.npy")) == found["none"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
     [

@@ -69,6 +69,7 @@ def evaluate(toy, path, nproc: int = 0):
 
 
 # ---- one run
+@pytest.mark.slow
 def test_loss_falls_below_what_word_counts_alone_would_give(reference, toy):
     def tokens(split):
         return np.concatenate(
@@ -82,6 +83,7 @@ def test_loss_falls_below_what_word_counts_alone_would_give(reference, toy):
     assert last < unigram - 1.0
 
 
+@pytest.mark.slow
 def test_a_fresh_process_scores_the_artifact_identically(reference, toy):
     done = evaluate(toy, reference.folder / "model.golf")
     assert official(done.out) == official(reference.out)
@@ -89,6 +91,7 @@ def test_a_fresh_process_scores_the_artifact_identically(reference, toy):
     assert timed[0] | dict(seconds="") == timed[1] | dict(seconds=""), "but for its duration"
 
 
+@pytest.mark.slow
 def test_an_artifact_is_scored_whatever_its_row_length(toy, tmp_path):
     """The default preset's batch is no multiple of 48 tokens; scoring trains nothing, so nobody should mind."""
     done = train(toy, tmp_path, "a", TRAIN_SEQ_LEN=48, TRAIN_BATCH_TOKENS=384, ITERATIONS=2)
@@ -103,6 +106,7 @@ def by_ranks(toy, tmp_path_factory):
     return {n: train(toy, folder, f"ranks{n}", nproc=n, ITERATIONS=6) for n in (1, 2, 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_training_does_not_depend_on_the_number_of_ranks(ranks, by_ranks):
     assert losses(by_ranks[ranks]) == pytest.approx(losses(by_ranks[1]), rel=1e-5)
@@ -111,6 +115,7 @@ def test_training_does_not_depend_on_the_number_of_ranks(ranks, by_ranks):
     assert f"world_size:{ranks} " in log(by_ranks[ranks].folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_score_of_an_artifact_does_not_depend_on_the_number_of_ranks(ranks, reference, toy):
     one, many = (
@@ -124,6 +129,7 @@ def test_the_score_of_an_artifact_does_not_depend_on_the_number_of_ranks(ranks, 
     ]
 
 
+@pytest.mark.slow
 def test_bad_text_that_only_one_rank_reads_is_named_by_that_rank(toy, tmp_path):
     """Row 1 of the first step goes to rank 1; the first look at the shard is made to miss its bad token."""
     shutil.copytree(toy, tmp_path / "data")
@@ -312,6 +318,7 @@ def checkpoints(folder) -> int:
     return (folder / "metrics.jsonl").read_text().count('"checkpoint"')
 
 
+@pytest.mark.slow
 def test_any_number_of_kills_leaves_the_same_artifact(killed, reference, toy, tmp_path):
     folder, rng = tmp_path / "k", random.Random(0)
     shutil.copytree(killed, folder)
@@ -335,6 +342,7 @@ def test_any_number_of_kills_leaves_the_same_artifact(killed, reference, toy, tm
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_may_be_resumed_by_another_number_of_ranks(killed, reference, toy, tmp_path):
     shutil.copytree(killed, tmp_path / "k")
     done = train(toy, tmp_path, "k", nproc=2, **dict(CRASHY, CHECKPOINT_EVERY=0))
@@ -361,6 +369,7 @@ def assert_stopped_in_time(done, budget: float):
     assert seconds > budget - 1.5 * steps.max() - 0.05
 
 
+@pytest.mark.slow
 def test_training_stops_before_the_wall_clock_limit(toy, tmp_path):
     assert_stopped_in_time(train(toy, tmp_path, "a", ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=3), 3)
 
@@ -397,12 +406,14 @@ def two_clocks(toy, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_at_the_same_step_and_keep_the_reserve(two_clocks):
     assert_stopped_in_time(two_clocks, 2.5)
     stopped = dict(re.findall(r"rank (\d) stopped at step (\d+)", two_clocks.out))
     assert sorted(stopped) == ["0", "1"] and stopped["0"] == stopped["1"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="no /proc on this system")
 def test_no_thread_of_the_process_group_outlives_it(two_clocks):
     """One that does may abort the process while the interpreter shuts down, after a perfect run."""
@@ -506,10 +517,12 @@ def short(toy, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_prewarming_leaves_no_trace(short, toy, tmp_path):
     assert artifact(train(toy, tmp_path, "a", ITERATIONS=6, WARMUP_STEPS=3, **RICH)) == short
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_artifact(short, toy, tmp_path):
     assert (
         artifact(train(toy, tmp_path, "a", ITERATIONS=6, WARMUP_STEPS=0, SEED=1338, **RICH))
@@ -529,6 +542,7 @@ train_gpt.FlatParameters.clip = spoiling_clip
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step, steps, every",
     [(5, 20, 0.001), (5, 20, 60), (8, 8, 0.001)],
@@ -574,6 +588,7 @@ def test_the_exported_average_is_the_exponential_average_of_all_steps(toy):
     assert torch.equal(exported, trainer.flat.weights), "the model does not hold the average"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not train_gpt.can_compile(), reason="no compiler here")
 def test_the_qat_switch_works_inside_a_compiled_graph(toy):
     knobs = dict(ITERATIONS=4, NUM_LAYERS=1, MATRIX_BITS=2, SKIPS="none")

@@ -84,6 +84,7 @@ def test_documents_carry_an_interval(tmp_path):
     assert found["interval"] == pytest.approx([exact - error, exact + error], rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_real_run_is_analysed(toy, tmp_path, capsys):
     run = train(toy, tmp_path, "run", ITERATIONS=30, MATRIX_BITS=6, CODEC="rans")
     assert run.code == 0, run.err

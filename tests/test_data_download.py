@@ -376,6 +376,7 @@ def test_no_network_is_said_in_one_line(hub, monkeypatch, capsys):
     assert "is there a network?" in failing(capsys=capsys)
 
 
+@pytest.mark.slow
 def test_a_killed_download_goes_on_within_the_file(hub, tmp_path):
     hub.faults[TRAIN1] = ["slow"]
     code = (

@@ -121,6 +121,7 @@ def open_data(folder: Path, **knobs) -> train_gpt.Data:
 # ---- Exact at every stage ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "caseops", "plain_to_caseops", "caseops_to_plain"])
 def test_the_bytes_of_every_stage_are_those_of_the_raw_text(made, name):
     data = open_data(made / name, caseops=int(name.endswith("caseops")))
@@ -131,6 +132,7 @@ def test_the_bytes_of_every_stage_are_those_of_the_raw_text(made, name):
     assert manifest["splits"]["train"]["tokens"] == len(data.train)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "caseops"])
 def test_shards_decode_to_the_raw_text(made, name):
     tokenizer = docs.load_tokenizer(made / f"{name}.model")
@@ -139,6 +141,7 @@ def test_shards_decode_to_the_raw_text(made, name):
     assert len(stream.files) > 2 and all(len(s) == SHARD for s in stream.shards[:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old, new", [("plain", "caseops"), ("caseops", "plain")])
 def test_reencoding_gives_the_shards_of_encoding(made, old, new):
     """Whatever the number of workers: the first was made by one, the second by two."""
@@ -174,6 +177,7 @@ def test_own_texts_become_shards_with_a_bos_before_each_document(tmp_path, token
     assert open_data(tmp_path / "out").manifest["comparable"] is False
 
 
+@pytest.mark.slow
 def test_a_tokenizer_can_be_trained_on_the_text_of_shards(made, tmp_path, capsys):
     """The same documents are read, without those of the validation split: so it is the same
     tokenizer."""
@@ -204,6 +208,7 @@ def test_a_tokenizer_can_be_trained_on_the_text_of_shards(made, tmp_path, capsys
     assert "held-out documents, all of which" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_clean_dataset_has_no_findings(made):
     for name in ("plain", "caseops", "plain_to_caseops"):
         found = verify.verify(made / name)
@@ -211,6 +216,7 @@ def test_a_clean_dataset_has_no_findings(made):
         assert found["splits"]["val"]["bytes"] == sum(len(t.encode()) for t in TEXTS[:VAL])
 
 
+@pytest.mark.slow
 def test_repeating_any_step_does_nothing(made, capsys):
     before = {d: snapshot(made / d) for d in ("", "plain", "plain_to_caseops")}
     path = made / "documents.jsonl"
@@ -269,6 +275,7 @@ def test_repeating_any_step_does_nothing(made, capsys):
     assert "exists already and was not made of these inputs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_caseops_dataset_trains_and_is_scored_by_its_sidecar(made, tmp_path):
     knobs = dict(
         PRESET="baseline+tiny",
@@ -320,6 +327,7 @@ def processes(mentioning: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_encoding_goes_on_from_the_last_whole_shard(made, tmp_path):
     arguments = [
         "encode",
@@ -409,6 +417,7 @@ def refusals(folder: Path) -> dict[str, tuple[list, str]]:
     }
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line_and_leave_nothing(made, tmp_path, capsys):
     for case, (arguments, said) in refusals(made).items():
         assert prepared(*arguments, "--out", tmp_path / "out") == 2, case
@@ -420,6 +429,7 @@ def test_mistakes_are_one_line_and_leave_nothing(made, tmp_path, capsys):
         assert not {p.name for p in tmp_path.iterdir()} - {".out.lock"}, case
 
 
+@pytest.mark.slow
 def test_leaked_documents_can_be_left_out(made, tmp_path):
     path = write_documents(tmp_path / "leaked.jsonl", [*TEXTS[:20], TEXTS[2], TEXTS[21]])
     assert (
@@ -441,6 +451,7 @@ def test_leaked_documents_can_be_left_out(made, tmp_path):
     assert verify.verify(tmp_path / "out")["clean"]
 
 
+@pytest.mark.slow
 def test_the_command_line_as_a_user_starts_it(made, copy):
     def tool(*arguments):
         done = subprocess.run(
@@ -560,6 +571,7 @@ DEFECTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_planted_defect_is_found(copy, defect):
     name, plant, check = DEFECTS[defect]
@@ -652,6 +664,7 @@ def retoken_in_place(folder: Path):
     path.write_bytes(build_sample.shard(tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED_BY_TRAINING)
 def test_training_refuses(copy, case):
     name, damage, knobs, said = REFUSED_BY_TRAINING[case]

@@ -382,6 +382,7 @@ def test_reference_of_another_text_is_refused(monkeypatch, tmp_path):
         bs.build(tmp_path / "sample")
 
 
+@pytest.mark.slow
 def test_reference_figures_recompute():
     """Half a minute: the stored figures are what the compressors give today."""
     pytest.importorskip("zstandard")

@@ -124,6 +124,7 @@ def test_a_good_agent_is_heard_and_told_what_it_needs(tmp_path):
     assert b"forge.hypothesis/1" in told and b"Anchor:" in told and len(told) <= agent.PROMPT_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text, reason",
     [
@@ -348,6 +349,7 @@ def test_logs_are_quoted_as_data():
     assert text.count("```") == 2 and "\x1b" not in text and len(text.splitlines()) <= 42
 
 
+@pytest.mark.slow
 def test_a_person_goes_first_and_a_stale_wish_is_set_aside(tmp_path):
     c = forge_lab.real(tmp_path, budget=dict(experiments=1), loop=dict(confirm="end"))
     for wish, code in ((GOOD, 0), (GOOD | dict(env=dict(NUM_LAYERS=99)), 2)):
@@ -388,6 +390,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what, line, reason", HOSTILE, ids=[h[0] for h in HOSTILE])
 def test_hostile_patches_of_the_real_script_are_refused(what, line, reason):
     """Acceptance 16, static part: inserted into the optimiser's code, outside the protected
@@ -427,6 +430,7 @@ def test_protected_regions_of_the_real_script_may_not_change(old, new, region):
         patches.inspect_patch(REAL, diff(REAL, patched.replace(old, new, 1)))
 
 
+@pytest.mark.slow
 def test_a_patch_needs_one_switch_and_must_apply():
     good = with_knob(
         REAL,
@@ -459,6 +463,7 @@ def sandboxed() -> bool:
     return sandbox.works("bwrap") or sandbox.works("unshare")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sandboxed(), reason="neither bwrap nor unshare works here")
 def test_patched_code_runs_without_a_network_and_its_score_is_measured_again(tmp_path):
     """Acceptance 16, dynamic part: what changes the losses by itself is refused, an optimiser that

@@ -140,6 +140,7 @@ def test_an_interrupted_decision_is_taken_again_the_same_way(tmp_path):
         assert resumed.state.digest() == straight.state.digest(), f"cut after event {cut}"
 
 
+@pytest.mark.slow
 def test_kill_9_of_anything_at_any_time_loses_and_repeats_nothing(tmp_path, seed=2):
     """Acceptance 7, twelve kills: decider, supervisor, trainer, or all of them at once."""
     c = forge_lab.real(

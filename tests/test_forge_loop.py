@@ -52,6 +52,7 @@ def outcomes(c) -> list[str]:
     return [r.record["status"] for r in c.state.runs.values() if r.finished]
 
 
+@pytest.mark.slow
 def test_a_run_that_ignores_its_end_is_killed_with_all_that_it_started(tmp_path, monkeypatch):
     """Acceptance 10: SIGTERM ignored, a grandchild, and a process that left the session; the next
     run is unharmed."""
@@ -141,6 +142,7 @@ def test_a_missing_package_or_a_locked_folder_is_one_clear_error(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_script_without_its_packages_and_a_machine_without_programs(tmp_path):
     """Acceptance 17: no torch is one clear error; no git, no bwrap and no GPU cost nothing but
     patches."""
@@ -181,6 +183,7 @@ def test_patches_are_refused_without_a_sandbox(tmp_path, monkeypatch):
     assert sandbox.cage(tmp_path / "run", forge_lab.FAKE, allow_none=True) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sandbox.works("unshare"), reason="no mount namespace for this user here")
 def test_a_full_disk_and_a_read_only_one(tmp_path):
     """Acceptance 17: a small tmpfs that is full, and then a read-only one: one clear error, nothing
@@ -341,6 +344,7 @@ def test_forecasts_that_were_wrong_end_nothing(tmp_path, monkeypatch):
     assert all(r.record["status"] == "ok" for r in state.runs.values())
 
 
+@pytest.mark.slow
 def test_a_pruned_process_ends_and_has_no_score(tmp_path):
     c = forge_lab.real(tmp_path, dict(pause=0.1, steps=40))
     c.locked_tick()
@@ -498,6 +502,7 @@ def test_a_chapter_ablation_drops_what_does_nothing(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_changes_named_by_hand_are_composed(tmp_path):
     c = forge_lab.real(tmp_path, budget=dict(experiments=0))
     done = forge_lab.here(
@@ -607,6 +612,7 @@ def test_a_harmful_playbook_edit_is_rolled_back(tmp_path):
     assert skill_review.edits(c.state, c.space, []) == []
 
 
+@pytest.mark.slow
 def test_the_meta_layer_runs_once_per_five_experiments_and_writes_the_same_files(tmp_path):
     """Acceptance 20."""
     c = forge_lab.real(tmp_path, budget=dict(experiments=5), loop=dict(confirm="end"))
@@ -634,6 +640,7 @@ def test_the_meta_layer_runs_once_per_five_experiments_and_writes_the_same_files
     ) == 1
 
 
+@pytest.mark.slow
 def test_replay_repeats_a_run_exactly_and_refuses_changed_code(tmp_path):
     """Acceptance 12: five records."""
     c = forge_lab.real(tmp_path, budget=dict(experiments=2), loop=dict(confirm="end"))
@@ -708,6 +715,7 @@ def test_limits_can_be_changed_while_it_runs(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_commands_of_a_finished_campaign(tmp_path, capsys):
     """Every view answers in words and in JSON; mistakes get one line and exit code 2."""
     c = forge_lab.real(tmp_path, budget=dict(experiments=2), loop=dict(confirm="end"))
@@ -774,6 +782,7 @@ def test_tables_show_the_digits_that_matter_and_any_locale_will_do(tmp_path):
     assert "größer, ½" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_person_asks_for_a_confirmation_and_for_another_rung(tmp_path):
     rung = dict(kill_s=20, prior_sigma=0.001, env={})
     rungs = dict(screen=rung, local=rung | dict(sentinel_runs=2))
@@ -798,6 +807,7 @@ def test_a_person_asks_for_a_confirmation_and_for_another_rung(tmp_path):
     assert (c.folder / "report.html").read_text("utf-8").count("What did not work") == 1
 
 
+@pytest.mark.slow
 def test_settings_of_a_new_campaign(tmp_path):
     """--set, --without and knobs that a rung fixes, which no proposal may touch."""
     script = tmp_path / "train_gpt.py"
@@ -840,6 +850,7 @@ def test_settings_of_a_new_campaign(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_beginning_twice_and_beginning_badly(tmp_path):
     script = tmp_path / "train_gpt.py"
     script.write_bytes(forge_lab.FAKE.read_bytes())

@@ -40,6 +40,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode, workers, keys, kills",
     [("file", 6, 120, 5), ("proxy", 2, 120, 5)],
@@ -151,6 +152,7 @@ def test_a_lost_worker_is_noticed_by_its_heart_and_given_up_in_the_end(tmp_path)
     assert record["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_campaign_is_served_to_workers_on_other_machines(tmp_path):
     """Head and worker as processes that share nothing but a port."""
     c = forge_lab.real(tmp_path, budget=dict(experiments=2), loop=dict(confirm="end", workers=2))
@@ -180,6 +182,7 @@ def test_a_campaign_is_served_to_workers_on_other_machines(tmp_path):
     assert forge_lab.forge("verify", c.folder).returncode == 0
 
 
+@pytest.mark.slow
 def test_workers_are_started_as_jobs(tmp_path, monkeypatch):
     """Through submitit's own executor of local processes, in Slurm's place."""
     monkeypatch.chdir(tmp_path)

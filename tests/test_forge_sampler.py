@@ -110,6 +110,7 @@ def test_the_planted_problem_is_what_it_says():
     )
 
 
+@pytest.mark.slow
 def test_search_beats_random(campaigns):
     """Acceptance 1, with three times its seeds."""
     ours = np.array([share for _, share, _ in campaigns])
@@ -118,6 +119,7 @@ def test_search_beats_random(campaigns):
     assert (ours.mean() - random.mean()) * (fake_trainer.DEFAULT - fake_trainer.BEST) >= 0.010
 
 
+@pytest.mark.slow
 def test_search_beats_hill_climbing_and_plain_tpe(campaigns):
     """Acceptance 2: by 0.05 of the attainable gain on the mean of 12 seeds."""
     ours = np.mean([share for _, share, _ in campaigns])
@@ -131,6 +133,7 @@ def test_search_beats_hill_climbing_and_plain_tpe(campaigns):
     assert ours >= max(tpe, hill) + 0.05, (ours, tpe, hill)
 
 
+@pytest.mark.slow
 def test_a_skill_that_does_nothing_starves_and_is_flagged(campaigns):
     """Acceptance 3: of runs 10 to 60 the skill without effect gets at most 16 %, and the campaign's
     own last word says so in 80 % of the seeds; no useful skill is called inert in more than 10
@@ -143,6 +146,7 @@ def test_a_skill_that_does_nothing_starves_and_is_flagged(campaigns):
     )
 
 
+@pytest.mark.slow
 def test_proposals_stay_inside_one_skill_and_never_repeat(campaigns):
     for c, _, state in campaigns[:3]:
         searches = [x for x in state.experiments.values() if x.kind == "search"]
@@ -153,6 +157,7 @@ def test_proposals_stay_inside_one_skill_and_never_repeat(campaigns):
             assert moved <= {x.skill, "compression"}, "compression joins what was too large"
 
 
+@pytest.mark.slow
 def test_no_run_was_started_that_the_plan_foretold_to_be_too_large(campaigns):
     """Acceptance 11: too large by more than the forecast's own error, which is 1 % until two have
     met their size."""

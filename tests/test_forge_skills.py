@@ -28,6 +28,7 @@ Body.
 """
 
 
+@pytest.mark.slow
 def test_shipped_skills_are_valid_and_fit_the_script():
     assert skill_files.check_all(SKILLS, SCRIPT, dict(PRESET="baseline+cpu")) == []
     assert skill_files.check(SKILLS.parent / "skill-forge") == []
@@ -76,6 +77,7 @@ def test_bad_skills_are_named(tmp_path, change, reason):
     assert any(reason in problem for problem in skill_files.check(folder))
 
 
+@pytest.mark.slow
 def test_the_space_and_the_forecast_come_from_the_real_script(tmp_path):
     env = dict(PRESET="baseline+tiny", THREADS="1")
     described = space.describe(SCRIPT, env)
@@ -101,6 +103,7 @@ def test_the_space_and_the_forecast_come_from_the_real_script(tmp_path):
         space.describe(forge_lab.FAKE, dict(MATRIX_LR="x"))
 
 
+@pytest.mark.slow
 def test_a_real_campaign_end_to_end(toy, tmp_path):
     """Acceptance 19: the real script on real text: six experiments, two reviews, a
     confirmation on fresh seeds, report, verify, replay, and a record that the repository's own tool
@@ -327,6 +330,7 @@ def test_variables_of_published_scripts_are_read_as_ours(tmp_path):
     assert harvest.translated(forge_lab.FAKE, [{}]) == [{}], "a script that knows no names"
 
 
+@pytest.mark.slow
 def test_export_hands_the_confirmed_runs_to_the_records_tool(tmp_path, monkeypatch):
     c = forge_lab.real(tmp_path, budget=dict(experiments=0))
     with pytest.raises(ForgeError, match="nothing is confirmed yet"):

@@ -87,6 +87,7 @@ def test_a_fresh_campaign_accepts_as_often_as_the_readme_says():
         assert all(device[rung]["sentinel_runs"] == 5 for rung in ("screen", "local"))
 
 
+@pytest.mark.slow
 def test_whole_campaigns_of_changes_that_do_nothing_confirm_nothing(tmp_path):
     """Acceptance 4 through the loop: 400 experiments whose scores are noise. A rule that keeps what
     scores lower than the run before it would keep half of them."""

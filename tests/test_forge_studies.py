@@ -447,6 +447,7 @@ def test_a_harvest_seeds_a_campaign(tmp_path, capsys):
         assert code == 2 and message in error
 
 
+@pytest.mark.slow
 def test_skills_come_and_go(tmp_path, capsys):
     """A new one is valid and searched, a retired one is left alone by sampler, agent and people,
     and comes back."""

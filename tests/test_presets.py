@@ -173,6 +173,7 @@ def test_the_plan_of_every_system_fits_the_budget():
     assert not over and min(found.values()) > 10_000_000, found
 
 
+@pytest.mark.slow
 def test_the_champion_is_the_one_of_its_campaign():
     forge = [sys.executable, ROOT / "records" / "forge" / "forge.py"]
     done = subprocess.run(
@@ -216,6 +217,7 @@ def test_the_default_on_cuda_is_the_best_admissible_system_for_the_shards(monkey
     assert tg.default_preset({"DEVICE": "cpu"}) == "turbo_engram+cpu+champion"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_system_trains_exports_reloads_and_scores(system, toy, tmp_path):
     knobs = dict(

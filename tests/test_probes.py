@@ -255,6 +255,7 @@ FEW = dict(cuts=2, positions=1)
 
 
 # Learning rates are so high here that what a system learns from its text cannot be missed.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs, warned",
     [
@@ -281,6 +282,7 @@ def test_the_real_path_passes(knobs, warned):
     assert set(found["warnings"]) <= set(warned), found
 
 
+@pytest.mark.slow
 def test_training_on_the_text_before_it_is_scored_is_flagged():
     found = probes.probe(
         dict(PRESET="baseline", TTT="prequant", ALLOW_NONCOMPLIANT="1"), 80, cuts=2, positions=1
@@ -355,6 +357,7 @@ def test_a_leak_across_documents_is_flagged():
     assert "documents" in planted(edit, "doc")["flags"]
 
 
+@pytest.mark.slow
 def test_the_command_prints_its_findings(capsys):
     assert tools.main(["probes", "PRESET=baseline", "THREADS=1"]) == 0
     assert json.loads(capsys.readouterr().out)["flags"] == []

@@ -85,6 +85,7 @@ def sweep(verb: str, spec: dict, folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_real_comparison_ends_in_a_table_and_a_plot(toy, tmp_path):
     base = dict(
         PRESET="baseline+tiny",
@@ -132,6 +133,7 @@ def test_every_committed_comparison_is_complete():
         assert path.with_name("plot.svg").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_of_quantisers_measures_what_an_export_would(toy, tmp_path):
     base = dict(
         PRESET="baseline+tiny",
@@ -170,6 +172,7 @@ def test_a_sweep_of_quantisers_measures_what_an_export_would(toy, tmp_path):
     assert len(sweep("quantisers", spec, tmp_path)) == 4, "nothing is measured twice"
 
 
+@pytest.mark.slow
 def test_gains_are_those_of_the_same_artifact_and_documents(toy, tmp_path):
     text = tmp_path / "text"
     shutil.copytree(toy, text)

@@ -649,6 +649,7 @@ def test_an_answer_is_shown_and_changes_nothing(tmp_path):
     assert not result["passed"] and "the clock?[2J was wrong" in check.as_text(result)
 
 
+@pytest.mark.slow
 def test_check_is_fast(tmp_path):
     """The real script and three long logs, measured in time of this process: other processes do not
     count."""
@@ -671,6 +672,7 @@ HOSTILE = (
 )
 
 
+@pytest.mark.slow
 def test_a_hostile_folder_is_read_and_nothing_more(tmp_path):
     """A wrapped script that would delete files, a bomb as artifact, a huge log, links to elsewhere,
     a pipe."""

@@ -34,6 +34,7 @@ def test_smallest_significant_gain_is_the_published_one(n, gain):
     assert statistics.smallest_significant(n, 0.0006) == pytest.approx(gain, abs=5e-6)
 
 
+@pytest.mark.slow
 def test_welch_by_hand_and_its_rate_of_false_alarms():
     base, new, margin = np.array([1.10, 1.12, 1.11]), np.array([1.05, 1.09, 1.04, 1.06]), 0.01
     va, vb = base.var(ddof=1) / 3, new.var(ddof=1) / 4
@@ -150,6 +151,7 @@ def run(*args: str):
     return subprocess.run([*TOOLS, "compare", *args], capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_a_chain_of_records(tmp_path):
     names = [group(tmp_path, f"2026-05-0{i}_Step", 0.003 * i) for i in (1, 2, 3)]
     results = json.loads(run(*names, "--json").stdout)
@@ -223,6 +225,7 @@ def test_unknown_lineage_and_other_tokenizers_are_not_paired(tmp_path):
     assert run(made["base"], made["smaller"]).returncode == 0, "unpaired, on the same text"
 
 
+@pytest.mark.slow
 def test_other_texts_are_refused_and_documents_are_used(tmp_path):
     base = group(tmp_path, "2026-05-01_A", 0.0)
     other = group(tmp_path, "2026-05-02_B", 0.0, ratio=TEXT_BYTES / TOKENS * 1.18)

@@ -94,6 +94,7 @@ def audited(tmp_path: Path, adapter: str, script: str = SCRIPT) -> dict[str, str
     }
 
 
+@pytest.mark.slow
 def test_a_legal_evaluation_passes_and_nothing_of_it_runs_here(tmp_path):
     """The script writes a file when it is imported: only the copy has it. What it prints is no
     answer."""
@@ -205,6 +206,7 @@ BROKEN = {  # what the last line must say
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", BROKEN, ids=lambda a: BROKEN[a][:24])
 def test_an_evaluation_that_breaks_down_fails(adapter, tmp_path, monkeypatch):
     """An import that is missing, too few losses, an error, an exit, nothing, a network, no end, a

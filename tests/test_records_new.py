@@ -94,6 +94,7 @@ def official(run: Path) -> tuple[float, float]:
     return float(found[1]), float(found[2])
 
 
+@pytest.mark.slow
 def test_every_number_is_that_of_the_runs(record, runs):
     s = json.loads((record / "submission.json").read_text())
     scores = [official(r)[1] for r in runs]
@@ -150,10 +151,12 @@ def test_a_record_of_own_text_runs_alone_or_says_what_is_missing(toy, tmp_path):
     assert new(tmp_path / "more", [done.folder], "--without-smoke").returncode == 0
 
 
+@pytest.mark.slow
 def test_it_passes_check_with_nothing_to_say(record):
     assert check.check(record)["findings"] == []
 
 
+@pytest.mark.slow
 def test_the_readme_is_generated_from_the_submission(record):
     text = (record / "README.md").read_text()
     assert text == readme.refreshed(record) and "not leaderboard scores" in text
@@ -164,6 +167,7 @@ def test_the_readme_is_generated_from_the_submission(record):
         readme.between_markers(text.replace("<!-- generated: seeds -->", ""), dict(seeds="x"))
 
 
+@pytest.mark.slow
 def test_launch_repeats_the_run(record, runs, toy, tmp_path):
     """The same settings, bit for bit: NUM_LAYERS and MATRIX_LR came from the environment. Where
     there is no text, it says so."""
@@ -191,6 +195,7 @@ def edited(run: Path, to: Path, **changes: str) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_it_refuses(runs, toy, tmp_path):
     """Mixed settings, a seed twice, another script, another text, an unfinished run, a run left
     out; in one message."""
@@ -224,6 +229,7 @@ def test_it_refuses(runs, toy, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_left_out_needs_a_reason_which_is_shown(runs, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(snapshot, "draw", lambda folder: None)
     wanted = snapshot.Wanted("Two", data=toy, left_out="the third was interrupted by hand")
@@ -231,6 +237,7 @@ def test_a_run_left_out_needs_a_reason_which_is_shown(runs, toy, tmp_path, monke
     assert "the third was interrupted by hand" in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_makes_the_same_record(runs, toy, tmp_path, monkeypatch):
     """Stopped by a signal and resumed: nothing of the record differs but times and hashes of
     logs."""
@@ -266,6 +273,7 @@ def drop(value, pattern):
     return value
 
 
+@pytest.mark.slow
 def test_a_comparison_is_put_into_the_record(record, tmp_path):
     base, fresh = (tmp_path / n / record.parent.name / record.name for n in "ab")
     for folder in (base, fresh):
@@ -288,6 +296,7 @@ def test_a_comparison_is_put_into_the_record(record, tmp_path):
     assert check.check(fresh)["passed"]
 
 
+@pytest.mark.slow
 def test_the_leaderboard_ranks_within_a_text_and_is_rewritten(record, tmp_path):
     records = tmp_path / "records"
     shutil.copytree(record.parent, records / record.parent.name)
@@ -364,6 +373,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_a_report_is_one_page_that_loads_nothing(record, runs, tmp_path):
     out = tmp_path / "page.html"
     subprocess.run(
@@ -426,6 +436,7 @@ def test_a_report_of_a_foreign_folder_has_no_empty_picture(tmp_path):
         plt.close(figure)
 
 
+@pytest.mark.slow
 def test_a_report_of_an_unfinished_run_projects_the_loss(runs, tmp_path):
     """A loss that falls as a + b log(step) is continued exactly."""
     run = tmp_path / "<half>"
@@ -448,6 +459,7 @@ def test_a_report_of_an_unfinished_run_projects_the_loss(runs, tmp_path):
     assert "Not finished" in text and "<half>" not in text and "&lt;half&gt;" in text
 
 
+@pytest.mark.slow
 def test_what_analyze_left_is_drawn_and_carried_into_the_record(runs, toy, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)
@@ -499,6 +511,7 @@ def test_rounding_noise_is_that_of_real_rounding(tmp_path):
         assert noise == pytest.approx(distance(tensors[name].dequant(), weights[name][1]), rel=0.05)
 
 
+@pytest.mark.slow
 def test_bytes_by_role_add_up_to_the_artifact(record):
     path = record / "model_seed1.golf"
     found = report.stored_bytes(path)
@@ -506,6 +519,7 @@ def test_bytes_by_role_add_up_to_the_artifact(record):
     assert {"embed", "row scales", "header"} <= set(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "folder", sorted(ROOT.glob("records/track_*/*/submission.json")), ids=lambda p: p.parent.name
 )
@@ -515,6 +529,7 @@ def test_committed_records_pass_and_are_current(folder):
 
 
 # audit: the same folder, executed.
+@pytest.mark.slow
 def test_audit_confirms_a_record_and_writes_what_it_saw(record, tmp_path, monkeypatch):
     """The folder alone in an empty place, without a network: launch.sh +tiny, then the artifact in
     other processes."""
@@ -632,6 +647,7 @@ def test_artifacts_that_stay_with_the_runs_are_known_by_their_hash(tmp_path, mon
         audit.audit(tmp_path / "record", data, [tmp_path])
 
 
+@pytest.mark.slow
 def test_audit_wants_a_whole_record(tmp_path):
     done = subprocess.run(
         [*TOOLS, "audit", str(tmp_path)], capture_output=True, text=True, timeout=60

@@ -52,6 +52,7 @@ def digest(folder) -> str:
     return hashlib.sha256((folder / "model.golf").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nproc", [0, 2])
 def test_a_packed_script_runs_the_whole_job_and_gives_the_same_score(
     nproc, wrapper, plain, toy, tmp_path
@@ -81,6 +82,7 @@ def test_a_packed_script_runs_the_whole_job_and_gives_the_same_score(
         )
 
 
+@pytest.mark.slow
 def test_help_is_that_of_the_script(wrapper, tmp_path):
     env = clean_env(XDG_CACHE_HOME=tmp_path)
     done = subprocess.run(
@@ -130,6 +132,7 @@ def test_an_unsafe_or_closed_cache_is_not_used_and_stale_text_is_replaced(tmp_pa
     assert not where(tmp_path / "file").startswith(str(tmp_path / "file"))
 
 
+@pytest.mark.slow
 def test_the_wrapper_is_small_parses_and_reveals_the_minified_script(wrapper):
     packed, source = wrapper.read_bytes(), SCRIPT.read_text(encoding="utf-8")
     assert len(packed) < 0.22 * len(source.encode())
