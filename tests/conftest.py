@@ -134,3 +134,17 @@ def toy(tmp_path_factory, tokenizer):
         write_shard(folder / f"fineweb_{name}.bin", [t for d in docs for t in d])
     (folder / "tokenizer.model").write_bytes(build_sample.TOKENIZER.read_bytes())
     return folder
+
+
+@pytest.fixture(scope="session")
+def brief(tmp_path_factory, toy):
+    """The same with four documents of 250 tokens to score: for runs whose scoring learns."""
+    folder = tmp_path_factory.mktemp("brief")
+    for path in toy.iterdir():
+        (folder / path.name).hardlink_to(path)
+    shard = folder / "fineweb_val_000000.bin"
+    tokens = list(struct.unpack("<1000H", shard.read_bytes()[1024:3024]))
+    tokens[::250] = [1] * 4
+    shard.unlink()
+    write_shard(shard, tokens)
+    return folder

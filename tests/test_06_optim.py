@@ -4,15 +4,13 @@ averaging."""
 import copy
 import io
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, clean_env
+from conftest import ROOT
 from helpers import (
     ALONE,
     TECHNIQUES,
@@ -23,12 +21,12 @@ from helpers import (
     random_model,
     token_losses,
 )
+from ranks import SHAPES, all_steps, on_ranks, ramps, tagged
 from running import metrics, train
 from torch import Tensor, nn
 
 import train_gpt as tg
 
-SHAPES = [(24, 24)] + [(48, 16)] * 3 + [(16, 48)] * 2  # square, tall, wide; the last two stacked
 QUINTIC = (3.4445, -4.7750, 2.0315)
 POLAR_EXPRESS = (  # arXiv 2505.16932, five steps
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -62,26 +60,10 @@ def polar(u: Tensor) -> Tensor:
     return left @ right
 
 
-def tagged(shapes=SHAPES, seed: int = 0) -> nn.Module:
-    """A module of matrices that Muon owns and one vector that it does not."""
-    torch.manual_seed(seed)
-    module = nn.Module()
-    module.matrices = nn.ParameterList(
-        tg.param(shape, tg.normal(1.0), "matrix", "matrix") for shape in shapes
-    )
-    module.vector = tg.param((5,), tg.normal(1.0), "scalar", "keep")
-    return module
-
-
 def tagged_optimiser(seed: int = 0, dtype=torch.float32, shapes=SHAPES, **knobs):
     """(module, its flat memory, its optimiser); AdamW stands still."""
     module, cfg = tagged(shapes, seed), config(**dict(scalar_lr=0) | knobs)
     return module, *flattened(module, cfg, dtype=dtype)
-
-
-def ramps(lr: float = 1.0, momentum: float = 0.9, **more) -> dict[str, float]:
-    """What moves in these tests, nothing else does."""
-    return tg.full_speed(config()) | dict(lr=lr, momentum=momentum) | more
 
 
 def matrix(kind: str) -> Tensor:
@@ -645,62 +627,6 @@ def test_fixed_norm_gives_what_starts_at_zero_the_norm_of_an_ordinary_start():
 
 
 # ---- Several ranks ----
-RANKS = """
-import os, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch, train_gpt as tg
-from test_06_optim import four_steps, RANK_KNOBS
-rt = tg.Runtime(tg.load(dict(PRESET="baseline+tiny", DEVICE="cpu", THREADS="1")), dict(os.environ))
-found = {{name: four_steps(rt, **knobs) for name, knobs in RANK_KNOBS.items()}}
-if rt.main:
-    torch.save(found, sys.argv[1])
-rt.close()
-"""
-RANK_KNOBS = {
-    "muon": dict(grad_clip_norm=0.5),
-    "normuon": dict(muon_decay="cautious"),
-    "turbo_muon_plus": dict(numerics="bf16"),
-    "mousse": dict(muon_refresh=2),
-    "rmnp": dict(ademamix="all"),
-}
-for kind, knobs in RANK_KNOBS.items():
-    knobs["muon"] = kind
-
-
-def four_steps(rt: tg.Runtime, **knobs) -> dict:
-    """Weights, optimiser state and this rank's shares after four steps on the ranks of `rt`."""
-    cfg = config(scalar_lr=0.125, **knobs)
-    dtype = torch.bfloat16 if knobs.get("numerics") == "bf16" else torch.float32
-    module = tagged()
-    flat, optimiser = flattened(module, cfg, rt, dtype)
-    for step in range(4):
-        generator = torch.Generator().manual_seed(step)
-        for p in module.parameters():  # whole numbers over six: their sums are exact in any order
-            parts = torch.randint(-64, 64, (6, *p.shape), generator=generator).float() / 64
-            p.grad.copy_(parts[rt.rank :: rt.world].sum(0))
-        flat.rest[-1] = rt.rank + 1
-        optimiser.step(ramps(0.5, 0.9, alpha=1.0, beta3=0.9))
-        if step == 1:  # into a file and back, as at a resumption by any number of ranks
-            optimiser.load_state_dict(optimiser.state_dict())
-    assert flat.rest[-1] == rt.world * (rt.world + 1) / 2, "the loss travels with the gradients"
-    shares = [len(bank.state["momentum"]) for bank in flat.banks if "momentum" in bank.state]
-    return dict(weights=flat.weights, state=optimiser.state_dict(), shares=shares)
-
-
-def on_ranks(tmp_path, world: int) -> dict:
-    """four_steps of all RANK_KNOBS on a number of gloo ranks."""
-    script, out = tmp_path / "ranks.py", tmp_path / f"{world}.pt"
-    script.write_text(RANKS.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(out)],
-        capture_output=True,
-        text=True,
-        env=clean_env(OMP_NUM_THREADS=1),
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=True)
 
 
 @pytest.mark.slow
@@ -708,11 +634,11 @@ def test_any_number_of_ranks_gives_the_same_weights_and_state(tmp_path):
     """Bit for bit: gradients are such that their sums are exact, so that only the optimiser could
     differ. Eigenvectors are the exception: LAPACK takes another path for another size of the
     stack."""
-    alone = {name: four_steps(ALONE, **knobs) for name, knobs in RANK_KNOBS.items()}
+    alone = all_steps(ALONE)
     start = tg.FlatParameters(tagged(), ALONE).weights
     assert sum(alone["muon"]["shares"]) == 6
     for world, share in ((2, 4), (3, 3)):
-        found = on_ranks(tmp_path, world)
+        found = on_ranks("steps", world, tmp_path / f"{world}.pt")
         assert sum(found["muon"]["shares"]) == share, "each rank remembers its own share only"
         for name, one in alone.items():
             exact = dict(rtol=1e-3, atol=1e-4) if name == "mousse" else dict(rtol=0, atol=0)

@@ -6,41 +6,18 @@ import copy
 import io
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, build_sample, clean_env, official, run_script, write_shard
+from conftest import build_sample, official, run_script, write_shard
 from helpers import ALONE, TECHNIQUES, config, random_batch, random_model, token_losses
+from ranks import JOBS, LORA, SMALL, VOCAB, documents, on_ranks, scores
 from running import FAST, log, metrics, refused, train
 
 import train_gpt as tg
 
-VOCAB = 61
-SMALL = dict(VOCAB_SIZE=VOCAB, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, EVAL_BATCH_TOKENS=256)
-LORA = SMALL | dict(
-    EVAL="doc",
-    EVAL_SEQ_LEN=24,
-    EVAL_STRIDE=8,
-    TTT="lora",
-    TTT_LORA_CHUNK=7,
-    TTT_LORA_RANK=3,
-    TTT_LORA_ALPHA=6,
-    TTT_LORA_DOCS=3,
-    TTT_LORA_LR=0.02,
-    TTT_LORA_WD=0.1,
-)
 LOOPED = dict(NUM_LOOPS=2, LOOP_START=1, LOOP_END=1)
-
-
-def documents(length: int = 260, seed: int = 3) -> np.ndarray:
-    """Random text of about ten documents, one of them as short as can be, the last cut short."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(2, VOCAB, length).astype(np.uint16)
-    tokens[[0, 5, 6, 40, 41 + 30, *rng.integers(90, length - 2, 4)]] = 1
-    return tokens
 
 
 def score(cfg, model, tokens, observer=None) -> tuple[np.ndarray, tg.Score]:
@@ -351,72 +328,13 @@ def test_phases_train_on_the_longest_documents_once_they_are_scored():
 
 # ---- Ranks ----
 
-WORKER = """
-import json, sys
-sys.path[:0] = sys.argv[1:3]
-import train_gpt as tg
-from helpers import config
-from test_09_ttt import all_jobs
-rt = tg.Runtime(config(THREADS=1), tg.environment())
-found = all_jobs(rt)
-if rt.main:
-    open(sys.argv[3], "w").write(json.dumps(found))
-rt.close()
-"""
-JOBS = {
-    "chunked": SMALL,
-    "sliding": SMALL | dict(EVAL="sliding", EVAL_SEQ_LEN=32, EVAL_STRIDE=8),
-    "doc": SMALL | dict(EVAL="doc", EVAL_SEQ_LEN=32, EVAL_STRIDE=8),
-    "sgd": SMALL
-    | dict(
-        EVAL="sliding", EVAL_SEQ_LEN=32, EVAL_STRIDE=8, TTT="sgd", TTT_CHUNK_TOKENS=128, TTT_LR=0.1
-    ),
-    "phased, warm": LORA
-    | dict(TTT="phased", TTT_WARM_A=1, TTT_PHASES=1, TTT_PHASE_DOCS=4, TTT_LR=0.05),
-}
-
-
-def all_jobs(rt: tg.Runtime) -> dict[str, list[str]]:
-    """Sum, coverage and every document's loss of each strategy, to the last bit."""
-    found = {}
-    for name, knobs in JOBS.items():
-        cfg = config(**knobs)
-        model = random_model(cfg)
-        data = tg.Data(None, documents(700), np.ones(699, np.int16), "", {})
-        result = tg.score_model(
-            cfg, rt, model, tg.Numerics(), data, cfg.eval.eval, tg.schedule(cfg.model), cfg.eval.ttt
-        )
-        found[name] = [result.nats.hex(), result.coverage, result.documents.tobytes().hex()]
-    return found
-
 
 @pytest.mark.slow
 def test_any_number_of_ranks_gives_identical_scores_document_by_document(tmp_path):
-    script, found = tmp_path / "worker.py", [all_jobs(ALONE)]
-    script.write_text(WORKER)
+    alone = scores(ALONE)
     for world in (2, 3):
-        out = tmp_path / f"{world}.json"
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={world}",
-                str(script),
-                str(ROOT),
-                str(ROOT / "tests"),
-                str(out),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=clean_env(OMP_NUM_THREADS=1),
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(json.loads(out.read_text()))
-    assert found[0] == found[1] == found[2]
-    assert len({nats for nats, _, _ in found[0].values()}) == len(JOBS)
+        assert on_ranks("scores", world, tmp_path / f"{world}.pt") == alone
+    assert len({nats for nats, _, _ in alone.values()}) == len(JOBS)
 
 
 # ---- Whole runs ----

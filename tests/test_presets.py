@@ -219,31 +219,31 @@ def test_the_default_on_cuda_is_the_best_admissible_system_for_the_shards(monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_system_trains_exports_reloads_and_scores(system, toy, tmp_path):
+def test_system_trains_exports_reloads_and_scores(system, brief, tmp_path):
     knobs = dict(
         PRESET=f"{system}+tiny",
-        DATA_PATH=toy,
+        DATA_PATH=brief,
         DEVICE="cpu",
         THREADS=1,
-        ITERATIONS=40,
+        ITERATIONS=20,
         ALLOW_NONCOMPLIANT=1,
     )
     done = run_script(RUNS_DIR=tmp_path, RUN_ID="a", **knobs)
     assert done.code == 0, done.err
-    losses = [float(x) for x in re.findall(r"step:\d+/40 train_loss:(\S+)", done.out)]
-    assert len(losses) == 40 and 6.9 < losses[0] < 7 and losses[-1] < 6, (
+    losses = [float(x) for x in re.findall(r"step:\d+/20 train_loss:(\S+)", done.out)]
+    assert len(losses) == 20 and 6.9 < losses[0] < 7 and losses[-1] < 6, (
         "it starts at ln 1024 and learns"
     )
     line = official(done.out)
     found = {
         name: float(x) for name, x in re.findall(r"(val_loss|val_bpb|tokens|bytes):(\S+)", line)
     }
-    targets = ((toy / "fineweb_val_000000.bin").stat().st_size - 1024) // 2 - 1
+    targets = ((brief / "fineweb_val_000000.bin").stat().st_size - 1024) // 2 - 1
     assert found["tokens"] == targets and 2 < found["val_loss"] < 6.5
     assert found["val_bpb"] == pytest.approx(
         found["val_loss"] / math.log(2) * targets / found["bytes"], rel=1e-7
     )
-    in_training = float(re.findall(r"step:40/40 val_loss:(\S+)", done.out)[-1])
+    in_training = float(re.findall(r"step:20/20 val_loss:(\S+)", done.out)[-1])
     assert found["val_loss"] == pytest.approx(in_training, abs=0.2), (
         "the artifact holds the trained model"
     )

@@ -2,15 +2,13 @@
 
 import json
 import math
-import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import ROOT, clean_env, write_shard
+from conftest import ROOT, clean_env
 
 sys.path.insert(0, str(ROOT / "records"))
 from toolkit import ablate  # noqa: E402
@@ -86,14 +84,14 @@ def sweep(verb: str, spec: dict, folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_a_real_comparison_ends_in_a_table_and_a_plot(toy, tmp_path):
+def test_a_real_comparison_ends_in_a_table_and_a_plot(brief, tmp_path):
     base = dict(
         PRESET="baseline+tiny",
         DEVICE="cpu",
         THREADS=1,
         NUMERICS="fp32",
         ATTENTION="sdpa",
-        DATA_PATH=str(toy),
+        DATA_PATH=str(brief),
     )
     spec = dict(
         base=base,
@@ -173,19 +171,14 @@ def test_a_sweep_of_quantisers_measures_what_an_export_would(toy, tmp_path):
 
 
 @pytest.mark.slow
-def test_gains_are_those_of_the_same_artifact_and_documents(toy, tmp_path):
-    text = tmp_path / "text"
-    shutil.copytree(toy, text)
-    tokens = np.fromfile(toy / "fineweb_val_000000.bin", "<u2")[512:]
-    tokens[::250] = 1  # documents
-    write_shard(text / "fineweb_val_000000.bin", tokens.tolist())
+def test_gains_are_those_of_the_same_artifact_and_documents(brief, tmp_path):
     base = dict(
         PRESET="baseline+tiny",
         DEVICE="cpu",
         THREADS=1,
         NUMERICS="fp32",
         ATTENTION="sdpa",
-        DATA_PATH=str(text),
+        DATA_PATH=str(brief),
     )
     spec = dict(
         base=base,
