@@ -111,7 +111,7 @@ def scores(rt: tg.Runtime) -> dict[str, list[str]]:
     for name, knobs in JOBS.items():
         cfg = config(**knobs)
         model = random_model(cfg)
-        data = tg.Data(None, documents(700), np.ones(699, np.int16), "", {})
+        data = tg.Data(None, documents(330), np.ones(329, np.int16), "", {})
         result = tg.score_model(
             cfg, rt, model, tg.Numerics(), data, cfg.eval.eval, tg.schedule(cfg.model), cfg.eval.ttt
         )

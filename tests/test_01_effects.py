@@ -127,6 +127,7 @@ def judged(preset: str) -> tuple[dict[str, list[str]], dict[str, str]]:
     return acting, inert
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_knobs_that_are_warned_about_change_nothing(system, toy, tmp_path):
     """Finding M4, false alarms: all of them at once leave the run as it is."""
@@ -145,6 +146,7 @@ SURVEYED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", SURVEYED)
 def test_knobs_that_are_not_warned_about_change_the_run(system, toy, tmp_path):
     """Finding M4, silence: each knob that is not warned about acts, changed alone. The suite asks the

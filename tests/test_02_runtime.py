@@ -135,6 +135,7 @@ def test_half_of_a_torchrun_environment_is_refused_by_name():
     assert not wrong
 
 
+@pytest.mark.slow
 def test_a_launch_that_cannot_be_is_one_line_before_any_folder(tmp_path):
     """Finding M16, through the script: RANK alone, WORLD_SIZE alone, a busy MASTER_PORT."""
     with socket.socket() as busy:
@@ -167,6 +168,7 @@ def run_in(folder: Path, env: dict, files: int = 1024, script: Path = SCRIPT, **
     )
 
 
+@pytest.mark.slow
 def test_a_run_works_in_environments_as_people_have_them(toy, tmp_path):
     """Finding M17 and its kind, all at once: C locale without UTF-8 mode, no HOME or user name, another working
     directory, spaces and accents in all paths, as few as 48 file handles."""
@@ -191,6 +193,7 @@ def test_a_run_works_in_environments_as_people_have_them(toy, tmp_path):
     assert "·" in helped.stdout.decode("utf-8")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_opened_is_one_line_and_leaves_no_folder(toy, tmp_path):
     """Too few file handles for the shards; a code folder in which the sample cannot be built."""
     many = shutil.copytree(toy, tmp_path / "many")
@@ -208,6 +211,7 @@ def test_what_cannot_be_opened_is_one_line_and_leaves_no_folder(toy, tmp_path):
     assert not (tmp_path / "runs" / "a").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full disk here")
 def test_a_full_disk_or_a_closed_pipe_ends_no_log(tmp_path):
     """Finding M13: the warning of a full disk was written to the full disk."""
@@ -235,6 +239,7 @@ def test_a_full_disk_or_a_closed_pipe_ends_no_log(tmp_path):
     assert "line 1999" in said and said.count("warning: ") == 1, "the terminal says the rest"
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_is_named_and_the_checkpoint_stays_usable(toy, tmp_path):
     """Finding M19: a limit of file size while exporting ended in `error: .: File too large`; M14: the hint works when
     pasted. While training, the same limit only costs the checkpoint."""
@@ -446,6 +451,7 @@ def test_a_used_folder_is_refused_and_a_finished_run_is_left_alone(finished, toy
     assert log(finished.folder) == before
 
 
+@pytest.mark.slow
 def test_a_refused_resume_leaves_the_run_as_it_was(finished, toy, tmp_path):
     """Other knobs are named before anything is written, whether the run is complete or not: its
     config.json and log are what records are made of."""

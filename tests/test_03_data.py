@@ -331,6 +331,7 @@ def test_the_begin_of_document_id_reaches_all_who_ask(tmp_path):
     assert set(np.diff(starts).tolist()) == {4}, "documents are moved as a whole"
 
 
+@pytest.mark.slow
 def test_a_run_with_another_begin_of_document_id_counts_its_documents(tmp_path):
     """Finding M11: doc_loss.npy had one row instead of 20, and old artifacts mean 1."""
     texts = [d[:400] for d in build_sample.documents()[:60]]

@@ -549,6 +549,7 @@ def test_a_run_scores_with_the_plan_that_it_ended_with(steps, plan, toy, tmp_pat
             tg.stored_plan(cfg, header | {"plan": bad})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", SYSTEMS)
 def test_after_some_steps_a_token_still_changes_no_earlier_loss(preset, toy):
     """Trained weights reach what zero starts hide; every plan of the run is looked at."""

@@ -356,6 +356,7 @@ def test_import_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent).returncode == 0
 
 
+@pytest.mark.slow
 def test_command_line():
     text = run_cli("--help").stdout
     assert "--out" in text and "--train-tokenizer" in text

@@ -431,6 +431,7 @@ def told(capsys, *args) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_harvest_seeds_a_campaign(tmp_path, capsys):
     c = forge_lab.real(tmp_path)
     code, out, _ = told(capsys, "harvest", tree(tmp_path / "records"), "--into", c.folder)

@@ -231,7 +231,7 @@ def test_system_trains_exports_reloads_and_scores(system, brief, tmp_path):
     done = run_script(RUNS_DIR=tmp_path, RUN_ID="a", **knobs)
     assert done.code == 0, done.err
     losses = [float(x) for x in re.findall(r"step:\d+/20 train_loss:(\S+)", done.out)]
-    assert len(losses) == 20 and 6.9 < losses[0] < 7 and losses[-1] < 6, (
+    assert len(losses) == 20 and 6.9 < losses[0] < 7 and losses[-1] < losses[0] - 0.5, (
         "it starts at ln 1024 and learns"
     )
     line = official(done.out)

@@ -616,6 +616,7 @@ def test_logs_take_linear_time(tmp_path):
         assert time.process_time() - begin < 1.0, name
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     good, bad = (
         Record().write(tmp_path),

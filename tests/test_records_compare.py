@@ -190,6 +190,7 @@ def test_pairs_only_within_a_lineage(tmp_path):
     assert compare.compare_all([base, single])[0]["p_any_gain"] is None
 
 
+@pytest.mark.slow
 def test_unknown_lineage_and_other_tokenizers_are_not_paired(tmp_path):
     """Finding R5: what both logs left out counted as equal, and groups of other tokenizers were
     paired."""

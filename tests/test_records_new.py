@@ -116,6 +116,7 @@ def test_every_number_is_that_of_the_runs(record, runs):
     assert knobs["matrix_lr"] == dict(value=0.03, origin="environment") and "seed" not in knobs
 
 
+@pytest.mark.slow
 def test_a_record_of_own_text_runs_alone_or_says_what_is_missing(toy, tmp_path):
     """Finding R8: runs on one's own shards gave a folder without smoke/, which neither audit nor
     launch.sh +tiny could run."""
@@ -336,6 +337,7 @@ def test_the_committed_leaderboard_is_current():
     assert (ROOT / "records" / "README.md").read_text() == table.refreshed(ROOT / "records")
 
 
+@pytest.mark.slow
 def test_tools_work_in_any_locale(tmp_path):
     """Finding M17: "'ascii' codec can't decode" in `tools.py table` under the C locale."""
     folder = Record(submission=dict(name="Ünïcode – ±")).write(tmp_path)
