@@ -540,6 +540,7 @@ def inputs_of(model: tg.GPT, batches: list[Tensor], plan) -> dict[nn.Parameter, 
     return {p: torch.cat(parts) for p, parts in seen.items()}
 
 
+@pytest.mark.slow
 def test_newton_muon_sees_every_row_of_a_step_and_no_padding(toy):
     """Finding O2: of three rows in micro-batches of two it saw the last, and a row of padding."""
     trainer = trainer_of(
@@ -966,6 +967,7 @@ def trainer_of(toy, **knobs) -> tg.Trainer:
     return tg.Trainer(cfg, rt, tg.open_data(cfg, rt), model, tg.Numerics())
 
 
+@pytest.mark.slow
 def test_rows_of_skips_and_lanes_join_with_their_plan_and_resume_so(toy):
     """Finding M1, its kind: a row of skip weights or gates joins when a plan has its slot; what no
     plan reaches never moves; a checkpoint from before or after the join continues bit for bit."""
@@ -1247,6 +1249,7 @@ def trained(trainer: tg.Trainer, steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_ramped_runs_train_on_the_same_text_in_shorter_rows(toy, tmp_path):
     """The text dealt is the same and every token of it is trained on once; ranks change nothing."""
     knobs = dict(iterations=8, seq_ramp_start=16, seq_ramp_frac=0.5)

@@ -717,6 +717,7 @@ def test_the_worst_matrices_get_the_corrections(monkeypatch):
         assert torch.equal(t.values, without[name].values)
 
 
+@pytest.mark.slow
 def test_written_text_follows_the_model_and_not_the_ranks(toy, tmp_path):
     cfg = config("prequant_ttt+tiny", data_path=toy, train_batch_tokens=64 * 40, logit_softcap=5.0)
     rt = tg.Runtime(cfg, {})

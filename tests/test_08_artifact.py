@@ -520,6 +520,7 @@ def test_a_script_without_its_tool_ships_and_counts_as_it_is(tmp_path):
     assert "the plain script is what ships and counts (records/tools.py" in run.out
 
 
+@pytest.mark.slow
 def test_the_script_is_packed_once_and_a_tool_that_fails_is_quoted(tmp_path):
     """The packed form lies beside Python's cache, whatever the run; another script or tool is packed anew."""
     script, tool = tmp_path / "train_gpt.py", tmp_path / "records" / "tools.py"
@@ -637,6 +638,7 @@ def hostile_files(blob: bytes) -> dict[str, bytes]:
     return exploding
 
 
+@pytest.mark.slow
 def test_hostile_files_take_no_more_memory_than_the_model(trained, toy, tmp_path):
     """Finding Q6: 16 kB of rANS took 383 MB, a header of 40 MB was accepted. Through the real entry point."""
     child = """if True:

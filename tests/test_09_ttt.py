@@ -106,6 +106,7 @@ def test_score_first_sgd_equals_a_plain_loop(kind):
 # ---- Adapters of documents ----
 
 
+@pytest.mark.slow
 def test_a_text_of_any_length_is_scored_whatever_the_chunk():
     """Finding M8, a brother: a last chunk whose targets earlier windows had scored ended in a
     traceback, after the whole run had been paid for."""

@@ -256,6 +256,7 @@ def test_prewarming_finds_the_largest_pass_that_fits(fits, toy, capsys):
     )
 
 
+@pytest.mark.slow
 def test_memory_that_admits_no_row_or_ends_later_is_one_line(toy, tmp_path):
     """Finding M15, through the script."""
     later = (

@@ -161,6 +161,7 @@ def test_every_preset_is_a_known_overlay_or_system_and_sets_only_knobs():
             assert not limit or type(parsed) in (int, float) and name in tg.OVERLAYS, setting
 
 
+@pytest.mark.slow
 def test_the_plan_of_every_system_fits_the_budget():
     """Findings, budgets: RUN_MODE=plan said fits:0 for five systems, since it counted the unpacked script."""
     found = {}
