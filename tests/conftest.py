@@ -1,4 +1,4 @@
-"""Shared by all tests: the script as a module and as a process, and a small dataset of real text."""
+"""Shared by all tests: what is quick, the script as a module and as a process, small real text."""
 
 import os
 import struct
@@ -122,7 +122,8 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory, tokenizer):
-    """A dataset folder of real text: two training shards of about 30,000 tokens, a validation shard of about 3,000."""
+    """A dataset folder of real text: two training shards of about 30,000 tokens each, and 3,000
+    tokens to score."""
     folder = tmp_path_factory.mktemp("toy")
     documents = build_sample.documents()
     ids = [[1] + tokenizer.encode(d) for d in documents[:24]]

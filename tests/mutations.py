@@ -4,9 +4,9 @@
     python tests/mutations.py --all           # each fault against the whole quick set
     python tests/mutations.py --only xsa ema  # faults whose name begins so
 
-Prints one line a fault: caught, by which test, or missed. Exit code 1 when a fault is missed, 2
-when the text that a row replaces does not stand in the script exactly once. --unplanted runs the same
-files without a fault first: a test that fails then would count as catching everything.
+Prints one line a fault: caught, by which test, or missed. --unplanted first runs the same files
+without a fault: a test that fails then would count as catching everything. Exit code 1 when a fault
+is missed, 2 when the text that a row replaces does not stand in the script exactly once.
 """
 
 import argparse

@@ -782,6 +782,18 @@ def test_clipping_equals_torch_and_spares_the_loss(bound):
     assert torch.equal(flat.gradients, before) == (bound != 0.3)
 
 
+def test_clipping_reads_the_matrices_of_all_ranks(monkeypatch):
+    """Each rank holds a share of the reduced matrices; here others hold three times as much."""
+    flat = tg.FlatParameters(tagged(), ALONE)
+    flat.gradients.normal_()
+    shares = sum(bank.reduced.square().sum() for bank in flat.banks)
+    norm = (4 * shares + flat.rest[:-1].square().sum()).sqrt()
+    before = flat.gradients[:-1].clone()
+    monkeypatch.setattr(ALONE, "all_reduce", lambda share: 4 * share)
+    flat.clip(0.5)
+    torch.testing.assert_close(flat.gradients[:-1], before * 0.5 / norm)
+
+
 # ---- AdamW groups ----
 GROUP_KNOBS = dict(
     tied_embed_lr=0.011,
