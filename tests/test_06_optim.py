@@ -929,6 +929,7 @@ def spied(tmp_path, spy: str):
     return script
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "decay", (dict(ADAM_L2=0.095, ADAM_WD=0), dict(ADAM_L2=0, ADAM_WD=0.5)), ids=("l2", "decoupled")
 )

@@ -722,6 +722,7 @@ def test_a_resumed_run_is_read_as_one(tmp_path):
         assert getattr(a, name) == getattr(b, name), name
 
 
+@pytest.mark.slow
 def test_options_of_published_scripts_are_quoted_with_the_name_that_they_have_here(tmp_path):
     """A reader who knows our knobs sees which one differs; names that are the same stand once."""
     record = Record(
