@@ -275,6 +275,14 @@ def test_a_reused_process_number_is_nobodys_orphan(tmp_path):
     (folder / "process.json").write_text(json.dumps(table | dict(mark="k-1")), "utf-8")
     runner.clear_orphans(folder)
     assert left.wait(5) == -signal.SIGTERM and stranger.poll() is None
+    # Its supervisor died after starting it and before saying which process it is.
+    left = subprocess.Popen(["sleep", "60"], start_new_session=True, env=env)
+    while not processes.marked("k-1"):
+        time.sleep(0.01)
+    (folder / "process.json").unlink()
+    (folder / "mark.json").write_text('{"mark": "k-1"}', "utf-8")
+    runner.clear_orphans(folder)
+    assert left.wait(5) == -signal.SIGTERM and stranger.poll() is None
     table["identity"] = [boot, begun]
     (folder / "process.json").write_text(json.dumps(table), "utf-8")
     runner.clear_orphans(folder)

@@ -1,9 +1,9 @@
 """One run = one supervised process group with hard limits. Only run folders are written here, never
 the ledger.
 
-runs/<key>/ holds run.json (the order), supervisor.json and process.json (who runs it), a1.out (what
-attempt 1 printed), a1/ (what the script wrote) and, once the run is over for good, metrics.json. A
-supervisor owns the folder by a lock that the kernel frees when it dies, however it dies; whoever
+runs/<key>/ holds run.json (the order), supervisor.json, mark.json and process.json (who runs it),
+a1.out (what attempt 1 printed), a1/ (what the script wrote) and, once the run is over for good,
+metrics.json. A supervisor owns the folder by a lock that the kernel frees when it dies, however it dies; whoever
 comes next kills what it left behind, takes a finished log as it is, and repeats an unfinished
 attempt. A run on GPUs holds them by locks in the same way, see devices.py.
 """
@@ -76,14 +76,13 @@ def clear_orphans(folder: Path):
     that it started, and whatever carries the mark of its attempt. A later process that was given
     the same number is neither."""
     old = read_json(folder / "process.json")
-    if "pid" not in old:
-        return
-    mark = old.get("mark", "")
-    group = old["pid"]
+    group = old.get("pid", 0)
+    # A supervisor may die before it could say which process it had started.
+    marks = {table["mark"] for table in (old, read_json(folder / "mark.json")) if "mark" in table}
 
     def left() -> list[int]:
-        whole = group_members(group) if is_same(group, old.get("identity")) else []
-        return sorted({*whole, *(marked(mark) if mark else [])})
+        whole = group_members(group) if group and is_same(group, old.get("identity")) else []
+        return sorted({*whole, *(pid for mark in marks for pid in marked(mark))})
 
     if left():
         end_all(left, 1.0)
@@ -162,6 +161,7 @@ def run_attempt(
     processes keep `handles`, the locks of their devices, open."""
     out = folder / f"a{attempt}.out"
     mark = f"{order['key']}-{secrets.token_hex(8)}"
+    write_atomic(folder / "mark.json", json.dumps(dict(mark=mark)))
     with open(out, "wb") as file:
         process = subprocess.Popen(
             [*launcher(order), *command(folder, order)],
