@@ -42,6 +42,7 @@ import math
 import operator
 import os
 import platform
+import re
 import shlex
 import signal
 import socket
@@ -57,6 +58,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 # Before torch is imported: spinning threads starve each other on a busy machine.
@@ -106,52 +108,34 @@ class RunFailed(RuntimeError):
 
 
 # ---- 1 Config: one field = one environment variable = one line of --help = one range check -------
-def knob(
-    default,
-    doc: str,
-    lo=None,
-    hi=None,
-    choices=(),
-    unit: str = "",
-    source: str = "",
-    needs: str = "",
-):
-    """Declare a configuration field. Without what it `needs`, setting it has no effect: alternatives joined by " or ",
-    each of conditions joined by " and ", each "<field> <op> <value or field>", of values joined by commas after "in"."""
-    meta = dict(
-        doc=doc, lo=lo, hi=hi, choices=tuple(choices), unit=unit, source=source, needs=needs
+def knob(default, doc: str, lo=None, hi=None, choices: str = "", needs: str = ""):
+    """Declare a configuration field. `choices` are words; `needs` says where it has an effect: ways
+    joined by " or ", of conditions joined by " and ", each "KNOB <op> <value or KNOB>"; commas join
+    the values after "in"."""
+    allowed = tuple(type(default)(word) for word in choices.split())
+    return field(
+        default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=allowed, needs=needs)
     )
-    return field(default=default, metadata=meta)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     run_mode: str = knob(
         "train",
-        "what to do: train, export and score; predict size and cost (plan); score ARTIFACT (eval)",
-        choices=("train", "plan", "eval"),
+        "train, export and score; predict size and cost (plan); score ARTIFACT (eval)",
+        choices="train plan eval",
     )
     run_id: str = knob("auto", "name of the run's folder in RUNS_DIR; auto = date, time and seed")
     runs_dir: str = knob("runs", "folder that receives one folder per run")
     seed: int = knob(1337, "seed of initialisation and data order", 0, 2**31 - 1)
-    device: str = knob(
-        "auto", "hardware; auto = CUDA where present", choices=("auto", "cpu", "cuda")
-    )
-    resume: str = knob(
-        "none",
-        "auto = go on from the last checkpoint in the run's folder, if there is one",
-        choices=("none", "auto"),
-    )
-    artifact: str = knob("", "path of the artifact to score", needs="run_mode == eval")
-    checkpoint_every: float = knob(
-        60.0, "time between two checkpoints; 0 = none", 0, 86400, unit="seconds"
-    )
-    train_log_every: int = knob(200, "steps between two lines of the log", 1, 10**6, unit="steps")
-    val_loss_every: int = knob(
-        1000, "steps between two validations; 0 = only the last", 0, 10**7, unit="steps"
-    )
+    device: str = knob("auto", "hardware; auto = CUDA where present", choices="auto cpu cuda")
+    resume: str = knob("none", "auto = go on from the run's last checkpoint", choices="none auto")
+    artifact: str = knob("", "path of the artifact to score", needs="RUN_MODE == eval")
+    checkpoint_every: float = knob(60.0, "seconds between two checkpoints; 0 = none", 0, 86400)
+    train_log_every: int = knob(200, "steps between two lines of the log", 1, 10**6)
+    val_loss_every: int = knob(1000, "steps between two validations; 0 = only the last", 0, 10**7)
     allow_noncompliant: bool = knob(
-        False, "agree to what the competition does not admit; the log is marked throughout"
+        False, "agree to what the competition does not admit; the log is marked"
     )
     strict_env: bool = knob(False, "turn warnings about environment variables into errors")
 
@@ -160,28 +144,18 @@ class RunConfig:
 class DataConfig:
     data_path: str = knob(
         "auto",
-        "folder with fineweb_train_*.bin and fineweb_val_*.bin; auto = FineWeb shards if "
-        "present and CUDA is used, else the embedded sample",
+        "folder of fineweb_{train,val}_*.bin; auto = FineWeb on CUDA if present, else the sample",
     )
-    tokenizer_path: str = knob(
-        "auto", "SentencePiece model; auto = the one that belongs to the data folder"
-    )
-    vocab_size: int = knob(1024, "tokenizer size V", 2, 65536, unit="tokens")
-    train_seq_len: int = knob(1024, "training context T", 8, 65536, unit="tokens")
-    train_batch_tokens: int = knob(
-        524_288, "tokens of one step over all ranks", 8, 2**24, unit="tokens"
-    )
-    caseops: bool = knob(
-        False,
-        "capital letters are spelt as operators; bytes come from the shards' sidecar",
-        source="PR 1729",
-    )
+    tokenizer_path: str = knob("auto", "SentencePiece model; auto = the data folder's own")
+    vocab_size: int = knob(1024, "tokenizer size V", 2, 65536)
+    train_seq_len: int = knob(1024, "training context T in tokens", 8, 65536)
+    train_batch_tokens: int = knob(524_288, "tokens of one step over all ranks", 8, 2**24)
+    caseops: bool = knob(False, "capitals spelt as operators, bytes from a sidecar (PR 1729)")
     loader: str = knob(
         "sequential",
-        "order of training text: one stream; its rows at a stride, or shuffled; or whole "
-        "documents packed into rows, those shuffled",
-        source="PRs 726, 1394, arXiv 2404.10830",
-        choices=("sequential", "coprime", "shuffled", "packed"),
+        "order of training text: one stream; its rows at a stride (PR 726) or shuffled (PR 1394); "
+        "documents packed into rows, then shuffled (arXiv 2404.10830)",
+        choices="sequential coprime shuffled packed",
     )
 
 
@@ -194,148 +168,100 @@ class ModelConfig:
     tie_embeddings: bool = knob(True, "use the token table as output head too")
     mlp_mult: float = knob(2.0, "MLP hidden width as a multiple of MODEL_DIM", 0.25, 16)
     leaky_slope: float = knob(
-        0.0,
-        "slope below zero of the MLP's leaky relu, which is then squared; 0 = relu squared",
-        0,
-        1,
-        source="PR 493",
+        0.0, "slope of the MLP's relu below zero, before squaring; 0 = relu squared (PR 493)", 0, 1
     )
     rope_dims: int = knob(
-        0,
-        "leading dims of each head that rotate by position; 0 = all, -1 = none: attention "
-        "learns no distances",
-        -1,
-        512,
-        source="PR 315",
+        0, "leading dims of a head that rotate; 0 = all, -1 = none (PR 315)", -1, 512
     )
-    rope_base: float = knob(
-        10000.0, "base of the rotary frequencies", 10, 1e7, needs="rope_dims > -1"
-    )
-    qk_gain_init: float = knob(
-        1.5, "initial per-head inverse temperature of attention", 0.1, 20, source="PR 1125"
-    )
-    bos_id: int = knob(1, "id of the token that begins each document", 0, 65535, unit="id")
-    doc_attention: bool = knob(
-        False, "attention stops at the beginning of the document", source="PR 1530"
-    )
+    rope_base: float = knob(10000.0, "base of rotary frequencies", 10, 1e7, needs="ROPE_DIMS > -1")
+    qk_gain_init: float = knob(1.5, "initial inverse temperature of each head (PR 1125)", 0.1, 20)
+    bos_id: int = knob(1, "id of the token that begins each document", 0, 65535)
+    doc_attention: bool = knob(False, "attention stops at the beginning of the document (PR 1530)")
     xsa_last_n: int = knob(
-        0,
-        "top blocks whose heads drop the part of their output along the token's own value",
-        0,
-        64,
-        source="arXiv 2603.09078",
+        0, "top blocks whose heads drop what lies along their own value (arXiv 2603.09078)", 0, 64
     )
     output_gate_scale: float = knob(
-        0.0,
-        "steepness of a gate on each head's output, read from 12 channels of the token; 0 = no gate",
-        0,
-        10,
-        source="PR 1787",
+        0.0, "steepness of gates on heads' outputs, from 12 channels (PR 1787); 0 = none", 0, 10
     )
     value_embed_last_n: int = knob(
-        0, "top blocks that add a second embedding to their values", 0, 64, source="PR 374"
+        0, "top blocks with a second embedding in their values (PR 374)", 0, 64
     )
     value_embed_dim: int = knob(
-        128, "width of the value embedding", 1, 4096, needs="value_embed_last_n > 0"
+        128, "width of the value embedding", 1, 4096, needs="VALUE_EMBED_LAST_N > 0"
     )
     value_residual: str = knob(
-        "none",
-        "mix the values of later blocks with those of the first block",
-        choices=("none", "mix"),
+        "none", "mix the first block's values into those of later blocks", choices="none mix"
     )
     smear_gate: str = knob(
         "none",
-        "mix each embedding with that of the token before: B by channel, after normalisation; C"
-        " by a gate that reads the token; D as C, but never across the beginning of a document",
-        choices=("none", "B", "C", "D"),
-        source="PRs 162, 1667, 1851",
+        "mix each embedding with that of the token before: by channel (B, PR 162), by a gate that "
+        "reads the token (C, PR 1667), the same inside documents only (D, PR 1851)",
+        choices="none B C D",
     )
-    bigram_buckets: int = knob(
-        0, "rows of the hashed bigram embedding; 0 = off", 0, 2**20, source="PR 162"
-    )
+    bigram_buckets: int = knob(0, "rows of the hashed bigram embedding (PR 162); 0 = off", 0, 2**20)
     engram_buckets: int = knob(
-        0, "rows of each of four hashed n-gram embeddings; 0 = off", 0, 2**20, source="PR 1089"
+        0, "rows of each of four n-gram embeddings (PR 1089); 0 = off", 0, 2**20
     )
-    engram_dim: int = knob(
-        32, "width of each hashed n-gram embedding", 1, 1024, needs="engram_buckets > 0"
-    )
-    x0_mix: bool = knob(
-        True,
-        "blend the embedding into the stream before each block, by learned amounts per channel",
-    )
-    ln_scale: bool = knob(
-        False, "damp the normalised input of block i by 1/sqrt(i + 1)", source="PR 315"
-    )
+    engram_dim: int = knob(32, "width of n-gram embeddings", 1, 1024, needs="ENGRAM_BUCKETS > 0")
+    x0_mix: bool = knob(True, "blend the embedding into the stream before each block, by channel")
+    ln_scale: bool = knob(False, "damp the normalised input of block i by 1/sqrt(i + 1) (PR 315)")
     skips: str = knob(
         "unet",
-        "how outputs of the first half of the slots join the second: by weights, squashed "
-        "weights or gates",
-        choices=("none", "unet", "sigmoid", "gated"),
-        source="PR 1539, PR 1089",
+        "how outputs of the first half of the slots join the second: by weights, squashed weights "
+        "(PR 1539) or gates (PR 1089)",
+        choices="none unet sigmoid gated",
     )
     skip_pairs: str = knob(
         "half",
-        "what skips connect: the halves of the slot list, the same with no more skips than "
-        "without loops, or the blocks around the loop",
-        choices=("half", "as_unlooped", "around_loop"),
-        needs="skips != none and num_loops > 0",
+        "what skips connect: halves of the slot list, with all skips or as many as without loops, "
+        "or blocks around the loop",
+        choices="half as_unlooped around_loop",
+        needs="SKIPS != none and NUM_LOOPS > 0",
     )
-    num_loops: int = knob(
-        0, "extra passes over blocks LOOP_START to LOOP_END", 0, 32, source="PR 1394"
-    )
-    loop_start: int = knob(3, "first looped block", 0, 63, needs="num_loops > 0")
-    loop_end: int = knob(5, "last looped block", 0, 63, needs="num_loops > 0")
+    num_loops: int = knob(0, "extra passes over blocks LOOP_START to LOOP_END (PR 1394)", 0, 32)
+    loop_start: int = knob(3, "first looped block", 0, 63, needs="NUM_LOOPS > 0")
+    loop_end: int = knob(5, "last looped block", 0, 63, needs="NUM_LOOPS > 0")
     enable_looping_at: float = knob(
         0.35,
-        "when loops begin: after this part of the run if at most 1, else at this step; 0 = at once",
+        "when loops begin: up to 1 a part of the run, else a step",
         0,
         10**8,
-        needs="num_loops > 0",
+        needs="NUM_LOOPS > 0",
     )
     loop_ramp_steps: int = knob(
         0,
-        "steps over which each extra pass grows from nothing, by a learned gate; 0 = no gates, "
-        "whole passes at once",
+        "steps in which a gate opens each extra pass; 0 = no gates",
         0,
         10**6,
-        unit="steps",
-        needs="num_loops > 0",
+        needs="NUM_LOOPS > 0",
     )
     parallel: str = knob(
         "none",
-        "attention beside the MLP: A on one stream, B on two, D on two with learned routing",
-        choices=("none", "A", "B", "D"),
-        source="PRs 1412, 1334, 1530",
+        "attention beside the MLP: on one stream (A, PR 1412), on two (B, PR 1334), on two with "
+        "learned routing (D, PR 1530)",
+        choices="none A B D",
     )
-    parallel_start: int = knob(7, "first parallel block", 0, 63, needs="parallel != none")
+    parallel_start: int = knob(7, "first parallel block", 0, 63, needs="PARALLEL != none")
     softcap: str = knob(
-        "tanh", "how the loss is computed: plainly, or in less memory", choices=("tanh", "shifted")
+        "tanh", "compute the loss plainly, or in less memory", choices="tanh shifted"
     )
-    logit_softcap: float = knob(
-        30.0, "logits are bounded by this through tanh", 1, 1000, unit="nats"
-    )
+    logit_softcap: float = knob(30.0, "bound in nats of the logits, through tanh", 1, 1000)
     init: str = knob(
         "default",
-        "start of the matrices: uniform with zero outputs, all uniform, orthogonal, or "
-        "orthogonal with outputs that undo a bit of the values, in columns or (as published) "
-        "rows",
-        source="PR 162, PR 1089",
-        choices=("default", "uniform", "orthogonal", "mimetic", "mimetic_rows"),
+        "start of the matrices: uniform with zero outputs, all uniform, orthogonal (PR 162), or "
+        "with outputs that undo a bit of the values, in columns or, as published, rows (PR 1089)",
+        choices="default uniform orthogonal mimetic mimetic_rows",
     )
     embed_init: str = knob(
         "normal",
-        "initial token table: noise, or the singular vectors of the training text's token pairs",
-        choices=("normal", "svd"),
+        "initial token table: noise, or singular vectors of the text's token pairs",
+        choices="normal svd",
     )
     tied_embed_init_std: float = knob(
-        0.005, "standard deviation of the initial token embedding", 1e-5, 1
+        0.005, "standard deviation of the initial token table", 1e-5, 1
     )
     mup_base_width: int = knob(
-        0,
-        "width at which the learning rates hold: logits are scaled by it over MODEL_DIM; 0 = off",
-        0,
-        4096,
-        source="arXiv 2203.03466",
+        0, "MODEL_DIM at which learning rates hold (muP, arXiv 2203.03466); 0 = off", 0, 4096
     )
 
     @property
@@ -357,41 +283,36 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    iterations: int = knob(20_000, "upper bound of optimiser steps", 1, 10**8, unit="steps")
-    max_wallclock_seconds: float = knob(
-        600.0, "training time; 0 = stop by ITERATIONS alone", 0, 10**7, unit="seconds"
-    )
+    iterations: int = knob(20_000, "upper bound of optimiser steps", 1, 10**8)
+    max_wallclock_seconds: float = knob(600.0, "training time; 0 = by ITERATIONS alone", 0, 10**7)
     reserve_seconds: float = knob(
-        0.0, "time kept for calibration", 0, 600, unit="seconds", needs="max_wallclock_seconds > 0"
+        0.0, "time kept for calibration", 0, 600, needs="MAX_WALLCLOCK_SECONDS > 0"
     )
-    warmup_steps: int = knob(
-        20, "synthetic steps that prewarm kernels and are undone", 0, 1000, unit="steps"
-    )
+    warmup_steps: int = knob(20, "synthetic steps that prewarm kernels and are undone", 0, 1000)
     lr_schedule: str = knob(
         "warmdown_iters",
         "decay of the learning rate at the end: linear over WARMDOWN_ITERS steps, or linear or "
         "half a cosine over WARMDOWN_FRAC of the run",
-        choices=("warmdown_iters", "warmdown_frac", "cosine"),
+        choices="warmdown_iters warmdown_frac cosine",
     )
     warmdown_iters: int = knob(
-        1200, "steps of learning-rate decay", 0, 10**7, needs="lr_schedule == warmdown_iters"
+        1200, "steps of learning-rate decay", 0, 10**7, needs="LR_SCHEDULE == warmdown_iters"
     )
     warmdown_frac: float = knob(
-        0.6, "learning-rate decay's part of the run", 0, 1, needs="lr_schedule != warmdown_iters"
+        0.6, "learning-rate decay's part of the run", 0, 1, needs="LR_SCHEDULE != warmdown_iters"
     )
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", 0, 1)
     seq_ramp_start: int = knob(
-        0, "first length of training rows, doubled until TRAIN_SEQ_LEN; 0 = off", 0, 65536
+        0, "first length of rows, doubled until TRAIN_SEQ_LEN; 0 = off", 0, 65536
     )
     seq_ramp_frac: float = knob(
-        0.3, "part of the run until rows have their full length", 0, 1, needs="seq_ramp_start > 0"
+        0.3, "part of the run with shorter rows", 0, 1, needs="SEQ_RAMP_START > 0"
     )
     muon: str = knob(
         "muon",
-        "stages that update matrices",
+        "stages that update matrices: the table MUON has them",
         choices="muon muon_polar muoneq_r muoneq_r_polar muoneq_short_polar turbo_muon "
-        "turbo_muon_plus muon_plus normuon mud rmnp mousse newton_muon".split(),
-        source="see MUON",
+        "turbo_muon_plus muon_plus normuon mud rmnp mousse newton_muon",
     )
     matrix_lr: float = knob(0.04, "learning rate of matrices", 0, 1)
     muon_steps: int = knob(
@@ -399,72 +320,63 @@ class OptimConfig:
         "steps of orthogonalisation, 4 or 5 for the polar variants; 0 = as published (5, MUD 1)",
         0,
         12,
-        needs="muon in muon,muon_polar,muoneq_r,muoneq_r_polar,muoneq_short_polar,muon_plus,"
+        needs="MUON in muon,muon_polar,muoneq_r,muoneq_r_polar,muoneq_short_polar,muon_plus,"
         "normuon,mud,newton_muon",
     )
     muon_beta2: float = knob(
-        0.95, "Muon's second-moment decay", 0, 0.99999, needs="muon in normuon,mousse,newton_muon"
+        0.95, "Muon's second-moment decay", 0, 0.99999, needs="MUON in normuon,mousse,newton_muon"
     )
     muon_refresh: int = knob(
-        0,
-        "steps between inversions; 0 = as published",
-        0,
-        10**6,
-        needs="muon in mousse,newton_muon",
+        0, "steps between inversions; 0 = published", 0, 10**6, needs="MUON in mousse,newton_muon"
     )
     muon_decay: str = knob(
         "decoupled",
         "what bounds matrices: MUON_WD on all entries, MUON_WD on those that the update shrinks "
         "too, or the norm of the start, with a relative MATRIX_LR",
-        choices=("decoupled", "cautious", "fixed_norm"),
+        choices="decoupled cautious fixed_norm",
     )
     muon_momentum: float = knob(0.95, "Muon momentum", 0, 0.9999)
     muon_momentum_warmup_start: float = knob(
-        0.85, "Muon momentum at step 0 and at the end of its cool-down", 0, 0.9999
+        0.85, "Muon momentum at step 0 and after its cool-down", 0, 0.9999
     )
     muon_momentum_warmup_steps: int = knob(
         500,
         "steps until MUON_MOMENTUM is reached",
         0,
         10**6,
-        unit="steps",
-        needs="muon_momentum_warmup_start != muon_momentum",
+        needs="MUON_MOMENTUM_WARMUP_START != MUON_MOMENTUM",
     )
     muon_momentum_cooldown_steps: int = knob(
-        0, "last steps, in which Muon momentum falls back", 0, 10**6, unit="steps"
+        0, "last steps, in which Muon momentum falls", 0, 10**6
     )
-    muon_wd: float = knob(0.0, "weight decay of matrices", 0, 10, needs="muon_decay != fixed_norm")
+    muon_wd: float = knob(0.0, "weight decay of matrices", 0, 10, needs="MUON_DECAY != fixed_norm")
     wd_taper_at: float = knob(
-        1.0, "part of the run after which MUON_WD changes linearly", 0, 1, needs="muon_wd > 0"
+        1.0, "part of the run until MUON_WD changes", 0, 1, needs="MUON_WD > 0"
     )
-    wd_taper_to: float = knob(
-        0.5, "multiplier of MUON_WD at the end of the run", 0, 10, needs="wd_taper_at < 1"
-    )
+    wd_taper_to: float = knob(0.5, "factor of MUON_WD at the end", 0, 10, needs="WD_TAPER_AT < 1")
     tied_embed_lr: float = knob(
-        0.05, "AdamW learning rate of the tied embedding", 0, 10, needs="tie_embeddings == 1"
+        0.05, "AdamW rate of the tied embedding", 0, 10, needs="TIE_EMBEDDINGS == 1"
     )
     embed_lr: float = knob(
-        0.6, "AdamW learning rate of an untied token table", 0, 10, needs="tie_embeddings < 1"
+        0.6, "AdamW rate of an untied token table", 0, 10, needs="TIE_EMBEDDINGS < 1"
     )
     head_lr: float = knob(
         0.008,
-        "AdamW learning rate of an untied and of a multi-token head",
+        "AdamW rate of untied and multi-token heads",
         0,
         10,
-        needs="tie_embeddings < 1 or objective == mtp",
+        needs="TIE_EMBEDDINGS < 1 or OBJECTIVE == mtp",
     )
     table_lr: float = knob(
         0.05,
-        "AdamW learning rate of hashed and value tables",
+        "AdamW rate of hashed and value tables",
         0,
         10,
-        needs="bigram_buckets > 0 or engram_buckets > 0 or value_embed_last_n > 0",
+        needs="BIGRAM_BUCKETS > 0 or ENGRAM_BUCKETS > 0 or VALUE_EMBED_LAST_N > 0",
     )
-    scalar_lr: float = knob(0.04, "AdamW learning rate of gains, scales, mixes and gates", 0, 10)
-    adam_wd: float = knob(0.0, "decoupled weight decay of the AdamW groups", 0, 10)
-    embed_wd: float = knob(
-        -1.0, "decoupled weight decay of embeddings and tables; -1 = ADAM_WD", -1, 10
-    )
+    scalar_lr: float = knob(0.04, "AdamW rate of gains, scales, mixes and gates", 0, 10)
+    adam_wd: float = knob(0.0, "decoupled weight decay of AdamW groups", 0, 10)
+    embed_wd: float = knob(-1.0, "weight decay of embeddings and tables; -1 = ADAM_WD", -1, 10)
     adam_l2: float = knob(0.0, "plain Adam's weight decay, inside AdamW's gradient", 0, 10)
     beta1: float = knob(0.9, "decay of AdamW's mean gradient", 0, 0.9999)
     embed_beta1: float = knob(
@@ -474,164 +386,125 @@ class OptimConfig:
     adam_eps: float = knob(1e-8, "what AdamW adds to the root mean square", 1e-12, 1e-2)
     ademamix: str = knob(
         "none",
-        "groups with a second, slow momentum: embeddings, heads and tables, scalars, or all",
-        choices=("none", "embed", "scalar", "all"),
-        source="arXiv 2409.03137",
+        "groups with a second, slow momentum: embeddings, heads and tables, scalars, or all "
+        "(arXiv 2409.03137)",
+        choices="none embed scalar all",
     )
     ademamix_alpha: float = knob(
-        2.0, "weight of the slow momentum at the end, from 0", 0, 100, needs="ademamix != none"
+        2.0, "last weight of the slow momentum, from 0", 0, 100, needs="ADEMAMIX != none"
     )
     ademamix_beta3: float = knob(
-        0.999, "slow momentum's last decay, from BETA1", 0.01, 0.99999, needs="ademamix != none"
+        0.999, "slow momentum's last decay, from BETA1", 0.01, 0.99999, needs="ADEMAMIX != none"
     )
     grad_clip_norm: float = knob(0.0, "bound of the norm of the reduced gradient; 0 = off", 0, 1e6)
     averaging: str = knob(
         "none",
-        "what is exported: the last weights, their moving average, the mean of late snapshots, or "
-        "of those of the second half, weighted by the inverse of their held-out loss",
-        choices=("none", "ema", "swa", "iw_swa"),
+        "what is exported: the last weights, their moving average (PR 287), the mean of late "
+        "snapshots, or of the second half's, weighted by the inverse of their held-out loss",
+        choices="none ema swa iw_swa",
     )
     ema_decay: float = knob(
-        0.997, "decay of the moving average per step", 0, 0.99999, needs="averaging == ema"
+        0.997, "decay of the average per step", 0, 0.99999, needs="AVERAGING == ema"
     )
     swa_start: float = knob(
-        0.2, "part of the peak rate below which snapshots begin", 0, 1.01, needs="averaging == swa"
+        0.2, "part of the peak rate below which snapshots begin", 0, 1.01, needs="AVERAGING == swa"
     )
-    swa_every: int = knob(
-        50, "steps between snapshots", 1, 10**6, unit="steps", needs="averaging in swa,iw_swa"
-    )
+    swa_every: int = knob(50, "steps between snapshots", 1, 10**6, needs="AVERAGING in swa,iw_swa")
     held_out_tokens: int = knob(
         65_536,
-        "end of the training text, kept to score snapshots and roundings",
+        "last training tokens, kept to score snapshots and roundings",
         8,
         10**8,
-        unit="tokens",
-        needs="averaging == iw_swa or allocation == loss",
+        needs="AVERAGING == iw_swa or ALLOCATION == loss",
     )
     objective: str = knob(
         "ce",
         "what is minimised: cross-entropy, the same weighted by bytes, or with one more head for "
         "the token after next, not exported; the log reports nats",
-        choices=("ce", "byte", "mtp"),
+        choices="ce byte mtp",
     )
-    mtp_weight: float = knob(
-        0.2, "weight of the loss of the multi-token head", 0, 10, needs="objective == mtp"
-    )
+    mtp_weight: float = knob(0.2, "weight of the multi-token loss", 0, 10, needs="OBJECTIVE == mtp")
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    BIT_WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)  # 16 is fp16
     matrix_bits: int = knob(
-        8, "bits of block matrices; 16 = fp16", 2, 16, choices=BIT_WIDTHS, unit="bits"
+        8, "bits of block matrices; 16 = fp16", 2, 16, choices="2 3 4 5 6 7 8 16"
     )
     mlp_bits: int = knob(
-        0,
-        "bits of the MLP's matrices; 0 = MATRIX_BITS",
-        0,
-        16,
-        choices=(0, *BIT_WIDTHS),
-        unit="bits",
+        0, "bits of MLP matrices; 0 = MATRIX_BITS", 0, 16, choices="0 2 3 4 5 6 7 8 16"
     )
-    embed_bits: int = knob(
-        8, "bits of embeddings and tables; 16 = fp16", 2, 16, choices=BIT_WIDTHS, unit="bits"
-    )
+    embed_bits: int = knob(8, "bits of all tables; 16 = fp16", 2, 16, choices="2 3 4 5 6 7 8 16")
     qat: str = knob(
         "none",
-        "train the block matrices through the export grid by straight-through gradients (ste)",
-        choices=("none", "ste"),
-        needs="matrix_bits < 16",
-        source="PR 66",
+        "train block matrices through the export grid by straight-through gradients (ste, PR 66)",
+        choices="none ste",
+        needs="MATRIX_BITS < 16",
     )
     qat_start_frac: float = knob(
-        0.0,
-        "part of the run after which quantisation-aware training begins",
-        0,
-        1,
-        needs="qat != none",
+        0.0, "part of the run before QAT begins", 0, 1, needs="QAT != none"
     )
     clip: str = knob(
         "quantile",
         "what becomes a row's largest level: the 0.9999984 quantile of its magnitudes, the best of "
-        "five quantiles (search), or a multiple of its standard deviation (sigma)",
-        choices=("quantile", "search", "sigma"),
-        source="PRs 374, 1394",
+        "five quantiles (search, PR 374), or a multiple of its standard deviation (sigma, PR 1394)",
+        choices="quantile search sigma",
     )
     matrix_clip_sigmas: float = knob(
-        12.85,
-        "clip of attention matrices in standard deviations of a row",
-        0.5,
-        100,
-        unit="sigmas",
-        needs="clip == sigma",
+        12.85, "clip of attention matrices over a row's deviation", 0.5, 100, needs="CLIP == sigma"
     )
     mlp_clip_sigmas: float = knob(
         0.0,
-        "clip of MLP matrices in standard deviations of a row; 0 = MATRIX_CLIP_SIGMAS",
+        "clip of MLP matrices over a row's deviation; 0 = MATRIX_CLIP_SIGMAS",
         0,
         100,
-        unit="sigmas",
-        needs="clip == sigma",
+        needs="CLIP == sigma",
     )
     embed_clip_sigmas: float = knob(
         20.0,
-        "clip of embeddings and tables in standard deviations of a row",
+        "clip of tables over a row's deviation",
         0.5,
         100,
-        unit="sigmas",
-        needs="clip == sigma and embed_bits < 16",
+        needs="CLIP == sigma and EMBED_BITS < 16",
     )
     rounding: str = knob(
         "nearest",
-        "how a weight becomes a level: the nearest one; one that makes up for the errors of earlier "
-        "columns as the matrix's inputs weigh them (gptq); or also by the best path of a trellis, "
-        "with steps by column",
-        choices=("nearest", "gptq", "trellis"),
-        source="arXiv 2210.17323, 2603.04956",
+        "how a weight becomes a level: the nearest; making up for errors of earlier columns (gptq, "
+        "arXiv 2210.17323); or so by the best path of a trellis (arXiv 2603.04956)",
+        choices="nearest gptq trellis",
     )
     calibration: str = knob(
         "train",
-        "what shows the inputs of matrices: training text, or text of the model's own",
-        choices=("train", "self"),
-        source="PR 1019",
-        needs="rounding != nearest or lqer_rank > 0",
+        "text that shows matrices' inputs: training text, or the model's own (PR 1019)",
+        choices="train self",
+        needs="ROUNDING != nearest or LQER_RANK > 0",
     )
     calibration_tokens: int = knob(
         65_536,
-        "tokens that show what matrices read before they are rounded",
+        "tokens that show matrices' inputs",
         8,
         2**26,
-        unit="tokens",
-        needs="rounding != nearest or lqer_rank > 0",
+        needs="ROUNDING != nearest or LQER_RANK > 0",
     )
-    lqer_rank: int = knob(
-        0, "rank of a correction of the worst rounding errors; 0 = none", 0, 64, source="PR 1797"
-    )
+    lqer_rank: int = knob(0, "rank of a correction of the worst errors (PR 1797); 0 = none", 0, 64)
     allocation: str = knob(
         "tag",
-        "what divides precision among matrices: their tag alone, or the loss on held-out training "
-        "text that the rounding of each costs",
-        choices=("tag", "loss"),
+        "what divides precision among matrices: their tag, or the held-out loss that each costs",
+        choices="tag loss",
     )
     fit_budget: str = knob(
         "none",
         "how code and model meet ARTIFACT_BUDGET_BYTES: not at all, by one factor of all steps, by "
-        "whole bits where they help most, or by small levels set to zero until they fit (prune)",
-        choices=("none", "steps", "bits", "prune"),
-        source="PR 1089",
+        "whole bits where they help most, or by small levels set to zero (prune, PR 1089)",
+        choices="none steps bits prune",
     )
-    scale_floor: float = knob(
-        0.0, "smallest clip of a row of weights; 1.0 = the published int8 exports", 0, 1
-    )
+    scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 = the published int8 exports", 0, 1)
     codec: str = knob(
         "zlib",
-        "compressor of the artifact; rans = the entropy coder of this script, made for levels; "
-        "best = the smallest for each stream, slowly",
-        choices=("zlib", "lzma", "zstd", "brotli", "brotli_shuffle", "rans", "best"),
+        "compressor; rans = this script's own; best = the smallest, slowly",
+        choices="zlib lzma zstd brotli brotli_shuffle rans best",
     )
-    artifact_budget_bytes: int = knob(
-        16_000_000, "most bytes that code and model may take together", 1, 2**40, unit="bytes"
-    )
+    artifact_budget_bytes: int = knob(16_000_000, "most bytes of code and model together", 1, 2**40)
 
     @property
     def sees_inputs(self) -> bool:
@@ -641,124 +514,67 @@ class QuantConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    LORA, WHOLE = "TTT in lora,phased", "TTT in sgd,phased"  # who learns
+
     eval: str = knob(
         "chunked",
-        "how the official score is taken: disjoint chunks of TRAIN_SEQ_LEN, or windows of "
-        "EVAL_SEQ_LEN that advance by EVAL_STRIDE over the whole text (sliding) or inside each "
-        "document (doc)",
-        choices=("chunked", "sliding", "doc"),
+        "how the official score is taken: chunks of TRAIN_SEQ_LEN, or windows of EVAL_SEQ_LEN over "
+        "the whole text (sliding) or inside each document (doc)",
+        choices="chunked sliding doc",
     )
-    eval_seq_len: int = knob(
-        1024,
-        "tokens of one window of the evaluation",
-        2,
-        65536,
-        unit="tokens",
-        needs="eval != chunked",
-    )
+    eval_seq_len: int = knob(1024, "tokens of a window", 2, 65536, needs="EVAL != chunked")
     eval_stride: int = knob(
-        64,
-        "tokens that each window scores, after the first",
-        1,
-        65536,
-        unit="tokens",
-        needs="eval != chunked",
+        64, "tokens that a window scores, after the first", 1, 65536, needs="EVAL != chunked"
     )
-    eval_batch_tokens: int = knob(
-        131_072, "tokens of one evaluation batch on a rank", 1, 2**24, unit="tokens"
-    )
+    eval_batch_tokens: int = knob(131_072, "tokens of one evaluation batch on a rank", 1, 2**24)
     ttt: str = knob(
         "none",
-        "what is learnt while scoring, from scored text only: all weights by chunks (sgd), "
-        "adapters of each document (lora), both (phased); prequant trains before quantisation "
-        "instead",
-        choices=("none", "sgd", "lora", "phased", "prequant"),
-        source="PRs 549, 1530, 1610, 1539",
+        "what learns from scored text: all weights (sgd, PR 549), adapters of each document (lora, "
+        "PR 1530), both (phased, PR 1610); prequant trains before quantisation (PR 1539)",
+        choices="none sgd lora phased prequant",
     )
-    ttt_lr: float = knob(
-        0.005,
-        "peak learning rate of all weights in test-time training",
-        0,
-        1,
-        needs="ttt in sgd,phased",
-    )
-    ttt_momentum: float = knob(
-        0.9, "momentum of all weights in test-time training", 0, 0.9999, needs="ttt in sgd,phased"
-    )
-    ttt_epochs: int = knob(
-        3, "updates of all weights on each chunk of scored text", 1, 100, needs="ttt in sgd,phased"
-    )
+    ttt_lr: float = knob(0.005, "peak rate of all weights while scoring", 0, 1, needs=WHOLE)
+    ttt_momentum: float = knob(0.9, "momentum of all weights while scoring", 0, 0.9999, needs=WHOLE)
+    ttt_epochs: int = knob(3, "updates of all weights on each scored chunk", 1, 100, needs=WHOLE)
     ttt_chunk_tokens: int = knob(
-        32_768,
-        "scored tokens that one update of all weights sees",
-        1,
-        2**24,
-        needs="ttt in sgd,phased",
+        32_768, "scored tokens that one update of all weights sees", 1, 2**24, needs=WHOLE
     )
-    ttt_lora_rank: int = knob(
-        96, "rank of the adapters of each document", 1, 4096, needs="ttt in lora,phased"
-    )
+    ttt_lora_rank: int = knob(96, "rank of the adapters of each document", 1, 4096, needs=LORA)
     ttt_lora_alpha: float = knob(
-        96.0,
-        "strength of the adapters: what they add is scaled by this over TTT_LORA_RANK",
-        0,
-        1e4,
-        needs="ttt in lora,phased",
+        96.0, "strength of adapters, over TTT_LORA_RANK", 0, 1e4, needs=LORA
     )
-    ttt_lora_lr: float = knob(
-        1e-4, "learning rate of the adapters", 0, 1, needs="ttt in lora,phased"
-    )
-    ttt_lora_wd: float = knob(
-        0.5, "weight decay of the adapters", 0, 100, needs="ttt in lora,phased"
-    )
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", 0, 1, needs=LORA)
+    ttt_lora_wd: float = knob(0.5, "weight decay of the adapters", 0, 100, needs=LORA)
     ttt_lora_beta2: float = knob(
-        0.999,
-        "AdamW beta2 of the adapters, whose beta1 is 0",
-        0,
-        0.99999,
-        needs="ttt in lora,phased",
+        0.999, "AdamW beta2 of adapters; beta1 is 0", 0, 0.99999, needs=LORA
     )
     ttt_lora_chunk: int = knob(
-        48,
-        "tokens of a document that are scored between two updates of its adapters",
-        1,
-        65536,
-        needs="ttt in lora,phased",
+        48, "scored tokens between updates of adapters", 1, 65536, needs=LORA
     )
-    ttt_lora_docs: int = knob(
-        64, "documents whose adapters learn at once", 1, 4096, needs="ttt in lora,phased"
-    )
+    ttt_lora_docs: int = knob(64, "documents whose adapters learn at once", 1, 4096, needs=LORA)
     ttt_warm_a: bool = knob(
         False,
-        "begin a document with the A matrices that earlier documents of its lane have left",
-        source="PR 1767",
-        needs="ttt in lora,phased",
+        "begin a document with the A matrices of its lane's earlier ones (PR 1767)",
+        needs=LORA,
     )
-    ttt_phases: int = knob(
-        3, "how often all weights learn between documents", 1, 100, needs="ttt == phased"
-    )
+    ttt_phases: int = knob(3, "how often all weights learn", 1, 100, needs="TTT == phased")
     ttt_phase_docs: int = knob(
         2000,
-        "longest documents, after parts of which all weights learn",
+        "longest documents, in TTT_PHASES parts, after which all weights learn",
         1,
         10**6,
-        needs="ttt == phased",
+        needs="TTT == phased",
     )
     prequant_text: str = knob(
         "val",
-        "what TTT=prequant trains on: val is not admissible; train, the control, holds out as "
-        "much training text",
-        choices=("val", "train"),
-        needs="ttt == prequant",
+        "text of TTT=prequant: val is not admissible; train, the control, holds out as much",
+        choices="val train",
+        needs="TTT == prequant",
     )
-    prequant_lr: float = knob(
-        5e-4, "peak AdamW learning rate of TTT=prequant", 0, 1, needs="ttt == prequant"
-    )
-    prequant_epochs: int = knob(
-        6, "passes of TTT=prequant over its text", 1, 1000, needs="ttt == prequant"
-    )
+    prequant_lr: float = knob(5e-4, "peak rate of TTT=prequant", 0, 1, needs="TTT == prequant")
+    prequant_epochs: int = knob(6, "passes of TTT=prequant", 1, 1000, needs="TTT == prequant")
     prequant_rows: int = knob(
-        32, "rows of TRAIN_SEQ_LEN in one update of TTT=prequant", 1, 65536, needs="ttt == prequant"
+        32, "rows in an update of TTT=prequant", 1, 65536, needs="TTT == prequant"
     )
 
     @property
@@ -771,20 +587,16 @@ class EvalConfig:
 class SystemConfig:
     numerics: str = knob(
         "auto",
-        "matrix products in fp32, fp32 by the fastest route (medium) or bf16; auto = bf16 on "
-        "CUDA, the fastest accurate one on CPU",
-        choices=("auto", "fp32", "medium", "bf16"),
+        "matrix products: fp32, fp32 by the fastest route (medium) or bf16; auto = bf16 on CUDA, "
+        "the fastest accurate one on CPU",
+        choices="auto fp32 medium bf16",
     )
     attention: str = knob(
-        "auto", "causal kernel; auto = the faster one here", choices=("auto", "sdpa", "blocked")
+        "auto", "causal kernel; auto = the faster one", choices="auto sdpa blocked"
     )
-    compile: str = knob(
-        "auto", "torch.compile; auto = when it pays: always on CUDA", choices=("auto", "off", "on")
-    )
-    micro_batch_tokens: int = knob(
-        65_536, "most tokens of one pass on a rank", 8, 2**24, unit="tokens"
-    )
-    threads: int = knob(0, "CPU threads of each rank; 0 = the cores this process may use", 0, 1024)
+    compile: str = knob("auto", "torch.compile; auto = when it pays", choices="auto off on")
+    micro_batch_tokens: int = knob(65_536, "most tokens of one pass on a rank", 8, 2**24)
+    threads: int = knob(0, "CPU threads of each rank; 0 = all cores of this process", 0, 1024)
 
 
 def environment() -> dict[str, str]:
@@ -802,12 +614,13 @@ GROUPS = dict(
     system=SystemConfig,
 )
 KNOBS = {f.name: (group, f) for group, cls in GROUPS.items() for f in fields(cls)}
+DEFAULTS = {name: f.default for name, (_, f) in KNOBS.items()}
 OPERATORS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything the user decided. Each value remembers where it came from; `notes` are the warnings to print."""
+    """Everything the user decided, where each value came from, and the warnings to print."""
 
     run: RunConfig
     data: DataConfig
@@ -839,45 +652,46 @@ class Config:
         }
 
 
-# Systems as one would type them over the defaults; of two values the later one holds. Each says where it comes from and
-# what is left of a difference to its source. Parameter totals are those of the source, to the last one.
-# What every later record shares: 11 layers, 2048-token rows, a sliding window.
+# Systems as one would type them over the defaults; the later of two values holds. Each with its
+# source, its score, what still differs from the source, and the source's number of parameters.
+# What later records share: 11 layers, 2048-token rows, a sliding window.
 LATE = """
 NUM_LAYERS=11 LEAKY_SLOPE=0.5 MLP_MULT=4 ROPE_DIMS=16 XSA_LAST_N=11 LN_SCALE=1 INIT=orthogonal
 TRAIN_SEQ_LEN=2048 TRAIN_BATCH_TOKENS=786432 GRAD_CLIP_NORM=0.3
 MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
 MUON_WD=0.095 MATRIX_LR=0.022 TIED_EMBED_LR=0.03 SCALAR_LR=0.02 ADAM_WD=0.02
 LR_SCHEDULE=warmdown_frac WARMDOWN_FRAC=0.72 AVERAGING=ema EMA_DECAY=0.9965
-MATRIX_BITS=6 EVAL=sliding EVAL_SEQ_LEN=2048 EVAL_STRIDE=64
+MATRIX_BITS=6 EVAL=sliding EVAL_SEQ_LEN=2048
 """
 SYSTEMS = {
     # The published starting point, 1.2244: 9 layers, int8, zlib. 17,059,912 parameters.
     "baseline": "SCALE_FLOOR=1",
-    # PR 66, 1.1632: MLP 3x, 4096-token rows, int6 straight-through from step 0. 21,778,504 parameters.
-    # Different: the export is on the training grid; theirs went to the largest weight of a row over 31.
+    # PR 66, 1.1632: MLP 3x, 4096-token rows, int6 from step 0. 21,778,504 parameters.
+    # Different: the export is on the training grid (theirs reached the largest weight of a row).
     "mlp3x_seq4096": """
         MLP_MULT=3 TRAIN_SEQ_LEN=4096 TRAIN_BATCH_TOKENS=393216
         TIED_EMBED_LR=0.03 MATRIX_LR=0.02 SCALAR_LR=0.02 WARMDOWN_ITERS=3000
         MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
         MATRIX_BITS=6 EMBED_BITS=16 QAT=ste FIT_BUDGET=prune CODEC=zstd
-        EVAL=sliding EVAL_SEQ_LEN=4096 EVAL_STRIDE=64""",
-    # PR 645, 1.8990: what it lists, put together on its 7 layers and 512-token rows; its run had none of the techniques.
-    # Different: everything but layers, rows, batch, steps, clock and rates.
+        EVAL=sliding EVAL_SEQ_LEN=4096""",
+    # PR 645, 1.8990, whose run had none of the techniques that it lists.
+    # Different: all but layers, rows, batch, steps, clock and rates.
     "skill_forge": """
-        NUM_LAYERS=7 MLP_MULT=3 XSA_LAST_N=7 ROPE_DIMS=16 SMEAR_GATE=B INIT=orthogonal MUP_BASE_WIDTH=512
+        NUM_LAYERS=7 MLP_MULT=3 XSA_LAST_N=7 ROPE_DIMS=16 SMEAR_GATE=B
+        INIT=orthogonal MUP_BASE_WIDTH=512
         TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=16384 MICRO_BATCH_TOKENS=16384
         ITERATIONS=2000 MAX_WALLCLOCK_SECONDS=240 WARMUP_STEPS=10
-        MATRIX_LR=0.04 MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_STEPS=500 MUON_WD=0.04 AVERAGING=ema
+        MUON_MOMENTUM=0.99 MUON_WD=0.04 AVERAGING=ema
         MATRIX_BITS=6 QAT=ste QAT_START_FRAC=0.5 CLIP=search CODEC=zstd
-        EVAL=sliding EVAL_SEQ_LEN=512 EVAL_STRIDE=64 TTT=sgd""",
-    # A research log on one consumer card: blocks 2-4 run 1 + 8 times, 5-7 beside their MLPs, no positions, no zeros to
-    # begin with. 20,980,824 parameters. QAT began as the cosine fell below 0.15: at 92.4 % of the run.
-    # Different: embeddings start from this tokenizer's pairs (theirs were another's); what is scored is bits per byte of
-    # all text (theirs a weighted loss of 300 rows).
+        EVAL=sliding EVAL_SEQ_LEN=512 TTT=sgd""",
+    # A research log on one consumer card: blocks 2-4 run 1 + 8 times, 5-7 beside their MLPs, no
+    # positions. 20,980,824 parameters. QAT began as the cosine fell below 0.15, at 92.4 %.
+    # Different: pairs of this tokenizer start the embeddings; the score is that of all text.
     "depth_recurrent": """
-        NUM_LAYERS=8 LEAKY_SLOPE=0.5 MLP_MULT=3 ROPE_DIMS=-1 QK_GAIN_INIT=5 X0_MIX=0 SKIP_PAIRS=around_loop
+        NUM_LAYERS=8 LEAKY_SLOPE=0.5 MLP_MULT=3 ROPE_DIMS=-1 QK_GAIN_INIT=5 X0_MIX=0
         NUM_LOOPS=8 LOOP_START=2 LOOP_END=4 ENABLE_LOOPING_AT=3000 LOOP_RAMP_STEPS=20
-        PARALLEL=A PARALLEL_START=5 INIT=uniform EMBED_INIT=svd OBJECTIVE=byte
+        SKIP_PAIRS=around_loop PARALLEL=A PARALLEL_START=5
+        INIT=uniform EMBED_INIT=svd OBJECTIVE=byte
         VOCAB_SIZE=4096 TRAIN_BATCH_TOKENS=131072 MICRO_BATCH_TOKENS=8192
         ITERATIONS=50000 MAX_WALLCLOCK_SECONDS=0 LR_SCHEDULE=cosine WARMDOWN_FRAC=0.3
         MUON=muoneq_r MATRIX_LR=0.022 MUON_WD=0.095
@@ -885,79 +699,84 @@ SYSTEMS = {
         TIED_EMBED_LR=0.01 SCALAR_LR=0.01 BETA2=0.999 ADAM_L2=0.095
         AVERAGING=iw_swa SWA_EVERY=3125
         MATRIX_BITS=6 EMBED_BITS=6 QAT=ste QAT_START_FRAC=0.924 FIT_BUDGET=prune""",
-    # PR 1126, 1.1123, again PR 1089, 1.1091: hashed n-grams, Turbo-Muon. 30,666,843 parameters. Rotary base: 10,000,
-    # rescaled from 1,024 to 2,048 tokens, as the run had it by accident; so are the rows of the mimetic start.
-    # Different: no QAT (theirs never ran); bits go where they lower a held-out loss (theirs by the trace of a Hessian,
-    # which the architecture fixes); small levels become zero only if five bits do not fit (theirs 2.3 % always).
+    # PR 1126, 1.1123, PR 1089 again, 1.1091: hashed n-grams, Turbo-Muon. 30,666,843 parameters.
+    # Its rotary base is 10,000 rescaled from 1,024 to 2,048 tokens, by accident, as in its run.
+    # Different: no QAT (theirs never ran); bits go by held-out loss (theirs by a Hessian's trace);
+    # levels become zero only if five bits do not fit (theirs 2.3 % always).
     "turbo_engram": LATE
     + """
-        LEAKY_SLOPE=0.3 MLP_MULT=3.5 ROPE_BASE=22081 SMEAR_GATE=B ENGRAM_BUCKETS=8192 VALUE_EMBED_LAST_N=2
-        SKIPS=gated INIT=mimetic_rows LOADER=coprime
+        LEAKY_SLOPE=0.3 MLP_MULT=3.5 ROPE_BASE=22081 SMEAR_GATE=B ENGRAM_BUCKETS=8192
+        VALUE_EMBED_LAST_N=2 SKIPS=gated INIT=mimetic_rows LOADER=coprime
         TIED_EMBED_LR=0.035 TABLE_LR=0.035 SCALAR_LR=0.025 ADAM_WD=0.04 EMBED_BETA1=0.7
         MUON=turbo_muon_plus MATRIX_LR=0.025 MUON_WD=0.04
         LR_SCHEDULE=warmdown_iters WARMDOWN_ITERS=3500 MIN_LR=0.05 AVERAGING=swa RESERVE_SECONDS=14
         MATRIX_BITS=5 ROUNDING=gptq CLIP=search CALIBRATION_TOKENS=6291456
         ALLOCATION=loss FIT_BUDGET=bits CODEC=brotli_shuffle""",
-    # PR 1539, 1.0587, not admissible: it trains on the validation text before it is scored. 36,311,132 parameters. Rotary
-    # base as above; it kept the five skips of the plain list after looping began.
-    # Different: four polar steps made for four (theirs five, cut); embeddings are rounded with GPTQ
-    # (theirs to nearest), and inputs seen with loops and lanes (theirs without).
+    # PR 1539, 1.0587, not admissible: it trains on the validation text before it is scored.
+    # 36,311,132 parameters. Rotary base as above; it kept the five skips of a list without loops.
+    # Different: four polar steps made for four (theirs five, cut); GPTQ rounds embeddings too and
+    # sees inputs with loops and lanes.
     "prequant_ttt": LATE
     + """
-        VOCAB_SIZE=8192 ROPE_BASE=22081 QK_GAIN_INIT=5.25 SMEAR_GATE=B VALUE_EMBED_LAST_N=2 VALUE_EMBED_DIM=44
+        VOCAB_SIZE=8192 ROPE_BASE=22081 QK_GAIN_INIT=5.25 SMEAR_GATE=B
+        VALUE_EMBED_LAST_N=2 VALUE_EMBED_DIM=44
         SKIP_PAIRS=as_unlooped NUM_LOOPS=1 ENABLE_LOOPING_AT=3000 PARALLEL=B
         TABLE_LR=0.03 EMBED_WD=0.095 MUON=muoneq_short_polar MUON_STEPS=4
         ROUNDING=gptq CLIP=sigma CALIBRATION=self FIT_BUDGET=steps CODEC=rans TTT=prequant""",
     # PR 1493, 1.0810: loops, score first then learn. 35,944,536 parameters.
-    # Different: its 64 batches of 98,304 tokens are seen by all ranks together (theirs by each alone).
+    # Different: all ranks together see its calibration text (theirs each).
     "score_first_ttt": LATE
     + """
         VOCAB_SIZE=8192 QK_GAIN_INIT=5.25 SKIPS=gated NUM_LOOPS=2 PARALLEL=A LOADER=shuffled
         EMBED_WD=0.085 MUON=muoneq_r RESERVE_SECONDS=12
         ROUNDING=gptq CLIP=sigma CALIBRATION_TOKENS=6291456
         FIT_BUDGET=steps CODEC=brotli_shuffle TTT=sgd""",
-    # PR 1855, 1.0611, by its log: the base of the last leaders (PR 2135, 1.0565). 35,945,671 parameters.
-    # Different: gates are fp16 (theirs int8); both factors of LQER have 4 bits and are fitted to the inputs (theirs 2 and
-    # 4 bits, plain); its 16 batches of 98,304 tokens are seen by all ranks together; streams are coded by rANS (ZPAQ).
+    # PR 1855, 1.0611, by its log; base of the last leader (PR 2135, 1.0565). 35,945,671 parameters.
+    # Different: gates are fp16 (theirs int8); LQER's factors have 4 bits and are fitted to inputs
+    # (theirs 2 and 4, plain); calibration text as above; rANS codes the streams (theirs ZPAQ).
     "phased_ttt": LATE
     + """
-        VOCAB_SIZE=8192 CASEOPS=1 LOADER=packed DOC_ATTENTION=1 QK_GAIN_INIT=5 SKIPS=gated SMEAR_GATE=D
-        OUTPUT_GATE_SCALE=0.5 SOFTCAP=shifted NUM_LOOPS=2 PARALLEL=D PARALLEL_START=8
+        VOCAB_SIZE=8192 CASEOPS=1 LOADER=packed DOC_ATTENTION=1
+        QK_GAIN_INIT=5 SKIPS=gated SMEAR_GATE=D OUTPUT_GATE_SCALE=0.5 SOFTCAP=shifted
+        NUM_LOOPS=2 PARALLEL=D PARALLEL_START=8
         EMBED_WD=0.085 BETA2=0.99 MUON=muoneq_r_polar MATRIX_LR=0.026 MUON_MOMENTUM=0.97
         WARMDOWN_FRAC=0.85 MIN_LR=0.1 RESERVE_SECONDS=0.5
-        EMBED_BITS=7 ROUNDING=gptq CALIBRATION_TOKENS=1572864 LQER_RANK=4 FIT_BUDGET=steps CODEC=rans
+        EMBED_BITS=7 ROUNDING=gptq CALIBRATION_TOKENS=1572864 LQER_RANK=4
         CLIP=sigma MATRIX_CLIP_SIGMAS=13 MLP_CLIP_SIGMAS=11.5 EMBED_CLIP_SIGMAS=14
+        FIT_BUDGET=steps CODEC=rans
         EVAL=doc TTT=phased TTT_LR=0.001 TTT_EPOCHS=1 TTT_PHASE_DOCS=2500
         TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 TTT_LORA_BETA2=0.99 TTT_WARM_A=1""",
 }
 # Overlays go on top of a system: PRESET=phased_ttt+cpu. `X<=4` lowers X to 4 and never raises it.
 OVERLAYS = {
-    # What two CPU cores train in two minutes, on the embedded sample or anything in its tokens. Decay inside the
-    # gradient (ADAM_L2) would keep embeddings from growing in a run so short.
+    # What two CPU cores train in two minutes, on the embedded sample or anything in its tokens.
+    # More decay inside the gradient (ADAM_L2) would keep embeddings from growing in that time.
     "cpu": """
         VOCAB_SIZE=1024 CASEOPS=0 NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2
-        ROPE_DIMS<=64 XSA_LAST_N<=4 MLP_MULT<=2 VALUE_EMBED_LAST_N<=2 MUP_BASE_WIDTH<=256 PARALLEL_START=3
+        XSA_LAST_N<=4 MLP_MULT<=2 MUP_BASE_WIDTH<=256 PARALLEL_START=3
         NUM_LOOPS<=2 LOOP_START=1 LOOP_END=2 ENABLE_LOOPING_AT=0.35 LOOP_RAMP_STEPS<=10
         TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=8192 MICRO_BATCH_TOKENS=8192 LOADER=shuffled
-        MAX_WALLCLOCK_SECONDS=120 RESERVE_SECONDS=2 WARMUP_STEPS=2 LR_SCHEDULE=warmdown_frac WARMDOWN_FRAC=0.6
+        MAX_WALLCLOCK_SECONDS=120 RESERVE_SECONDS=2 WARMUP_STEPS=2
+        LR_SCHEDULE=warmdown_frac WARMDOWN_FRAC=0.6
         MATRIX_LR=0.04 TIED_EMBED_LR=0.05 TABLE_LR=0.05 SCALAR_LR=0.04 ADAM_L2<=0.001
         MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=50
         EMA_DECAY=0.95 SWA_EVERY=5 HELD_OUT_TOKENS=8192 CALIBRATION_TOKENS=16384 ALLOCATION=tag
-        EVAL_BATCH_TOKENS=16384 EVAL_SEQ_LEN=512 EVAL_STRIDE=128
-        TTT_CHUNK_TOKENS<=8192 TTT_PHASE_DOCS<=24 TTT_LORA_RANK<=16 TTT_LORA_DOCS<=8 TTT_LORA_CHUNK=128
+        EVAL_BATCH_TOKENS=16384 EVAL_SEQ_LEN=512 EVAL_STRIDE=128 TTT_CHUNK_TOKENS<=8192
+        TTT_PHASE_DOCS<=24 TTT_LORA_RANK<=16 TTT_LORA_DOCS<=8 TTT_LORA_CHUNK=128
         TRAIN_LOG_EVERY=20 VAL_LOSS_EVERY=0 CHECKPOINT_EVERY=30""",
     # What a test runs in seconds: one layer before, one inside and one after a loop.
     "tiny": """
         VOCAB_SIZE=1024 CASEOPS=0 NUM_LAYERS=3 MODEL_DIM=64 NUM_HEADS=2 NUM_KV_HEADS=1
-        BIGRAM_BUCKETS<=512 ENGRAM_BUCKETS<=128 ENGRAM_DIM=8 VALUE_EMBED_LAST_N<=2 VALUE_EMBED_DIM=16
-        ROPE_DIMS<=16 XSA_LAST_N<=2 MUP_BASE_WIDTH<=64 PARALLEL_START=2
+        ENGRAM_BUCKETS<=128 ENGRAM_DIM=8 VALUE_EMBED_DIM=16
+        XSA_LAST_N<=2 MUP_BASE_WIDTH<=64 PARALLEL_START=2
         NUM_LOOPS<=2 LOOP_START=1 LOOP_END=1 ENABLE_LOOPING_AT<=3 LOOP_RAMP_STEPS<=3
         TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=512 MICRO_BATCH_TOKENS=512 LOADER=shuffled COMPILE=off
-        ITERATIONS=8 MAX_WALLCLOCK_SECONDS=0 RESERVE_SECONDS=0 WARMUP_STEPS=1 LR_SCHEDULE=warmdown_frac
-        MUON_MOMENTUM_WARMUP_STEPS=4 ADAM_L2<=0.001 EMA_DECAY=0.9 SWA_EVERY=1
+        ITERATIONS=8 MAX_WALLCLOCK_SECONDS=0 RESERVE_SECONDS=0 WARMUP_STEPS=1
+        LR_SCHEDULE=warmdown_frac MUON_MOMENTUM_WARMUP_STEPS=4 ADAM_L2<=0.001
+        EMA_DECAY=0.9 SWA_EVERY=1
         HELD_OUT_TOKENS=512 CALIBRATION_TOKENS=1024 PREQUANT_EPOCHS<=2
-        EVAL_BATCH_TOKENS=8192 EVAL_SEQ_LEN=64 EVAL_STRIDE=32
-        TTT_CHUNK_TOKENS<=512 TTT_PHASE_DOCS<=9 TTT_LORA_RANK<=4 TTT_LORA_DOCS<=4 TTT_LORA_CHUNK=32
+        EVAL_BATCH_TOKENS=8192 EVAL_SEQ_LEN=64 EVAL_STRIDE=32 TTT_CHUNK_TOKENS<=512
+        TTT_PHASE_DOCS<=9 TTT_LORA_RANK<=4 TTT_LORA_DOCS<=4 TTT_LORA_CHUNK=32
         TRAIN_LOG_EVERY=1 VAL_LOSS_EVERY=0""",
     # What the forge confirmed on turbo_engram+cpu: records/campaigns/cpu40.
     "champion": """
@@ -966,42 +785,8 @@ OVERLAYS = {
 }
 PRESETS = SYSTEMS | OVERLAYS
 CPU_PRESET = "turbo_engram+cpu+champion"
-# The best admissible system by what the folder of the shards is called, best first.
-CUDA_PRESETS = {"caseops": "phased_ttt", "sp8192": "score_first_ttt", "sp1024": "turbo_engram"}
-
-
-class Values(dict):
-    """{knob: value} whose values can also be read as attributes."""
-
-    __getattr__ = dict.__getitem__
-
-
-def head_width(v: Values) -> int:
-    return v.model_dim // v.num_heads
-
-
-def wants_noncompliant(v: Values) -> bool:
-    return v.ttt == "prequant" and v.prequant_text == "val" and v.run_mode == "train"
-
-
-def lanes_loop(v: Values) -> bool:
-    """Whether a block with two lanes lies in the loop."""
-    return v.num_loops > 0 and v.parallel in ("B", "D") and v.parallel_start <= v.loop_end
-
-
-def holds_out(v: Values) -> bool:
-    return v.averaging == "iw_swa" or v.allocation == "loss"
-
-
-def grid_moves(v: Values) -> bool:
-    """Whether the export's steps depend on what is known after training only, or its values leave them."""
-    by_inputs = v.clip == "search" and v.rounding != "nearest"
-    by_size = v.fit_budget in ("steps", "bits") or v.allocation != "tag"
-    return by_inputs or by_size or v.rounding == "trellis" or v.lqer_rank > 0
-
-
-def doublings(first: int) -> list[int]:
-    return [first << i for i in range(17)]
+# The best admissible system by a part of the name of the shards' folder, best first.
+CUDA_PRESETS = {"caseops": "phased_ttt", "sp8192": "score_first_ttt", "": "turbo_engram"}
 
 
 def plain_name(text: str) -> bool:
@@ -1012,361 +797,218 @@ def plain_name(text: str) -> bool:
     return not odd and shown.isprintable() and not set(text) & set("/\\")
 
 
-def slides(v: Values) -> bool:
+def model_rules(v: SimpleNamespace) -> Iterator[str]:
+    """What is wrong with the shape of the model."""
+    width = v.model_dim // v.num_heads
+    if v.model_dim % v.num_heads:
+        yield "MODEL_DIM is not divisible by NUM_HEADS"
+    elif v.rope_dims == 0 and width % 2:
+        yield "MODEL_DIM over NUM_HEADS must be even for rotary positions"
+    if v.num_heads % v.num_kv_heads:
+        yield "NUM_HEADS is not divisible by NUM_KV_HEADS"
+    if v.rope_dims > 0 and (v.rope_dims % 2 or v.rope_dims > width):
+        yield "ROPE_DIMS must be -1, or even and at most MODEL_DIM over NUM_HEADS"
+    if v.bigram_buckets == 1:
+        yield "BIGRAM_BUCKETS=1: want 0 (off) or at least 2"
+    if v.num_loops and not v.loop_start <= v.loop_end < v.num_layers:
+        yield "LOOP_START to LOOP_END are not blocks of NUM_LAYERS"
+    if v.parallel != "none" and v.parallel_start >= v.num_layers:
+        yield "PARALLEL_START is not a block of NUM_LAYERS"
+    if v.num_loops and v.parallel in ("B", "D") and v.parallel_start <= v.loop_end:
+        yield "PARALLEL_START must be larger than LOOP_END: two lanes cannot be looped"
+    if v.skip_pairs == "around_loop" and not v.num_loops:
+        yield "SKIP_PAIRS=around_loop needs loops, not NUM_LOOPS"
+    if v.embed_init == "svd" and v.vocab_size > 16_384:
+        yield "EMBED_INIT=svd counts VOCAB_SIZE squared pairs; want at most 16 384 tokens"
+
+
+def run_rules(v: SimpleNamespace) -> Iterator[str]:
+    """What is wrong with the run and its training."""
+    if v.run_mode != "eval" and v.train_batch_tokens % v.train_seq_len:
+        yield "TRAIN_BATCH_TOKENS is not a multiple of TRAIN_SEQ_LEN"
+    if v.seq_ramp_start and v.train_seq_len not in [v.seq_ramp_start << i for i in range(17)]:
+        yield "SEQ_RAMP_START doubled some times is not TRAIN_SEQ_LEN"
+    if v.max_wallclock_seconds and v.reserve_seconds >= v.max_wallclock_seconds:
+        yield "RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
+    if "polar" in v.muon and v.muon_steps not in (0, *POLAR_EXPRESS):
+        yield "MUON_STEPS: MUON has coefficients for 4 or 5 steps, 0 = 5"
+    if -1 < v.embed_wd < 0:
+        yield "EMBED_WD must be at least 0, or -1 for ADAM_WD"
+    if acts("held_out_tokens", vars(v)) and v.held_out_tokens <= v.train_seq_len:
+        yield "HELD_OUT_TOKENS must be larger than TRAIN_SEQ_LEN"
+    if v.device == "cuda" and not torch.cuda.is_available():
+        yield "DEVICE=cuda but this machine has no usable CUDA device; set DEVICE=cpu or auto"
+    if not plain_name(v.run_id):
+        yield (
+            "RUN_ID must be a plain folder name: up to 128 printable characters, none of them a "
+            "slash or backslash, no dot or dash in front and no space at the ends"
+        )
+
+
+def export_rules(v: SimpleNamespace) -> Iterator[str]:
+    """What is wrong with the export."""
+    if v.fit_budget == "steps" and v.clip != "sigma":
+        yield "FIT_BUDGET=steps needs CLIP=sigma, not CLIP"
+    if v.fit_budget in ("bits", "prune") and v.rounding not in ("nearest", "gptq"):
+        yield "FIT_BUDGET needs ROUNDING=nearest or gptq, not ROUNDING"
+    if v.allocation != "tag" and v.fit_budget != "bits" and v.clip != "sigma":
+        yield "ALLOCATION needs CLIP=sigma, not CLIP, or FIT_BUDGET=bits"
+    moves = {
+        "ROUNDING": v.rounding == "trellis",
+        "LQER_RANK": v.lqer_rank > 0,
+        "ALLOCATION": v.allocation != "tag",
+        "FIT_BUDGET": v.fit_budget in ("steps", "bits"),
+        "CLIP with ROUNDING": v.clip == "search" and v.rounding == "gptq",
+    }
+    for what, moved in moves.items():
+        if v.qat != "none" and moved:
+            yield f"QAT trains on the grid of the export, which is moved by {what}"
+    if v.codec not in available_packings():
+        left = ", ".join(available_packings())
+        yield f"CODEC needs a package that is not installed; available: {left}"
+
+
+def slides(v: SimpleNamespace) -> bool:
     """Whether windows advance by EVAL_STRIDE."""
     return v.eval == "sliding" or v.eval == "doc" and v.ttt not in ("lora", "phased")
 
 
-EVAL_OF_TTT = {"sgd": ("chunked", "sliding"), "lora": ("doc",), "phased": ("doc",)}
-# Cross-field rules: (broken when, message with values in braces). All broken ones are reported together, before any work:
-# what would fail after training is refused here.
-RULES: list[tuple[Callable[[Values], Any], str]] = [
-    (
-        lambda v: v.model_dim % v.num_heads,
-        "MODEL_DIM={model_dim} is not divisible by NUM_HEADS={num_heads}",
-    ),
-    (
-        lambda v: v.num_heads % v.num_kv_heads,
-        "NUM_HEADS={num_heads} is not divisible by NUM_KV_HEADS={num_kv_heads}",
-    ),
-    (
-        lambda v: v.rope_dims == 0 and v.model_dim % v.num_heads == 0 and head_width(v) % 2,
-        "MODEL_DIM={model_dim} over NUM_HEADS={num_heads} must be even for rotary positions",
-    ),
-    (
-        lambda v: v.rope_dims > 0 and (v.rope_dims % 2 or v.rope_dims > head_width(v)),
-        "ROPE_DIMS={rope_dims} must be -1, or even and at most MODEL_DIM={model_dim} over "
-        "NUM_HEADS={num_heads}",
-    ),
-    (
-        lambda v: v.run_mode != "eval" and v.train_batch_tokens % v.train_seq_len,
-        "TRAIN_BATCH_TOKENS={train_batch_tokens} is not a multiple of TRAIN_SEQ_LEN={train_seq_len}",
-    ),
-    (
-        lambda v: "polar" in v.muon and v.muon_steps not in (0, *POLAR_EXPRESS),
-        "MUON_STEPS={muon_steps}: MUON={muon} has coefficients for 4 or 5 steps, 0 = 5",
-    ),
-    (
-        lambda v: v.seq_ramp_start and v.train_seq_len not in doublings(v.seq_ramp_start),
-        "SEQ_RAMP_START={seq_ramp_start} doubled some times is not TRAIN_SEQ_LEN={train_seq_len}",
-    ),
-    (
-        lambda v: holds_out(v) and v.held_out_tokens <= v.train_seq_len,
-        "HELD_OUT_TOKENS={held_out_tokens} must be larger than TRAIN_SEQ_LEN={train_seq_len}",
-    ),
-    (
-        lambda v: slides(v) and v.eval_stride > v.eval_seq_len,
-        "EVAL_STRIDE={eval_stride} is larger than EVAL_SEQ_LEN={eval_seq_len}",
-    ),
-    (
-        lambda v: v.ttt in ("lora", "phased") and v.ttt_lora_chunk > v.eval_seq_len,
-        "TTT_LORA_CHUNK={ttt_lora_chunk} is larger than EVAL_SEQ_LEN={eval_seq_len}",
-    ),
-    (
-        lambda v: v.eval not in EVAL_OF_TTT.get(v.ttt, (v.eval,)),
-        "EVAL={eval} does not go with TTT={ttt}: sgd needs chunked or sliding, lora and phased need doc",
-    ),
-    (
-        lambda v: v.ttt == "sgd" and v.eval == "chunked" and v.ttt_chunk_tokens < v.train_seq_len,
-        "TTT_CHUNK_TOKENS={ttt_chunk_tokens} is less than a window scores: TRAIN_SEQ_LEN={train_seq_len}",
-    ),
-    (
-        lambda v: v.ttt == "sgd" and slides(v) and v.ttt_chunk_tokens < v.eval_stride,
-        "TTT_CHUNK_TOKENS={ttt_chunk_tokens} is less than a window scores: EVAL_STRIDE={eval_stride}",
-    ),
-    (
-        lambda v: wants_noncompliant(v) and not v.allow_noncompliant,
-        "TTT=prequant trains on validation text before it is scored, which the competition does not "
-        "admit; set ALLOW_NONCOMPLIANT=1 to do it all the same, or PREQUANT_TEXT=train",
-    ),
-    (lambda v: v.bigram_buckets == 1, "BIGRAM_BUCKETS=1: want 0 (off) or at least 2"),
-    (
-        lambda v: v.num_loops and not v.loop_start <= v.loop_end < v.num_layers,
-        "LOOP_START={loop_start} to LOOP_END={loop_end} are not blocks of NUM_LAYERS={num_layers}",
-    ),
-    (
-        lambda v: v.parallel != "none" and v.parallel_start >= v.num_layers,
-        "PARALLEL_START={parallel_start} is not a block of NUM_LAYERS={num_layers}",
-    ),
-    (
-        lanes_loop,
-        "PARALLEL_START={parallel_start} must be larger than LOOP_END={loop_end}: two lanes cannot "
-        "be looped",
-    ),
-    (
-        lambda v: v.skip_pairs == "around_loop" and not v.num_loops,
-        "SKIP_PAIRS=around_loop needs NUM_LOOPS of at least 1",
-    ),
-    (
-        lambda v: v.embed_init == "svd" and v.vocab_size > 16_384,
-        "EMBED_INIT=svd counts VOCAB_SIZE={vocab_size} squared pairs; want at most 16 384 tokens",
-    ),
-    (
-        lambda v: v.fit_budget == "steps" and v.clip != "sigma",
-        "FIT_BUDGET=steps needs CLIP=sigma, not CLIP={clip}",
-    ),
-    (
-        lambda v: v.fit_budget in ("bits", "prune") and v.rounding not in ("nearest", "gptq"),
-        "FIT_BUDGET={fit_budget} needs ROUNDING=nearest or gptq, not ROUNDING={rounding}",
-    ),
-    (
-        lambda v: v.allocation != "tag" and v.fit_budget != "bits" and v.clip != "sigma",
-        "ALLOCATION={allocation} needs CLIP=sigma, not CLIP={clip}, or FIT_BUDGET=bits",
-    ),
-    (
-        lambda v: v.qat != "none" and grid_moves(v),
-        "QAT={qat} trains on the grid of the export, which ROUNDING=trellis, LQER_RANK, ALLOCATION=loss, "
-        "FIT_BUDGET=steps or bits, and CLIP=search with ROUNDING=gptq move afterwards: ROUNDING={rounding}, "
-        "LQER_RANK={lqer_rank}, ALLOCATION={allocation}, FIT_BUDGET={fit_budget}, CLIP={clip}",
-    ),
-    (
-        lambda v: v.codec not in available_packings(),
-        "CODEC={codec} needs a package that is not installed; available: {codecs}",
-    ),
-    (
-        lambda v: v.max_wallclock_seconds and v.reserve_seconds >= v.max_wallclock_seconds,
-        "RESERVE_SECONDS={reserve_seconds} must be less than "
-        "MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}",
-    ),
-    (
-        lambda v: v.device == "cuda" and not torch.cuda.is_available(),
-        "DEVICE=cuda but this machine has no usable CUDA device; set DEVICE=cpu or auto",
-    ),
-    (
-        lambda v: not plain_name(v.run_id),
-        "RUN_ID={run_id!r} must be a plain folder name: up to 128 printable characters, none of them "
-        "a slash or backslash, no dot or dash in front and no space at the ends",
-    ),
-]
-SPECIAL_ENV = ("PRESET",)  # read by load() itself, not a field
-# Variables of published scripts: name, our knob, values; after a colon, why not. Without values they are the same.
-# `a=b` reads their a as our b; `a=b>c` only turns our b into c; `*x` multiplies by x, `*` multiplies what we have.
-# A dash for the knob: no counterpart, but the values listed (`any`: all of them) are what happens here anyway, and so
-# is every value beside `X?`, another variable that is set too.
+def eval_rules(v: SimpleNamespace) -> Iterator[str]:
+    """What is wrong with the evaluation."""
+    window = "EVAL_STRIDE" if slides(v) else "TRAIN_SEQ_LEN"  # what it scores
+    if slides(v) and v.eval_stride > v.eval_seq_len:
+        yield "EVAL_STRIDE is larger than EVAL_SEQ_LEN"
+    if v.ttt in ("lora", "phased") and v.ttt_lora_chunk > v.eval_seq_len:
+        yield "TTT_LORA_CHUNK is larger than EVAL_SEQ_LEN"
+    if v.ttt == "sgd" and v.eval == "doc" or v.ttt in ("lora", "phased") and v.eval != "doc":
+        yield "EVAL does not go with TTT: sgd needs chunked or sliding, lora and phased need doc"
+    elif v.ttt == "sgd" and v.ttt_chunk_tokens < vars(v)[window.lower()]:
+        yield f"TTT_CHUNK_TOKENS is less than a window scores: {window}"
+    validation = v.ttt == "prequant" and v.prequant_text == "val" and v.run_mode == "train"
+    if validation and not v.allow_noncompliant:
+        yield (
+            "TTT=prequant trains on validation text before it is scored, which the competition "
+            "does not admit; set ALLOW_NONCOMPLIANT=1 to do it anyway, or PREQUANT_TEXT=train"
+        )
+
+
+# What would fail after training is refused before any work. Each yields its messages, to which the
+# values of the knobs in them are added.
+RULES = (model_rules, run_rules, export_rules, eval_rules)
+# Variables of published scripts: names, our knob, values; after a colon, why not. Without values
+# they are the same. `a=b` reads their a as our b; `a=b>c` only turns our b into c; `*x` multiplies
+# by x, `*` multiplies what we have. A dash for the knob: no counterpart, but the values listed
+# (`any`: all) are what happens anyway, and so is every value beside `X?`, another variable.
 PUBLISHED = """
 CASEOPS_ENABLED caseops
-COMPILE compile 0=off 1=on
-COMPILE_MODEL compile 0=off 1=on
-USE_COMPILE compile 0=off 1=on
 DATA_DIR - DATA_PATH? : set DATA_PATH
-DATASETS_DIR - : set DATA_PATH
-TRAIN_FILES - : set DATA_PATH
-VAL_FILES - : set DATA_PATH
 ARTIFACT_DIR - : set RUNS_DIR and RUN_ID
-CHECKPOINT_DIR - : set RUNS_DIR and RUN_ID
-MODEL_SAVE_PATH - : set RUNS_DIR and RUN_ID
-RESUME_FROM - : set RUN_ID and RESUME=auto
 GRAD_ACCUM_STEPS - : passes follow from MICRO_BATCH_TOKENS
-VAL_BATCH_SIZE - any
-VAL_BATCH_TOKENS - any
-EVAL_BATCH_SEQS - any
-SW_EVAL_BATCH - any
-VAL_DOC_FRACTION - 1 : the whole text is scored
-VAL_MAX_TOKENS - 0 : the whole text is scored
-EVAL_INCLUDE_TAIL - 1 : the tail is scored
-EVAL_TEMP - 1
+VAL_BATCH_SIZE VAL_BATCH_TOKENS EVAL_BATCH_SEQS WITHIN_TAU WORD_TAU - any
+GPTQ_BLOCK_SIZE LQER_GROUP_SIZE - any
+VAL_DOC_FRACTION EVAL_INCLUDE_TAIL - 1 : the whole text is scored
 EMBEDDING_DIM model_dim
 MLP_HIDDEN - 0 : set MLP_MULT
 NEGATIVE_SLOPE leaky_slope
-MLP leaky_slope relu2=0.0 leaky_relu2=0.0>0.5
 SKIP_GATES_ENABLED skips 1=gated 0=gated>unet
 PARALLEL_RESIDUAL parallel 0=none 1=none>A
-PARALLEL_RESIDUAL_START parallel_start
-PARALLEL_START_LAYER parallel_start
+PARALLEL_RESIDUAL_START PARALLEL_START_LAYER parallel_start
 PARALLEL_FINAL_LANE - mean
 RECUR_LAYERS - : set NUM_LOOPS, LOOP_START and LOOP_END
 RECUR_START_STEP enable_looping_at
-LOOP_PHASE2_AT - 0 : loops begin with all their passes
-UNTIE_LOOP_MLPS - 0
 REPEAT_UNTIE_MLP - none
-DISABLE_LAYER0_ATTN - 0
-DTG_ENABLED - 0
-CANON_AC_LAYERS -
-DEPTH_LORA_RANK - 0
+DISABLE_LAYER0_ATTN DTG_ENABLED LAWA_ENABLED HESSIAN_CLIP_LAMBDA AWQ_LITE_ENABLED - 0
+SEQ_CHANGE_WARMUP_STEPS SPARSE_ATTN_GATE_INIT_STD TTT_BETA1 TTT_LORA_EMA_DECAY TRIGRAM - 0
+GLOBAL_TTT_WARMUP_START_LR GLOBAL_TTT_WARMUP_CHUNKS ETLB_ENABLED - 0
+NGRAM_TILT_ENABLED NGRAM_HINT_PRECOMPUTE_OUTSIDE - 0
 SMEAR_GATE smear_gate 0=none 1=B
-USE_SMEARGATE smear_gate 0=none 1=B
 SMEAR_GATE_ENABLED smear_gate 0=none 1=D
 SMEAR_GATE_BOS_FIX smear_gate 0=D>C 1=C>D
-SMEAR_GATE_WIDTH - 12
-GATE_WINDOW - 12
-GATE_WIDTH - 12
+SMEAR_GATE_WIDTH GATE_WINDOW GATE_WIDTH - 12
 SPARSE_ATTN_GATE_SCALE output_gate_scale
 SPARSE_ATTN_GATE_ENABLED output_gate_scale 1=0.0>1.0 0=0.0
-SPARSE_ATTN_GATE_INIT_STD - 0
-GATED_ATTN_ENABLED - 0 : set OUTPUT_GATE_SCALE, the gate of the last leaders
+GATED_ATTN_ENABLED GATED_ATTENTION - 0 : set OUTPUT_GATE_SCALE, the gate of the last leaders
+ATTN_OUT_GATE_ENABLED GATE_ATTN_OUT - 0 : set OUTPUT_GATE_SCALE, the gate of the last leaders
 GATED_ATTN_INIT_STD - 0.005
 GATED_ATTN_QUANT_GATE - 0 : gates are stored as fp16
-GATED_ATTENTION - 0 : set OUTPUT_GATE_SCALE, the gate of the last leaders
-ATTN_OUT_GATE_ENABLED - 0 : set OUTPUT_GATE_SCALE, the gate of the last leaders
-GATE_ATTN_OUT - 0 : set OUTPUT_GATE_SCALE, the gate of the last leaders
-ATTN_OUT_GATE_SRC - proj
-GATE_ATTN_SRC - proj
-GATED_XSA - 0 : XSA has no gate
+ATTN_OUT_GATE_SRC GATE_ATTN_SRC - proj
 ROPE_TRAIN_SEQ_LEN - : positions are never rescaled here; set ROPE_BASE
 ROPE_YARN - 0 : positions are never rescaled here; set ROPE_BASE
-EVAL_NTK_ALPHA - 0
-BIGRAM_VOCAB_SIZE bigram_buckets
-BIGRAM_HASH_BUCKETS bigram_buckets
-BIGRAM_HASH_DIM - 128
-USE_BIGRAM_HASH bigram_buckets 1=0>4096 0=0
-TRIGRAM - 0
+BIGRAM_VOCAB_SIZE BIGRAM_HASH_BUCKETS bigram_buckets
+BIGRAM_DIM BIGRAM_HASH_DIM - 128
 VE_ENABLED value_embed_last_n 1=0>2 0=0
 VE_DIM value_embed_dim
 VE_LAYERS value_embed_last_n 9,10=2 : set VALUE_EMBED_LAST_N
 VALUE_RESIDUAL value_residual 0=none 1=mix
-USE_ORTHO_INIT init 1=orthogonal 0=default
 FUSED_CE_ENABLED softcap 1=shifted 0=tanh
 ASYM_LOGIT_RESCALE - 0 : the two caps are never trained where they were published
-ASYMMETRIC_LOGIT - 0 : the two caps are never trained where they were published
 MTP_NUM_HEADS objective 0=mtp>ce 1=ce>mtp : one head at most
 MTP_LOSS_WEIGHT mtp_weight
-TRAIN_SEQ_SCHEDULE - : SEQ_RAMP_START doubles the length of rows
-TRAIN_SEQ_SCHEDULE_MODE - : SEQ_RAMP_FRAC counts as the learning rate does
-SEQ_CHANGE_WARMUP_STEPS - 0
+TRAIN_SEQ_SCHEDULE TRAIN_SEQ_SCHEDULE_MODE - : set SEQ_RAMP_START and SEQ_RAMP_FRAC
 MUON_BACKEND_STEPS muon_steps
-MUON_ROW_NORMALIZE muon 1=muon>muoneq_r 1=muon_polar>muoneq_r_polar 0=muoneq_r>muon 0=muoneq_r_polar>muon_polar
-MUON_EQ_R muon 1=muon>muoneq_r 1=muon_polar>muoneq_r_polar 0=muoneq_r>muon 0=muoneq_r_polar>muon_polar
-POLAR_EXPRESS muon 1=muon>muon_polar 1=muoneq_r>muoneq_r_polar 0=muon_polar>muon 0=muoneq_r_polar>muoneq_r
-USE_POLAR_EXPRESS muon 1=muon>muon_polar 1=muoneq_r>muoneq_r_polar 0=muon_polar>muon 0=muoneq_r_polar>muoneq_r
+MUON_ROW_NORMALIZE muon 1=muon>muoneq_r 0=muoneq_r>muon
+MUON_ROW_NORMALIZE muon 1=muon_polar>muoneq_r_polar 0=muoneq_r_polar>muon_polar
 MUON_WEIGHT_DECAY muon_wd
-ADAM_WEIGHT_DECAY adam_wd
-CAUTIOUS_WD - 0
 WD_TAPER_START_FRAC wd_taper_at
 WD_TAPER_FINAL_MULT wd_taper_to
-BLOCK_LARS_TRUST - 0
 GPTQ_RESERVE_SECONDS reserve_seconds
 GPTQ_RESERVE_MS reserve_seconds *0.001
 SWA_ENABLED averaging 1=none>swa 0=swa>none
 SWA_START_FRAC swa_start
 EMA_ENABLED averaging 1=ema 0=ema>none
-LAWA_ENABLED - 0
 QAT qat 0=none 1=ste
 QAT_ENABLED qat 0=none 1=none>ste
-QAT_FRACTION qat_start_frac
-LATE_QAT_THRESHOLD - 0 : set QAT=ste and QAT_START_FRAC, a part of the run
-LATE_QAT - 0 : set QAT=ste and QAT_START_FRAC, a part of the run
-QUANT_BITS matrix_bits
-QUANT_BITS_MLP mlp_bits
-QUANT_BITS_EMBED embed_bits
-FP16_EMBED_EXPORT embed_bits 1=16 0=16>8
-INT4_LAYERS -
-INT5_LAYERS -
-INT6_LAYERS -
-LOOP_LAYER_BITS - 0
-LOOP_LAYER_CLIP_SIGMAS - 0
+LATE_QAT_THRESHOLD LATE_QAT - 0 : set QAT=ste and QAT_START_FRAC, a part of the run
+INT4_LAYERS INT6_LAYERS TTT_EVAL_BATCHES -
 ATTN_CLIP_SIGMAS matrix_clip_sigmas
-GPTQ_CLIP_SIGMAS matrix_clip_sigmas
-GPTQ_EMBED_CLIP_SIGMAS embed_clip_sigmas
-HESSIAN_CLIP_LAMBDA - 0
 GPTQ_ENABLED rounding 1=gptq 0=gptq>nearest
-USE_GPTQ rounding 1=gptq 0=gptq>nearest
-GPTQ_LITE clip 1=search 0=search>quantile
-GPTQ_CALIBRATION_BATCHES calibration_tokens *98304
-GPTQ_CALIB_BATCHES calibration_tokens *98304
-GPTQ_CALIB_SAMPLES calibration_tokens *2048
-GPTQ_NUM_SEQS calibration_tokens *2048
-GPTQ_AR_SELFGEN calibration 1=self 0=train
-GPTQ_GEN_TEMP - 0.8
-GPTQ_TEMPERATURE - 0.8
-GPTQ_BLOCK_SIZE - any
-GPTQ_BATCH_SIZE - any
-GPTQ_DAMP - 0.01
-GPTQ_ALL_REDUCE - 1
-PRUNE_RATIO - 0 : set FIT_BUDGET=prune
+GPTQ_CALIBRATION_BATCHES GPTQ_CALIB_BATCHES calibration_tokens *98304
 LQER_ENABLED lqer_rank 1=0>4 0=0
 LQER_TOP_K - 3
 LQER_FACTOR_BITS - 4
 LQER_ASYM_ENABLED - 0 : both factors have 4 bits here
 LQER_ASYM_GROUP - : both factors have 4 bits and a step per row here
-LQER_GROUP_SIZE - any
-AWQ_LITE_ENABLED - 0
-AWQ_LITE_BITS - : AWQ-lite is not built
-AWQ_LITE_GROUP_TOP_K - : AWQ-lite is not built
-AWQ_LITE_GROUP_SIZE - : AWQ-lite is not built
+AWQ_LITE_BITS AWQ_LITE_GROUP_TOP_K AWQ_LITE_GROUP_SIZE - : AWQ-lite is not built
 COMPRESSOR codec brotli=brotli_shuffle lzma=lzma zlib=zlib zstd=zstd pergroup=rans
-USE_BROTLI codec 1=brotli_shuffle 0=brotli_shuffle>zlib
-USE_LZMA codec 1=lzma 0=lzma>zlib
-USE_ZSTD codec 1=zstd 0=zstd>zlib
-ZSTD_LEVEL - 22
 TARGET_MB - : set ARTIFACT_BUDGET_BYTES and FIT_BUDGET
 SLIDING_WINDOW_ENABLED eval 1=chunked>sliding 0=sliding>chunked
 TTT_ENABLED ttt 0=none 1=none>sgd
 PHASED_TTT_ENABLED ttt 1=phased 0=phased>lora
 PHASED_TTT_PREFIX_DOCS ttt_phase_docs
 PHASED_TTT_NUM_PHASES ttt_phases
-TTT_ONLY_EVAL - 0 : set RUN_MODE=eval and ARTIFACT
 TTT_EVAL_ONLY - 0 : set RUN_MODE=eval and ARTIFACT
-EVAL_ONLY_PATH - : set RUN_MODE=eval and ARTIFACT
 TTT_EVAL_SEQ_LEN eval_seq_len
-TTT_EVAL_BATCHES -
 TTT_CHUNK_SIZE ttt_lora_chunk
 TTT_BATCH_SIZE ttt_lora_docs
-TTT_BATCH_SEQS - 32
-TTT_GRAD_STEPS - 1
-TTT_GRAD_CLIP - 1
-TTT_UPDATE_EVERY - 1
+TTT_BATCH_SEQS GLOBAL_TTT_BATCH_SEQS - 32
+TTT_GRAD_STEPS TTT_GRAD_CLIP TTT_UPDATE_EVERY GPTQ_ALL_REDUCE - 1
+GLOBAL_TTT_GRAD_CLIP GLOBAL_TTT_RESPECT_DOC_BOUNDARIES - 1
 TTT_FREEZE_BLOCKS - 0 : all weights learn
 TTT_OPTIMIZER - adam sgd
-TTT_BETA1 - 0
 TTT_BETA2 ttt_lora_beta2
 TTT_WEIGHT_DECAY ttt_lora_wd
 TTT_LOCAL_LR_MULT ttt_lora_lr *
-TTT_LORA_EMA_DECAY - 0
 TTT_WARM_START_A ttt_warm_a
 TTT_MASK - all none : every site has an adapter
-TTT_Q_LORA - 1 : every site has an adapter
-TTT_K_LORA - 1 : every site has an adapter
-TTT_V_LORA - 1 : every site has an adapter
-TTT_O_LORA - 1 : every site has an adapter
-TTT_MLP_LORA - 1 : every site has an adapter
+TTT_Q_LORA TTT_K_LORA TTT_V_LORA TTT_O_LORA TTT_MLP_LORA - 1 : every site has an adapter
 TTT_SHORT_SCORE_FIRST_ENABLED - 0 : documents of any length have TTT_LORA_CHUNK
-TTT_SHORT_DOC_LEN - : documents of any length have TTT_LORA_CHUNK
-TTT_SHORT_CHUNK_SIZE - : documents of any length have TTT_LORA_CHUNK
+TTT_SHORT_DOC_LEN TTT_SHORT_CHUNK_SIZE - : documents of any length have TTT_LORA_CHUNK
 TTT_SHORT_SCORE_FIRST_STEPS - : documents of any length have TTT_LORA_CHUNK
 GLOBAL_TTT_LR ttt_lr
 GLOBAL_TTT_MOMENTUM ttt_momentum
 GLOBAL_TTT_EPOCHS ttt_epochs
 GLOBAL_TTT_CHUNK_TOKENS ttt_chunk_tokens
-GLOBAL_TTT_BATCH_SEQS - 32
-GLOBAL_TTT_WARMUP_START_LR - 0
-GLOBAL_TTT_WARMUP_CHUNKS - 0
-GLOBAL_TTT_GRAD_CLIP - 1
-GLOBAL_TTT_RESPECT_DOC_BOUNDARIES - 1
-PREQUANT_TTT_ENABLED ttt 1=prequant 0=prequant>none
-PREQUANT_TTT_LR prequant_lr
-PREQUANT_TTT_EPOCHS prequant_epochs
-PREQUANT_TTT_BATCH_SEQS prequant_rows
-PREQUANT_TTT_FREEZE_BLOCKS - 0 : all weights learn
-PREQUANT_TTT_GRAD_CLIP - 1
-PREQUANT_TTT_COSINE_DECAY - 1
-PREQUANT_ONLY - 0
-SLOT_ENABLED - 0 : it learns from what it then scores, which is not admissible
-ETLB_ENABLED - 0
-NGRAM_TILT_ENABLED - 0
-NGRAM_HINT_PRECOMPUTE_OUTSIDE - 0
-TOKEN_ORDER - : NGRAM_TILT is not built
-TOKEN_THRESHOLD - : NGRAM_TILT is not built
+TOKEN_ORDER TOKEN_THRESHOLD - : NGRAM_TILT is not built
 TOKEN_BOOST - 0 : NGRAM_TILT is not built
-WITHIN_TAU - any
-WITHIN_BOOST - 0 : not admissible
-WORD_TAU - any
-WORD_BOOST - 0 : not admissible
-AGREE_ADD_BOOST - 0 : not admissible
+WITHIN_BOOST WORD_BOOST AGREE_ADD_BOOST - 0 : not admissible
 """
-ALIASES = {  # names that people type out of habit
-    "LR": "MATRIX_LR",
-    "LEARNING_RATE": "MATRIX_LR",
-    "BATCH_SIZE": "TRAIN_BATCH_TOKENS",
-    "SEQ_LEN": "TRAIN_SEQ_LEN",
-    "N_LAYER": "NUM_LAYERS",
-    "N_LAYERS": "NUM_LAYERS",
-    "N_HEAD": "NUM_HEADS",
-    "N_EMBD": "MODEL_DIM",
-    "STEPS": "ITERATIONS",
-    "MAX_STEPS": "ITERATIONS",
-    "WEIGHT_DECAY": "MUON_WD",
-    "GRAD_CLIP": "GRAD_CLIP_NORM",
-}
+# Names that people type out of habit.
+HABITS = """
+LR=MATRIX_LR LEARNING_RATE=MATRIX_LR WEIGHT_DECAY=MUON_WD GRAD_CLIP=GRAD_CLIP_NORM
+BATCH_SIZE=TRAIN_BATCH_TOKENS SEQ_LEN=TRAIN_SEQ_LEN STEPS=ITERATIONS MAX_STEPS=ITERATIONS
+N_LAYER=NUM_LAYERS N_HEAD=NUM_HEADS N_EMBD=MODEL_DIM
+"""
+ALIASES = dict(pair.split("=") for pair in HABITS.split())
 # What launchers, schedulers and libraries set, although it begins like a knob of ours.
 NOT_OURS = set(
     "GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE "
@@ -1374,30 +1016,30 @@ NOT_OURS = set(
 )
 
 
-def pick_device(env: dict[str, str]) -> str:
-    """ "cuda" or "cpu": what DEVICE asks for, or what the machine has."""
-    asked = env.get("DEVICE", "auto")
-    return asked if asked in ("cpu", "cuda") else "cuda" if torch.cuda.is_available() else "cpu"
+def pick_device(asked: str) -> str:
+    """What DEVICE asks for; "cuda" or "cpu" by what the machine has if that is auto."""
+    if asked != "auto":
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def default_preset(env: dict[str, str]) -> str:
-    """On CUDA the best admissible system for the shards at DATA_PATH or, by default, under data/datasets; on a CPU,
-    or with the embedded sample alone, what two cores train in two minutes."""
-    if pick_device(env) == "cpu":
+    """On CUDA the best admissible system for the shards at DATA_PATH or, by default, under
+    data/datasets; on a CPU, or without shards, what two cores train in two minutes."""
+    if pick_device(env.get("DEVICE", "auto")) == "cpu":
         return CPU_PRESET
-    given = env.get("DATA_PATH", "auto")
-    folders = [Path(given)]
-    if given == "auto":
-        folders = list((SCRIPT.parent / "data" / "datasets").glob("fineweb10B_*"))
+    folders = (SCRIPT.parent / "data" / "datasets").glob("fineweb10B_*")
+    if env.get("DATA_PATH", "auto") != "auto":
+        folders = [Path(env["DATA_PATH"])]
     names = [folder.name for folder in folders if any(folder.glob("fineweb_train_*.bin"))]
     for mark, preset in CUDA_PRESETS.items():
         if any(mark in name for name in names):
             return preset
-    return "turbo_engram" if names else CPU_PRESET
+    return CPU_PRESET
 
 
 def parse_knob(name: str, text: str) -> Any:
-    """The value of an environment string, checked against type, range and choices. Raises UserError with a reason."""
+    """The value of an environment string. Raises UserError with what is allowed."""
     f = KNOBS[name][1]
     kind, meta = type(f.default), f.metadata
     if kind is str and f.default and not text:
@@ -1410,10 +1052,8 @@ def parse_knob(name: str, text: str) -> Any:
     except (ValueError, KeyError):
         want = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
         raise UserError(f"{name.upper()}={text!r}: want {want} ({meta['doc']})") from None
-    bad_range = (
-        kind in (int, float) and meta["lo"] is not None and not meta["lo"] <= value <= meta["hi"]
-    )
-    if (meta["choices"] and value not in meta["choices"]) or bad_range:
+    outside = meta["lo"] is not None and not meta["lo"] <= value <= meta["hi"]
+    if outside or meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{name.upper()}={text}: want {allowed(f)} ({meta['doc']})")
     return value
 
@@ -1434,8 +1074,11 @@ def published_rules() -> dict[str, tuple[str, list[str], str]]:
     rules = {}
     for line in PUBLISHED.strip().splitlines():
         entry, _, why = line.partition(" :")
-        name, knob, *pairs = entry.split()
-        rules[name] = knob, pairs, why
+        words = entry.split()
+        names = list(itertools.takewhile(str.isupper, words))
+        knob, *pairs = words[len(names) :]
+        for name in names:
+            rules.setdefault(name, (knob, [], why))[1].extend(pairs)
     return rules
 
 
@@ -1448,8 +1091,8 @@ def same_text(a: str, b: str) -> bool:
 
 
 def read_published(text: str, knob: str, pairs: list[str], values: dict[str, Any]) -> str | None:
-    """What a knob becomes when a published variable has this text, given all values so far; None = it stays.
-    Raises LookupError when no pair of its line in PUBLISHED has the value."""
+    """What a knob becomes when a published variable has this text; None = it stays.
+    Raises LookupError when its line in PUBLISHED has no such value."""
     if knob == "-":
         if pairs == ["any"] or not text or any(same_text(text, pair) for pair in pairs):
             return None
@@ -1457,8 +1100,7 @@ def read_published(text: str, knob: str, pairs: list[str], values: dict[str, Any
     if not pairs:
         return text
     if pairs[0].startswith("*"):
-        factor = float(pairs[0][1:] or values[knob])
-        number = float(text) * factor
+        number = float(text) * float(pairs[0][1:] or values[knob])
         return str(round(number) if type(values[knob]) is int else number)
     meant = [pair.partition("=")[2] for pair in pairs if same_text(text, pair.partition("=")[0])]
     for change in meant:
@@ -1473,13 +1115,12 @@ def read_published(text: str, knob: str, pairs: list[str], values: dict[str, Any
 def translate(
     env: dict[str, str], values: dict[str, Any] | None = None
 ) -> tuple[dict[str, str], list[str], dict[str, str]]:
-    """Variables of published scripts in our words, given all values so far (the defaults, and what `env` says of ours).
-    Returns {OUR_NAME: text}, a line for each that cannot be honoured, and {OUR_NAME: THEIR_NAME}."""
+    """Variables of published scripts in our words, given all values so far (else the defaults and
+    what `env` says). Returns {KNOB: text}, a line for each that cannot be honoured, and {KNOB:
+    their name}."""
     if values is None:
-        values = {name: f.default for name, (_, f) in KNOBS.items()}
-        set_knobs(
-            values, {}, {name: env[name.upper()] for name in KNOBS if name.upper() in env}, ""
-        )
+        values = dict(DEFAULTS)
+        set_knobs(values, {}, own_knobs(env), "")
     ours, notes, heard = {}, [], {}
     for name, (knob, pairs, why) in published_rules().items():
         text, own = env.get(name), name.lower() == knob
@@ -1504,9 +1145,8 @@ def translate(
 
 
 def preset_values(preset: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """All values and where each comes from, before anybody's wishes. Raises UserError for an unknown preset."""
-    values = {name: f.default for name, (_, f) in KNOBS.items()}
-    origins = dict.fromkeys(values, "default")
+    """All values of a preset and where each comes from. Raises UserError if it is unknown."""
+    values, origins = dict(DEFAULTS), dict.fromkeys(KNOBS, "default")
     for part in preset.split("+"):
         if part not in PRESETS:
             known = ", ".join(PRESETS)
@@ -1523,8 +1163,13 @@ def preset_values(preset: str) -> tuple[dict[str, Any], dict[str, str]]:
     return values, origins
 
 
+def own_knobs(env: dict[str, str]) -> dict[str, str]:
+    """{knob: text} of the variables that are knobs."""
+    return {name: env[name.upper()] for name in KNOBS if name.upper() in env}
+
+
 def set_knobs(values: dict, origins: dict, texts: dict[str, str], origin: str) -> dict[str, str]:
-    """Parse {knob: text} into values and origins; returns {knob: error} for what cannot be parsed."""
+    """Parse {knob: text} into values and origins; returns {knob: error}."""
     errors = {}
     for name, text in texts.items():
         try:
@@ -1534,16 +1179,29 @@ def set_knobs(values: dict, origins: dict, texts: dict[str, str], origin: str) -
     return errors
 
 
+def with_values(message: str, values: dict[str, Any]) -> str:
+    """The message with its value behind every knob that it names without one."""
+
+    def with_value(found: re.Match) -> str:
+        name = found[0].lower()
+        if name not in KNOBS:
+            return found[0]
+        value = values[name] if KNOBS[name][1].metadata["choices"] else repr(values[name])
+        return f"{found[0]}={value}"
+
+    return re.sub(r"\b[A-Z][A-Z0-9_]+\b(?!=)", with_value, message)
+
+
 def broken_rules(values: dict[str, Any], wrong: Iterable[str]) -> list[str]:
-    """The messages of all RULES that the values break, but for those that name a knob that is wrong already."""
-    shown = values | dict(codecs=", ".join(available_packings()))
-    broken = [message.format(**shown) for rule, message in RULES if rule(Values(values))]
+    """The messages of all RULES that are broken, but for those that name a knob in `wrong`."""
+    v = SimpleNamespace(**values)
+    broken = [with_values(text, values) for rules in RULES for text in rules(v)]
     return [text for text in broken if not any(f"{name.upper()}=" in text for name in wrong)]
 
 
 def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
-    """Resolve default < preset < stored (an artifact's own values) < environment; what made its score is final.
-    Raises UserError that lists every bad knob, rule and, under STRICT_ENV=1, every warning at once. Before an
+    """Resolve default < preset < stored (an artifact's own values) < environment. Raises UserError
+    that lists every bad knob, rule and, under STRICT_ENV=1, every warning at once. Before an
     artifact is read (RUN_MODE=eval, nothing stored) the rules wait for its values."""
     preset, errors = env.get("PRESET") or default_preset(env), []
     try:
@@ -1553,20 +1211,17 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
         values, origins = preset_values("baseline")
     texts = {name: str(value) for name, value in (stored or {}).items()}
     errors += set_knobs(values, origins, texts, "artifact").values()
-    # The environment may change how an artifact is scored and its budget, nothing else that it stores.
-    final = {name for name in stored or {} if KNOBS[name][0] != "eval"} - {"artifact_budget_bytes"}
-    own = {name: env[name.upper()] for name in values if name.upper() in env}
-    free = {name: text for name, text in own.items() if name not in final}
+    # The environment may change how an artifact is scored and its budget, nothing else of it.
+    final = {name for name in texts if KNOBS[name][0] != "eval"} - {"artifact_budget_bytes"}
     before = dict(values)
-    wrong = set_knobs(values, origins, free, "environment")
+    own = {name: text for name, text in own_knobs(env).items() if name not in final}
+    set_knobs(values, origins, own, "environment")
     theirs, notes, heard = translate(env, values)
-    free = {name.lower(): text for name, text in theirs.items() if name.lower() not in final}
-    wrong = {k: v for k, v in wrong.items() if k not in free}
-    wrong |= set_knobs(values, origins, free, "environment")
-    errors += [
-        f"{heard[name.upper()]}: {text}" if name.upper() in heard else text
-        for name, text in wrong.items()
-    ]
+    asked = own | {name: text for name, text in own_knobs(theirs).items() if name not in final}
+    wrong = set_knobs(values, origins, asked, "environment")
+    for name, text in wrong.items():
+        theirs_name = heard.get(name.upper())
+        errors.append(f"{theirs_name}: {text}" if theirs_name else text)
     if values["run_mode"] == "eval" and not values["artifact"]:
         errors.append("RUN_MODE=eval needs ARTIFACT=<path of a .golf file>")
     if values["run_mode"] != "eval" or stored:
@@ -1574,9 +1229,9 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
     notes += misspelt(env) + ineffective(values, before, heard)
     if values["run_mode"] == "eval":
         notes += [
-            f"{name.upper()} has no effect: the artifact's own {name.upper()}={values[name]} is scored"
-            for name in values
-            if name in final and (name.upper() in env or name.upper() in theirs)
+            f"{k.upper()} has no effect: the artifact's own {k.upper()}={values[k]} is scored"
+            for k in values
+            if k in final and k.upper() in env | theirs
         ]
     if values["strict_env"]:
         errors += notes
@@ -1594,8 +1249,8 @@ def families(names: Iterable[str]) -> set[str]:
 
 def misspelt(env: dict[str, str]) -> list[str]:
     """A warning for each environment variable that looks like a knob but is none."""
+    known = ["PRESET", *map(str.upper, KNOBS)]
     published = published_rules()
-    known = [n.upper() for n in KNOBS] + list(SPECIAL_ENV)
     ours = families([*known, *published])
     notes = []
     for name in sorted(set(env) - set(known) - set(published) - NOT_OURS):
@@ -1609,17 +1264,14 @@ def misspelt(env: dict[str, str]) -> list[str]:
 
 
 def holds(condition: str, values: dict[str, Any]) -> bool:
-    """Whether "<field> <op> <value or field>" is true of what acts: a field without effect counts as its default."""
-    name, op, want = condition.split()
-    value = values[name] if acts(name, values) else KNOBS[name][1].default
+    """Whether "KNOB <op> <value or KNOB>" is true; a knob without effect counts as its default."""
+    knob, op, want = condition.split()
+    name = knob.lower()
+    value = values[name] if acts(name, values) else DEFAULTS[name]
     if op == "in":
         return str(value) in want.split(",")
-    return OPERATORS[op](value, values[want] if names_knob(want, name) else parse_knob(name, want))
-
-
-def names_knob(word: str, name: str) -> bool:
-    """Whether a word that knob `name` is compared with names a knob, and is no value of its own: RUN_MODE=eval."""
-    return word in KNOBS and word not in KNOBS[name][1].metadata["choices"]
+    other = values[want.lower()] if want.isupper() else parse_knob(name, want)
+    return OPERATORS[op](value, other)
 
 
 def acts(name: str, values: dict[str, Any]) -> bool:
@@ -1631,61 +1283,40 @@ def acts(name: str, values: dict[str, Any]) -> bool:
     )
 
 
-def shown_needs(needs: str) -> str:
-    """What a knob needs, as a person sets it."""
-    words = needs.split()
-    for i in range(0, len(words), 4):  # name, operator, value, and what joins the next condition
-        if names_knob(words[i + 2], words[i]):
-            words[i + 2] = words[i + 2].upper()
-        words[i] = words[i].upper()
-    return " ".join(words)
-
-
 def ineffective(values: dict[str, Any], before: dict[str, Any], heard: dict[str, str]) -> list[str]:
-    """A warning for each knob that differs from `before`, the values without the environment, and has no effect."""
-    notes = []
-    for name, (_, f) in KNOBS.items():
-        if values[name] != before[name] and not acts(name, values):
-            said = heard.get(name.upper(), name.upper())
-            notes.append(f"{said} has no effect unless {shown_needs(f.metadata['needs'])}")
-    return notes
+    """A warning for each knob that the environment changed and that has no effect."""
+    return [
+        f"{heard.get(name.upper(), name.upper())} has no effect unless {f.metadata['needs']}"
+        for name, (_, f) in KNOBS.items()
+        if values[name] != before[name] and not acts(name, values)
+    ]
 
 
 def knob_row(f) -> tuple[str, str, str, str]:
     """Name, default, allowed values and meaning of a knob, as help shows them."""
     m, default = f.metadata, int(f.default) if type(f.default) is bool else f.default
-    meaning = m["doc"] + (f" [{m['unit']}]" if m["unit"] else "")
-    if m["needs"]:
-        meaning += f"; needs {shown_needs(m['needs'])}"
-    if m["source"]:
-        meaning += f"; source: {m['source']}"
+    meaning = m["doc"] + (f"; needs {m['needs']}" if m["needs"] else "")
     return f.name.upper(), str(default), allowed(f), meaning
 
 
 def help_markdown() -> str:
     """Every knob as a row of the README's table."""
-    rows = [
-        "| `{}` | `{}` | {} | {} |".format(*knob_row(f))
-        for cls in GROUPS.values()
-        for f in fields(cls)
-    ]
+    rows = ["| `{}` | `{}` | {} | {} |".format(*knob_row(f)) for _, f in KNOBS.values()]
     return "\n".join(["| knob | default | allowed | meaning |", "|---|---|---|---|", *rows])
 
 
 def help_text() -> str:
     """What the script is, its presets, and every knob in its group, in 80 columns."""
     systems, overlays = (", ".join(table) for table in (SYSTEMS, OVERLAYS))
-    presets = [f"Systems: {systems}.", f"Overlays: {overlays}, as in PRESET=phased_ttt+cpu."]
-    lines = [__doc__.strip(), ""]
-    lines += [line for text in presets for line in textwrap.wrap(text, 80)]
+    lines = [__doc__.strip(), "", *textwrap.wrap(f"Systems: {systems}.", 80)]
+    lines += textwrap.wrap(f"Overlays: {overlays}, as in PRESET=phased_ttt+cpu.", 80)
     for group, cls in GROUPS.items():
         lines += ["", f"-- {group} " + "-" * (76 - len(group))]
         for f in fields(cls):
             name, default, can_be, meaning = knob_row(f)
+            text = f"{can_be}: {meaning}"
             lines.append(f"  {name}={default}")
-            lines += textwrap.wrap(
-                f"{can_be}: {meaning}", 74, initial_indent=" " * 6, subsequent_indent=" " * 6
-            )
+            lines.append(textwrap.indent(textwrap.fill(text, 74), " " * 6))
     return "\n".join(lines)
 
 
@@ -1780,7 +1411,7 @@ class Runtime:
         self.rank, self.world = place.rank, place.world
         self.main = self.rank == 0
         self.device = torch.device("cpu")
-        if pick_device({"DEVICE": cfg.run.device}) == "cuda":
+        if pick_device(cfg.run.device) == "cuda":
             gpus = torch.cuda.device_count()
             if place.local_rank >= gpus:
                 many = f"{gpus} GPUs here, {place.local_world} wanted"

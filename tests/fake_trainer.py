@@ -20,12 +20,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 
-def knob(default, lo=None, hi=None, choices=(), unit="", needs=""):
+def knob(default, lo=None, hi=None, choices=(), needs=""):
     return field(
         default=default,
-        metadata=dict(
-            doc="planted", lo=lo, hi=hi, choices=tuple(choices), unit=unit, source="", needs=needs
-        ),
+        metadata=dict(doc="planted", lo=lo, hi=hi, choices=tuple(choices), needs=needs),
     )
 
 
@@ -50,12 +48,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    iterations: int = knob(100, 1, 10**8, unit="steps")
+    iterations: int = knob(100, 1, 10**8)
     matrix_lr: float = knob(0.04, 0, 1)
     scalar_lr: float = knob(0.04, 0, 1)
     muon_momentum: float = knob(0.95, 0, 0.9999)
     beta2: float = knob(0.95, 0, 0.99999)
-    warmdown_iters: int = knob(30, 0, 10**7, unit="steps")
+    warmdown_iters: int = knob(30, 0, 10**7)
     min_lr: float = knob(0.0, 0, 1)
 
 

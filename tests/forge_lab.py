@@ -33,7 +33,6 @@ DESCRIBED = dict(
             hi=f.metadata["hi"],
             doc="",
             choices=list(f.metadata["choices"]),
-            unit=f.metadata["unit"],
             needs="",
         )
         for n, (g, f) in fake_trainer.KNOBS.items()

@@ -1,5 +1,6 @@
 """Where a value comes from, what is refused, what is warned about, and what help and plan say about it."""
 
+import itertools
 import math
 import re
 
@@ -193,6 +194,7 @@ BAD_NAMES = (
             ["EVAL_STRIDE=65", "EVAL_SEQ_LEN=64"],
         ),
         (dict(BIGRAM_BUCKETS=1), ["BIGRAM_BUCKETS=1"]),
+        (dict(EMBED_WD=-0.5), ["EMBED_WD=-0.5", "-1 for ADAM_WD"]),
         (dict(RUN_MODE="eval"), ["RUN_MODE=eval", "ARTIFACT"]),
         (
             dict(RESERVE_SECONDS=60, MAX_WALLCLOCK_SECONDS=60),
@@ -296,10 +298,14 @@ def test_a_usual_environment_raises_no_warning():
 def test_what_a_knob_needs_can_be_read():
     for name, meta in META.items():
         for condition in re.split(" and | or ", meta["needs"]) if meta["needs"] else ():
-            field, op, want = condition.split()
-            assert field in KNOBS and field != name and op in ("in", *train_gpt.OPERATORS), name
+            knob, op, want = condition.split()
+            field = knob.lower()
+            assert knob.isupper() and field in KNOBS and field != name, name
+            assert op in ("in", *train_gpt.OPERATORS), name
             for value in want.split(",") if op == "in" else [want]:
-                if value not in KNOBS:
+                if value.isupper():
+                    assert value.lower() in KNOBS, name
+                else:
                     train_gpt.parse_knob(field, value)
 
 
@@ -420,7 +426,14 @@ def test_a_pasted_command_runs_as_what_it_says_or_names_what_it_cannot(number):
 
 def test_every_published_name_is_well_formed():
     rules = train_gpt.published_rules()
-    assert len(rules) == train_gpt.PUBLISHED.strip().count("\n") + 1, "a name stands twice"
+    stated = [
+        (name, pair)
+        for line in train_gpt.PUBLISHED.strip().splitlines()
+        for words in [line.partition(" :")[0].split()]
+        for name in itertools.takewhile(str.isupper, words)
+        for pair in [word for word in words if not word.isupper()][1:] or [""]
+    ]
+    assert len(set(stated)) == len(stated), "a name stands twice"
     for name, (knob, pairs, _) in rules.items():
         assert re.fullmatch(r"[A-Z][A-Z0-9_]+", name)
         if knob == "-":
@@ -438,13 +451,15 @@ def test_every_published_name_is_well_formed():
 
 
 def test_published_names_are_read_with_their_values():
-    read = train_gpt.translate
+    read, defaults = train_gpt.translate, train_gpt.preset_values("baseline")[0]
     assert read(dict(GPTQ_RESERVE_MS="14000"))[0] == {"RESERVE_SECONDS": "14.0"}
     assert read(dict(LQER_ENABLED="1"))[0] == {"LQER_RANK": "4"}
     assert read(dict(LQER_ENABLED="1"), train_gpt.preset_values("phased_ttt")[0])[0] == {}
-    assert (
-        read(dict(SMEAR_GATE="1"))[0] == {"SMEAR_GATE": "B"} and read(dict(SMEAR_GATE="B"))[0] == {}
-    )
+    assert read(dict(SMEAR_GATE="1"))[0] == {"SMEAR_GATE": "B"}
+    assert read(dict(SMEAR_GATE="B"))[0] == {}
+    for muon, text, now in (("muon", "1", "muoneq_r"), ("muoneq_r_polar", "0", "muon_polar")):
+        assert read(dict(MUON_ROW_NORMALIZE=text), defaults | dict(muon=muon))[0] == {"MUON": now}
+    assert read(dict(SWA_ENABLED="0", AVERAGING="swa"))[0] == {"AVERAGING": "none"}
     assert read(dict(DATA_DIR="d", DATA_PATH="p"))[:2] == ({}, [])
     assert "set DATA_PATH" in read(dict(DATA_DIR="d"))[1][0]
     for text in ("abc", "2", "zpaq"):

@@ -325,8 +325,8 @@ def test_a_record_that_cannot_be_read_is_listed_and_the_rest_goes_on(tmp_path):
 
 def test_variables_of_published_scripts_are_read_as_ours(tmp_path):
     """A record that sets another script's name of a knob speaks for the skill that owns ours."""
-    told = harvest.translated(SCRIPT, [dict(PREQUANT_TTT_EPOCHS="3"), dict(MATRIX_LR="0.03"), {}])
-    assert told[0] == dict(PREQUANT_EPOCHS="3") and told[2] == {}
+    told = harvest.translated(SCRIPT, [dict(GLOBAL_TTT_EPOCHS="3"), dict(MATRIX_LR="0.03"), {}])
+    assert told[0] == dict(TTT_EPOCHS="3") and told[2] == {}
     assert harvest.translated(forge_lab.FAKE, [{}]) == [{}], "a script that knows no names"
 
 

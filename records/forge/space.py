@@ -65,8 +65,7 @@ knobs = {}
 for name, (group, f) in script.KNOBS.items():
     m = f.metadata
     knobs[name.upper()] = dict(group=group, type=type(f.default).__name__, lo=m["lo"], hi=m["hi"],
-                               doc=m["doc"], choices=list(m["choices"]), unit=m["unit"],
-                               needs=m["needs"])
+                               doc=m["doc"], choices=list(m["choices"]), needs=m["needs"])
 try:
     values = {k.upper(): v for k, v in script.load(json.loads(sys.argv[2])).values().items()}
     print(json.dumps(dict(knobs=knobs, values=values)))
@@ -135,11 +134,10 @@ def not_to_be_set(names) -> list[str]:
     return [f"{name} cannot be set: {OWN[name]}" for name in names if name in OWN]
 
 
-def class_of(group: str, name: str, unit: str) -> str:
+def class_of(group: str, name: str) -> str:
     """The knob class that decides how far a finding travels, unless a skill says otherwise."""
-    if group == "optim" and (
-        unit in ("steps", "seconds") or name.endswith(("_FRAC", "_ITERS", "_STEPS", "_AT"))
-    ):
+    timed = ("_FRAC", "_ITERS", "_STEPS", "_AT", "_EVERY", "_REFRESH")
+    if group == "optim" and name.endswith(timed):
         return "schedule"
     if "BATCH" in name:
         return "batch"
@@ -271,9 +269,11 @@ def holds(needs: str, values: dict[str, str]) -> bool:
 
 
 def is_met(condition: str, values: dict[str, str]) -> bool:
-    """Whether "<field> <op> <value or field>" is true of these texts, as numbers if both are."""
+    """Whether "KNOB <op> <value or KNOB>" is true of these texts, as numbers if both are."""
     name, op, want = condition.split()
-    have, want = str(values.get(name.upper(), "")), str(values.get(want.upper(), want))
+    have = str(values.get(name.upper(), ""))
+    if want.isupper():
+        want = str(values.get(want, want))
     if op == "in":
         return have in want.split(",")
     try:
@@ -295,7 +295,7 @@ def make_knob(name: str, skill: str, want: dict, described: dict) -> Knob:
         raise ForgeError("the script has no such knob")
     if barred := no_treatment(name, known["group"]):
         raise ForgeError(barred)
-    klass = want.get("class") or class_of(known["group"], name, known["unit"])
+    klass = want.get("class") or class_of(known["group"], name)
     if klass not in CLASSES:
         raise ForgeError(f"class {klass!r}: want one of {', '.join(CLASSES)}")
     common = dict(name=name, skill=skill, klass=klass, needs=known["needs"])
