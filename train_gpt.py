@@ -994,6 +994,12 @@ TTT_Q_LORA TTT_K_LORA TTT_V_LORA TTT_O_LORA TTT_MLP_LORA - 1 : every site has an
 TTT_SHORT_SCORE_FIRST_ENABLED - 0 : documents of any length have TTT_LORA_CHUNK
 TTT_SHORT_DOC_LEN TTT_SHORT_CHUNK_SIZE - : documents of any length have TTT_LORA_CHUNK
 TTT_SHORT_SCORE_FIRST_STEPS - : documents of any length have TTT_LORA_CHUNK
+PREQUANT_TTT_ENABLED ttt 1=prequant 0=prequant>none
+PREQUANT_TTT_LR prequant_lr
+PREQUANT_TTT_EPOCHS prequant_epochs
+PREQUANT_TTT_BATCH_SEQS prequant_rows
+PREQUANT_TTT_FREEZE_BLOCKS - 0 : all weights learn
+PREQUANT_TTT_GRAD_CLIP PREQUANT_TTT_COSINE_DECAY - 1
 GLOBAL_TTT_LR ttt_lr
 GLOBAL_TTT_MOMENTUM ttt_momentum
 GLOBAL_TTT_EPOCHS ttt_epochs
