@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Speed of this machine, measured in alternating windows so that a busy neighbour hurts both sides alike.
+"""Speed of this machine, in alternating windows, so that a busy neighbour hurts both sides alike.
 
-python tests/bench.py cpu        training tokens per second: plain eager fp32 against the script's automatic choice
-python tests/bench.py attention  forward and backward of both attention kernels at T = 256 ... 4096
-python tests/bench.py optimiser  a step of the baseline's optimiser: banks, batched, against torch's matrix by matrix
-python tests/bench.py evaluation ways of scoring 8,000 tokens: inputs that the model reads, and seconds
-python tests/bench.py data       MB/s of encoding against plain SentencePiece; tokens/s of every loader
-python tests/bench.py codecs     bytes of an artifact's levels (--artifact FILE) by every codec, against their entropy
-python tests/bench.py forge      experiments per minute with agents that misbehave, against a campaign without one
-python tests/bench.py polar      how near every orthogonalisation comes to the polar factor; a table, no timing
+python tests/bench.py cpu        training tokens/s: plain eager fp32 against the automatic choice
+python tests/bench.py attention  forward and backward of both attention kernels, T = 256 ... 4096
+python tests/bench.py optimiser  a step of the baseline's: banks against torch's matrix by matrix
+python tests/bench.py evaluation ways of scoring 8,000 tokens: inputs that the model reads, seconds
+python tests/bench.py data       MB/s of encoding against plain SentencePiece; tokens/s of loaders
+python tests/bench.py codecs     bytes of levels (--artifact FILE) by every codec, over the entropy
+python tests/bench.py forge      experiments per minute with agents that misbehave, and without any
+python tests/bench.py polar      how near orthogonalisations come to the polar factor; no timing
 Options: --seconds N (measured time per side or point; rounds for forge), --json FILE
 """
 
@@ -128,7 +128,8 @@ def bench_cpu(seconds: float) -> dict[str, object]:
     ):
         low, high = min(rates[name]), max(rates[name])
         print(
-            f"{label:32s} {medians[name]:9,.0f} tokens/s   ({low:,.0f} to {high:,.0f} in {WINDOWS} windows)"
+            f"{label:32s} {medians[name]:9,.0f} tokens/s   "
+            f"({low:,.0f} to {high:,.0f} in {WINDOWS} windows)"
         )
     print(f"{'ratio, median of pairs':32s} {ratio:9.2f}")
     return dict(chosen=chosen._asdict(), median=medians, ratio=ratio, windows=rates)
@@ -161,7 +162,8 @@ def bench_attention(seconds: float) -> dict[str, object]:
 
 
 def bench_optimiser(seconds: float) -> dict[str, object]:
-    """Milliseconds of one optimiser step for the baseline's 17 million parameters, on a GPU when there is one."""
+    """Milliseconds of one optimiser step for the baseline's 17 million parameters, on a GPU when
+    there is one."""
     table: dict[str, dict[str, float]] = {}
     for preset in ("baseline", "baseline+cpu"):
         cfg = tg.load(dict(PRESET=preset))
@@ -203,8 +205,8 @@ def bench_optimiser(seconds: float) -> dict[str, object]:
 
 
 def bench_codecs(path: Path | None) -> dict[str, object]:
-    """Bytes over zero-order entropy, seconds to pack and to unpack, of the int8 levels of a trained artifact, or of two
-    million Gaussian ones at 0.41 sigma."""
+    """Bytes over zero-order entropy, seconds to pack and to unpack, of the int8 levels of a trained
+    artifact, or of two million Gaussian ones at 0.41 sigma."""
     levels = (
         np.clip(np.random.default_rng(0).standard_normal(2_000_000) / 0.41, -31, 31)
         .round()
@@ -232,7 +234,8 @@ def bench_codecs(path: Path | None) -> dict[str, object]:
                 unpack=time.perf_counter() - middle,
             )
             print(
-                f"{name:14s} by {order:8s} {len(packed):10d} bytes  {len(packed) / entropy:.4f} x entropy   "
+                f"{name:14s} by {order:8s} {len(packed):10d} bytes  "
+                f"{len(packed) / entropy:.4f} x entropy   "
                 f"pack {middle - begin:6.2f} s  unpack {table[f'{name} {order}']['unpack']:5.2f} s",
                 flush=True,
             )
@@ -245,7 +248,8 @@ def bench_codecs(path: Path | None) -> dict[str, object]:
 def bench_compressor(
     name: str, command: list[str], parts: list[np.ndarray], entropy: float
 ) -> dict[str, float]:
-    """Bytes of each matrix as a file of its own and of all in one file, the smaller of the two, over the entropy."""
+    """Bytes of each matrix as a file of its own and of all in one file, the smaller of the two,
+    over the entropy."""
     sizes, begin = {}, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         source, packed = Path(folder, "levels"), Path(folder, f"levels.{name}")
@@ -268,7 +272,8 @@ def bench_compressor(
                 sizes[label] += packed.stat().st_size
     best = min(sizes, key=sizes.__getitem__)
     print(
-        f"{name:14s} {best:11s} {sizes[best]:10d} bytes  {sizes[best] / entropy:.4f} x entropy   both ways "
+        f"{name:14s} {best:11s} {sizes[best]:10d} bytes  "
+        f"{sizes[best] / entropy:.4f} x entropy   both ways "
         f"{time.perf_counter() - begin:6.2f} s",
         flush=True,
     )
@@ -276,7 +281,8 @@ def bench_compressor(
 
 
 def bench_polar(seconds: float) -> dict[str, object]:
-    """Mean cosine to the polar factor and largest singular value by variant, steps and kind of matrix, in bf16."""
+    """Mean cosine to the polar factor and largest singular value by variant, steps and kind of
+    matrix, in bf16."""
     generator = torch.Generator().manual_seed(0)
     gaussian, tall = (
         torch.randn(4, 256, 256, generator=generator),
@@ -329,15 +335,17 @@ def bench_polar(seconds: float) -> dict[str, object]:
             + " |"
         )
     print(
-        "cosine, largest singular value, and (cosine after the rows were made equal, as in muoneq_r)"
+        "cosine, largest singular value, and (cosine after the rows were made equal, as in "
+        "muoneq_r)"
     )
     return table
 
 
 def bench_evaluation(seconds: float) -> dict[str, object]:
-    """Inputs read and seconds of strategies at W = 512, S = 64 on random tokens in documents whose lengths spread like
-    the competition's (lognormal, 19 % of the tokens past 2,048 at a mean of 811); beside it the inputs that 2048/64
-    reads of such. A model that has learnt nothing costs as much as one that has."""
+    """Inputs read and seconds of strategies at W = 512, S = 64 on random tokens in documents whose
+    lengths spread like the competition's (lognormal, 19 % of the tokens past 2,048 at a mean of
+    811); beside it the inputs that 2048/64 reads of such. A model that has learnt nothing costs as
+    much as one that has."""
     rng, table = np.random.default_rng(0), {}
     base = dict(
         PRESET="baseline+cpu",
@@ -381,7 +389,8 @@ def bench_evaluation(seconds: float) -> dict[str, object]:
 
 
 def wait_of_step(loader: tg.Loader, world: int) -> float:
-    """Milliseconds that a step waits for its rows when the device computed for 0.1 s since the last one."""
+    """Milliseconds that a step waits for its rows when the device computed for 0.1 s since the last
+    one."""
     time.sleep(0.1)
     begin = time.perf_counter()
     loader.next(0, world)
@@ -389,8 +398,9 @@ def wait_of_step(loader: tg.Loader, world: int) -> float:
 
 
 def bench_data(seconds: float) -> dict[str, object]:
-    """MB/s of the embedded text on one core, through SentencePiece alone (token lists) and through the data tools
-    (proved lossless, as arrays), encoding and re-encoding; then tokens/s of each loader from the page cache."""
+    """MB/s of the embedded text on one core, through SentencePiece alone (token lists) and through
+    the data tools (proved lossless, as arrays), encoding and re-encoding; then tokens/s of each
+    loader from the page cache."""
     tokenizer, texts = docs.load_tokenizer(build_sample.TOKENIZER), build_sample.documents()[:300]
     batches = [texts[i : i + 50] for i in range(0, len(texts), 50)]
     shards = [
@@ -432,14 +442,16 @@ def bench_data(seconds: float) -> dict[str, object]:
                 wait_of_step(loader, world) for _ in range(20)
             )
             print(
-                f"{name:10s} rank 0 of {world}: {table[f'{name} {world}'] / 1e6:8.0f} M tokens/s of the whole batch; "
+                f"{name:10s} rank 0 of {world}: {table[f'{name} {world}'] / 1e6:8.0f} M tokens/s "
+                "of the whole batch; "
                 f"a step of 0.1 s waits {wait:.2f} ms"
             )
     return table
 
 
 def bench_forge(rounds: float) -> dict[str, object]:
-    """Experiments per minute of small campaigns with real processes, agents asked before every proposal."""
+    """Experiments per minute of small campaigns with real processes, agents asked before every
+    proposal."""
     import forge_lab  # beside this file
 
     agents = dict(
@@ -480,7 +492,8 @@ def bench_forge(rounds: float) -> dict[str, object]:
     }
     for name, values in speed.items():
         print(
-            f"agent {name:9s} {statistics.median(values):6.1f} experiments per minute, {ratios[name]:.2f} of those "
+            f"agent {name:9s} {statistics.median(values):6.1f} experiments per minute, "
+            f"{ratios[name]:.2f} of those "
             "without one (median of pairs)",
             flush=True,
         )

@@ -1,4 +1,5 @@
-"""Runs as processes: small and repeatable knobs, start one, wait until it says something, read what it left."""
+"""Runs as processes: small and repeatable knobs, start one, wait until it says something, read what
+it left."""
 
 import fcntl
 import json
@@ -11,7 +12,8 @@ from pathlib import Path
 
 from conftest import ROOT, SCRIPT, clean_env, run_script
 
-# Fixed arithmetic and one thread: repeatable bytes, and no waiting for a core that somebody else uses.
+# Fixed arithmetic and one thread: repeatable bytes, and no waiting for a core that somebody else
+# uses.
 FAST = dict(PRESET="baseline+tiny", NUMERICS="fp32", ATTENTION="sdpa", DEVICE="cpu", THREADS=1)
 
 
@@ -87,7 +89,8 @@ def metrics(folder: Path, event: str) -> list[dict]:
 
 
 def refused(done, *named: str, lines: int = 1):
-    """The run was refused as bad input: exit code 2, only `error:` lines that name these, no traceback."""
+    """The run was refused as bad input: exit code 2, only `error:` lines that name these, no
+    traceback."""
     assert done.code == 2 and "Traceback" not in done.out + done.err, done.err
     assert [line[:7] for line in done.err.splitlines()] == ["error: "] * lines, done.err
     assert all(name in done.err for name in named), done.err

@@ -1,4 +1,5 @@
-"""Record folders made up for tests: a clean one in either dialect of logs, to plant one defect at a time in."""
+"""Record folders made up for tests: a clean one in either dialect of logs, to plant one defect at a
+time in."""
 
 import hashlib
 import json
@@ -64,7 +65,8 @@ class Run:
         ]
         if self.other_evaluation:
             end.append(
-                f"final_int6_roundtrip val_loss:2.9 val_bpb:1.1 eval_time:{self.other_evaluation * 1e3:.0f}ms"
+                "final_int6_roundtrip val_loss:2.9 val_bpb:1.1 "
+                f"eval_time:{self.other_evaluation * 1e3:.0f}ms"
             )
         end += [
             f"final_int6_sliding_window_exact val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f} "
@@ -84,7 +86,8 @@ class Run:
             head += ["model_params: 35944536"]
             middle = [
                 f"4900/20000 {before.replace(':', ': ')}",
-                f"stopping_early: wallclock_cap train_time: {self.train * 1e3:.0f}ms step: 4900/20000",
+                f"stopping_early: wallclock_cap train_time: {self.train * 1e3:.0f}ms "
+                "step: 4900/20000",
             ]
             end = [
                 line.replace("val_loss:", "val_loss: ").replace("val_bpb:", "val_bpb: ")
@@ -106,7 +109,8 @@ class Run:
             )
             middle = [
                 f"step:4900/20000 {before} train_time:{self.train * 1e3:.0f}ms step_avg:122.04ms",
-                f"stopping_early: wallclock_cap train_time:{self.train * 1e3:.0f}ms step:4900/20000",
+                f"stopping_early: wallclock_cap train_time:{self.train * 1e3:.0f}ms "
+                "step:4900/20000",
             ]
         return "\n".join([*head, *middle, *end, self.extra]) + "\n"
 
@@ -188,12 +192,14 @@ def own_log(
     return "\n".join(
         [
             f"audit:code sha256:{said['code']} wrapped:0 bytes:{len(script)}",
-            "audit:env python:3.11.7 torch:2.13.0+cpu cuda:None gpu:none host_hash:0123456789ab world_size:1 threads:1",
+            "audit:env python:3.11.7 torch:2.13.0+cpu cuda:None gpu:none "
+            "host_hash:0123456789ab world_size:1 threads:1",
             "preset:baseline+tiny",
             "config:MATRIX_LR=0.04 (default)",
             f"config:SEED={seed} (environment)",
             f"seed:{seed}",
-            f"audit:data manifest:4549c55466fab974 train_shards:1 val_tokens:{said['data_tokens']} val_bytes:{val_bytes} "
+            "audit:data manifest:4549c55466fab974 train_shards:1 "
+            f"val_tokens:{said['data_tokens']} val_bytes:{val_bytes} "
             f"tokenizer_sha256:{'8' * 64}",
             "model_params:152390",
             f"step:8/8 val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:425ms step_avg:53.10ms",

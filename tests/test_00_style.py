@@ -1,4 +1,5 @@
-"""The house rules: size limits, no hidden switches, nothing dead, nothing that executes a stranger's file."""
+"""The house rules: size limits, no hidden switches, nothing dead, nothing that executes a
+stranger's file."""
 
 import ast
 import re
@@ -109,14 +110,9 @@ def ruff(*arguments: str):
 
 
 def test_the_house_style_is_kept():
-    """Layout by `ruff format`, no unused or shadowed names: see .ruff.toml."""
+    """Layout by `ruff format`, 100 columns, no unused or shadowed names: see .ruff.toml."""
     ruff("format", "--check", "--quiet")
-    ruff("check", "--quiet", "--extend-ignore", "E501")
-
-
-@pytest.mark.xfail(strict=True, reason="strings and comments of some files are still wider")
-def test_lines_fit_100_columns():
-    ruff("check", "--quiet", "--select", "E501")
+    ruff("check", "--quiet")
 
 
 def test_constructors_take_at_most_six_arguments():
@@ -179,7 +175,8 @@ def test_a_forward_hardly_branches():
 
 
 def is_trivial(f: ast.FunctionDef) -> bool:
-    """An override, an operator, or one obvious line: a property or a no-argument method of a class."""
+    """An override, an operator, or one obvious line: a property or a no-argument method of a
+    class."""
     return f.name in UNDOCUMENTED or len(f.body) == 1 and length(f) <= 2
 
 
@@ -200,7 +197,8 @@ def test_classes_and_public_functions_are_documented():
 
 
 def test_no_knob_is_dead():
-    """Every field of a configuration group is read outside section 1, as an attribute of that group."""
+    """Every field of a configuration group is read outside section 1, as an attribute of that
+    group."""
     groups = {
         "c",
         "o",

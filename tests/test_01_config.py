@@ -1,4 +1,5 @@
-"""Where a value comes from, what is refused, what is warned about, and what help and plan say about it."""
+"""Where a value comes from, what is refused, what is warned about, and what help and plan say about
+it."""
 
 import itertools
 import math
@@ -88,10 +89,12 @@ def test_every_knob_has_a_sentence_and_a_check():
 
 
 def test_every_sentence_stands_alone():
-    """Finding M6: messages quote a knob's sentence out of context, so it may not point at the one before."""
+    """Finding M6: messages quote a knob's sentence out of context, so it may not point at the one
+    before."""
     pointing = re.compile(
         r"^(?:that|this|these|those|its|their|his|it|they|them|same|such|how much of)\b"
-        r"|\b(?:that of (?:the )?(?:heads|tables|embeddings)|of it|get one|this many|the above)\b|, instead\b"
+        r"|\b(?:that of (?:the )?(?:heads|tables|embeddings)|of it|get one|this many|the above)\b"
+        r"|, instead\b"
     )
     odd = {name: meta["doc"] for name, meta in META.items() if pointing.search(meta["doc"])}
     assert not odd, odd
@@ -265,20 +268,25 @@ MISSPELT = {
     "COMPLIE": "COMPILE",
     "PRESETS": "PRESET",
 }
-USUAL = """HOME PATH LANG LC_ALL LANGUAGE HOSTNAME USER LOGNAME SHELL SHLVL PWD OLDPWD TERM EDITOR PAGER MAIL TMPDIR
-DISPLAY SSH_CLIENT SSH_TTY XDG_RUNTIME_DIR VIRTUAL_ENV VIRTUAL_ENV_PROMPT PYTHONPATH PYTHONUNBUFFERED PYTHONHASHSEED
-PS1 _ CI DEBIAN_FRONTEND TZ LS_COLORS LESSOPEN http_proxy NO_PROXY MALLOC_ARENA_MAX LD_LIBRARY_PATH LD_PRELOAD
-RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE
-MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS
-TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_ERROR_FILE TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_LOGS TORCH_HOME
-TORCHINDUCTOR_CACHE_DIR TORCHDYNAMO_VERBOSE TRITON_CACHE_DIR PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF
-PYTORCH_ENABLE_MPS_FALLBACK PYTORCH_VERSION NCCL_DEBUG NCCL_SOCKET_IFNAME NCCL_IB_DISABLE NCCL_P2P_DISABLE
-NCCL_VERSION GLOO_SOCKET_IFNAME CUDA_VISIBLE_DEVICES CUDA_HOME CUDA_DEVICE_ORDER CUDA_LAUNCH_BLOCKING CUDA_VERSION
-NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES CUBLAS_WORKSPACE_CONFIG OMP_NUM_THREADS OMP_PROC_BIND
-MKL_NUM_THREADS OPENBLAS_NUM_THREADS NUMEXPR_MAX_THREADS KMP_AFFINITY GOMP_SPINCOUNT TOKENIZERS_PARALLELISM
-HF_HOME HF_TOKEN HF_HUB_OFFLINE WANDB_MODE WANDB_PROJECT PYTEST_CURRENT_TEST KUBERNETES_SERVICE_HOST
-SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID SLURM_LOCALID SLURM_NODELIST SLURM_JOB_NUM_NODES SLURM_CPUS_PER_TASK
-SLURM_TASKS_PER_NODE SLURM_MEM_PER_NODE SLURM_SUBMIT_DIR SLURM_EXPORT_ENV SLURM_STEP_ID""".split()
+USUAL = """
+HOME PATH LANG LC_ALL LANGUAGE HOSTNAME USER LOGNAME SHELL SHLVL PWD OLDPWD TERM EDITOR PAGER MAIL
+TMPDIR DISPLAY SSH_CLIENT SSH_TTY XDG_RUNTIME_DIR VIRTUAL_ENV VIRTUAL_ENV_PROMPT PYTHONPATH
+PYTHONUNBUFFERED PYTHONHASHSEED PS1 _ CI DEBIAN_FRONTEND TZ LS_COLORS LESSOPEN http_proxy NO_PROXY
+MALLOC_ARENA_MAX LD_LIBRARY_PATH LD_PRELOAD RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK
+GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID
+TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_USE_AGENT_STORE
+TORCHELASTIC_ERROR_FILE TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_LOGS TORCH_HOME
+TORCHINDUCTOR_CACHE_DIR TORCHDYNAMO_VERBOSE TRITON_CACHE_DIR PYTORCH_CUDA_ALLOC_CONF
+PYTORCH_ALLOC_CONF PYTORCH_ENABLE_MPS_FALLBACK PYTORCH_VERSION NCCL_DEBUG NCCL_SOCKET_IFNAME
+NCCL_IB_DISABLE NCCL_P2P_DISABLE NCCL_VERSION GLOO_SOCKET_IFNAME CUDA_VISIBLE_DEVICES CUDA_HOME
+CUDA_DEVICE_ORDER CUDA_LAUNCH_BLOCKING CUDA_VERSION NVIDIA_VISIBLE_DEVICES
+NVIDIA_DRIVER_CAPABILITIES CUBLAS_WORKSPACE_CONFIG OMP_NUM_THREADS OMP_PROC_BIND MKL_NUM_THREADS
+OPENBLAS_NUM_THREADS NUMEXPR_MAX_THREADS KMP_AFFINITY GOMP_SPINCOUNT TOKENIZERS_PARALLELISM
+HF_HOME HF_TOKEN HF_HUB_OFFLINE WANDB_MODE WANDB_PROJECT PYTEST_CURRENT_TEST
+KUBERNETES_SERVICE_HOST SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID SLURM_LOCALID SLURM_NODELIST
+SLURM_JOB_NUM_NODES SLURM_CPUS_PER_TASK SLURM_TASKS_PER_NODE SLURM_MEM_PER_NODE SLURM_SUBMIT_DIR
+SLURM_EXPORT_ENV SLURM_STEP_ID
+""".split()
 
 
 @pytest.mark.parametrize("name", MISSPELT)
@@ -310,7 +318,8 @@ def test_what_a_knob_needs_can_be_read():
 
 
 def test_a_knob_without_effect_is_warned_about():
-    """Finding M4, by what a person types: several ways, chains, and values that are there anyway."""
+    """Finding M4, by what a person types: several ways, chains, and values that are there
+    anyway."""
     for knobs, named in (
         (dict(MUON_BETA2=0.9, SWA_EVERY=7, TABLE_LR=0.1), ["MUON_BETA2", "SWA_EVERY", "TABLE_LR"]),
         (dict(HEAD_LR=0.1), ["HEAD_LR"]),
@@ -597,10 +606,12 @@ def test_cuda_asked_for_and_absent_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_missing_optional_packages_are_named_only_when_needed(tmp_path):
-    """Without zstandard, brotli and tqdm: CODEC=zstd is refused with what is left, everything else works."""
+    """Without zstandard, brotli and tqdm: CODEC=zstd is refused with what is left, everything else
+    works."""
     hidden = tmp_path / "without.py"
     hidden.write_text(
-        "import runpy, sys\nfor name in ('zstandard', 'brotli', 'tqdm'):\n    sys.modules[name] = None\n"
+        "import runpy, sys\nfor name in ('zstandard', 'brotli', 'tqdm'):\n"
+        "    sys.modules[name] = None\n"
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     done = run_script(
@@ -619,7 +630,8 @@ def test_missing_optional_packages_are_named_only_when_needed(tmp_path):
 
 
 def test_a_value_that_is_also_the_name_of_a_knob_is_a_value():
-    """RUN_MODE=eval and LR_SCHEDULE=warmdown_iters: what needs them acts, and strict runs are not refused."""
+    """RUN_MODE=eval and LR_SCHEDULE=warmdown_iters: what needs them acts, and strict runs are not
+    refused."""
     for env, said in (
         (dict(RUN_MODE="eval", ARTIFACT="model.golf"), ""),
         (dict(LR_SCHEDULE="warmdown_iters", WARMDOWN_ITERS="77"), ""),

@@ -1,4 +1,5 @@
-"""Files that survive a crash, run folders, the log's wording, signals, and checkpoints that cannot be trusted."""
+"""Files that survive a crash, run folders, the log's wording, signals, and checkpoints that cannot
+be trusted."""
 
 import contextlib
 import hashlib
@@ -80,12 +81,14 @@ def test_core_count_respects_the_affinity_mask_and_the_quota(monkeypatch):
 
 
 def test_what_exists_on_one_system_only_is_optional():
-    """Finding M18: no resource module, no SIGPIPE, and folders that cannot be opened, as on Windows."""
+    """Finding M18: no resource module, no SIGPIPE, and folders that cannot be opened, as on
+    Windows."""
     code = (
         "import os, signal, sys\nsys.modules['resource'] = None\ndel signal.SIGPIPE\n"
         "from pathlib import Path\nimport train_gpt\nopen_file = os.open\n"
         "def refuse_folders(path, *args):\n"
-        "    if os.path.isdir(path):\n        raise PermissionError(13, 'Permission denied', path)\n"
+        "    if os.path.isdir(path):\n"
+        "        raise PermissionError(13, 'Permission denied', path)\n"
         "    return open_file(path, *args)\n"
         "os.open = refuse_folders\n"
         "train_gpt.write_atomic(Path(sys.argv[1]), b'new')\n"
@@ -153,7 +156,8 @@ def test_a_launch_that_cannot_be_is_one_line_before_any_folder(tmp_path):
 
 
 def run_in(folder: Path, env: dict, files: int = 1024, script: Path = SCRIPT, **knobs):
-    """train_gpt.py from another folder, with nothing in its environment but this, and few file handles."""
+    """train_gpt.py from another folder, with nothing in its environment but this, and few file
+    handles."""
     knobs = {k: str(v) for k, v in (FAST | dict(ITERATIONS=2) | knobs).items()}
     limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (files, files))
     done = subprocess.run(
@@ -170,8 +174,8 @@ def run_in(folder: Path, env: dict, files: int = 1024, script: Path = SCRIPT, **
 
 @pytest.mark.slow
 def test_a_run_works_in_environments_as_people_have_them(toy, tmp_path):
-    """Finding M17 and its kind, all at once: C locale without UTF-8 mode, no HOME or user name, another working
-    directory, spaces and accents in all paths, as few as 48 file handles."""
+    """Finding M17 and its kind, all at once: C locale without UTF-8 mode, no HOME or user name,
+    another working directory, spaces and accents in all paths, as few as 48 file handles."""
     here = tmp_path / "ein schöner Ort"
     shutil.copytree(toy, here / "mes données")
     knobs = dict(DATA_PATH="mes données", RUNS_DIR="läufe hier", RUN_ID="erster Lauf é")
@@ -241,8 +245,8 @@ def test_a_full_disk_or_a_closed_pipe_ends_no_log(tmp_path):
 
 @pytest.mark.slow
 def test_a_file_that_cannot_be_written_is_named_and_the_checkpoint_stays_usable(toy, tmp_path):
-    """Finding M19: a limit of file size while exporting ended in `error: .: File too large`; M14: the hint works when
-    pasted. While training, the same limit only costs the checkpoint."""
+    """Finding M19: a limit of file size while exporting ended in `error: .: File too large`; M14:
+    the hint works when pasted. While training, the same limit only costs the checkpoint."""
     script = tmp_path / "limited.py"
     script.write_text(
         f"import resource, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt\n"
@@ -575,7 +579,8 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(knobs, finishe
 
 
 def test_a_python_without_the_packages_is_told_what_to_install():
-    """The first mistake of a new user: one line, no traceback, in every entry point that needs them."""
+    """The first mistake of a new user: one line, no traceback, in every entry point that needs
+    them."""
     for script in ("train_gpt.py", "data/prepare.py", "data/cached_challenge_fineweb.py"):
         done = subprocess.run(
             [sys.executable, "-S", str(ROOT / script)], capture_output=True, text=True, check=False

@@ -1,4 +1,5 @@
-"""The artifact: bit-exact, readable by an independent reader, safe to read from strangers, and counted right."""
+"""The artifact: bit-exact, readable by an independent reader, safe to read from strangers, and
+counted right."""
 
 import contextlib
 import copy
@@ -114,7 +115,8 @@ def seal(body: bytes) -> bytes:
 
 
 def forge(header, body: bytes, **claims) -> bytes:
-    """An artifact with a valid checksum around any header; `claims` replaces what the prefix says."""
+    """An artifact with a valid checksum around any header; `claims` replaces what the prefix
+    says."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     small = zlib.compress(text)
     said = dict(version=4, codec=1, packed=len(small), size=len(text)) | claims
@@ -159,7 +161,8 @@ def cut(
 
 @st.composite
 def qtensors(draw) -> QTensor:
-    """A stored tensor of any kind with arbitrary finite bits, signed zeros and subnormals included."""
+    """A stored tensor of any kind with arbitrary finite bits, signed zeros and subnormals
+    included."""
     kind = draw(st.sampled_from(["levels", "f2", "f4"]))
     shape = draw(st.sampled_from([(1, 1), (1, 7), (5, 1)]) | st.tuples(*[st.integers(1, 9)] * 2))
     if kind != "levels":
@@ -236,7 +239,8 @@ def test_each_codec_returns_large_incompressible_and_repetitive_data(codec):
 
 
 def levels(count: int, spread: float = 0.0, seed: int = 0) -> np.ndarray:
-    """int8 levels of Gaussian rows of 1,000 at a step of 0.41 sigma; `spread` is that of the rows' log scale."""
+    """int8 levels of Gaussian rows of 1,000 at a step of 0.41 sigma; `spread` is that of the rows'
+    log scale."""
     rng = np.random.default_rng(seed)
     z = (
         rng.standard_normal(count)
@@ -350,7 +354,8 @@ def trained(toy, tmp_path_factory):
 
 @pytest.fixture
 def evaluate(toy, tmp_path):
-    """Score a file through the script's main(), in this process; returns (exit code, stdout, stderr)."""
+    """Score a file through the script's main(), in this process; returns (exit code, stdout,
+    stderr)."""
 
     def call(blob: bytes):
         path = tmp_path / "suspect.golf"
@@ -487,8 +492,8 @@ def test_the_predicted_size_is_that_of_packed_gaussian_weights(knobs):
 
 
 def test_what_ships_is_the_packed_script_and_the_artifact(trained, toy, tmp_path):
-    """Issue 16, budgets: the code that counts is the one that ships; it is packed before training, runs alone, names
-    itself in the log, and scores the same."""
+    """Issue 16, budgets: the code that counts is the one that ships; it is packed before training,
+    runs alone, names itself in the log, and scores the same."""
     folder = trained.folder / "submission"
     assert {path.name for path in folder.iterdir()} == {"train_gpt.py", "model.golf"}
     code, model = (folder / "train_gpt.py").read_bytes(), (folder / "model.golf").read_bytes()
@@ -522,7 +527,8 @@ def test_a_script_without_its_tool_ships_and_counts_as_it_is(tmp_path):
 
 @pytest.mark.slow
 def test_the_script_is_packed_once_and_a_tool_that_fails_is_quoted(tmp_path):
-    """The packed form lies beside Python's cache, whatever the run; another script or tool is packed anew."""
+    """The packed form lies beside Python's cache, whatever the run; another script or tool is
+    packed anew."""
     script, tool = tmp_path / "train_gpt.py", tmp_path / "records" / "tools.py"
     shutil.copy(SCRIPT, script)
     tool.parent.mkdir()
@@ -561,12 +567,14 @@ def bombs() -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def explode(tmp_path_factory):
-    """Unpack a bomb in a process that may take only 200 MiB more than it has: bytes returned, or the error."""
+    """Unpack a bomb in a process that may take only 200 MiB more than it has: bytes returned, or
+    the error."""
     folder = tmp_path_factory.mktemp("bombs")
     child = """if True:
         import json, resource, sys, train_gpt as g
         data, unpack = open(sys.argv[2], "rb").read(), g.CODECS[sys.argv[1]].unpack
-        room = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (200 << 20)
+        pages = int(open("/proc/self/statm").read().split()[0])
+        room = pages * resource.getpagesize() + (200 << 20)
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
         try:
             print(json.dumps([len(unpack(data, int(n))) for n in sys.argv[3:]]))
@@ -607,7 +615,8 @@ def test_the_bombs_would_explode(explode):
 
 
 def hostile_files(blob: bytes) -> dict[str, bytes]:
-    """Small files with a valid checksum that would take hundreds of megabytes if anything believed them."""
+    """Small files with a valid checksum that would take hundreds of megabytes if anything believed
+    them."""
     header, streams, body = parse(blob)
     lines, at, exploding = header["streams"], 0, {}
     for i, (key, _, raw, length, _) in enumerate(lines):
@@ -640,7 +649,8 @@ def hostile_files(blob: bytes) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_hostile_files_take_no_more_memory_than_the_model(trained, toy, tmp_path):
-    """Finding Q6: 16 kB of rANS took 383 MB, a header of 40 MB was accepted. Through the real entry point."""
+    """Finding Q6: 16 kB of rANS took 383 MB, a header of 40 MB was accepted. Through the real entry
+    point."""
     child = """if True:
         import sys, train_gpt as g
         def status(key):
@@ -686,7 +696,8 @@ def test_steps_that_are_no_numbers_are_refused(value):
 
 
 def small_container(codec: str = "zlib", **said) -> bytes:
-    """One 2 x 3 fp32 tensor; `said` replaces entries of its stream's line in the header, `shape` that of the tensor."""
+    """One 2 x 3 fp32 tensor; `said` replaces entries of its stream's line in the header, `shape`
+    that of the tensor."""
     data, number = np.arange(6, dtype="<f4").tobytes(), CODECS[codec].number
     packed = CODECS[codec].pack(data)
     line = dict(key="f4", number=number, raw=len(data), length=len(packed)) | said
@@ -745,7 +756,8 @@ def test_a_stream_that_holds_more_than_it_claims_is_refused(codec):
     ],
 )
 def test_every_byte_of_the_file_has_a_purpose(trained, change):
-    """Otherwise a small file can hide a payload, or claim a GiB for each of thousands of streams."""
+    """Otherwise a small file can hide a payload, or claim a GiB for each of thousands of
+    streams."""
     header, _, body = parse(trained.blob)
     packed = zlib.compress(b"payload")
     if change == "a stream past the end":
@@ -1062,7 +1074,8 @@ def test_weights_that_are_no_numbers_end_without_a_score(trained, evaluate, valu
 
 
 def test_an_artifact_cannot_choose_what_the_script_reads(trained, evaluate, tmp_path, toy):
-    """Only the knobs that an artifact carries may come from it: never a path, a device or a run setting."""
+    """Only the knobs that an artifact carries may come from it: never a path, a device or a run
+    setting."""
     header, _, body = parse(trained.blob)
     for name, value in (
         ("data_path", str(tmp_path)),
@@ -1157,7 +1170,8 @@ def test_a_missing_artifact_is_one_line_on_two_ranks(toy, tmp_path):
 
 @pytest.mark.slow
 def test_reading_a_file_executes_nothing(trained, tmp_path):
-    """Python's own audit events: no code is compiled, imported, unpickled, run or opened while a file is unpacked."""
+    """Python's own audit events: no code is compiled, imported, unpickled, run or opened while a
+    file is unpacked."""
     (tmp_path / "good").write_bytes(trained.blob)
     code = "__import__('os').mkdir('owned')"
     (tmp_path / "bad").write_bytes(

@@ -1,4 +1,5 @@
-"""Whole runs: reload, ranks, micro-batches, crashes, the clock, seeds, divergence, averaging, the QAT switch."""
+"""Whole runs: reload, ranks, micro-batches, crashes, the clock, seeds, divergence, averaging, the
+QAT switch."""
 
 import math
 import os
@@ -17,7 +18,8 @@ from running import FAST, launch, log, metrics, train, wait_until
 
 import train_gpt
 
-# Everything that has state: momentum, AdamW, average, shuffled rows; fake quantisation and a hashed table on top.
+# Everything that has state: momentum, AdamW, average, shuffled rows; fake quantisation and a hashed
+# table on top.
 RICH = dict(
     PRESET="mlp3x_seq4096+tiny", AVERAGING="ema", EMA_DECAY=0.9, BIGRAM_BUCKETS=512, SMEAR_GATE="B"
 )
@@ -28,7 +30,8 @@ def sabotaged(folder, code: str):
     """train_gpt.py as a process in which `code` has replaced something."""
     script = folder / "sabotaged.py"
     script.write_text(
-        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, train_gpt\n{code}\n"
+        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"import torch, train_gpt\n{code}\n"
         "sys.exit(train_gpt.main(sys.argv[1:], train_gpt.environment()))\n"
     )
     return script
@@ -93,7 +96,8 @@ def test_a_fresh_process_scores_the_artifact_identically(reference, toy):
 
 @pytest.mark.slow
 def test_an_artifact_is_scored_whatever_its_row_length(toy, tmp_path):
-    """The default preset's batch is no multiple of 48 tokens; scoring trains nothing, so nobody should mind."""
+    """The default preset's batch is no multiple of 48 tokens; scoring trains nothing, so nobody
+    should mind."""
     done = train(toy, tmp_path, "a", TRAIN_SEQ_LEN=48, TRAIN_BATCH_TOKENS=384, ITERATIONS=2)
     assert official(evaluate(toy, done.folder / "model.golf").out) == official(done.out)
 
@@ -131,7 +135,8 @@ def test_the_score_of_an_artifact_does_not_depend_on_the_number_of_ranks(ranks, 
 
 @pytest.mark.slow
 def test_bad_text_that_only_one_rank_reads_is_named_by_that_rank(toy, tmp_path):
-    """Row 1 of the first step goes to rank 1; the first look at the shard is made to miss its bad token."""
+    """Row 1 of the first step goes to rank 1; the first look at the shard is made to miss its bad
+    token."""
     shutil.copytree(toy, tmp_path / "data")
     shard = tmp_path / "data" / "fineweb_train_000000.bin"
     blob = bytearray(shard.read_bytes())
@@ -176,8 +181,8 @@ def test_a_step_does_not_depend_on_the_micro_batch(tokens, toy):
 
 
 def passes_of(preset: str, world: int, rows: int, held_out: int) -> tuple[int, int]:
-    """Tokens that all ranks compute in a step of so many rows and in one look at the held-out text; a rank's pass is
-    checked to be no larger than MICRO_BATCH_TOKENS, or one row."""
+    """Tokens that all ranks compute in a step of so many rows and in one look at the held-out text;
+    a rank's pass is checked to be no larger than MICRO_BATCH_TOKENS, or one row."""
     cfg = train_gpt.load({"PRESET": preset, "DEVICE": "cpu", "ALLOW_NONCOMPLIANT": "1"})
     seq, shapes, computed = cfg.data.train_seq_len, set(), [0, 0]
     for rank in range(world):
@@ -207,7 +212,8 @@ def passes_of(preset: str, world: int, rows: int, held_out: int) -> tuple[int, i
 
 @pytest.mark.parametrize("preset", list(train_gpt.SYSTEMS))
 def test_hardly_anything_that_is_computed_is_padding(preset):
-    """Finding M2: on eight ranks 48 rows were computed as 2 x 32, and 4 held-out rows were padded to 32."""
+    """Finding M2: on eight ranks 48 rows were computed as 2 x 32, and 4 held-out rows were padded
+    to 32."""
     cfg = train_gpt.load({"PRESET": preset, "DEVICE": "cpu", "ALLOW_NONCOMPLIANT": "1"})
     seq, rows = cfg.data.train_seq_len, cfg.data.train_batch_tokens // cfg.data.train_seq_len
     wasted = []
@@ -240,7 +246,8 @@ class Memory:
 
 @pytest.mark.parametrize("fits", [512, 300, 200, 100, 64])
 def test_prewarming_finds_the_largest_pass_that_fits(fits, toy, capsys):
-    """Finding M15: nobody handled the end of memory. 8 rows of 64 tokens; the largest of all equal passes that fits."""
+    """Finding M15: nobody handled the end of memory. 8 rows of 64 tokens; the largest of all equal
+    passes that fits."""
     trainer = make_trainer(toy, ITERATIONS=4, WARMUP_STEPS=2)
     before = trainer.flat.weights.clone()
     memory = Memory(trainer, fits, torch.OutOfMemoryError("CUDA out of memory. Tried to"))
@@ -261,7 +268,8 @@ def test_memory_that_admits_no_row_or_ends_later_is_one_line(toy, tmp_path):
     """Finding M15, through the script."""
     later = (
         "calls, forward = [], train_gpt.GPT.forward\n"
-        "def hungry(self, ids, *args):\n    calls.append(ids.numel() >= 64)\n    if sum(calls) > {after}:\n"
+        "def hungry(self, ids, *args):\n    calls.append(ids.numel() >= 64)\n"
+        "    if sum(calls) > {after}:\n"
         "        raise torch.OutOfMemoryError('CUDA out of memory.\\nTried to allocate')\n"
         "    return forward(self, ids, *args)\ntrain_gpt.GPT.forward = hungry\n"
     )
@@ -354,7 +362,8 @@ def test_a_checkpoint_may_be_resumed_by_another_number_of_ranks(killed, referenc
 
 # ---- the clock
 def assert_stopped_in_time(done, budget: float):
-    """Stopped by the clock within the budget, unless the last step took longer than any before it, and not early."""
+    """Stopped by the clock within the budget, unless the last step took longer than any before it,
+    and not early."""
     assert done.code == 0, done.err
     found = re.findall(
         r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/",
@@ -425,7 +434,8 @@ def test_no_thread_of_the_process_group_outlives_it(two_clocks):
 
 
 def test_validation_and_slow_first_steps_do_not_spend_the_training_time(toy, monkeypatch):
-    """On a made-up clock: steps of 9 s, then of at most 1 s; each validation takes 1000 s and counts nothing."""
+    """On a made-up clock: steps of 9 s, then of at most 1 s; each validation takes 1000 s and
+    counts nothing."""
     now, rng = [0.0], random.Random(1)
     trainer = make_trainer(
         toy, ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=60, RESERVE_SECONDS=4, VAL_LOSS_EVERY=5
@@ -448,8 +458,8 @@ def test_validation_and_slow_first_steps_do_not_spend_the_training_time(toy, mon
 
 
 def test_the_clock_counts_the_step_that_a_gpu_has_not_finished(toy, monkeypatch):
-    """Finding G3: on a made-up GPU a step is only queued; reading its loss or synchronising waits for it. The training
-    clock must not pass the limit, by whole steps of up to 1 s."""
+    """Finding G3: on a made-up GPU a step is only queued; reading its loss or synchronising waits
+    for it. The training clock must not pass the limit, by whole steps of up to 1 s."""
     now, free, rng = [0.0], [0.0], random.Random(2)
     trainer = make_trainer(toy, ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=60, VAL_LOSS_EVERY=7)
     trainer.rt.device = SimpleNamespace(type="cuda")
@@ -501,7 +511,8 @@ def test_what_is_seen_before_the_first_step_is_on_the_clock_and_not_held_out(toy
 
 @pytest.mark.parametrize("source", ["train", "self"])
 def test_calibration_reads_what_is_asked_for_up_to_whole_rows(source, toy, capsys):
-    """Finding G6: whole batches were read, 786,432 tokens where 65,536 were wanted. Here 8 rows of 64 tokens a step."""
+    """Finding G6: whole batches were read, 786,432 tokens where 65,536 were wanted. Here 8 rows of
+    64 tokens a step."""
     for wanted, want in ((1, 64), (128, 128), (500, 512), (700, 704)):
         trainer = make_trainer(toy, CALIBRATION=source, ROUNDING="gptq", CLIP="sigma")
         trainer.observe_inputs(wanted)

@@ -1,5 +1,6 @@
-"""Every preset at full size: three steps, export, reload and score on two cores, packed script and model within the
-budget. Minutes each, so not part of the suite: python -m pytest -n 0 -m full_size [-k PRESET] -s"""
+"""Every preset at full size: three steps, export, reload and score on two cores, packed script and
+model within the budget. Minutes each, so not part of the suite: python -m pytest -n 0 -m full_size
+[-k PRESET] -s"""
 
 import json
 import re
@@ -19,7 +20,8 @@ PREPARE = [sys.executable, str(ROOT / "data" / "prepare.py")]
 
 
 def shards(folder: Path, vocab: int, caseops: bool) -> Path:
-    """The embedded sample in a vocabulary of any size, with a validation text of some thousand tokens."""
+    """The embedded sample in a vocabulary of any size, with a validation text of some thousand
+    tokens."""
     documents = build_sample.documents()
     short = min(documents, key=lambda text: abs(len(text) - 24_000))
     texts = [short, *(text for text in documents if text != short)]

@@ -1,4 +1,5 @@
-"""Presets: the published values of the two reference systems, overlays, and every system shrunk, end to end."""
+"""Presets: the published values of the two reference systems, overlays, and every system shrunk,
+end to end."""
 
 import json
 import math
@@ -163,7 +164,8 @@ def test_every_preset_is_a_known_overlay_or_system_and_sets_only_knobs():
 
 @pytest.mark.slow
 def test_the_plan_of_every_system_fits_the_budget():
-    """Findings, budgets: RUN_MODE=plan said fits:0 for five systems, since it counted the unpacked script."""
+    """Findings, budgets: RUN_MODE=plan said fits:0 for five systems, since it counted the unpacked
+    script."""
     found = {}
     for system in SYSTEMS:
         cfg = config(system)

@@ -3,9 +3,9 @@ the ledger.
 
 runs/<key>/ holds run.json (the order), supervisor.json, mark.json and process.json (who runs it),
 a1.out (what attempt 1 printed), a1/ (what the script wrote) and, once the run is over for good,
-metrics.json. A supervisor owns the folder by a lock that the kernel frees when it dies, however it dies; whoever
-comes next kills what it left behind, takes a finished log as it is, and repeats an unfinished
-attempt. A run on GPUs holds them by locks in the same way, see devices.py.
+metrics.json. A supervisor owns the folder by a lock that the kernel frees when it dies, however it
+dies; whoever comes next kills what it left behind, takes a finished log as it is, and repeats an
+unfinished attempt. A run on GPUs holds them by locks in the same way, see devices.py.
 """
 
 import contextlib

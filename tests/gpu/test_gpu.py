@@ -1,4 +1,5 @@
-"""What only a CUDA device can show; skipped without one. One command, under ten minutes: python -m pytest tests/gpu"""
+"""What only a CUDA device can show; skipped without one. One command, under ten minutes: python -m
+pytest tests/gpu"""
 
 import re
 
