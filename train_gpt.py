@@ -5766,7 +5766,7 @@ def full_speed(cfg: Config) -> dict[str, float]:
 
 
 class Clock:
-    """Training seconds on a monotonic clock. All that reads training text counts: the steps, a start
+    """Training seconds on a monotonic clock. All that reads training text counts: steps, a start
     from data (see_data), what the quantiser observes. Prewarming, validation, checkpoints and the
     export do not. It stops for good in Trainer.observe."""
 

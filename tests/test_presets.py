@@ -149,7 +149,7 @@ def test_overlays_shrink_a_system_without_changing_its_techniques(system, overla
     ):
         assert bool(after[name]) == bool(before[name]), f"{name} is still there"
     changed = {k for k, v in small.values("quant").items() if v != full.values("quant")[k]}
-    assert changed <= {"calibration_tokens", "allocation", "fit_budget"}
+    assert changed <= {"calibration_tokens", "allocation", "fit_budget", "qat_start_frac"}
 
 
 def test_every_preset_is_a_known_overlay_or_system_and_sets_only_knobs():
