@@ -501,8 +501,8 @@ class QuantConfig:
     scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 = the published int8 exports", 0, 1)
     codec: str = knob(
         "zlib",
-        "compressor; rans = this script's own; best = the smallest, slowly",
-        choices="zlib lzma zstd brotli brotli_shuffle rans best",
+        "compressor; rans = this script's own",
+        choices="zlib lzma zstd brotli brotli_shuffle rans",
     )
     artifact_budget_bytes: int = knob(16_000_000, "most bytes of code and model together", 1, 2**40)
 
@@ -863,8 +863,8 @@ def export_rules(v: SimpleNamespace) -> Iterator[str]:
     for what, moved in moves.items():
         if v.qat != "none" and moved:
             yield f"QAT trains on the grid of the export, which is moved by {what}"
-    if v.codec not in available_packings():
-        left = ", ".join(available_packings())
+    if v.codec not in available_codecs():
+        left = ", ".join(available_codecs())
         yield f"CODEC needs a package that is not installed; available: {left}"
 
 
@@ -4536,29 +4536,9 @@ CODECS = {
 }
 
 
-class Packing(NamedTuple):
-    """What CODEC tries; the smallest wins."""
-
-    levels: tuple[str, ...]  # codecs for levels
-    rest: tuple[str, ...]  # codecs for all else
-    orders: tuple[str, ...] = ("rows",)  # of levels
-
-
-PACKINGS = {name: Packing((name,), (name,)) for name in CODECS} | {
-    "rans": Packing(("rans",), ("rans", "lzma"), ("rows", "columns")),
-    "best": Packing(tuple(CODECS), tuple(CODECS), ("rows", "columns")),
-}
-
-
-def available_packings() -> list[str]:
+def available_codecs() -> list[str]:
     """What CODEC may be on this machine."""
-    return [name for name in PACKINGS if name == "best" or CODECS[name].module]
-
-
-def packed_smallest(data: bytes, names: tuple[str, ...]) -> tuple[Codec, bytes]:
-    """The codec that makes least of the data, and what it makes."""
-    codecs = [CODECS[name] for name in names if CODECS[name].module]
-    return min(((codec, codec.pack(data)) for codec in codecs), key=lambda pair: len(pair[1]))
+    return [name for name, codec in CODECS.items() if codec.module]
 
 
 MAGIC = b"GOLF"
@@ -4611,18 +4591,21 @@ def stored_arrays(t: QTensor) -> Iterator[np.ndarray]:
         yield from stored_arrays(factor)
 
 
-def packed_stream(key: str, arrays: list[np.ndarray], packing: Packing) -> tuple[list, bytes]:
-    """(the header's line, bytes) of one stream, in the order of rows or columns that packs best."""
-    names, orders = (packing.levels, packing.orders) if key == "i1" else (packing.rest, ("rows",))
-    tried = []
-    for order in orders:
+def packed_stream(codec: str, key: str, arrays: Iterable[np.ndarray]) -> tuple[list, bytes]:
+    """(the header's line, bytes) of one stream, the smallest of what CODEC tries: `rans` packs
+    levels by rows and by columns, and anything else by lzma too."""
+    tries = [(codec, "rows")]
+    if codec == "rans":
+        tries.append((codec, "columns") if key == "i1" else ("lzma", "rows"))
+    packed = []
+    for name, order in tries:
         data = b"".join(a.tobytes(ORDERS[order]) for a in arrays)
-        tried.append((order, *packed_smallest(data, names)))
-    order, codec, body = min(tried, key=lambda found: len(found[2]))
-    return [key, codec.number, len(data), len(body), order], body
+        body = CODECS[name].pack(data)
+        packed.append(([key, CODECS[name].number, len(data), len(body), order], body))
+    return min(packed, key=lambda stream: len(stream[1]))
 
 
-def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], packing: Packing) -> bytes:
+def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], codec: str) -> bytes:
     """Prefix, packed JSON header, one packed stream per kind of number (each in the order of the
     header), sha256 of all before it."""
     entries = [entry_of(name, t) for name, t in tensors.items()]
@@ -4630,11 +4613,11 @@ def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], packing: 
     for entry, t in zip(entries, tensors.values()):
         for (key, _), array in zip(entry.parts(), stored_arrays(t)):
             arrays.setdefault(key, []).append(array)
-    packed = [packed_stream(key, found, packing) for key, found in arrays.items()]
+    packed = [packed_stream(codec, key, found) for key, found in arrays.items()]
     lines = dict(tensors=entries, streams=[line for line, _ in packed])
-    text = json.dumps(header | lines, separators=(",", ":")).encode()
-    codec, small = packed_smallest(text, packing.rest)
-    prefix = PREFIX.pack(MAGIC, FORMAT_VERSION, codec.number, len(small), len(text))
+    text = np.frombuffer(json.dumps(header | lines, separators=(",", ":")).encode(), np.uint8)
+    (_, number, size, length, _), small = packed_stream(codec, "header", [text])
+    prefix = PREFIX.pack(MAGIC, FORMAT_VERSION, number, length, size)
     body = prefix + small + b"".join(data for _, data in packed)
     return body + hashlib.sha256(body).digest()
 
@@ -4765,7 +4748,7 @@ class Packer(NamedTuple):
         return quantise(self.model, self.cfg, self.hessians, rules)
 
     def blob(self, tensors: dict[str, QTensor]) -> bytes:
-        return pack_artifact(tensors, self.header, PACKINGS[self.cfg.codec])
+        return pack_artifact(tensors, self.header, self.cfg.codec)
 
 
 class Slope(NamedTuple):
@@ -5074,7 +5057,7 @@ def predict_model_bytes(model: GPT, cfg: QuantConfig) -> int:
 def gaussian_bytes(model: GPT, cfg: QuantConfig, small_levels: int = 0) -> int:
     """Size of an artifact that nothing fits to a budget, by the real quantisers and codec on
     Gaussian rows of the real lengths. Levels of block matrices up to small_levels become zero."""
-    packing, generator = PACKINGS[cfg.codec], torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     @functools.cache
     def bytes_each(tag: str, columns: int) -> float:
@@ -5083,10 +5066,10 @@ def gaussian_bytes(model: GPT, cfg: QuantConfig, small_levels: int = 0) -> int:
         w = torch.randn(rows, columns, generator=generator)
         t = nearest(QUANTISERS[tag](cfg)).fit(w)
         if t.scale is None:
-            return len(packed_smallest(t.values.numpy().tobytes(), packing.rest)[1]) / w.numel()
+            return len(packed_stream(cfg.codec, "f4", [t.values.numpy()])[1]) / w.numel()
         kept = t.values.abs() > small_levels if tag in LEARNED_GRID else t.values != 0
         levels = (t.values * kept).numpy().tobytes()
-        return (len(packed_smallest(levels, packing.levels)[1]) + 2 * rows) / w.numel()
+        return (len(CODECS[cfg.codec].pack(levels)) + 2 * rows) / w.numel()
 
     matrices = [p for p in model.exported().values() if p.dim() == 2]
     corrected = sorted(sum(p.shape) for p in matrices)[-LQER_TOP:]

@@ -506,9 +506,7 @@ def test_rounding_noise_is_that_of_real_rounding(tmp_path):
     tensors = {
         name: train_gpt.quantiser(bits, 0.0, cfg).fit(w) for name, (bits, w) in weights.items()
     }
-    (tmp_path / "model.golf").write_bytes(
-        train_gpt.pack_artifact(tensors, {}, train_gpt.PACKINGS["zlib"])
-    )
+    (tmp_path / "model.golf").write_bytes(train_gpt.pack_artifact(tensors, {}, "zlib"))
     for name, noise in report.rounding_noise(tmp_path / "model.golf").items():
         assert noise == pytest.approx(distance(tensors[name].dequant(), weights[name][1]), rel=0.05)
 

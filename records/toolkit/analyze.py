@@ -111,7 +111,7 @@ def weights(path: Path) -> dict[str, Any]:
     streams."""
     blob = path.read_bytes()
     header, tensors = tg.unpack_artifact(blob)
-    packing, rows = tg.PACKINGS[header["config"]["codec"]], []
+    codec, rows = tg.CODECS[header["config"]["codec"]], []
     for name, t in tensors.items():
         if t.scale is not None:
             levels = t.values.numpy()
@@ -120,7 +120,7 @@ def weights(path: Path) -> dict[str, Any]:
                     name=name,
                     weights=levels.size,
                     bits=entropy_bits(levels),
-                    bytes=len(tg.packed_smallest(levels.tobytes(), packing.levels)[1]),
+                    bytes=len(codec.pack(levels.tobytes())),
                 )
             )
     ideal, streams = (
