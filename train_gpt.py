@@ -84,7 +84,6 @@ def optional_import(name: str):
 
 brotli = optional_import("brotli")
 resource = optional_import("resource")  # not on every system
-tqdm = optional_import("tqdm")
 zstandard = optional_import("zstandard")
 
 # What is shipped; a wrapper made by `records/tools.py pack` imports this text as its own.
@@ -1568,8 +1567,7 @@ class Runtime:
     def say(self, text: str):
         """One line to the terminal, until nobody reads it (`| head`) or its disk is full."""
         try:
-            tqdm.tqdm.write(text, file=sys.stdout) if tqdm else print(text)
-            sys.stdout.flush()
+            print(text, flush=True)
         except OSError:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1603,13 +1601,6 @@ class Runtime:
         self.phases.append((name, begin, end))
         self.log(f"phase:{name} start_ms:{begin * 1e3:.0f} end_ms:{end * 1e3:.0f}")
         self.metric("phase", name=name, start=begin, end=end)
-
-    def progress(self, total: float, label: str):
-        """A bar on a terminal, None elsewhere (the log lines carry the time left)."""
-        if not (tqdm and self.main and sys.stderr.isatty()):
-            return contextlib.nullcontext()
-        bar = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        return tqdm.tqdm(total=total, desc=label, leave=False, dynamic_ncols=True, bar_format=bar)
 
 
 def log_header(cfg: Config, rt: Runtime, compliant: bool):
@@ -5530,16 +5521,14 @@ def window_batch(text: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Meter:
-    """How much of a text is scored: a bar, and a log line every half minute."""
+    """How much of a text is scored: a log line every half minute."""
 
-    def __init__(self, rt: Runtime, bar):
-        self.rt, self.bar, self.done = rt, bar, 0.0
+    def __init__(self, rt: Runtime):
+        self.rt, self.done = rt, 0.0
         self.begun = self.told = time.monotonic()
 
     def add(self, part: float):
         self.done = min(1.0, self.done + part)
-        if self.bar:
-            self.bar.update(self.done - self.bar.n)
         now = time.monotonic()
         if now - self.told > 30:
             self.told, left = now, (now - self.begun) * (1 / self.done - 1)
@@ -5558,23 +5547,21 @@ def score(
     learns from it. Raises RunFailed when a target is missed, repeated or its loss not finite."""
     borders, ledger = document_borders(tokens, strategy.bos_id), Ledger(tokens)
     text = torch.from_numpy(tokens.astype(np.int32)).to(rt.device)
-    forward_tokens = 0
-    with rt.progress(1.0, "score") as bar:
-        meter = Meter(rt, bar)
-        for batches in strategy.rounds(borders, ledger):
-            bank = RoundBank(batches, rt.device)
-            for batch in batches:
-                forward_tokens += batch.rows * batch.width
-                if batch.lane % rt.world != rt.rank:
-                    continue
-                losses = strategy.losses(batch, *window_batch(text, batch))
-                final = losses.detach()[: len(batch.items)].float()
-                bank.add(batch, final)
-                if observer:
-                    observer(batch, final.cpu())
-                strategy.learn(batch, losses)
-                meter.add(rt.world * int(batch.items[:, 2].sum()) / (len(tokens) - 1))
-            bank.enter(ledger, rt)
+    meter, forward_tokens = Meter(rt), 0
+    for batches in strategy.rounds(borders, ledger):
+        bank = RoundBank(batches, rt.device)
+        for batch in batches:
+            forward_tokens += batch.rows * batch.width
+            if batch.lane % rt.world != rt.rank:
+                continue
+            losses = strategy.losses(batch, *window_batch(text, batch))
+            final = losses.detach()[: len(batch.items)].float()
+            bank.add(batch, final)
+            if observer:
+                observer(batch, final.cpu())
+            strategy.learn(batch, losses)
+            meter.add(rt.world * int(batch.items[:, 2].sum()) / (len(tokens) - 1))
+        bank.enter(ledger, rt)
     wrong = int((ledger.count != 1).sum())
     infinite = int((~np.isfinite(ledger.losses)).sum())
     if wrong or infinite:
@@ -5620,7 +5607,7 @@ def prequant(trainer: "Trainer", text: np.ndarray | None):
     optimiser = functools.partial(torch.optim.AdamW, weight_decay=0.0)
     tuner = FineTuner(trainer.model, plan, trainer.numerics, rt, optimiser)
     off_the_clock = contextlib.nullcontext() if c.compliant else trainer.clock.paused()
-    with rt.phase("prequant"), off_the_clock, rt.progress(c.prequant_epochs, "prequant") as bar:
+    with rt.phase("prequant"), off_the_clock:
         for epoch in range(c.prequant_epochs):
             falling = cosine_rate(0.9 * c.prequant_lr, epoch, c.prequant_epochs + 1)
             lr = 0.1 * c.prequant_lr + falling
@@ -5632,8 +5619,6 @@ def prequant(trainer: "Trainer", text: np.ndarray | None):
                 f"prequant:{epoch + 1}/{c.prequant_epochs} text:{c.prequant_text} lr:{lr:.2e} "
                 f"loss:{statistics.mean(losses):.4f}"
             )
-            if bar:
-                bar.update(1)
 
 
 def variant(c: EvalConfig, kind: str, ttt: str = "none") -> str:
@@ -5843,7 +5828,7 @@ class Trainer:
         self.step_number = 0  # steps that are done
         self.recent: list[float] = []  # seconds of the last 50 steps, without the first, slow ones
         self.pending: tuple[int, Tensor] | None = None  # last step's loss, perhaps not finite
-        self.last_checkpoint = time.monotonic()
+        self.last_checkpoint = self.told = time.monotonic()  # told: the last line of the log
         self.hessians: Hessians = {}  # what the quantiser may know in the end
         self.harms: dict[str, float] = {}
 
@@ -6091,10 +6076,11 @@ class Trainer:
         )
 
     def report(self, loss: Tensor, p: Progress, ramps: dict[str, float]):
-        """The competition's training line, with speed and time left."""
-        step = self.step_number
-        if step > 10 and step % self.cfg.run.train_log_every:
+        """The competition's training line, with speed and time left; at least every half minute."""
+        step, now = self.step_number, time.monotonic()
+        if step > 10 and step % self.cfg.run.train_log_every and now - self.told < 30:
             return
+        self.told = now
         value, elapsed = loss.item(), self.clock.read()
         self.rt.metric("train", step=step, loss=value, seconds=elapsed, **ramps)
         left = p.remaining  # seconds; steps where no wall clock ends the run
@@ -6145,7 +6131,7 @@ class Trainer:
         validate_every = self.cfg.run.val_loss_every or math.inf
         [elapsed] = self.rt.numbers_from_main(self.clock.read())
         self.clock.start()
-        with self.rt.progress(1.0, "train") as bar, self.rt.catch_signals():
+        with self.rt.catch_signals():
             while not self.done(elapsed):
                 begin, p = elapsed, self.progress(elapsed)
                 ramps = {name: ramp(p, self.cfg) for name, ramp in RAMPS.items()}
@@ -6160,8 +6146,6 @@ class Trainer:
                 )
                 if self.step_number > 3:
                     self.recent = [*self.recent[-49:], elapsed - begin]
-                if bar:
-                    bar.update(max(0.0, round(p.frac - bar.n, 3)))
                 if due or interrupted:
                     self.save()
                 if interrupted:

@@ -604,11 +604,11 @@ def test_cuda_asked_for_and_absent_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_missing_optional_packages_are_named_only_when_needed(tmp_path):
-    """Without zstandard, brotli and tqdm: CODEC=zstd is refused with what is left, everything else
+    """Without zstandard and brotli: CODEC=zstd is refused with what is left, everything else
     works."""
     hidden = tmp_path / "without.py"
     hidden.write_text(
-        "import runpy, sys\nfor name in ('zstandard', 'brotli', 'tqdm'):\n"
+        "import runpy, sys\nfor name in ('zstandard', 'brotli'):\n"
         "    sys.modules[name] = None\n"
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
