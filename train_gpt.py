@@ -42,7 +42,6 @@ import math
 import operator
 import os
 import platform
-import re
 import shlex
 import signal
 import socket
@@ -107,43 +106,40 @@ class RunFailed(RuntimeError):
 
 
 # ---- 1 Config: one field = one environment variable = one line of --help = one range check -------
-def knob(default, doc: str, lo=None, hi=None, choices: str = "", needs: str = ""):
-    """Declare a configuration field. `choices` are words; `needs` says where it has an effect: ways
-    joined by " or ", of conditions joined by " and ", each "KNOB <op> <value or KNOB>"; commas join
-    the values after "in"."""
-    allowed = tuple(type(default)(word) for word in choices.split())
+def knob(default, doc: str, *within, needs: str = ""):
+    """Declare a field: `within` are its lowest and highest value, or one text of words to choose
+    from. `needs` says where it has an effect: ways joined by " or ", of conditions joined by
+    " and ", each "KNOB <op> <value or KNOB>"; commas join the values after "in"."""
+    words = within[0].split() if len(within) == 1 else []
+    lo, hi = within if len(within) == 2 else (None, None)
+    choices = tuple(map(type(default), words))
     return field(
-        default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=allowed, needs=needs)
+        default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices, needs=needs)
     )
 
 
 @dataclass(frozen=True)
 class RunConfig:
     run_mode: str = knob(
-        "train",
-        "train, export and score; predict size and cost (plan); score ARTIFACT (eval)",
-        choices="train plan eval",
+        "train", "train, export and score, predict size and cost, score ARTIFACT", "train plan eval"
     )
     run_id: str = knob("auto", "name of the run's folder in RUNS_DIR; auto = date, time and seed")
     runs_dir: str = knob("runs", "folder that receives one folder per run")
     seed: int = knob(1337, "seed of initialisation and data order", 0, 2**31 - 1)
-    device: str = knob("auto", "hardware; auto = CUDA where present", choices="auto cpu cuda")
-    resume: str = knob("none", "auto = go on from the run's last checkpoint", choices="none auto")
+    device: str = knob("auto", "hardware; auto = CUDA where present", "auto cpu cuda")
+    resume: str = knob("none", "auto = go on from the run's last checkpoint", "none auto")
     artifact: str = knob("", "path of the artifact to score", needs="RUN_MODE == eval")
     checkpoint_every: float = knob(60.0, "seconds between two checkpoints; 0 = none", 0, 86400)
     train_log_every: int = knob(200, "steps between two lines of the log", 1, 10**6)
     val_loss_every: int = knob(1000, "steps between two validations; 0 = only the last", 0, 10**7)
-    allow_noncompliant: bool = knob(
-        False, "agree to what the competition does not admit; the log is marked"
-    )
+    allow_noncompliant: bool = knob(False, "do what the competition does not admit, marked so")
     strict_env: bool = knob(False, "turn warnings about environment variables into errors")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     data_path: str = knob(
-        "auto",
-        "folder of fineweb_{train,val}_*.bin; auto = FineWeb on CUDA if present, else the sample",
+        "auto", "folder of fineweb_{train,val}_*.bin; auto = FineWeb on CUDA, if present, or sample"
     )
     tokenizer_path: str = knob("auto", "SentencePiece model; auto = the data folder's own")
     vocab_size: int = knob(1024, "tokenizer size V", 2, 65536)
@@ -154,24 +150,22 @@ class DataConfig:
         "sequential",
         "order of training text: one stream; its rows at a stride (PR 726) or shuffled (PR 1394); "
         "documents packed into rows, then shuffled (arXiv 2404.10830)",
-        choices="sequential coprime shuffled packed",
+        "sequential coprime shuffled packed",
     )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    LOOPS = "NUM_LOOPS > 0"
+
     num_layers: int = knob(9, "blocks stored in the artifact", 1, 64)
     model_dim: int = knob(512, "residual width C", 16, 4096)
     num_heads: int = knob(8, "query heads H", 1, 64)
     num_kv_heads: int = knob(4, "key/value heads G; must divide NUM_HEADS", 1, 64)
     tie_embeddings: bool = knob(True, "use the token table as output head too")
     mlp_mult: float = knob(2.0, "MLP hidden width as a multiple of MODEL_DIM", 0.25, 16)
-    leaky_slope: float = knob(
-        0.0, "slope of the MLP's relu below zero, before squaring; 0 = relu squared (PR 493)", 0, 1
-    )
-    rope_dims: int = knob(
-        0, "leading dims of a head that rotate; 0 = all, -1 = none (PR 315)", -1, 512
-    )
+    leaky_slope: float = knob(0.0, "slope below zero of the MLP's squared relu (PR 493)", 0, 1)
+    rope_dims: int = knob(0, "rotating dims of a head; 0 = all, -1 = none (PR 315)", -1, 512)
     rope_base: float = knob(10000.0, "base of rotary frequencies", 10, 1e7, needs="ROPE_DIMS > -1")
     qk_gain_init: float = knob(1.5, "initial inverse temperature of each head (PR 1125)", 0.1, 20)
     bos_id: int = knob(1, "id of the token that begins each document", 0, 65535)
@@ -188,19 +182,15 @@ class ModelConfig:
     value_embed_dim: int = knob(
         128, "width of the value embedding", 1, 4096, needs="VALUE_EMBED_LAST_N > 0"
     )
-    value_residual: str = knob(
-        "none", "mix the first block's values into those of later blocks", choices="none mix"
-    )
+    value_residual: str = knob("none", "add the first block's values to later ones", "none mix")
     smear_gate: str = knob(
         "none",
         "mix each embedding with that of the token before: by channel (B, PR 162), by a gate that "
         "reads the token (C, PR 1667), the same inside documents only (D, PR 1851)",
-        choices="none B C D",
+        "none B C D",
     )
     bigram_buckets: int = knob(0, "rows of the hashed bigram embedding (PR 162); 0 = off", 0, 2**20)
-    engram_buckets: int = knob(
-        0, "rows of each of four n-gram embeddings (PR 1089); 0 = off", 0, 2**20
-    )
+    engram_buckets: int = knob(0, "rows of each of four n-gram embeddings (PR 1089)", 0, 2**20)
     engram_dim: int = knob(32, "width of n-gram embeddings", 1, 1024, needs="ENGRAM_BUCKETS > 0")
     x0_mix: bool = knob(True, "blend the embedding into the stream before each block, by channel")
     ln_scale: bool = knob(False, "damp the normalised input of block i by 1/sqrt(i + 1) (PR 315)")
@@ -208,57 +198,43 @@ class ModelConfig:
         "unet",
         "how outputs of the first half of the slots join the second: by weights, squashed weights "
         "(PR 1539) or gates (PR 1089)",
-        choices="none unet sigmoid gated",
+        "none unet sigmoid gated",
     )
     skip_pairs: str = knob(
         "half",
         "what skips connect: halves of the slot list, with all skips or as many as without loops, "
         "or blocks around the loop",
-        choices="half as_unlooped around_loop",
+        "half as_unlooped around_loop",
         needs="SKIPS != none and NUM_LOOPS > 0",
     )
     num_loops: int = knob(0, "extra passes over blocks LOOP_START to LOOP_END (PR 1394)", 0, 32)
-    loop_start: int = knob(3, "first looped block", 0, 63, needs="NUM_LOOPS > 0")
-    loop_end: int = knob(5, "last looped block", 0, 63, needs="NUM_LOOPS > 0")
+    loop_start: int = knob(3, "first looped block", 0, 63, needs=LOOPS)
+    loop_end: int = knob(5, "last looped block", 0, 63, needs=LOOPS)
     enable_looping_at: float = knob(
-        0.35,
-        "when loops begin: up to 1 a part of the run, else a step",
-        0,
-        10**8,
-        needs="NUM_LOOPS > 0",
+        0.35, "when loops begin: up to 1 a part of the run, else a step", 0, 10**8, needs=LOOPS
     )
     loop_ramp_steps: int = knob(
-        0,
-        "steps in which a gate opens each extra pass; 0 = no gates",
-        0,
-        10**6,
-        needs="NUM_LOOPS > 0",
+        0, "steps in which a gate opens each extra pass; 0 = no gates", 0, 10**6, needs=LOOPS
     )
     parallel: str = knob(
         "none",
         "attention beside the MLP: on one stream (A, PR 1412), on two (B, PR 1334), on two with "
         "learned routing (D, PR 1530)",
-        choices="none A B D",
+        "none A B D",
     )
     parallel_start: int = knob(7, "first parallel block", 0, 63, needs="PARALLEL != none")
-    softcap: str = knob(
-        "tanh", "compute the loss plainly, or in less memory", choices="tanh shifted"
-    )
+    softcap: str = knob("tanh", "compute the loss plainly, or in less memory", "tanh shifted")
     logit_softcap: float = knob(30.0, "bound in nats of the logits, through tanh", 1, 1000)
     init: str = knob(
         "default",
         "start of the matrices: uniform with zero outputs, all uniform, orthogonal (PR 162), or "
         "with outputs that undo a bit of the values, in columns or, as published, rows (PR 1089)",
-        choices="default uniform orthogonal mimetic mimetic_rows",
+        "default uniform orthogonal mimetic mimetic_rows",
     )
     embed_init: str = knob(
-        "normal",
-        "initial token table: noise, or singular vectors of the text's token pairs",
-        choices="normal svd",
+        "normal", "first token table: noise, or singular vectors of the text's pairs", "normal svd"
     )
-    tied_embed_init_std: float = knob(
-        0.005, "standard deviation of the initial token table", 1e-5, 1
-    )
+    tied_embed_init_std: float = knob(0.005, "deviation of the first token table", 1e-5, 1)
     mup_base_width: int = knob(
         0, "MODEL_DIM at which learning rates hold (muP, arXiv 2203.03466); 0 = off", 0, 4096
     )
@@ -282,6 +258,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    ITERS, FRAC = "LR_SCHEDULE == warmdown_iters", "LR_SCHEDULE != warmdown_iters"
+
     iterations: int = knob(20_000, "upper bound of optimiser steps", 1, 10**8)
     max_wallclock_seconds: float = knob(600.0, "training time; 0 = by ITERATIONS alone", 0, 10**7)
     reserve_seconds: float = knob(
@@ -290,28 +268,22 @@ class OptimConfig:
     warmup_steps: int = knob(20, "synthetic steps that prewarm kernels and are undone", 0, 1000)
     lr_schedule: str = knob(
         "warmdown_iters",
-        "decay of the learning rate at the end: linear over WARMDOWN_ITERS steps, or linear or "
-        "half a cosine over WARMDOWN_FRAC of the run",
-        choices="warmdown_iters warmdown_frac cosine",
+        "final decay of learning rates: linear over WARMDOWN_ITERS steps, or linear or half a "
+        "cosine over WARMDOWN_FRAC of the run",
+        "warmdown_iters warmdown_frac cosine",
     )
-    warmdown_iters: int = knob(
-        1200, "steps of learning-rate decay", 0, 10**7, needs="LR_SCHEDULE == warmdown_iters"
-    )
-    warmdown_frac: float = knob(
-        0.6, "learning-rate decay's part of the run", 0, 1, needs="LR_SCHEDULE != warmdown_iters"
-    )
+    warmdown_iters: int = knob(1200, "steps of learning-rate decay", 0, 10**7, needs=ITERS)
+    warmdown_frac: float = knob(0.6, "learning-rate decay's part of the run", 0, 1, needs=FRAC)
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", 0, 1)
-    seq_ramp_start: int = knob(
-        0, "first length of rows, doubled until TRAIN_SEQ_LEN; 0 = off", 0, 65536
-    )
+    seq_ramp_start: int = knob(0, "first length of rows, to double; 0 = off", 0, 65536)
     seq_ramp_frac: float = knob(
         0.3, "part of the run with shorter rows", 0, 1, needs="SEQ_RAMP_START > 0"
     )
     muon: str = knob(
         "muon",
         "stages that update matrices: the table MUON has them",
-        choices="muon muon_polar muoneq_r muoneq_r_polar muoneq_short_polar turbo_muon "
-        "turbo_muon_plus muon_plus normuon mud rmnp mousse newton_muon",
+        "muon muon_polar muoneq_r muoneq_r_polar muoneq_short_polar turbo_muon turbo_muon_plus "
+        "muon_plus normuon mud rmnp mousse newton_muon",
     )
     matrix_lr: float = knob(0.04, "learning rate of matrices", 0, 1)
     muon_steps: int = knob(
@@ -332,12 +304,10 @@ class OptimConfig:
         "decoupled",
         "what bounds matrices: MUON_WD on all entries, MUON_WD on those that the update shrinks "
         "too, or the norm of the start, with a relative MATRIX_LR",
-        choices="decoupled cautious fixed_norm",
+        "decoupled cautious fixed_norm",
     )
     muon_momentum: float = knob(0.95, "Muon momentum", 0, 0.9999)
-    muon_momentum_warmup_start: float = knob(
-        0.85, "Muon momentum at step 0 and after its cool-down", 0, 0.9999
-    )
+    muon_momentum_warmup_start: float = knob(0.85, "Muon momentum at both ends", 0, 0.9999)
     muon_momentum_warmup_steps: int = knob(
         500,
         "steps until MUON_MOMENTUM is reached",
@@ -345,13 +315,9 @@ class OptimConfig:
         10**6,
         needs="MUON_MOMENTUM_WARMUP_START != MUON_MOMENTUM",
     )
-    muon_momentum_cooldown_steps: int = knob(
-        0, "last steps, in which Muon momentum falls", 0, 10**6
-    )
+    muon_momentum_cooldown_steps: int = knob(0, "last steps, of falling momentum", 0, 10**6)
     muon_wd: float = knob(0.0, "weight decay of matrices", 0, 10, needs="MUON_DECAY != fixed_norm")
-    wd_taper_at: float = knob(
-        1.0, "part of the run until MUON_WD changes", 0, 1, needs="MUON_WD > 0"
-    )
+    wd_taper_at: float = knob(1.0, "part of the run with MUON_WD", 0, 1, needs="MUON_WD > 0")
     wd_taper_to: float = knob(0.5, "factor of MUON_WD at the end", 0, 10, needs="WD_TAPER_AT < 1")
     tied_embed_lr: float = knob(
         0.05, "AdamW rate of the tied embedding", 0, 10, needs="TIE_EMBEDDINGS == 1"
@@ -378,16 +344,14 @@ class OptimConfig:
     embed_wd: float = knob(-1.0, "weight decay of embeddings and tables; -1 = ADAM_WD", -1, 10)
     adam_l2: float = knob(0.0, "plain Adam's weight decay, inside AdamW's gradient", 0, 10)
     beta1: float = knob(0.9, "decay of AdamW's mean gradient", 0, 0.9999)
-    embed_beta1: float = knob(
-        0.0, "decay of the mean gradient of embeddings, tables and heads; 0 = BETA1", 0, 0.9999
-    )
+    embed_beta1: float = knob(0.0, "BETA1 of embeddings, tables, heads; 0 = BETA1", 0, 0.9999)
     beta2: float = knob(0.95, "decay of AdamW's mean square gradient", 0, 0.99999)
     adam_eps: float = knob(1e-8, "what AdamW adds to the root mean square", 1e-12, 1e-2)
     ademamix: str = knob(
         "none",
         "groups with a second, slow momentum: embeddings, heads and tables, scalars, or all "
         "(arXiv 2409.03137)",
-        choices="none embed scalar all",
+        "none embed scalar all",
     )
     ademamix_alpha: float = knob(
         2.0, "last weight of the slow momentum, from 0", 0, 100, needs="ADEMAMIX != none"
@@ -400,11 +364,9 @@ class OptimConfig:
         "none",
         "what is exported: the last weights, their moving average (PR 287), the mean of late "
         "snapshots, or of the second half's, weighted by the inverse of their held-out loss",
-        choices="none ema swa iw_swa",
+        "none ema swa iw_swa",
     )
-    ema_decay: float = knob(
-        0.997, "decay of the average per step", 0, 0.99999, needs="AVERAGING == ema"
-    )
+    ema_decay: float = knob(0.997, "decay of the average", 0, 0.99999, needs="AVERAGING == ema")
     swa_start: float = knob(
         0.2, "part of the peak rate below which snapshots begin", 0, 1.01, needs="AVERAGING == swa"
     )
@@ -420,88 +382,74 @@ class OptimConfig:
         "ce",
         "what is minimised: cross-entropy, the same weighted by bytes, or with one more head for "
         "the token after next, not exported; the log reports nats",
-        choices="ce byte mtp",
+        "ce byte mtp",
     )
     mtp_weight: float = knob(0.2, "weight of the multi-token loss", 0, 10, needs="OBJECTIVE == mtp")
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    matrix_bits: int = knob(
-        8, "bits of block matrices; 16 = fp16", 2, 16, choices="2 3 4 5 6 7 8 16"
-    )
-    mlp_bits: int = knob(
-        0, "bits of MLP matrices; 0 = MATRIX_BITS", 0, 16, choices="0 2 3 4 5 6 7 8 16"
-    )
-    embed_bits: int = knob(8, "bits of all tables; 16 = fp16", 2, 16, choices="2 3 4 5 6 7 8 16")
+    SIGMAS, INPUTS = "CLIP == sigma", "ROUNDING != nearest or LQER_RANK > 0"
+
+    matrix_bits: int = knob(8, "bits of block matrices; 16 = fp16", "2 3 4 5 6 7 8 16")
+    mlp_bits: int = knob(0, "bits of MLP matrices; 0 = MATRIX_BITS", "0 2 3 4 5 6 7 8 16")
+    embed_bits: int = knob(8, "bits of all tables; 16 = fp16", "2 3 4 5 6 7 8 16")
     qat: str = knob(
         "none",
         "train block matrices through the export grid by straight-through gradients (ste, PR 66)",
-        choices="none ste",
+        "none ste",
         needs="MATRIX_BITS < 16",
     )
-    qat_start_frac: float = knob(
-        0.0, "part of the run before QAT begins", 0, 1, needs="QAT != none"
-    )
+    qat_start_frac: float = knob(0.0, "part of the run without QAT", 0, 1, needs="QAT != none")
     clip: str = knob(
         "quantile",
         "what becomes a row's largest level: the 0.9999984 quantile of its magnitudes, the best of "
         "five quantiles (search, PR 374), or a multiple of its standard deviation (sigma, PR 1394)",
-        choices="quantile search sigma",
+        "quantile search sigma",
     )
     matrix_clip_sigmas: float = knob(
-        12.85, "clip of attention matrices over a row's deviation", 0.5, 100, needs="CLIP == sigma"
+        12.85, "clip of attention matrices over a row's deviation", 0.5, 100, needs=SIGMAS
     )
     mlp_clip_sigmas: float = knob(
-        0.0,
-        "clip of MLP matrices over a row's deviation; 0 = MATRIX_CLIP_SIGMAS",
-        0,
-        100,
-        needs="CLIP == sigma",
+        0.0, "clip of MLP matrices over the same; 0 = MATRIX_CLIP_SIGMAS", 0, 100, needs=SIGMAS
     )
     embed_clip_sigmas: float = knob(
         20.0,
         "clip of tables over a row's deviation",
         0.5,
         100,
-        needs="CLIP == sigma and EMBED_BITS < 16",
+        needs=SIGMAS + " and EMBED_BITS < 16",
     )
     rounding: str = knob(
         "nearest",
         "how a weight becomes a level: the nearest; making up for errors of earlier columns (gptq, "
         "arXiv 2210.17323); or so by the best path of a trellis (arXiv 2603.04956)",
-        choices="nearest gptq trellis",
+        "nearest gptq trellis",
     )
     calibration: str = knob(
         "train",
         "text that shows matrices' inputs: training text, or the model's own (PR 1019)",
-        choices="train self",
-        needs="ROUNDING != nearest or LQER_RANK > 0",
+        "train self",
+        needs=INPUTS,
     )
     calibration_tokens: int = knob(
-        65_536,
-        "tokens that show matrices' inputs",
-        8,
-        2**26,
-        needs="ROUNDING != nearest or LQER_RANK > 0",
+        65_536, "tokens that show matrices' inputs", 8, 2**26, needs=INPUTS
     )
     lqer_rank: int = knob(0, "rank of a correction of the worst errors (PR 1797); 0 = none", 0, 64)
     allocation: str = knob(
-        "tag",
-        "what divides precision among matrices: their tag, or the held-out loss that each costs",
-        choices="tag loss",
+        "tag", "what divides precision: a matrix's tag, or the held-out loss it costs", "tag loss"
     )
     fit_budget: str = knob(
         "none",
         "how code and model meet ARTIFACT_BUDGET_BYTES: not at all, by one factor of all steps, by "
         "whole bits where they help most, or by small levels set to zero (prune, PR 1089)",
-        choices="none steps bits prune",
+        "none steps bits prune",
     )
     scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 = the published int8 exports", 0, 1)
     codec: str = knob(
         "zlib",
         "compressor; rans = this script's own",
-        choices="zlib lzma zstd brotli brotli_shuffle rans",
+        "zlib lzma zstd brotli brotli_shuffle rans",
     )
     artifact_budget_bytes: int = knob(16_000_000, "most bytes of code and model together", 1, 2**40)
 
@@ -514,12 +462,13 @@ class QuantConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     LORA, WHOLE = "TTT in lora,phased", "TTT in sgd,phased"  # who learns
+    PHASED, PREQUANT = "TTT == phased", "TTT == prequant"
 
     eval: str = knob(
         "chunked",
         "how the official score is taken: chunks of TRAIN_SEQ_LEN, or windows of EVAL_SEQ_LEN over "
         "the whole text (sliding) or inside each document (doc)",
-        choices="chunked sliding doc",
+        "chunked sliding doc",
     )
     eval_seq_len: int = knob(1024, "tokens of a window", 2, 65536, needs="EVAL != chunked")
     eval_stride: int = knob(
@@ -530,51 +479,41 @@ class EvalConfig:
         "none",
         "what learns from scored text: all weights (sgd, PR 549), adapters of each document (lora, "
         "PR 1530), both (phased, PR 1610); prequant trains before quantisation (PR 1539)",
-        choices="none sgd lora phased prequant",
+        "none sgd lora phased prequant",
     )
     ttt_lr: float = knob(0.005, "peak rate of all weights while scoring", 0, 1, needs=WHOLE)
     ttt_momentum: float = knob(0.9, "momentum of all weights while scoring", 0, 0.9999, needs=WHOLE)
     ttt_epochs: int = knob(3, "updates of all weights on each scored chunk", 1, 100, needs=WHOLE)
-    ttt_chunk_tokens: int = knob(
-        32_768, "scored tokens that one update of all weights sees", 1, 2**24, needs=WHOLE
-    )
+    ttt_chunk_tokens: int = knob(32_768, "scored tokens in such an update", 1, 2**24, needs=WHOLE)
     ttt_lora_rank: int = knob(96, "rank of the adapters of each document", 1, 4096, needs=LORA)
-    ttt_lora_alpha: float = knob(
-        96.0, "strength of adapters, over TTT_LORA_RANK", 0, 1e4, needs=LORA
-    )
+    ttt_lora_alpha: float = knob(96.0, "strength of adapters times rank", 0, 1e4, needs=LORA)
     ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", 0, 1, needs=LORA)
     ttt_lora_wd: float = knob(0.5, "weight decay of the adapters", 0, 100, needs=LORA)
     ttt_lora_beta2: float = knob(
         0.999, "AdamW beta2 of adapters; beta1 is 0", 0, 0.99999, needs=LORA
     )
-    ttt_lora_chunk: int = knob(
-        48, "scored tokens between updates of adapters", 1, 65536, needs=LORA
-    )
+    ttt_lora_chunk: int = knob(48, "scored tokens between adapters' updates", 1, 65536, needs=LORA)
     ttt_lora_docs: int = knob(64, "documents whose adapters learn at once", 1, 4096, needs=LORA)
     ttt_warm_a: bool = knob(
-        False,
-        "begin a document with the A matrices of its lane's earlier ones (PR 1767)",
-        needs=LORA,
+        False, "keep A matrices from document to document (PR 1767)", needs=LORA
     )
-    ttt_phases: int = knob(3, "how often all weights learn", 1, 100, needs="TTT == phased")
+    ttt_phases: int = knob(3, "how often all weights learn", 1, 100, needs=PHASED)
     ttt_phase_docs: int = knob(
         2000,
-        "longest documents, in TTT_PHASES parts, after which all weights learn",
+        "longest documents, in TTT_PHASES parts, before all weights learn",
         1,
         10**6,
-        needs="TTT == phased",
+        needs=PHASED,
     )
     prequant_text: str = knob(
         "val",
         "text of TTT=prequant: val is not admissible; train, the control, holds out as much",
-        choices="val train",
-        needs="TTT == prequant",
+        "val train",
+        needs=PREQUANT,
     )
-    prequant_lr: float = knob(5e-4, "peak rate of TTT=prequant", 0, 1, needs="TTT == prequant")
-    prequant_epochs: int = knob(6, "passes of TTT=prequant", 1, 1000, needs="TTT == prequant")
-    prequant_rows: int = knob(
-        32, "rows in an update of TTT=prequant", 1, 65536, needs="TTT == prequant"
-    )
+    prequant_lr: float = knob(5e-4, "peak rate of TTT=prequant", 0, 1, needs=PREQUANT)
+    prequant_epochs: int = knob(6, "passes of TTT=prequant", 1, 1000, needs=PREQUANT)
+    prequant_rows: int = knob(32, "rows in an update of TTT=prequant", 1, 65536, needs=PREQUANT)
 
     @property
     def compliant(self) -> bool:
@@ -588,12 +527,10 @@ class SystemConfig:
         "auto",
         "matrix products: fp32, fp32 by the fastest route (medium) or bf16; auto = bf16 on CUDA, "
         "the fastest accurate one on CPU",
-        choices="auto fp32 medium bf16",
+        "auto fp32 medium bf16",
     )
-    attention: str = knob(
-        "auto", "causal kernel; auto = the faster one", choices="auto sdpa blocked"
-    )
-    compile: str = knob("auto", "torch.compile; auto = when it pays", choices="auto off on")
+    attention: str = knob("auto", "causal kernel; auto = the faster one", "auto sdpa blocked")
+    compile: str = knob("auto", "torch.compile; auto = when it pays", "auto off on")
     micro_batch_tokens: int = knob(65_536, "most tokens of one pass on a rank", 8, 2**24)
     threads: int = knob(0, "CPU threads of each rank; 0 = all cores of this process", 0, 1024)
 
@@ -800,71 +737,70 @@ def model_rules(v: SimpleNamespace) -> Iterator[str]:
     """What is wrong with the shape of the model."""
     width = v.model_dim // v.num_heads
     if v.model_dim % v.num_heads:
-        yield "MODEL_DIM is not divisible by NUM_HEADS"
+        yield "{MODEL_DIM} is not divisible by {NUM_HEADS}"
     elif v.rope_dims == 0 and width % 2:
-        yield "MODEL_DIM over NUM_HEADS must be even for rotary positions"
+        yield "{MODEL_DIM} over {NUM_HEADS} must be even for rotary positions"
     if v.num_heads % v.num_kv_heads:
-        yield "NUM_HEADS is not divisible by NUM_KV_HEADS"
+        yield "{NUM_HEADS} is not divisible by {NUM_KV_HEADS}"
     if v.rope_dims > 0 and (v.rope_dims % 2 or v.rope_dims > width):
-        yield "ROPE_DIMS must be -1, or even and at most MODEL_DIM over NUM_HEADS"
+        yield "{ROPE_DIMS} must be -1, or even and at most {MODEL_DIM} over {NUM_HEADS}"
     if v.bigram_buckets == 1:
-        yield "BIGRAM_BUCKETS=1: want 0 (off) or at least 2"
+        yield "{BIGRAM_BUCKETS}: want 0 (off) or at least 2"
     if v.num_loops and not v.loop_start <= v.loop_end < v.num_layers:
-        yield "LOOP_START to LOOP_END are not blocks of NUM_LAYERS"
+        yield "{LOOP_START} to {LOOP_END} are not blocks of {NUM_LAYERS}"
     if v.parallel != "none" and v.parallel_start >= v.num_layers:
-        yield "PARALLEL_START is not a block of NUM_LAYERS"
+        yield "{PARALLEL_START} is not a block of {NUM_LAYERS}"
     if v.num_loops and v.parallel in ("B", "D") and v.parallel_start <= v.loop_end:
-        yield "PARALLEL_START must be larger than LOOP_END: two lanes cannot be looped"
+        yield "{PARALLEL_START} must be larger than {LOOP_END}: two lanes cannot be looped"
     if v.skip_pairs == "around_loop" and not v.num_loops:
-        yield "SKIP_PAIRS=around_loop needs loops, not NUM_LOOPS"
+        yield "{SKIP_PAIRS} needs loops, not {NUM_LOOPS}"
     if v.embed_init == "svd" and v.vocab_size > 16_384:
-        yield "EMBED_INIT=svd counts VOCAB_SIZE squared pairs; want at most 16 384 tokens"
+        yield "{EMBED_INIT} counts {VOCAB_SIZE} squared pairs; want at most 16 384 tokens"
 
 
 def run_rules(v: SimpleNamespace) -> Iterator[str]:
     """What is wrong with the run and its training."""
     if v.run_mode != "eval" and v.train_batch_tokens % v.train_seq_len:
-        yield "TRAIN_BATCH_TOKENS is not a multiple of TRAIN_SEQ_LEN"
+        yield "{TRAIN_BATCH_TOKENS} is not a multiple of {TRAIN_SEQ_LEN}"
     if v.seq_ramp_start and v.train_seq_len not in [v.seq_ramp_start << i for i in range(17)]:
-        yield "SEQ_RAMP_START doubled some times is not TRAIN_SEQ_LEN"
+        yield "{SEQ_RAMP_START} doubled some times is not {TRAIN_SEQ_LEN}"
     if v.max_wallclock_seconds and v.reserve_seconds >= v.max_wallclock_seconds:
-        yield "RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
+        yield "{RESERVE_SECONDS} must be less than {MAX_WALLCLOCK_SECONDS}"
     if "polar" in v.muon and v.muon_steps not in (0, *POLAR_EXPRESS):
-        yield "MUON_STEPS: MUON has coefficients for 4 or 5 steps, 0 = 5"
+        yield "{MUON_STEPS}: {MUON} has coefficients for 4 or 5 steps, 0 = 5"
     if -1 < v.embed_wd < 0:
-        yield "EMBED_WD must be at least 0, or -1 for ADAM_WD"
+        yield "{EMBED_WD} must be at least 0, or -1 for ADAM_WD"
     if acts("held_out_tokens", vars(v)) and v.held_out_tokens <= v.train_seq_len:
-        yield "HELD_OUT_TOKENS must be larger than TRAIN_SEQ_LEN"
+        yield "{HELD_OUT_TOKENS} must be larger than {TRAIN_SEQ_LEN}"
     if v.device == "cuda" and not torch.cuda.is_available():
-        yield "DEVICE=cuda but this machine has no usable CUDA device; set DEVICE=cpu or auto"
+        yield "{DEVICE} but this machine has no usable CUDA device; set DEVICE=cpu or auto"
     if not plain_name(v.run_id):
         yield (
-            "RUN_ID must be a plain folder name: up to 128 printable characters, none of them a "
-            "slash or backslash, no dot or dash in front and no space at the ends"
+            "{RUN_ID} must be a plain folder name: up to 128 printable characters, no slash or "
+            "backslash, no dot or dash in front and no space at the ends"
         )
 
 
 def export_rules(v: SimpleNamespace) -> Iterator[str]:
     """What is wrong with the export."""
     if v.fit_budget == "steps" and v.clip != "sigma":
-        yield "FIT_BUDGET=steps needs CLIP=sigma, not CLIP"
+        yield "{FIT_BUDGET} needs CLIP=sigma, not {CLIP}"
     if v.fit_budget in ("bits", "prune") and v.rounding not in ("nearest", "gptq"):
-        yield "FIT_BUDGET needs ROUNDING=nearest or gptq, not ROUNDING"
+        yield "{FIT_BUDGET} needs ROUNDING=nearest or gptq, not {ROUNDING}"
     if v.allocation != "tag" and v.fit_budget != "bits" and v.clip != "sigma":
-        yield "ALLOCATION needs CLIP=sigma, not CLIP, or FIT_BUDGET=bits"
+        yield "{ALLOCATION} needs CLIP=sigma, not {CLIP}, or FIT_BUDGET=bits"
     moves = {
-        "ROUNDING": v.rounding == "trellis",
-        "LQER_RANK": v.lqer_rank > 0,
-        "ALLOCATION": v.allocation != "tag",
-        "FIT_BUDGET": v.fit_budget in ("steps", "bits"),
-        "CLIP with ROUNDING": v.clip == "search" and v.rounding == "gptq",
+        "{ROUNDING}": v.rounding == "trellis",
+        "{LQER_RANK}": v.lqer_rank > 0,
+        "{ALLOCATION}": v.allocation != "tag",
+        "{FIT_BUDGET}": v.fit_budget in ("steps", "bits"),
+        "{CLIP} with {ROUNDING}": v.clip == "search" and v.rounding == "gptq",
     }
     for what, moved in moves.items():
         if v.qat != "none" and moved:
-            yield f"QAT trains on the grid of the export, which is moved by {what}"
-    if v.codec not in available_codecs():
-        left = ", ".join(available_codecs())
-        yield f"CODEC needs a package that is not installed; available: {left}"
+            yield "{QAT} trains on the grid of the export, which is moved by " + what
+    if v.codec not in (left := available_codecs()):
+        yield "{CODEC} needs a package that is not installed; available: " + ", ".join(left)
 
 
 def slides(v: SimpleNamespace) -> bool:
@@ -874,37 +810,37 @@ def slides(v: SimpleNamespace) -> bool:
 
 def eval_rules(v: SimpleNamespace) -> Iterator[str]:
     """What is wrong with the evaluation."""
-    window = "EVAL_STRIDE" if slides(v) else "TRAIN_SEQ_LEN"  # what it scores
+    adapts = v.ttt in ("lora", "phased")
     if slides(v) and v.eval_stride > v.eval_seq_len:
-        yield "EVAL_STRIDE is larger than EVAL_SEQ_LEN"
-    if v.ttt in ("lora", "phased") and v.ttt_lora_chunk > v.eval_seq_len:
-        yield "TTT_LORA_CHUNK is larger than EVAL_SEQ_LEN"
-    if v.ttt == "sgd" and v.eval == "doc" or v.ttt in ("lora", "phased") and v.eval != "doc":
-        yield "EVAL does not go with TTT: sgd needs chunked or sliding, lora and phased need doc"
-    elif v.ttt == "sgd" and v.ttt_chunk_tokens < vars(v)[window.lower()]:
-        yield f"TTT_CHUNK_TOKENS is less than a window scores: {window}"
+        yield "{EVAL_STRIDE} is larger than {EVAL_SEQ_LEN}"
+    if adapts and v.ttt_lora_chunk > v.eval_seq_len:
+        yield "{TTT_LORA_CHUNK} is larger than {EVAL_SEQ_LEN}"
+    if v.ttt == "sgd" and v.eval == "doc" or adapts and v.eval != "doc":
+        yield "{EVAL} does not go with {TTT}: sgd needs chunked or sliding, lora and phased doc"
+    elif v.ttt == "sgd":
+        scored = "EVAL_STRIDE" if slides(v) else "TRAIN_SEQ_LEN"
+        if v.ttt_chunk_tokens < vars(v)[scored.lower()]:
+            yield "{TTT_CHUNK_TOKENS} is less than a window scores: {" + scored + "}"
     validation = v.ttt == "prequant" and v.prequant_text == "val" and v.run_mode == "train"
     if validation and not v.allow_noncompliant:
         yield (
-            "TTT=prequant trains on validation text before it is scored, which the competition "
-            "does not admit; set ALLOW_NONCOMPLIANT=1 to do it anyway, or PREQUANT_TEXT=train"
+            "{TTT} trains on validation text before it is scored, which the competition does not "
+            "admit; set ALLOW_NONCOMPLIANT=1 to do it anyway, or PREQUANT_TEXT=train"
         )
 
 
-# What would fail after training is refused before any work. Each yields its messages, to which the
-# values of the knobs in them are added.
+# What would fail after training is refused before any work. Each yields its messages, in which a
+# knob in braces becomes KNOB=value.
 RULES = (model_rules, run_rules, export_rules, eval_rules)
 # Variables of published scripts: names, our knob, values; after a colon, why not. Without values
 # they are the same. `a=b` reads their a as our b; `a=b>c` only turns our b into c; `*x` multiplies
-# by x, `*` multiplies what we have. A dash for the knob: no counterpart, but the values listed
-# (`any`: all) are what happens anyway, and so is every value beside `X?`, another variable.
+# by x, `*` multiplies what we have. A dash for the knob: no counterpart, but the values listed are
+# what happens anyway. Who has set the one knob that `set` names is told nothing.
 PUBLISHED = """
 CASEOPS_ENABLED caseops
-DATA_DIR - DATA_PATH? : set DATA_PATH
+DATA_DIR - : set DATA_PATH
 ARTIFACT_DIR - : set RUNS_DIR and RUN_ID
 GRAD_ACCUM_STEPS - : passes follow from MICRO_BATCH_TOKENS
-VAL_BATCH_SIZE VAL_BATCH_TOKENS EVAL_BATCH_SEQS WITHIN_TAU WORD_TAU - any
-GPTQ_BLOCK_SIZE LQER_GROUP_SIZE - any
 VAL_DOC_FRACTION EVAL_INCLUDE_TAIL - 1 : the whole text is scored
 EMBEDDING_DIM model_dim
 MLP_HIDDEN - 0 : set MLP_MULT
@@ -919,20 +855,19 @@ REPEAT_UNTIE_MLP - none
 DISABLE_LAYER0_ATTN DTG_ENABLED LAWA_ENABLED HESSIAN_CLIP_LAMBDA AWQ_LITE_ENABLED - 0
 SEQ_CHANGE_WARMUP_STEPS SPARSE_ATTN_GATE_INIT_STD TTT_BETA1 TTT_LORA_EMA_DECAY TRIGRAM - 0
 GLOBAL_TTT_WARMUP_START_LR GLOBAL_TTT_WARMUP_CHUNKS ETLB_ENABLED - 0
-NGRAM_TILT_ENABLED NGRAM_HINT_PRECOMPUTE_OUTSIDE - 0
+NGRAM_TILT_ENABLED NGRAM_HINT_PRECOMPUTE_OUTSIDE TOKEN_BOOST - 0
 SMEAR_GATE smear_gate 0=none 1=B
 SMEAR_GATE_ENABLED smear_gate 0=none 1=D
 SMEAR_GATE_BOS_FIX smear_gate 0=D>C 1=C>D
 SMEAR_GATE_WIDTH GATE_WINDOW GATE_WIDTH - 12
 SPARSE_ATTN_GATE_SCALE output_gate_scale
 SPARSE_ATTN_GATE_ENABLED output_gate_scale 1=0.0>1.0 0=0.0
-GATED_ATTN_ENABLED GATED_ATTENTION - 0 : set OUTPUT_GATE_SCALE, the gate of the last leaders
-ATTN_OUT_GATE_ENABLED GATE_ATTN_OUT - 0 : set OUTPUT_GATE_SCALE, the gate of the last leaders
+GATED_ATTN_ENABLED GATED_ATTENTION ATTN_OUT_GATE_ENABLED GATE_ATTN_OUT - 0 : set OUTPUT_GATE_SCALE
 GATED_ATTN_INIT_STD - 0.005
 GATED_ATTN_QUANT_GATE - 0 : gates are stored as fp16
 ATTN_OUT_GATE_SRC GATE_ATTN_SRC - proj
-ROPE_TRAIN_SEQ_LEN - : positions are never rescaled here; set ROPE_BASE
-ROPE_YARN - 0 : positions are never rescaled here; set ROPE_BASE
+ROPE_TRAIN_SEQ_LEN - : set ROPE_BASE
+ROPE_YARN - 0 : set ROPE_BASE
 BIGRAM_VOCAB_SIZE BIGRAM_HASH_BUCKETS bigram_buckets
 BIGRAM_DIM BIGRAM_HASH_DIM - 128
 VE_ENABLED value_embed_last_n 1=0>2 0=0
@@ -940,7 +875,7 @@ VE_DIM value_embed_dim
 VE_LAYERS value_embed_last_n 9,10=2 : set VALUE_EMBED_LAST_N
 VALUE_RESIDUAL value_residual 0=none 1=mix
 FUSED_CE_ENABLED softcap 1=shifted 0=tanh
-ASYM_LOGIT_RESCALE - 0 : the two caps are never trained where they were published
+ASYM_LOGIT_RESCALE - 0 : no published run trained its caps
 MTP_NUM_HEADS objective 0=mtp>ce 1=ce>mtp : one head at most
 MTP_LOSS_WEIGHT mtp_weight
 TRAIN_SEQ_SCHEDULE TRAIN_SEQ_SCHEDULE_MODE - : set SEQ_RAMP_START and SEQ_RAMP_FRAC
@@ -957,17 +892,16 @@ SWA_START_FRAC swa_start
 EMA_ENABLED averaging 1=ema 0=ema>none
 QAT qat 0=none 1=ste
 QAT_ENABLED qat 0=none 1=none>ste
-LATE_QAT_THRESHOLD LATE_QAT - 0 : set QAT=ste and QAT_START_FRAC, a part of the run
-INT4_LAYERS INT6_LAYERS TTT_EVAL_BATCHES -
+LATE_QAT_THRESHOLD LATE_QAT - 0 : set QAT=ste and QAT_START_FRAC
 ATTN_CLIP_SIGMAS matrix_clip_sigmas
 GPTQ_ENABLED rounding 1=gptq 0=gptq>nearest
 GPTQ_CALIBRATION_BATCHES GPTQ_CALIB_BATCHES calibration_tokens *98304
 LQER_ENABLED lqer_rank 1=0>4 0=0
 LQER_TOP_K - 3
 LQER_FACTOR_BITS - 4
-LQER_ASYM_ENABLED - 0 : both factors have 4 bits here
-LQER_ASYM_GROUP - : both factors have 4 bits and a step per row here
-AWQ_LITE_BITS AWQ_LITE_GROUP_TOP_K AWQ_LITE_GROUP_SIZE - : AWQ-lite is not built
+LQER_ASYM_ENABLED LQER_ASYM_GROUP - 0 : both factors have 4 bits here and a step per row
+INT4_LAYERS INT6_LAYERS AWQ_LITE_BITS AWQ_LITE_GROUP_TOP_K AWQ_LITE_GROUP_SIZE -
+TTT_EVAL_BATCHES TOKEN_ORDER TOKEN_THRESHOLD -
 COMPRESSOR codec brotli=brotli_shuffle lzma=lzma zlib=zlib zstd=zstd pergroup=rans
 TARGET_MB - : set ARTIFACT_BUDGET_BYTES and FIT_BUDGET
 SLIDING_WINDOW_ENABLED eval 1=chunked>sliding 0=sliding>chunked
@@ -982,42 +916,41 @@ TTT_BATCH_SIZE ttt_lora_docs
 TTT_BATCH_SEQS GLOBAL_TTT_BATCH_SEQS - 32
 TTT_GRAD_STEPS TTT_GRAD_CLIP TTT_UPDATE_EVERY GPTQ_ALL_REDUCE - 1
 GLOBAL_TTT_GRAD_CLIP GLOBAL_TTT_RESPECT_DOC_BOUNDARIES - 1
-TTT_FREEZE_BLOCKS - 0 : all weights learn
+TTT_FREEZE_BLOCKS PREQUANT_TTT_FREEZE_BLOCKS - 0 : all weights learn
 TTT_OPTIMIZER - adam sgd
 TTT_BETA2 ttt_lora_beta2
 TTT_WEIGHT_DECAY ttt_lora_wd
 TTT_LOCAL_LR_MULT ttt_lora_lr *
 TTT_WARM_START_A ttt_warm_a
-TTT_MASK - all none : every site has an adapter
 TTT_Q_LORA TTT_K_LORA TTT_V_LORA TTT_O_LORA TTT_MLP_LORA - 1 : every site has an adapter
-TTT_SHORT_SCORE_FIRST_ENABLED - 0 : documents of any length have TTT_LORA_CHUNK
-TTT_SHORT_DOC_LEN TTT_SHORT_CHUNK_SIZE - : documents of any length have TTT_LORA_CHUNK
-TTT_SHORT_SCORE_FIRST_STEPS - : documents of any length have TTT_LORA_CHUNK
+TTT_MASK - all none : every site has an adapter
+TTT_SHORT_SCORE_FIRST_ENABLED TTT_SHORT_DOC_LEN - 0 : every document has TTT_LORA_CHUNK
+TTT_SHORT_CHUNK_SIZE TTT_SHORT_SCORE_FIRST_STEPS - 0 : every document has TTT_LORA_CHUNK
 PREQUANT_TTT_ENABLED ttt 1=prequant 0=prequant>none
 PREQUANT_TTT_LR prequant_lr
 PREQUANT_TTT_EPOCHS prequant_epochs
 PREQUANT_TTT_BATCH_SEQS prequant_rows
-PREQUANT_TTT_FREEZE_BLOCKS - 0 : all weights learn
 PREQUANT_TTT_GRAD_CLIP PREQUANT_TTT_COSINE_DECAY - 1
 GLOBAL_TTT_LR ttt_lr
 GLOBAL_TTT_MOMENTUM ttt_momentum
 GLOBAL_TTT_EPOCHS ttt_epochs
 GLOBAL_TTT_CHUNK_TOKENS ttt_chunk_tokens
-TOKEN_ORDER TOKEN_THRESHOLD - : NGRAM_TILT is not built
-TOKEN_BOOST - 0 : NGRAM_TILT is not built
 WITHIN_BOOST WORD_BOOST AGREE_ADD_BOOST - 0 : not admissible
 """
 # Names that people type out of habit.
-HABITS = """
-LR=MATRIX_LR LEARNING_RATE=MATRIX_LR WEIGHT_DECAY=MUON_WD GRAD_CLIP=GRAD_CLIP_NORM
-BATCH_SIZE=TRAIN_BATCH_TOKENS SEQ_LEN=TRAIN_SEQ_LEN STEPS=ITERATIONS MAX_STEPS=ITERATIONS
-N_LAYER=NUM_LAYERS N_HEAD=NUM_HEADS N_EMBD=MODEL_DIM
-"""
-ALIASES = dict(pair.split("=") for pair in HABITS.split())
-# What launchers, schedulers and libraries set, although it begins like a knob of ours.
+ALIASES = dict(
+    pair.split("=")
+    for pair in """
+    LR=MATRIX_LR LEARNING_RATE=MATRIX_LR WEIGHT_DECAY=MUON_WD GRAD_CLIP=GRAD_CLIP_NORM
+    BATCH_SIZE=TRAIN_BATCH_TOKENS SEQ_LEN=TRAIN_SEQ_LEN STEPS=ITERATIONS MAX_STEPS=ITERATIONS
+    N_LAYER=NUM_LAYERS N_HEAD=NUM_HEADS N_EMBD=MODEL_DIM""".split()
+)
+# What launchers, schedulers and libraries set, although it begins like a knob of ours, and what
+# published scripts read but no score depends on.
 NOT_OURS = set(
-    "GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE "
-    "RANK MAX_JOBS USE_FLASH_ATTENTION".split()
+    """GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
+    RANK MAX_JOBS USE_FLASH_ATTENTION VAL_BATCH_SIZE VAL_BATCH_TOKENS EVAL_BATCH_SEQS WITHIN_TAU
+    WORD_TAU GPTQ_BLOCK_SIZE LQER_GROUP_SIZE""".split()
 )
 
 
@@ -1031,11 +964,11 @@ def pick_device(asked: str) -> str:
 def default_preset(env: dict[str, str]) -> str:
     """On CUDA the best admissible system for the shards at DATA_PATH or, by default, under
     data/datasets; on a CPU, or without shards, what two cores train in two minutes."""
-    if pick_device(env.get("DEVICE", "auto")) == "cpu":
-        return CPU_PRESET
     folders = (SCRIPT.parent / "data" / "datasets").glob("fineweb10B_*")
     if env.get("DATA_PATH", "auto") != "auto":
         folders = [Path(env["DATA_PATH"])]
+    if pick_device(env.get("DEVICE", "auto")) == "cpu":
+        folders = []
     names = [folder.name for folder in folders if any(folder.glob("fineweb_train_*.bin"))]
     for mark, preset in CUDA_PRESETS.items():
         if any(mark in name for name in names):
@@ -1046,44 +979,72 @@ def default_preset(env: dict[str, str]) -> str:
 def parse_knob(name: str, text: str) -> Any:
     """The value of an environment string. Raises UserError with what is allowed."""
     f = KNOBS[name][1]
-    kind, meta = type(f.default), f.metadata
-    if kind is str and f.default and not text:
-        raise UserError(f"{name.upper()}='': want {allowed(f)} ({meta['doc']})")
+    kind, m, want = type(f.default), f.metadata, allowed(f)
+    switch = {"0": False, "false": False, "1": True, "true": True}
     try:
-        if kind is bool:
-            value = {"0": False, "false": False, "1": True, "true": True}[text.lower()]
-        else:
-            value = kind(text)
+        value = switch[text.lower()] if kind is bool else kind(text)
+        good = m["lo"] is None or m["lo"] <= value <= m["hi"]
+        if m["choices"]:
+            good = value in m["choices"]
     except (ValueError, KeyError):
-        want = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"{name.upper()}={text!r}: want {want} ({meta['doc']})") from None
-    outside = meta["lo"] is not None and not meta["lo"] <= value <= meta["hi"]
-    if outside or meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{name.upper()}={text}: want {allowed(f)} ({meta['doc']})")
+        good, want = False, {bool: want, int: "a whole number", float: "a number"}[kind]
+    if not good or f.default and not text:
+        raise UserError(f"{name.upper()}={text or repr(text)}: want {want} ({m['doc']})")
     return value
 
 
 def allowed(f) -> str:
     """What a knob accepts, in words."""
-    if f.metadata["choices"]:
-        return "one of " + ", ".join(map(str, f.metadata["choices"]))
+    m = f.metadata
+    if m["choices"]:
+        return "one of " + ", ".join(map(str, m["choices"]))
     if type(f.default) is bool:
         return "0 or 1"
-    if f.metadata["lo"] is None:
-        return "text"
-    return f"{f.metadata['lo']:,} to {f.metadata['hi']:,}".replace(",", " ")
+    return "text" if m["lo"] is None else f"{m['lo']:,} to {m['hi']:,}".replace(",", " ")
+
+
+def set_knobs(values: dict[str, Any], texts: dict[str, str]) -> dict[str, str]:
+    """Parse {knob: text} into values; returns {knob: error}."""
+    errors = {}
+    for name, text in texts.items():
+        try:
+            values[name] = parse_knob(name, text)
+        except UserError as error:
+            errors[name] = str(error)
+    return errors
+
+
+def own_knobs(env: dict[str, str]) -> dict[str, str]:
+    """{knob: text} of the variables that are knobs."""
+    return {name: env[name.upper()] for name in KNOBS if name.upper() in env}
+
+
+def preset_values(preset: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """All values of a preset and where each comes from. Raises UserError if it is unknown."""
+    values, origins = dict(DEFAULTS), dict.fromkeys(KNOBS, "default")
+    for part in preset.split("+"):
+        if part not in PRESETS:
+            known = f"want one of {', '.join(PRESETS)}, joined by +"
+            raise UserError(f"PRESET={preset}: unknown preset {part!r}; {known}")
+        for setting in PRESETS[part].split():
+            name, _, text = setting.partition("=")
+            knob = name.rstrip("<").lower()
+            value = parse_knob(knob, text)
+            values[knob] = min(values[knob], value) if name.endswith("<") else value
+            origins[knob] = part
+    return values, origins
 
 
 def published_rules() -> dict[str, tuple[str, list[str], str]]:
     """PUBLISHED as {variable: (our knob or a dash, values, why not)}."""
     rules = {}
     for line in PUBLISHED.strip().splitlines():
-        entry, _, why = line.partition(" :")
+        entry, colon, why = line.partition(":")
         words = entry.split()
         names = list(itertools.takewhile(str.isupper, words))
         knob, *pairs = words[len(names) :]
         for name in names:
-            rules.setdefault(name, (knob, [], why))[1].extend(pairs)
+            rules.setdefault(name, (knob, [], colon + why))[1].extend(pairs)
     return rules
 
 
@@ -1095,113 +1056,51 @@ def same_text(a: str, b: str) -> bool:
         return a == b
 
 
-def read_published(text: str, knob: str, pairs: list[str], values: dict[str, Any]) -> str | None:
-    """What a knob becomes when a published variable has this text; None = it stays.
-    Raises LookupError when its line in PUBLISHED has no such value."""
-    if knob == "-":
-        if pairs == ["any"] or not text or any(same_text(text, pair) for pair in pairs):
-            return None
-        raise LookupError
-    if not pairs:
+def read_published(text: str, pairs: list[str], now: Any) -> str:
+    """What a knob that is `now` (None: there is none) becomes when a published variable has this
+    text; "" = it stays. Raises LookupError or ValueError for a text unknown to PUBLISHED."""
+    if not pairs and now is not None:
         return text
-    if pairs[0].startswith("*"):
-        number = float(text) * float(pairs[0][1:] or values[knob])
-        return str(round(number) if type(values[knob]) is int else number)
-    meant = [pair.partition("=")[2] for pair in pairs if same_text(text, pair.partition("=")[0])]
-    for change in meant:
-        was, turn, becomes = change.rpartition(">")
-        if not turn or was == str(values[knob]):
-            return becomes
-    if not meant:
+    if pairs and pairs[0].startswith("*"):
+        number = float(text) * float(pairs[0][1:] or now)
+        return str(round(number) if type(now) is int else number)
+    changes = [pair.partition("=")[2] for pair in pairs if same_text(text, pair.partition("=")[0])]
+    if not changes:
         raise LookupError
-    return None
+    for change in changes:
+        was, turn, becomes = change.rpartition(">")
+        if not turn or was == str(now):
+            return becomes
+    return ""
 
 
 def translate(
     env: dict[str, str], values: dict[str, Any] | None = None
 ) -> tuple[dict[str, str], list[str], dict[str, str]]:
-    """Variables of published scripts in our words, given all values so far (else the defaults and
-    what `env` says). Returns {KNOB: text}, a line for each that cannot be honoured, and {KNOB:
-    their name}."""
-    if values is None:
-        values = dict(DEFAULTS)
-        set_knobs(values, {}, own_knobs(env), "")
+    """Variables of published scripts in our words, given all values below the environment. Returns
+    {KNOB: text}, a line for each that cannot be honoured, and {KNOB: their name}."""
+    values = dict(values or DEFAULTS)
+    set_knobs(values, own_knobs(env))
     ours, notes, heard = {}, [], {}
     for name, (knob, pairs, why) in published_rules().items():
-        text, own = env.get(name), name.lower() == knob
-        if text is None or own and not any(text == pair.partition("=")[0] for pair in pairs):
+        text, target = env.get(name), knob.upper()
+        if not text:
             continue
         try:
-            read = read_published(text, knob, pairs, values)
+            read = read_published(text, pairs, values.get(knob))
         except (LookupError, ValueError):
-            if not any(pair[:-1] in env for pair in pairs if pair.endswith("?")):
-                reason = f":{why}" if why else ""
-                notes.append(f"{name}={text} has no counterpart and was ignored{reason}")
+            if name != target and why.removeprefix(": set ") not in env:
+                notes.append(f"{name}={text} has no counterpart and was ignored{why}")
             continue
-        if read is None:
+        if not read:
             continue
-        said = env.get(knob.upper(), read)
-        if not own and pairs != ["*"] and not same_text(said, read):
-            notes.append(f"{knob.upper()}={said} gives way to {name}={text}")
-        ours[knob.upper()], heard[knob.upper()] = read, name
-        with contextlib.suppress(UserError):  # whoever uses the text says what is wrong with it
-            values = values | {knob: parse_knob(knob, read)}
+        said = env.get(target, read)
+        if name != target and pairs != ["*"] and not same_text(said, read):
+            notes.append(f"{target}={said} gives way to {name}={text}")
+        ours[target] = read
+        heard[target] = name
+        set_knobs(values, {knob: read})  # whoever uses the text says what is wrong with it
     return ours, notes, heard
-
-
-def preset_values(preset: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """All values of a preset and where each comes from. Raises UserError if it is unknown."""
-    values, origins = dict(DEFAULTS), dict.fromkeys(KNOBS, "default")
-    for part in preset.split("+"):
-        if part not in PRESETS:
-            known = ", ".join(PRESETS)
-            raise UserError(
-                f"PRESET={preset}: unknown preset {part!r}; want one of {known}, joined by +"
-            )
-        for setting in PRESETS[part].split():
-            name, _, text = setting.partition("=")
-            most = name.endswith("<")
-            name = name.rstrip("<").lower()
-            value = parse_knob(name, text)
-            values[name] = min(values[name], value) if most else value
-            origins[name] = part
-    return values, origins
-
-
-def own_knobs(env: dict[str, str]) -> dict[str, str]:
-    """{knob: text} of the variables that are knobs."""
-    return {name: env[name.upper()] for name in KNOBS if name.upper() in env}
-
-
-def set_knobs(values: dict, origins: dict, texts: dict[str, str], origin: str) -> dict[str, str]:
-    """Parse {knob: text} into values and origins; returns {knob: error}."""
-    errors = {}
-    for name, text in texts.items():
-        try:
-            values[name], origins[name] = parse_knob(name, text), origin
-        except UserError as error:
-            errors[name] = str(error)
-    return errors
-
-
-def with_values(message: str, values: dict[str, Any]) -> str:
-    """The message with its value behind every knob that it names without one."""
-
-    def with_value(found: re.Match) -> str:
-        name = found[0].lower()
-        if name not in KNOBS:
-            return found[0]
-        value = values[name] if KNOBS[name][1].metadata["choices"] else repr(values[name])
-        return f"{found[0]}={value}"
-
-    return re.sub(r"\b[A-Z][A-Z0-9_]+\b(?!=)", with_value, message)
-
-
-def broken_rules(values: dict[str, Any], wrong: Iterable[str]) -> list[str]:
-    """The messages of all RULES that are broken, but for those that name a knob in `wrong`."""
-    v = SimpleNamespace(**values)
-    broken = [with_values(text, values) for rules in RULES for text in rules(v)]
-    return [text for text in broken if not any(f"{name.upper()}=" in text for name in wrong)]
 
 
 def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
@@ -1215,56 +1114,63 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
         errors.append(str(error))
         values, origins = preset_values("baseline")
     texts = {name: str(value) for name, value in (stored or {}).items()}
-    errors += set_knobs(values, origins, texts, "artifact").values()
+    errors += set_knobs(values, texts).values()
+    before = dict(values)
     # The environment may change how an artifact is scored and its budget, nothing else of it.
     final = {name for name in texts if KNOBS[name][0] != "eval"} - {"artifact_budget_bytes"}
-    before = dict(values)
-    own = {name: text for name, text in own_knobs(env).items() if name not in final}
-    set_knobs(values, origins, own, "environment")
     theirs, notes, heard = translate(env, values)
-    asked = own | {name: text for name, text in own_knobs(theirs).items() if name not in final}
-    wrong = set_knobs(values, origins, asked, "environment")
+    said = own_knobs(env | theirs)
+    asked = {name: text for name, text in said.items() if name not in final}
+    wrong = set_knobs(values, asked)
     for name, text in wrong.items():
         theirs_name = heard.get(name.upper())
         errors.append(f"{theirs_name}: {text}" if theirs_name else text)
     if values["run_mode"] == "eval" and not values["artifact"]:
         errors.append("RUN_MODE=eval needs ARTIFACT=<path of a .golf file>")
     if values["run_mode"] != "eval" or stored:
-        errors += broken_rules(values, wrong)
-    notes += misspelt(env) + ineffective(values, before, heard)
-    if values["run_mode"] == "eval":
-        notes += [
-            f"{k.upper()} has no effect: the artifact's own {k.upper()}={values[k]} is scored"
-            for k in values
-            if k in final and k.upper() in env | theirs
-        ]
+        broken = broken_rules(values)
+        errors += [text for text in broken if not any(f"{n.upper()}=" in text for n in wrong)]
+    notes += misspelt(env)
+    for name, (_, f) in KNOBS.items():
+        if values[name] != before[name] and not acts(name, values):
+            shown = heard.get(name.upper(), name.upper())
+            notes.append(f"{shown} has no effect unless {f.metadata['needs']}")
+    for name in said:
+        if name in final and values["run_mode"] == "eval":
+            own = f"{name.upper()}={values[name]}"
+            notes.append(f"{name.upper()} has no effect: the artifact's own {own} is scored")
     if values["strict_env"]:
         errors += notes
     if errors:
         raise UserError(*errors)
+    origins |= dict.fromkeys(texts, "artifact") | dict.fromkeys(asked, "environment")
     parts = {g: cls(**{f.name: values[f.name] for f in fields(cls)}) for g, cls in GROUPS.items()}
     return Config(**parts, preset=preset, origins=origins, notes=tuple(notes))
 
 
-def families(names: Iterable[str]) -> set[str]:
-    """First words that at least two names share, such as TTT."""
-    first = collections.Counter(name.split("_")[0] for name in names if "_" in name)
-    return {word for word, count in first.items() if count > 1}
+def broken_rules(values: dict[str, Any]) -> list[str]:
+    """The messages of all RULES that are broken, as people read them."""
+    shown = {}
+    for name, value in values.items():
+        plain = KNOBS[name][1].metadata["choices"]
+        shown[name.upper()] = f"{name.upper()}={value if plain else repr(value)}"
+    v = SimpleNamespace(**values)
+    return [text.format(**shown) for rules in RULES for text in rules(v)]
 
 
 def misspelt(env: dict[str, str]) -> list[str]:
     """A warning for each environment variable that looks like a knob but is none."""
     known = ["PRESET", *map(str.upper, KNOBS)]
     published = published_rules()
-    ours = families([*known, *published])
+    families = collections.Counter(n.split("_")[0] for n in [*known, *published] if "_" in n)
     notes = []
     for name in sorted(set(env) - set(known) - set(published) - NOT_OURS):
         near = difflib.get_close_matches(name.upper(), known, 1, 0.84)
         if name in ALIASES:
             near = [ALIASES[name]]
-        if near or name.split("_")[0] in ours:
-            hint = f"; did you mean {near[0]}?" if near else "; see --help"
-            notes.append(f"{name} is not a knob and was ignored{hint}")
+        if near or families[name.split("_")[0]] > 1:
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            notes.append(f"{name} is not a knob and was ignored; {hint}")
     return notes
 
 
@@ -1282,25 +1188,15 @@ def holds(condition: str, values: dict[str, Any]) -> bool:
 def acts(name: str, values: dict[str, Any]) -> bool:
     """Whether a knob has an effect beside these values."""
     needs = KNOBS[name][1].metadata["needs"]
-    return not needs or any(
-        all(holds(condition, values) for condition in way.split(" and "))
-        for way in needs.split(" or ")
-    )
-
-
-def ineffective(values: dict[str, Any], before: dict[str, Any], heard: dict[str, str]) -> list[str]:
-    """A warning for each knob that the environment changed and that has no effect."""
-    return [
-        f"{heard.get(name.upper(), name.upper())} has no effect unless {f.metadata['needs']}"
-        for name, (_, f) in KNOBS.items()
-        if values[name] != before[name] and not acts(name, values)
-    ]
+    ways = [way.split(" and ") for way in needs.split(" or ")]
+    return not needs or any(all(holds(part, values) for part in way) for way in ways)
 
 
 def knob_row(f) -> tuple[str, str, str, str]:
     """Name, default, allowed values and meaning of a knob, as help shows them."""
-    m, default = f.metadata, int(f.default) if type(f.default) is bool else f.default
-    meaning = m["doc"] + (f"; needs {m['needs']}" if m["needs"] else "")
+    default = int(f.default) if type(f.default) is bool else f.default
+    needs = f.metadata["needs"]
+    meaning = f.metadata["doc"] + (f"; needs {needs}" if needs else "")
     return f.name.upper(), str(default), allowed(f), meaning
 
 
@@ -1312,16 +1208,14 @@ def help_markdown() -> str:
 
 def help_text() -> str:
     """What the script is, its presets, and every knob in its group, in 80 columns."""
-    systems, overlays = (", ".join(table) for table in (SYSTEMS, OVERLAYS))
-    lines = [__doc__.strip(), "", *textwrap.wrap(f"Systems: {systems}.", 80)]
-    lines += textwrap.wrap(f"Overlays: {overlays}, as in PRESET=phased_ttt+cpu.", 80)
+    presets = f"Systems: {', '.join(SYSTEMS)}. Overlays: {', '.join(OVERLAYS)}, as in "
+    lines = [__doc__.strip(), "", *textwrap.wrap(presets + "PRESET=phased_ttt+cpu.", 80)]
     for group, cls in GROUPS.items():
         lines += ["", f"-- {group} " + "-" * (76 - len(group))]
         for f in fields(cls):
             name, default, can_be, meaning = knob_row(f)
-            text = f"{can_be}: {meaning}"
             lines.append(f"  {name}={default}")
-            lines.append(textwrap.indent(textwrap.fill(text, 74), " " * 6))
+            lines.append(textwrap.indent(textwrap.fill(f"{can_be}: {meaning}", 74), " " * 6))
     return "\n".join(lines)
 
 
