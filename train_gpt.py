@@ -110,9 +110,9 @@ def knob(default, doc: str, *within, needs: str = ""):
     """Declare a field: `within` are its lowest and highest value, or one text of words to choose
     from. `needs` says where it has an effect: ways joined by " or ", of conditions joined by
     " and ", each "KNOB <op> <value or KNOB>"; commas join the values after "in"."""
-    words = within[0].split() if len(within) == 1 else []
-    lo, hi = within if len(within) == 2 else (None, None)
-    choices = tuple(map(type(default), words))
+    choices = tuple(map(type(default), within[0].split())) if len(within) == 1 else ()
+    numbers = [x for x in choices or within if type(x) is not str]
+    lo, hi = min(numbers, default=None), max(numbers, default=None)
     return field(
         default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices, needs=needs)
     )

@@ -110,7 +110,7 @@ def bad_values(name: str) -> list[str]:
     unparsable = ["", "abc", "--1", "1,5", "nan", "inf", "-inf", "None"]
     if kind is bool:
         return unparsable + ["2", "-1", "yes"]
-    lo, hi = (meta["lo"], meta["hi"]) if not meta["choices"] else (-1, 17)
+    lo, hi = meta["lo"], meta["hi"]
     if kind is int:
         return unparsable + [str(lo - 1), str(hi + 1), "1.5", "1e3", str(-(10**30)), str(10**30)]
     return unparsable + [
