@@ -120,9 +120,7 @@ def knob(default, doc: str, *within, needs: str = ""):
 
 @dataclass(frozen=True)
 class RunConfig:
-    run_mode: str = knob(
-        "train", "train, export and score, predict size and cost, score ARTIFACT", "train plan eval"
-    )
+    run_mode: str = knob("train", "all, predict size and cost, score ARTIFACT", "train plan eval")
     run_id: str = knob("auto", "name of the run's folder in RUNS_DIR; auto = date, time and seed")
     runs_dir: str = knob("runs", "folder that receives one folder per run")
     seed: int = knob(1337, "seed of initialisation and data order", 0, 2**31 - 1)
@@ -138,9 +136,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    data_path: str = knob(
-        "auto", "folder of fineweb_{train,val}_*.bin; auto = FineWeb on CUDA, if present, or sample"
-    )
+    data_path: str = knob("auto", "folder of fineweb_{train,val}_*.bin; auto = FineWeb or sample")
     tokenizer_path: str = knob("auto", "SentencePiece model; auto = the data folder's own")
     vocab_size: int = knob(1024, "tokenizer size V", 2, 65536)
     train_seq_len: int = knob(1024, "training context T in tokens", 8, 65536)
@@ -148,15 +144,15 @@ class DataConfig:
     caseops: bool = knob(False, "capitals spelt as operators, bytes from a sidecar (PR 1729)")
     loader: str = knob(
         "sequential",
-        "order of training text: one stream; its rows at a stride (PR 726) or shuffled (PR 1394); "
-        "documents packed into rows, then shuffled (arXiv 2404.10830)",
+        "rows of training text: as they come, at a stride (PR 726), shuffled (PR 1394), or packed "
+        "from documents, shuffled (arXiv 2404.10830)",
         "sequential coprime shuffled packed",
     )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    LOOPS = "NUM_LOOPS > 0"
+    LOOPS, VALUES = "NUM_LOOPS > 0", "VALUE_EMBED_LAST_N > 0"  # what is there
 
     num_layers: int = knob(9, "blocks stored in the artifact", 1, 64)
     model_dim: int = knob(512, "residual width C", 16, 4096)
@@ -170,23 +166,17 @@ class ModelConfig:
     qk_gain_init: float = knob(1.5, "initial inverse temperature of each head (PR 1125)", 0.1, 20)
     bos_id: int = knob(1, "id of the token that begins each document", 0, 65535)
     doc_attention: bool = knob(False, "attention stops at the beginning of the document (PR 1530)")
-    xsa_last_n: int = knob(
-        0, "top blocks whose heads drop what lies along their own value (arXiv 2603.09078)", 0, 64
-    )
+    xsa_last_n: int = knob(0, "top blocks whose heads drop own values (arXiv 2603.09078)", 0, 64)
     output_gate_scale: float = knob(
-        0.0, "steepness of gates on heads' outputs, from 12 channels (PR 1787); 0 = none", 0, 10
+        0.0, "steepness of head output gates (PR 1787); 0 = none", 0, 10
     )
-    value_embed_last_n: int = knob(
-        0, "top blocks with a second embedding in their values (PR 374)", 0, 64
-    )
-    value_embed_dim: int = knob(
-        128, "width of the value embedding", 1, 4096, needs="VALUE_EMBED_LAST_N > 0"
-    )
+    value_embed_last_n: int = knob(0, "top blocks with embedded values (PR 374)", 0, 64)
+    value_embed_dim: int = knob(128, "width of the value embedding", 1, 4096, needs=VALUES)
     value_residual: str = knob("none", "add the first block's values to later ones", "none mix")
     smear_gate: str = knob(
         "none",
-        "mix each embedding with that of the token before: by channel (B, PR 162), by a gate that "
-        "reads the token (C, PR 1667), the same inside documents only (D, PR 1851)",
+        "add each embedding to the next token's: by channel (B, PR 162), by a gate that reads the "
+        "token (C, PR 1667), the same inside documents only (D, PR 1851)",
         "none B C D",
     )
     bigram_buckets: int = knob(0, "rows of the hashed bigram embedding (PR 162); 0 = off", 0, 2**20)
@@ -196,14 +186,13 @@ class ModelConfig:
     ln_scale: bool = knob(False, "damp the normalised input of block i by 1/sqrt(i + 1) (PR 315)")
     skips: str = knob(
         "unet",
-        "how outputs of the first half of the slots join the second: by weights, squashed weights "
-        "(PR 1539) or gates (PR 1089)",
+        "how the slots' first half joins the second: by weights, squashed weights (PR 1539) or "
+        "gates (PR 1089)",
         "none unet sigmoid gated",
     )
     skip_pairs: str = knob(
         "half",
-        "what skips connect: halves of the slot list, with all skips or as many as without loops, "
-        "or blocks around the loop",
+        "what skips join: halves of the slots, all or as many as without loops, or around the loop",
         "half as_unlooped around_loop",
         needs="SKIPS != none and NUM_LOOPS > 0",
     )
@@ -211,11 +200,9 @@ class ModelConfig:
     loop_start: int = knob(3, "first looped block", 0, 63, needs=LOOPS)
     loop_end: int = knob(5, "last looped block", 0, 63, needs=LOOPS)
     enable_looping_at: float = knob(
-        0.35, "when loops begin: up to 1 a part of the run, else a step", 0, 10**8, needs=LOOPS
+        0.35, "begin of loops: up to 1 a part of the run, else a step", 0, 10**8, needs=LOOPS
     )
-    loop_ramp_steps: int = knob(
-        0, "steps in which a gate opens each extra pass; 0 = no gates", 0, 10**6, needs=LOOPS
-    )
+    loop_ramp_steps: int = knob(0, "steps in which a gate opens each pass", 0, 10**6, needs=LOOPS)
     parallel: str = knob(
         "none",
         "attention beside the MLP: on one stream (A, PR 1412), on two (B, PR 1334), on two with "
@@ -227,17 +214,13 @@ class ModelConfig:
     logit_softcap: float = knob(30.0, "bound in nats of the logits, through tanh", 1, 1000)
     init: str = knob(
         "default",
-        "start of the matrices: uniform with zero outputs, all uniform, orthogonal (PR 162), or "
-        "with outputs that undo a bit of the values, in columns or, as published, rows (PR 1089)",
+        "matrices at first: uniform with zero outputs, all uniform, orthogonal (PR 162), or with "
+        "outputs that undo some of the values, in columns or, as published, rows (PR 1089)",
         "default uniform orthogonal mimetic mimetic_rows",
     )
-    embed_init: str = knob(
-        "normal", "first token table: noise, or singular vectors of the text's pairs", "normal svd"
-    )
+    embed_init: str = knob("normal", "token table at first: noise, or SVD of pairs", "normal svd")
     tied_embed_init_std: float = knob(0.005, "deviation of the first token table", 1e-5, 1)
-    mup_base_width: int = knob(
-        0, "MODEL_DIM at which learning rates hold (muP, arXiv 2203.03466); 0 = off", 0, 4096
-    )
+    mup_base_width: int = knob(0, "width that rates fit (muP, arXiv 2203.03466); 0 = off", 0, 4096)
 
     @property
     def head_dim(self) -> int:
@@ -258,18 +241,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    CLOCK, SLOW = "MAX_WALLCLOCK_SECONDS > 0", "ADEMAMIX != none"
     ITERS, FRAC = "LR_SCHEDULE == warmdown_iters", "LR_SCHEDULE != warmdown_iters"
 
     iterations: int = knob(20_000, "upper bound of optimiser steps", 1, 10**8)
     max_wallclock_seconds: float = knob(600.0, "training time; 0 = by ITERATIONS alone", 0, 10**7)
-    reserve_seconds: float = knob(
-        0.0, "time kept for calibration", 0, 600, needs="MAX_WALLCLOCK_SECONDS > 0"
-    )
+    reserve_seconds: float = knob(0.0, "time kept for calibration", 0, 600, needs=CLOCK)
     warmup_steps: int = knob(20, "synthetic steps that prewarm kernels and are undone", 0, 1000)
     lr_schedule: str = knob(
         "warmdown_iters",
-        "final decay of learning rates: linear over WARMDOWN_ITERS steps, or linear or half a "
-        "cosine over WARMDOWN_FRAC of the run",
+        "last decay of rates: linear over WARMDOWN_ITERS, or linear or half a cosine over "
+        "WARMDOWN_FRAC",
         "warmdown_iters warmdown_frac cosine",
     )
     warmdown_iters: int = knob(1200, "steps of learning-rate decay", 0, 10**7, needs=ITERS)
@@ -277,7 +259,7 @@ class OptimConfig:
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", 0, 1)
     seq_ramp_start: int = knob(0, "first length of rows, to double; 0 = off", 0, 65536)
     seq_ramp_frac: float = knob(
-        0.3, "part of the run with shorter rows", 0, 1, needs="SEQ_RAMP_START > 0"
+        0.3, "the run's part of short rows", 0, 1, needs="SEQ_RAMP_START > 0"
     )
     muon: str = knob(
         "muon",
@@ -288,7 +270,7 @@ class OptimConfig:
     matrix_lr: float = knob(0.04, "learning rate of matrices", 0, 1)
     muon_steps: int = knob(
         0,
-        "steps of orthogonalisation, 4 or 5 for the polar variants; 0 = as published (5, MUD 1)",
+        "steps of orthogonalisation, 4 or 5 if polar; 0 = as published (5, MUD 1)",
         0,
         12,
         needs="MUON in muon,muon_polar,muoneq_r,muoneq_r_polar,muoneq_short_polar,muon_plus,"
@@ -302,15 +284,15 @@ class OptimConfig:
     )
     muon_decay: str = knob(
         "decoupled",
-        "what bounds matrices: MUON_WD on all entries, MUON_WD on those that the update shrinks "
-        "too, or the norm of the start, with a relative MATRIX_LR",
+        "what bounds matrices: MUON_WD, MUON_WD where the update shrinks them too, or the norm of "
+        "the start, with a relative MATRIX_LR",
         "decoupled cautious fixed_norm",
     )
     muon_momentum: float = knob(0.95, "Muon momentum", 0, 0.9999)
     muon_momentum_warmup_start: float = knob(0.85, "Muon momentum at both ends", 0, 0.9999)
     muon_momentum_warmup_steps: int = knob(
         500,
-        "steps until MUON_MOMENTUM is reached",
+        "steps until MUON_MOMENTUM",
         0,
         10**6,
         needs="MUON_MOMENTUM_WARMUP_START != MUON_MOMENTUM",
@@ -348,22 +330,15 @@ class OptimConfig:
     beta2: float = knob(0.95, "decay of AdamW's mean square gradient", 0, 0.99999)
     adam_eps: float = knob(1e-8, "what AdamW adds to the root mean square", 1e-12, 1e-2)
     ademamix: str = knob(
-        "none",
-        "groups with a second, slow momentum: embeddings, heads and tables, scalars, or all "
-        "(arXiv 2409.03137)",
-        "none embed scalar all",
+        "none", "groups with slow momentum (arXiv 2409.03137)", "none embed scalar all"
     )
-    ademamix_alpha: float = knob(
-        2.0, "last weight of the slow momentum, from 0", 0, 100, needs="ADEMAMIX != none"
-    )
-    ademamix_beta3: float = knob(
-        0.999, "slow momentum's last decay, from BETA1", 0.01, 0.99999, needs="ADEMAMIX != none"
-    )
+    ademamix_alpha: float = knob(2.0, "last weight of slow momentum", 0, 100, needs=SLOW)
+    ademamix_beta3: float = knob(0.999, "last decay of slow momentum", 0.01, 0.99999, needs=SLOW)
     grad_clip_norm: float = knob(0.0, "bound of the norm of the reduced gradient; 0 = off", 0, 1e6)
     averaging: str = knob(
         "none",
         "what is exported: the last weights, their moving average (PR 287), the mean of late "
-        "snapshots, or of the second half's, weighted by the inverse of their held-out loss",
+        "snapshots, or the second half's, weighted by inverse held-out loss",
         "none ema swa iw_swa",
     )
     ema_decay: float = knob(0.997, "decay of the average", 0, 0.99999, needs="AVERAGING == ema")
@@ -380,8 +355,8 @@ class OptimConfig:
     )
     objective: str = knob(
         "ce",
-        "what is minimised: cross-entropy, the same weighted by bytes, or with one more head for "
-        "the token after next, not exported; the log reports nats",
+        "what is minimised: cross-entropy, the same weighted by bytes, or with one more head, not "
+        "exported, for the token after next; the log reports nats",
         "ce byte mtp",
     )
     mtp_weight: float = knob(0.2, "weight of the multi-token loss", 0, 10, needs="OBJECTIVE == mtp")
@@ -396,33 +371,25 @@ class QuantConfig:
     embed_bits: int = knob(8, "bits of all tables; 16 = fp16", "2 3 4 5 6 7 8 16")
     qat: str = knob(
         "none",
-        "train block matrices through the export grid by straight-through gradients (ste, PR 66)",
+        "train matrices on the export grid (ste, PR 66)",
         "none ste",
         needs="MATRIX_BITS < 16",
     )
     qat_start_frac: float = knob(0.0, "part of the run without QAT", 0, 1, needs="QAT != none")
     clip: str = knob(
         "quantile",
-        "what becomes a row's largest level: the 0.9999984 quantile of its magnitudes, the best of "
-        "five quantiles (search, PR 374), or a multiple of its standard deviation (sigma, PR 1394)",
+        "a row's largest level: the 0.9999984 quantile of magnitudes, the best of five quantiles "
+        "(search, PR 374), or a multiple of the standard deviation (sigma, PR 1394)",
         "quantile search sigma",
     )
-    matrix_clip_sigmas: float = knob(
-        12.85, "clip of attention matrices over a row's deviation", 0.5, 100, needs=SIGMAS
-    )
-    mlp_clip_sigmas: float = knob(
-        0.0, "clip of MLP matrices over the same; 0 = MATRIX_CLIP_SIGMAS", 0, 100, needs=SIGMAS
-    )
+    matrix_clip_sigmas: float = knob(12.85, "clip of rows, in deviations", 0.5, 100, needs=SIGMAS)
+    mlp_clip_sigmas: float = knob(0.0, "clip of MLPs; 0 = MATRIX_CLIP_SIGMAS", 0, 100, needs=SIGMAS)
     embed_clip_sigmas: float = knob(
-        20.0,
-        "clip of tables over a row's deviation",
-        0.5,
-        100,
-        needs=SIGMAS + " and EMBED_BITS < 16",
+        20.0, "clip of tables, in deviations", 0.5, 100, needs="CLIP == sigma and EMBED_BITS < 16"
     )
     rounding: str = knob(
         "nearest",
-        "how a weight becomes a level: the nearest; making up for errors of earlier columns (gptq, "
+        "how a weight becomes a level: the nearest; making up for errors of columns before (gptq, "
         "arXiv 2210.17323); or so by the best path of a trellis (arXiv 2603.04956)",
         "nearest gptq trellis",
     )
@@ -432,17 +399,13 @@ class QuantConfig:
         "train self",
         needs=INPUTS,
     )
-    calibration_tokens: int = knob(
-        65_536, "tokens that show matrices' inputs", 8, 2**26, needs=INPUTS
-    )
+    calibration_tokens: int = knob(65_536, "tokens that show matrix inputs", 8, 2**26, needs=INPUTS)
     lqer_rank: int = knob(0, "rank of a correction of the worst errors (PR 1797); 0 = none", 0, 64)
-    allocation: str = knob(
-        "tag", "what divides precision: a matrix's tag, or the held-out loss it costs", "tag loss"
-    )
+    allocation: str = knob("tag", "what divides precision: a tag, or the held-out loss", "tag loss")
     fit_budget: str = knob(
         "none",
-        "how code and model meet ARTIFACT_BUDGET_BYTES: not at all, by one factor of all steps, by "
-        "whole bits where they help most, or by small levels set to zero (prune, PR 1089)",
+        "how all meets ARTIFACT_BUDGET_BYTES: not at all, by one factor of all steps, by whole "
+        "bits where they help most, or by small levels set to zero (prune, PR 1089)",
         "none steps bits prune",
     )
     scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 = the published int8 exports", 0, 1)
@@ -462,23 +425,21 @@ class QuantConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     LORA, WHOLE = "TTT in lora,phased", "TTT in sgd,phased"  # who learns
-    PHASED, PREQUANT = "TTT == phased", "TTT == prequant"
+    PHASED, PREQUANT, WINDOWS = "TTT == phased", "TTT == prequant", "EVAL != chunked"
 
     eval: str = knob(
         "chunked",
-        "how the official score is taken: chunks of TRAIN_SEQ_LEN, or windows of EVAL_SEQ_LEN over "
-        "the whole text (sliding) or inside each document (doc)",
+        "how text is scored: in chunks of TRAIN_SEQ_LEN, or windows of EVAL_SEQ_LEN over all of it "
+        "(sliding) or inside each document (doc)",
         "chunked sliding doc",
     )
-    eval_seq_len: int = knob(1024, "tokens of a window", 2, 65536, needs="EVAL != chunked")
-    eval_stride: int = knob(
-        64, "tokens that a window scores, after the first", 1, 65536, needs="EVAL != chunked"
-    )
+    eval_seq_len: int = knob(1024, "tokens of a window", 2, 65536, needs=WINDOWS)
+    eval_stride: int = knob(64, "tokens that later windows score", 1, 65536, needs=WINDOWS)
     eval_batch_tokens: int = knob(131_072, "tokens of one evaluation batch on a rank", 1, 2**24)
     ttt: str = knob(
         "none",
-        "what learns from scored text: all weights (sgd, PR 549), adapters of each document (lora, "
-        "PR 1530), both (phased, PR 1610); prequant trains before quantisation (PR 1539)",
+        "what learns from scored text: all weights (sgd, PR 549), adapters of a document (lora, PR "
+        "1530), both (phased, PR 1610); prequant trains before quantisation (PR 1539)",
         "none sgd lora phased prequant",
     )
     ttt_lr: float = knob(0.005, "peak rate of all weights while scoring", 0, 1, needs=WHOLE)
@@ -489,25 +450,15 @@ class EvalConfig:
     ttt_lora_alpha: float = knob(96.0, "strength of adapters times rank", 0, 1e4, needs=LORA)
     ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", 0, 1, needs=LORA)
     ttt_lora_wd: float = knob(0.5, "weight decay of the adapters", 0, 100, needs=LORA)
-    ttt_lora_beta2: float = knob(
-        0.999, "AdamW beta2 of adapters; beta1 is 0", 0, 0.99999, needs=LORA
-    )
+    ttt_lora_beta2: float = knob(0.999, "AdamW beta2 of adapters; no beta1", 0, 0.99999, needs=LORA)
     ttt_lora_chunk: int = knob(48, "scored tokens between adapters' updates", 1, 65536, needs=LORA)
     ttt_lora_docs: int = knob(64, "documents whose adapters learn at once", 1, 4096, needs=LORA)
-    ttt_warm_a: bool = knob(
-        False, "keep A matrices from document to document (PR 1767)", needs=LORA
-    )
+    ttt_warm_a: bool = knob(False, "A matrices pass between documents (PR 1767)", needs=LORA)
     ttt_phases: int = knob(3, "how often all weights learn", 1, 100, needs=PHASED)
-    ttt_phase_docs: int = knob(
-        2000,
-        "longest documents, in TTT_PHASES parts, before all weights learn",
-        1,
-        10**6,
-        needs=PHASED,
-    )
+    ttt_phase_docs: int = knob(2000, "longest documents, for all weights", 1, 10**6, needs=PHASED)
     prequant_text: str = knob(
         "val",
-        "text of TTT=prequant: val is not admissible; train, the control, holds out as much",
+        "text of prequant: val is not admissible, train the control",
         "val train",
         needs=PREQUANT,
     )
@@ -589,7 +540,7 @@ class Config:
 
 
 # Systems as one would type them over the defaults; the later of two values holds. Each with its
-# source, its score, what still differs from the source, and the source's number of parameters.
+# source, its score and what still differs from the source.
 # What later records share: 11 layers, 2048-token rows, a sliding window.
 LATE = """
 NUM_LAYERS=11 LEAKY_SLOPE=0.5 MLP_MULT=4 ROPE_DIMS=16 XSA_LAST_N=11 LN_SCALE=1 INIT=orthogonal
@@ -600,124 +551,120 @@ LR_SCHEDULE=warmdown_frac WARMDOWN_FRAC=0.72 AVERAGING=ema EMA_DECAY=0.9965
 MATRIX_BITS=6 EVAL=sliding EVAL_SEQ_LEN=2048
 """
 SYSTEMS = {
-    # The published starting point, 1.2244: 9 layers, int8, zlib. 17,059,912 parameters.
+    # The published starting point, 1.2244: 9 layers, int8, zlib.
     "baseline": "SCALE_FLOOR=1",
-    # PR 66, 1.1632: MLP 3x, 4096-token rows, int6 from step 0. 21,778,504 parameters.
+    # PR 66, 1.1632: MLP 3x, 4096-token rows, int6 from step 0.
     # Different: the export is on the training grid (theirs reached the largest weight of a row).
     "mlp3x_seq4096": """
-        MLP_MULT=3 TRAIN_SEQ_LEN=4096 TRAIN_BATCH_TOKENS=393216
-        TIED_EMBED_LR=0.03 MATRIX_LR=0.02 SCALAR_LR=0.02 WARMDOWN_ITERS=3000
-        MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
-        MATRIX_BITS=6 EMBED_BITS=16 QAT=ste FIT_BUDGET=prune CODEC=zstd
-        EVAL=sliding EVAL_SEQ_LEN=4096""",
+    MLP_MULT=3 TRAIN_SEQ_LEN=4096 TRAIN_BATCH_TOKENS=393216
+    TIED_EMBED_LR=0.03 MATRIX_LR=0.02 SCALAR_LR=0.02 WARMDOWN_ITERS=3000
+    MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
+    MATRIX_BITS=6 EMBED_BITS=16 QAT=ste FIT_BUDGET=prune CODEC=zstd
+    EVAL=sliding EVAL_SEQ_LEN=4096""",
     # PR 645, 1.8990, whose run had none of the techniques that it lists.
     # Different: all but layers, rows, batch, steps, clock and rates.
     "skill_forge": """
-        NUM_LAYERS=7 MLP_MULT=3 XSA_LAST_N=7 ROPE_DIMS=16 SMEAR_GATE=B
-        INIT=orthogonal MUP_BASE_WIDTH=512
-        TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=16384 MICRO_BATCH_TOKENS=16384
-        ITERATIONS=2000 MAX_WALLCLOCK_SECONDS=240 WARMUP_STEPS=10
-        MUON_MOMENTUM=0.99 MUON_WD=0.04 AVERAGING=ema
-        MATRIX_BITS=6 QAT=ste QAT_START_FRAC=0.5 CLIP=search CODEC=zstd
-        EVAL=sliding EVAL_SEQ_LEN=512 TTT=sgd""",
+    NUM_LAYERS=7 MLP_MULT=3 XSA_LAST_N=7 ROPE_DIMS=16 SMEAR_GATE=B
+    INIT=orthogonal MUP_BASE_WIDTH=512
+    TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=16384 MICRO_BATCH_TOKENS=16384
+    ITERATIONS=2000 MAX_WALLCLOCK_SECONDS=240 WARMUP_STEPS=10
+    MUON_MOMENTUM=0.99 MUON_WD=0.04 AVERAGING=ema
+    MATRIX_BITS=6 QAT=ste QAT_START_FRAC=0.5 CLIP=search CODEC=zstd
+    EVAL=sliding EVAL_SEQ_LEN=512 TTT=sgd""",
     # A research log on one consumer card: blocks 2-4 run 1 + 8 times, 5-7 beside their MLPs, no
-    # positions. 20,980,824 parameters. QAT began as the cosine fell below 0.15, at 92.4 %.
+    # positions. QAT began as the cosine fell below 0.15, at 92.4 %.
     # Different: pairs of this tokenizer start the embeddings; the score is that of all text.
     "depth_recurrent": """
-        NUM_LAYERS=8 LEAKY_SLOPE=0.5 MLP_MULT=3 ROPE_DIMS=-1 QK_GAIN_INIT=5 X0_MIX=0
-        NUM_LOOPS=8 LOOP_START=2 LOOP_END=4 ENABLE_LOOPING_AT=3000 LOOP_RAMP_STEPS=20
-        SKIP_PAIRS=around_loop PARALLEL=A PARALLEL_START=5
-        INIT=uniform EMBED_INIT=svd OBJECTIVE=byte
-        VOCAB_SIZE=4096 TRAIN_BATCH_TOKENS=131072 MICRO_BATCH_TOKENS=8192
-        ITERATIONS=50000 MAX_WALLCLOCK_SECONDS=0 LR_SCHEDULE=cosine WARMDOWN_FRAC=0.3
-        MUON=muoneq_r MATRIX_LR=0.022 MUON_WD=0.095
-        MUON_MOMENTUM_WARMUP_START=0.95 MUON_MOMENTUM_WARMUP_STEPS=0
-        TIED_EMBED_LR=0.01 SCALAR_LR=0.01 BETA2=0.999 ADAM_L2=0.095
-        AVERAGING=iw_swa SWA_EVERY=3125
-        MATRIX_BITS=6 EMBED_BITS=6 QAT=ste QAT_START_FRAC=0.924 FIT_BUDGET=prune""",
-    # PR 1126, 1.1123, PR 1089 again, 1.1091: hashed n-grams, Turbo-Muon. 30,666,843 parameters.
+    NUM_LAYERS=8 LEAKY_SLOPE=0.5 MLP_MULT=3 ROPE_DIMS=-1 QK_GAIN_INIT=5 X0_MIX=0
+    NUM_LOOPS=8 LOOP_START=2 LOOP_END=4 ENABLE_LOOPING_AT=3000 LOOP_RAMP_STEPS=20
+    SKIP_PAIRS=around_loop PARALLEL=A PARALLEL_START=5
+    INIT=uniform EMBED_INIT=svd OBJECTIVE=byte
+    VOCAB_SIZE=4096 TRAIN_BATCH_TOKENS=131072 MICRO_BATCH_TOKENS=8192
+    ITERATIONS=50000 MAX_WALLCLOCK_SECONDS=0 LR_SCHEDULE=cosine WARMDOWN_FRAC=0.3
+    MUON=muoneq_r MATRIX_LR=0.022 MUON_WD=0.095
+    MUON_MOMENTUM_WARMUP_START=0.95 MUON_MOMENTUM_WARMUP_STEPS=0
+    TIED_EMBED_LR=0.01 SCALAR_LR=0.01 BETA2=0.999 ADAM_L2=0.095
+    AVERAGING=iw_swa SWA_EVERY=3125
+    MATRIX_BITS=6 EMBED_BITS=6 QAT=ste QAT_START_FRAC=0.924 FIT_BUDGET=prune""",
+    # PR 1126, 1.1123, PR 1089 again, 1.1091: hashed n-grams, Turbo-Muon.
     # Its rotary base is 10,000 rescaled from 1,024 to 2,048 tokens, by accident, as in its run.
     # Different: no QAT (theirs never ran); bits go by held-out loss (theirs by a Hessian's trace);
     # levels become zero only if five bits do not fit (theirs 2.3 % always).
-    "turbo_engram": LATE
-    + """
-        LEAKY_SLOPE=0.3 MLP_MULT=3.5 ROPE_BASE=22081 SMEAR_GATE=B ENGRAM_BUCKETS=8192
-        VALUE_EMBED_LAST_N=2 SKIPS=gated INIT=mimetic_rows LOADER=coprime
-        TIED_EMBED_LR=0.035 TABLE_LR=0.035 SCALAR_LR=0.025 ADAM_WD=0.04 EMBED_BETA1=0.7
-        MUON=turbo_muon_plus MATRIX_LR=0.025 MUON_WD=0.04
-        LR_SCHEDULE=warmdown_iters WARMDOWN_ITERS=3500 MIN_LR=0.05 AVERAGING=swa RESERVE_SECONDS=14
-        MATRIX_BITS=5 ROUNDING=gptq CLIP=search CALIBRATION_TOKENS=6291456
-        ALLOCATION=loss FIT_BUDGET=bits CODEC=brotli_shuffle""",
+    "turbo_engram": f"""{LATE}
+    LEAKY_SLOPE=0.3 MLP_MULT=3.5 ROPE_BASE=22081 SMEAR_GATE=B ENGRAM_BUCKETS=8192
+    VALUE_EMBED_LAST_N=2 SKIPS=gated INIT=mimetic_rows LOADER=coprime
+    TIED_EMBED_LR=0.035 TABLE_LR=0.035 SCALAR_LR=0.025 ADAM_WD=0.04 EMBED_BETA1=0.7
+    MUON=turbo_muon_plus MATRIX_LR=0.025 MUON_WD=0.04
+    LR_SCHEDULE=warmdown_iters WARMDOWN_ITERS=3500 MIN_LR=0.05 AVERAGING=swa RESERVE_SECONDS=14
+    MATRIX_BITS=5 ROUNDING=gptq CLIP=search CALIBRATION_TOKENS=6291456
+    ALLOCATION=loss FIT_BUDGET=bits CODEC=brotli_shuffle""",
     # PR 1539, 1.0587, not admissible: it trains on the validation text before it is scored.
-    # 36,311,132 parameters. Rotary base as above; it kept the five skips of a list without loops.
+    # Rotary base as above; it kept the five skips of a list without loops.
     # Different: four polar steps made for four (theirs five, cut); GPTQ rounds embeddings too and
     # sees inputs with loops and lanes.
-    "prequant_ttt": LATE
-    + """
-        VOCAB_SIZE=8192 ROPE_BASE=22081 QK_GAIN_INIT=5.25 SMEAR_GATE=B
-        VALUE_EMBED_LAST_N=2 VALUE_EMBED_DIM=44
-        SKIP_PAIRS=as_unlooped NUM_LOOPS=1 ENABLE_LOOPING_AT=3000 PARALLEL=B
-        TABLE_LR=0.03 EMBED_WD=0.095 MUON=muoneq_short_polar MUON_STEPS=4
-        ROUNDING=gptq CLIP=sigma CALIBRATION=self FIT_BUDGET=steps CODEC=rans TTT=prequant""",
-    # PR 1493, 1.0810: loops, score first then learn. 35,944,536 parameters.
+    "prequant_ttt": f"""{LATE}
+    VOCAB_SIZE=8192 ROPE_BASE=22081 QK_GAIN_INIT=5.25 SMEAR_GATE=B
+    VALUE_EMBED_LAST_N=2 VALUE_EMBED_DIM=44
+    SKIP_PAIRS=as_unlooped NUM_LOOPS=1 ENABLE_LOOPING_AT=3000 PARALLEL=B
+    TABLE_LR=0.03 EMBED_WD=0.095 MUON=muoneq_short_polar MUON_STEPS=4
+    ROUNDING=gptq CLIP=sigma CALIBRATION=self FIT_BUDGET=steps CODEC=rans TTT=prequant""",
+    # PR 1493, 1.0810: loops, score first then learn.
     # Different: all ranks together see its calibration text (theirs each).
-    "score_first_ttt": LATE
-    + """
-        VOCAB_SIZE=8192 QK_GAIN_INIT=5.25 SKIPS=gated NUM_LOOPS=2 PARALLEL=A LOADER=shuffled
-        EMBED_WD=0.085 MUON=muoneq_r RESERVE_SECONDS=12
-        ROUNDING=gptq CLIP=sigma CALIBRATION_TOKENS=6291456
-        FIT_BUDGET=steps CODEC=brotli_shuffle TTT=sgd""",
-    # PR 1855, 1.0611, by its log; base of the last leader (PR 2135, 1.0565). 35,945,671 parameters.
+    "score_first_ttt": f"""{LATE}
+    VOCAB_SIZE=8192 QK_GAIN_INIT=5.25 SKIPS=gated NUM_LOOPS=2 PARALLEL=A LOADER=shuffled
+    EMBED_WD=0.085 MUON=muoneq_r RESERVE_SECONDS=12
+    ROUNDING=gptq CLIP=sigma CALIBRATION_TOKENS=6291456
+    FIT_BUDGET=steps CODEC=brotli_shuffle TTT=sgd""",
+    # PR 1855, 1.0611, by its log; base of the last leader (PR 2135, 1.0565).
     # Different: gates are fp16 (theirs int8); LQER's factors have 4 bits and are fitted to inputs
     # (theirs 2 and 4, plain); calibration text as above; rANS codes the streams (theirs ZPAQ).
-    "phased_ttt": LATE
-    + """
-        VOCAB_SIZE=8192 CASEOPS=1 LOADER=packed DOC_ATTENTION=1
-        QK_GAIN_INIT=5 SKIPS=gated SMEAR_GATE=D OUTPUT_GATE_SCALE=0.5 SOFTCAP=shifted
-        NUM_LOOPS=2 PARALLEL=D PARALLEL_START=8
-        EMBED_WD=0.085 BETA2=0.99 MUON=muoneq_r_polar MATRIX_LR=0.026 MUON_MOMENTUM=0.97
-        WARMDOWN_FRAC=0.85 MIN_LR=0.1 RESERVE_SECONDS=0.5
-        EMBED_BITS=7 ROUNDING=gptq CALIBRATION_TOKENS=1572864 LQER_RANK=4
-        CLIP=sigma MATRIX_CLIP_SIGMAS=13 MLP_CLIP_SIGMAS=11.5 EMBED_CLIP_SIGMAS=14
-        FIT_BUDGET=steps CODEC=rans
-        EVAL=doc TTT=phased TTT_LR=0.001 TTT_EPOCHS=1 TTT_PHASE_DOCS=2500
-        TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 TTT_LORA_BETA2=0.99 TTT_WARM_A=1""",
+    "phased_ttt": f"""{LATE}
+    VOCAB_SIZE=8192 CASEOPS=1 LOADER=packed DOC_ATTENTION=1
+    QK_GAIN_INIT=5 SKIPS=gated SMEAR_GATE=D OUTPUT_GATE_SCALE=0.5 SOFTCAP=shifted
+    NUM_LOOPS=2 PARALLEL=D PARALLEL_START=8
+    EMBED_WD=0.085 BETA2=0.99 MUON=muoneq_r_polar MATRIX_LR=0.026 MUON_MOMENTUM=0.97
+    WARMDOWN_FRAC=0.85 MIN_LR=0.1 RESERVE_SECONDS=0.5
+    EMBED_BITS=7 ROUNDING=gptq CALIBRATION_TOKENS=1572864 LQER_RANK=4
+    CLIP=sigma MATRIX_CLIP_SIGMAS=13 MLP_CLIP_SIGMAS=11.5 EMBED_CLIP_SIGMAS=14
+    FIT_BUDGET=steps CODEC=rans
+    EVAL=doc TTT=phased TTT_LR=0.001 TTT_EPOCHS=1 TTT_PHASE_DOCS=2500
+    TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 TTT_LORA_BETA2=0.99 TTT_WARM_A=1""",
 }
 # Overlays go on top of a system: PRESET=phased_ttt+cpu. `X<=4` lowers X to 4 and never raises it.
 OVERLAYS = {
     # What two CPU cores train in two minutes, on the embedded sample or anything in its tokens.
     # More decay inside the gradient (ADAM_L2) would keep embeddings from growing in that time.
     "cpu": """
-        VOCAB_SIZE=1024 CASEOPS=0 NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2
-        XSA_LAST_N<=4 MLP_MULT<=2 MUP_BASE_WIDTH<=256 PARALLEL_START=3
-        NUM_LOOPS<=2 LOOP_START=1 LOOP_END=2 ENABLE_LOOPING_AT=0.35 LOOP_RAMP_STEPS<=10
-        TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=8192 MICRO_BATCH_TOKENS=8192 LOADER=shuffled
-        MAX_WALLCLOCK_SECONDS=120 RESERVE_SECONDS=2 WARMUP_STEPS=2
-        LR_SCHEDULE=warmdown_frac WARMDOWN_FRAC=0.6
-        MATRIX_LR=0.04 TIED_EMBED_LR=0.05 TABLE_LR=0.05 SCALAR_LR=0.04 ADAM_L2<=0.001
-        MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=50
-        EMA_DECAY=0.95 SWA_EVERY=5 HELD_OUT_TOKENS=8192 CALIBRATION_TOKENS=16384 ALLOCATION=tag
-        EVAL_BATCH_TOKENS=16384 EVAL_SEQ_LEN=512 EVAL_STRIDE=128 TTT_CHUNK_TOKENS<=8192
-        TTT_PHASE_DOCS<=24 TTT_LORA_RANK<=16 TTT_LORA_DOCS<=8 TTT_LORA_CHUNK=128
-        TRAIN_LOG_EVERY=20 VAL_LOSS_EVERY=0 CHECKPOINT_EVERY=30""",
+    VOCAB_SIZE=1024 CASEOPS=0 NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2
+    XSA_LAST_N<=4 MLP_MULT<=2 MUP_BASE_WIDTH<=256 PARALLEL_START=3
+    NUM_LOOPS<=2 LOOP_START=1 LOOP_END=2 ENABLE_LOOPING_AT=0.35 LOOP_RAMP_STEPS<=10
+    TRAIN_SEQ_LEN=512 TRAIN_BATCH_TOKENS=8192 MICRO_BATCH_TOKENS=8192 LOADER=shuffled
+    MAX_WALLCLOCK_SECONDS=120 RESERVE_SECONDS=2 WARMUP_STEPS=2
+    LR_SCHEDULE=warmdown_frac WARMDOWN_FRAC=0.6
+    MATRIX_LR=0.04 TIED_EMBED_LR=0.05 TABLE_LR=0.05 SCALAR_LR=0.04 ADAM_L2<=0.001
+    MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=50
+    EMA_DECAY=0.95 SWA_EVERY=5 HELD_OUT_TOKENS=8192 CALIBRATION_TOKENS=16384 ALLOCATION=tag
+    EVAL_BATCH_TOKENS=16384 EVAL_SEQ_LEN=512 EVAL_STRIDE=128 TTT_CHUNK_TOKENS<=8192
+    TTT_PHASE_DOCS<=24 TTT_LORA_RANK<=16 TTT_LORA_DOCS<=8 TTT_LORA_CHUNK=128
+    TRAIN_LOG_EVERY=20 VAL_LOSS_EVERY=0 CHECKPOINT_EVERY=30""",
     # What a test runs in seconds: one layer before, one inside and one after a loop.
     "tiny": """
-        VOCAB_SIZE=1024 CASEOPS=0 NUM_LAYERS=3 MODEL_DIM=64 NUM_HEADS=2 NUM_KV_HEADS=1
-        ENGRAM_BUCKETS<=128 ENGRAM_DIM=8 VALUE_EMBED_DIM=16
-        XSA_LAST_N<=2 MUP_BASE_WIDTH<=64 PARALLEL_START=2
-        NUM_LOOPS<=2 LOOP_START=1 LOOP_END=1 ENABLE_LOOPING_AT<=3 LOOP_RAMP_STEPS<=3
-        TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=512 MICRO_BATCH_TOKENS=512 LOADER=shuffled COMPILE=off
-        ITERATIONS=8 MAX_WALLCLOCK_SECONDS=0 RESERVE_SECONDS=0 WARMUP_STEPS=1
-        LR_SCHEDULE=warmdown_frac MUON_MOMENTUM_WARMUP_STEPS=4 ADAM_L2<=0.001
-        EMA_DECAY=0.9 SWA_EVERY=1 QAT_START_FRAC<=0.5
-        HELD_OUT_TOKENS=512 CALIBRATION_TOKENS=1024 PREQUANT_EPOCHS<=2
-        EVAL_BATCH_TOKENS=8192 EVAL_SEQ_LEN=64 EVAL_STRIDE=32 TTT_CHUNK_TOKENS<=512
-        TTT_PHASE_DOCS<=9 TTT_LORA_RANK<=4 TTT_LORA_DOCS<=4 TTT_LORA_CHUNK=32
-        TRAIN_LOG_EVERY=1 VAL_LOSS_EVERY=0""",
+    VOCAB_SIZE=1024 CASEOPS=0 NUM_LAYERS=3 MODEL_DIM=64 NUM_HEADS=2 NUM_KV_HEADS=1
+    ENGRAM_BUCKETS<=128 ENGRAM_DIM=8 VALUE_EMBED_DIM=16
+    XSA_LAST_N<=2 MUP_BASE_WIDTH<=64 PARALLEL_START=2
+    NUM_LOOPS<=2 LOOP_START=1 LOOP_END=1 ENABLE_LOOPING_AT<=3 LOOP_RAMP_STEPS<=3
+    TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=512 MICRO_BATCH_TOKENS=512 LOADER=shuffled COMPILE=off
+    ITERATIONS=8 MAX_WALLCLOCK_SECONDS=0 RESERVE_SECONDS=0 WARMUP_STEPS=1
+    LR_SCHEDULE=warmdown_frac MUON_MOMENTUM_WARMUP_STEPS=4 ADAM_L2<=0.001
+    EMA_DECAY=0.9 SWA_EVERY=1 QAT_START_FRAC<=0.5
+    HELD_OUT_TOKENS=512 CALIBRATION_TOKENS=1024 PREQUANT_EPOCHS<=2
+    EVAL_BATCH_TOKENS=8192 EVAL_SEQ_LEN=64 EVAL_STRIDE=32 TTT_CHUNK_TOKENS<=512
+    TTT_PHASE_DOCS<=9 TTT_LORA_RANK<=4 TTT_LORA_DOCS<=4 TTT_LORA_CHUNK=32
+    TRAIN_LOG_EVERY=1 VAL_LOSS_EVERY=0""",
     # What the forge confirmed on turbo_engram+cpu: records/campaigns/cpu40.
     "champion": """
-        INIT=mimetic EMBED_INIT=svd TIED_EMBED_INIT_STD=0.01306 SMEAR_GATE=C MUON_MOMENTUM=0.9614
-        BETA1=0.8649 ADAM_WD=0.04693 AVERAGING=none OBJECTIVE=mtp""",
+    INIT=mimetic EMBED_INIT=svd TIED_EMBED_INIT_STD=0.01306 SMEAR_GATE=C MUON_MOMENTUM=0.9614
+    BETA1=0.8649 ADAM_WD=0.04693 AVERAGING=none OBJECTIVE=mtp""",
 }
 PRESETS = SYSTEMS | OVERLAYS
 CPU_PRESET = "turbo_engram+cpu+champion"
