@@ -429,8 +429,8 @@ class EvalConfig:
 
     eval: str = knob(
         "chunked",
-        "how text is scored: in chunks of TRAIN_SEQ_LEN, or windows of EVAL_SEQ_LEN over all of it "
-        "(sliding) or inside each document (doc)",
+        "how text is scored: in chunks of TRAIN_SEQ_LEN, or windows of EVAL_SEQ_LEN over the whole "
+        "text (sliding) or inside each document (doc)",
         "chunked sliding doc",
     )
     eval_seq_len: int = knob(1024, "tokens of a window", 2, 65536, needs=WINDOWS)
