@@ -158,7 +158,6 @@ class ModelConfig:
     model_dim: int = knob(512, "residual width C", 16, 4096)
     num_heads: int = knob(8, "query heads H", 1, 64)
     num_kv_heads: int = knob(4, "key/value heads G; must divide NUM_HEADS", 1, 64)
-    tie_embeddings: bool = knob(True, "use the token table as output head too")
     mlp_mult: float = knob(2.0, "MLP hidden width as a multiple of MODEL_DIM", 0.25, 16)
     leaky_slope: float = knob(0.0, "slope below zero of the MLP's squared relu (PR 493)", 0, 1)
     rope_dims: int = knob(0, "rotating dims of a head; 0 = all, -1 = none (PR 315)", -1, 512)
@@ -301,18 +300,9 @@ class OptimConfig:
     muon_wd: float = knob(0.0, "weight decay of matrices", 0, 10, needs="MUON_DECAY != fixed_norm")
     wd_taper_at: float = knob(1.0, "part of the run with MUON_WD", 0, 1, needs="MUON_WD > 0")
     wd_taper_to: float = knob(0.5, "factor of MUON_WD at the end", 0, 10, needs="WD_TAPER_AT < 1")
-    tied_embed_lr: float = knob(
-        0.05, "AdamW rate of the tied embedding", 0, 10, needs="TIE_EMBEDDINGS == 1"
-    )
-    embed_lr: float = knob(
-        0.6, "AdamW rate of an untied token table", 0, 10, needs="TIE_EMBEDDINGS < 1"
-    )
+    tied_embed_lr: float = knob(0.05, "AdamW rate of the token table, input and output", 0, 10)
     head_lr: float = knob(
-        0.008,
-        "AdamW rate of untied and multi-token heads",
-        0,
-        10,
-        needs="TIE_EMBEDDINGS < 1 or OBJECTIVE == mtp",
+        0.008, "AdamW rate of the multi-token head", 0, 10, needs="OBJECTIVE == mtp"
     )
     table_lr: float = knob(
         0.05,
@@ -790,6 +780,8 @@ ARTIFACT_DIR - : set RUNS_DIR and RUN_ID
 GRAD_ACCUM_STEPS - : passes follow from MICRO_BATCH_TOKENS
 VAL_DOC_FRACTION EVAL_INCLUDE_TAIL - 1 : the whole text is scored
 EMBEDDING_DIM model_dim
+TIE_EMBEDDINGS - 1 : the output reads the token table
+EMBED_LR - any
 MLP_HIDDEN - 0 : set MLP_MULT
 NEGATIVE_SLOPE leaky_slope
 SKIP_GATES_ENABLED skips 1=gated 0=gated>unet
@@ -2774,9 +2766,8 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.dtype = cfg, numerics.dtype
         self.kernel, self.cross_entropy = ATTENTION[numerics.attention], SOFTCAPS[cfg.softcap]
-        shape = vocab, cfg.model_dim
-        self.embed = param(shape, normal(cfg.tied_embed_init_std), "embed", "embed")
-        self.output = self.embed if cfg.tie_embeddings else param(shape, zero, "head", "embed")
+        shape, noise = (vocab, cfg.model_dim), normal(cfg.tied_embed_init_std)
+        self.embed = param(shape, noise, "embed", "embed")  # read at both ends
         self.merge = Merge(cfg)
         pairs = max(sum(len(slot.skips) for slot in plan) for plan in plans(cfg))
         self.skips = SKIPS[cfg.skips](pairs, cfg.model_dim) if pairs else None
@@ -2815,7 +2806,7 @@ class GPT(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """h (...,C) -> (...,V) before the softcap."""
-        return through(self.logit_sites, F.linear(h, self.output.to(h.dtype)), h)
+        return through(self.logit_sites, F.linear(h, self.embed.to(h.dtype)), h)
 
     def losses(self, h: Tensor, targets: Tensor) -> Tensor:
         """h (...,C), targets (...) -> nats (...) fp32; a target of -100 gives 0."""
@@ -2840,7 +2831,7 @@ def flops_per_token(model: GPT, plan: Plan, seq: int) -> float:
     attention, where a token sees seq / 2 keys on average."""
     modules = [model.embed_sites, model.value_sites, *(model.blocks[slot.block] for slot in plan)]
     used = sum(linear.weight.numel() for module in modules for linear in linears(module))
-    used += model.output.numel() + sum(p.numel() for p in model.objective.parameters())
+    used += model.embed.numel() + sum(p.numel() for p in model.objective.parameters())
     return 6 * used + 6 * len(plan) * model.cfg.model_dim * seq
 
 
@@ -3265,14 +3256,13 @@ ADEMAMIX = {  # which tags have a second, slow momentum
 }
 
 
-def adam_groups(c: OptimConfig, tied: bool) -> dict[str, tuple[float, float, float, Stage]]:
+def adam_groups(c: OptimConfig) -> dict[str, tuple[float, float, float, Stage]]:
     """Tag -> (learning rate, weight decay, beta1, rule)."""
     rules = {tag: ademamix if tag in ADEMAMIX[c.ademamix] else adam for tag in ADEMAMIX["all"]}
-    embed_lr = c.tied_embed_lr if tied else c.embed_lr
     wd = c.adam_wd if c.embed_wd < 0 else c.embed_wd
     beta1 = c.embed_beta1 or c.beta1
     return {
-        "embed": (embed_lr, wd, beta1, rules["embed"]),
+        "embed": (c.tied_embed_lr, wd, beta1, rules["embed"]),
         "head": (c.head_lr, c.adam_wd, beta1, rules["head"]),
         "table": (c.table_lr, wd, beta1, rules["table"]),
         "scalar": (c.scalar_lr, c.adam_wd, c.beta1, rules["scalar"]),
@@ -3331,7 +3321,7 @@ class Optimiser:
         self.hyper = Hyper(self.cfg, dtype)
         reach = dict.fromkeys(flat.params, torch.tensor(-1)) | (reach or {})
         self.bank_reach = [[int(reach[p]) for p in bank.params] for bank in flat.banks]
-        groups = adam_groups(self.cfg, cfg.model.tie_embeddings)
+        groups = adam_groups(self.cfg)
         self.parts: list[AdamPart] = []
         for tag, (weights, gradients) in flat.vectors.items():
             tagged = [p for p in flat.params if p.opt == tag]
@@ -3417,7 +3407,7 @@ def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Te
     """Sum of outer products (n,n) fp32 of what each matrix and the head read, over ids (B,T) and
     all visits of a plan; zeros without rows. By hooks on an eager pass."""
     readers = [m for m in model.modules() if isinstance(m, Linear) and m.weight.opt == "matrix"]
-    read = [*(m.weight for m in readers), model.output]
+    read = [*(m.weight for m in readers), model.embed]
     sums = {p: torch.zeros(p.size(1), p.size(1), device=ids.device) for p in read}
 
     def add(p: nn.Parameter, inputs: Tensor):
@@ -3430,7 +3420,7 @@ def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Te
     hooks = [module.register_forward_pre_hook(watch) for module in readers]
     try:
         if len(ids):
-            add(model.output, model.hidden(ids, plan))
+            add(model.embed, model.hidden(ids, plan))
     finally:
         for hook in hooks:
             hook.remove()
@@ -5296,7 +5286,7 @@ class DocumentLoRA(Fixed):
                 (block.mlp_sites, width),
             )
             places += [(points, out, slots) for points, out in pairs]
-        places.append((model.logit_sites, model.output.size(0), [0]))
+        places.append((model.logit_sites, model.embed.size(0), [0]))
         rank, scale = c.ttt_lora_rank, c.ttt_lora_alpha / c.ttt_lora_rank
         return [
             (points, LoRA(self.rows, width, out, rank, scale, slots).to(self.rt.device))

@@ -26,7 +26,6 @@ TECHNIQUES = {
     "no_positions": dict(rope_dims=-1),
     "no_x0": dict(x0_mix=0),
     "ln_scale": dict(ln_scale=1),
-    "untied": dict(tie_embeddings=0),
     "shifted": dict(softcap="shifted"),
     "mup": dict(mup_base_width=32),
     "loops": dict(num_loops=2, loop_start=1, loop_end=1),

@@ -324,7 +324,6 @@ def test_a_knob_without_effect_is_warned_about():
         (dict(MUON_BETA2=0.9, SWA_EVERY=7, TABLE_LR=0.1), ["MUON_BETA2", "SWA_EVERY", "TABLE_LR"]),
         (dict(HEAD_LR=0.1), ["HEAD_LR"]),
         (dict(HEAD_LR=0.1, OBJECTIVE="mtp"), []),
-        (dict(HEAD_LR=0.1, TIE_EMBEDDINGS=0), []),
         (dict(HELD_OUT_TOKENS=4096), ["HELD_OUT_TOKENS"]),
         (dict(HELD_OUT_TOKENS=4096, AVERAGING="iw_swa"), []),
         (dict(QAT="ste", QAT_START_FRAC=0.5, MATRIX_BITS=16), ["QAT", "QAT_START_FRAC"]),

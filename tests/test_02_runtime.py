@@ -257,7 +257,7 @@ def test_a_file_that_cannot_be_written_is_named_and_the_checkpoint_stays_usable(
         "train_gpt.export = limited\n"
         "sys.exit(train_gpt.main(sys.argv[1:], train_gpt.environment()))\n"
     )
-    done = train(toy, tmp_path / "my runs", "a", script=script, TIE_EMBEDDINGS=0)
+    done = train(toy, tmp_path / "my runs", "a", script=script, LN_SCALE=1)
     assert done.code == 1 and done.err.count("\n") == 1, done.err
     assert re.search(
         r"^error: .*model\.golf: not written \(File too large, after \d+,?\d* bytes\); ", done.err
@@ -274,7 +274,7 @@ def test_a_file_that_cannot_be_written_is_named_and_the_checkpoint_stays_usable(
         text=True,
     )
     assert pasted.returncode == 0 and "resumed:step 8 " in pasted.stdout, pasted.stderr
-    assert official(pasted.stdout) and "TIE_EMBEDDINGS=0" in command
+    assert official(pasted.stdout) and "LN_SCALE=1" in command
 
 
 # ---- the run folder

@@ -237,9 +237,7 @@ def reference_losses(model, ids, targets):
         share = w["merge.share"] if c.parallel == "B" else 0.5
         x = share * lanes[0] + (1 - share) * lanes[1]
     h = rms(x) * (c.mup_base_width / c.model_dim if c.mup_base_width else 1)
-    logits = c.logit_softcap * np.tanh(
-        h @ w["embed" if c.tie_embeddings else "output"].T / c.logit_softcap
-    )
+    logits = c.logit_softcap * np.tanh(h @ w["embed"].T / c.logit_softcap)
     return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(ids)), targets]
 
 

@@ -484,13 +484,13 @@ def test_heads_of_further_tokens_read_what_the_main_head_reads():
     cfg = config(mup_base_width=16, objective="mtp", mtp_weight=1, vocab_size=61)
     model, (ids, targets) = random_model(cfg), random_batch(cfg, 2, 20)
     with torch.no_grad():
-        model.objective.head.copy_(model.output)
+        model.objective.head.copy_(model.embed)
     plan = tg.schedule(cfg.model)
     objective, nats = model(ids, targets, plan)
     h = model.hidden(ids, plan)
     further = model.losses(h[:, :-1], targets[:, 1:]).mean() * targets.numel()
     assert float(objective.detach() - nats) == pytest.approx(float(further.detach()), rel=1e-5)
-    unscaled = F.linear(h * cfg.model.model_dim / 16, model.output)
+    unscaled = F.linear(h * cfg.model.model_dim / 16, model.embed)
     assert not torch.allclose(model.logits(h), unscaled)
 
 

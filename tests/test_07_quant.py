@@ -531,7 +531,7 @@ def test_observed_inputs_are_those_of_the_forward_and_of_all_ranks(toy, tmp_path
         torch.testing.assert_close(found[p].double(), z.T @ z / ids.numel(), rtol=1e-3, atol=1e-4)
     head = h.T @ h / ids.numel()  # the embedding is tied: read by the head, and row by row
     torch.testing.assert_close(
-        found[model.output],
+        found[model.embed],
         head + head.diagonal().mean() * torch.eye(len(head)),
         rtol=1e-3,
         atol=1e-4,

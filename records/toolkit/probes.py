@@ -169,11 +169,11 @@ def strategy_maker(cfg: tg.Config, model: tg.GPT, plan: tg.Plan, rt: tg.Runtime)
 def uniform_error(
     cfg: tg.Config, model: tg.GPT, plan: tg.Plan, rt: tg.Runtime, tokens: np.ndarray
 ) -> float:
-    """|bpb - log2(V) * tokens / bytes| of the same windows over a model whose output table is
+    """|bpb - log2(V) * tokens / bytes| of the same windows over a model whose token table is
     zero."""
     blank = copy.deepcopy(model)
     with torch.no_grad():
-        blank.output.zero_()
+        blank.embed.zero_()
     sizes = np.random.default_rng(0).integers(1, 9, len(tokens) - 1)
     strategy = tg.strategy_of(cfg, rt, blank, tg.Numerics(), plan, cfg.eval.eval, "none")
     result = tg.score(tokens, sizes, strategy, rt)
