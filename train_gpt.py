@@ -466,9 +466,8 @@ class EvalConfig:
 class SystemConfig:
     numerics: str = knob(
         "auto",
-        "matrix products: fp32, fp32 by the fastest route (medium) or bf16; auto = bf16 on CUDA, "
-        "the fastest accurate one on CPU",
-        "auto fp32 medium bf16",
+        "matrix products; auto = bf16 on CUDA and on a CPU with bf16 instructions, else fp32",
+        "auto fp32 bf16",
     )
     attention: str = knob("auto", "causal kernel; auto = the faster one", "auto sdpa blocked")
     compile: str = knob("auto", "torch.compile; auto = when it pays", "auto off on")
@@ -1964,7 +1963,7 @@ LOADERS = {
 class Numerics(NamedTuple):
     """How numbers are computed; kept in checkpoint and artifact so that a score repeats."""
 
-    mode: str = "fp32"  # fp32 | medium | bf16
+    mode: str = "fp32"  # fp32 | bf16
     attention: str = "sdpa"  # sdpa | blocked
     compile: bool = False
 
@@ -2093,8 +2092,7 @@ def can_compile(device: torch.device | str = "cpu") -> bool:
 
 def apply_numerics(numerics: Numerics, rt: Runtime):
     """Set the process-wide precision of fp32 matrix products."""
-    precision = {"fp32": "highest", "medium": "medium", "bf16": "high"}
-    torch.set_float32_matmul_precision(precision[numerics.mode])
+    torch.set_float32_matmul_precision("high" if numerics.mode == "bf16" else "highest")
     rt.log(
         f"numerics:{numerics.mode} attention:{numerics.attention} compile:{int(numerics.compile)} "
         f"threads:{torch.get_num_threads()}"

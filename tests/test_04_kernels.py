@@ -175,7 +175,7 @@ def test_a_device_that_cannot_compile_is_found_out(monkeypatch):
 
 
 def test_numerics_that_the_user_names_are_taken_as_they_are():
-    cfg = config(numerics="medium", attention="blocked", compile="off", threads=1)
+    cfg = config(numerics="fp32", attention="blocked", compile="off", threads=1)
     numerics = tg.choose_numerics(cfg, tg.Runtime(cfg, {}))
-    assert numerics == tg.Numerics("medium", "blocked", False) and numerics.dtype == torch.float32
+    assert numerics == tg.Numerics("fp32", "blocked", False) and numerics.dtype == torch.float32
     assert tg.Numerics("bf16").dtype == torch.bfloat16
