@@ -55,7 +55,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -241,6 +241,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     CLOCK, SLOW = "MAX_WALLCLOCK_SECONDS > 0", "ADEMAMIX != none"
+    HELD_OUT = "AVERAGING == iw_swa or ALLOCATION == loss"
+    TABLES = "BIGRAM_BUCKETS > 0 or ENGRAM_BUCKETS > 0 or VALUE_EMBED_LAST_N > 0"
     ITERS, FRAC = "LR_SCHEDULE == warmdown_iters", "LR_SCHEDULE != warmdown_iters"
 
     iterations: int = knob(20_000, "upper bound of optimiser steps", 1, 10**8)
@@ -304,13 +306,7 @@ class OptimConfig:
     head_lr: float = knob(
         0.008, "AdamW rate of the multi-token head", 0, 10, needs="OBJECTIVE == mtp"
     )
-    table_lr: float = knob(
-        0.05,
-        "AdamW rate of hashed and value tables",
-        0,
-        10,
-        needs="BIGRAM_BUCKETS > 0 or ENGRAM_BUCKETS > 0 or VALUE_EMBED_LAST_N > 0",
-    )
+    table_lr: float = knob(0.05, "AdamW rate of hashed and value tables", 0, 10, needs=TABLES)
     scalar_lr: float = knob(0.04, "AdamW rate of gains, scales, mixes and gates", 0, 10)
     adam_wd: float = knob(0.0, "decoupled weight decay of AdamW groups", 0, 10)
     embed_wd: float = knob(-1.0, "weight decay of embeddings and tables; -1 = ADAM_WD", -1, 10)
@@ -336,13 +332,7 @@ class OptimConfig:
         0.2, "part of the peak rate below which snapshots begin", 0, 1.01, needs="AVERAGING == swa"
     )
     swa_every: int = knob(50, "steps between snapshots", 1, 10**6, needs="AVERAGING in swa,iw_swa")
-    held_out_tokens: int = knob(
-        65_536,
-        "last training tokens, kept to score snapshots and roundings",
-        8,
-        10**8,
-        needs="AVERAGING == iw_swa or ALLOCATION == loss",
-    )
+    held_out_tokens: int = knob(65_536, "last training tokens, held out", 8, 10**8, needs=HELD_OUT)
     objective: str = knob(
         "ce",
         "what is minimised: cross-entropy, the same weighted by bytes, or with one more head, not "
@@ -480,20 +470,6 @@ def environment() -> dict[str, str]:
     return dict(os.environ)
 
 
-GROUPS = dict(
-    run=RunConfig,
-    data=DataConfig,
-    model=ModelConfig,
-    optim=OptimConfig,
-    quant=QuantConfig,
-    eval=EvalConfig,
-    system=SystemConfig,
-)
-KNOBS = {f.name: (group, f) for group, cls in GROUPS.items() for f in fields(cls)}
-DEFAULTS = {name: f.default for name, (_, f) in KNOBS.items()}
-OPERATORS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt}
-
-
 @dataclass(frozen=True)
 class Config:
     """Everything the user decided, where each value came from, and the warnings to print."""
@@ -528,6 +504,10 @@ class Config:
         }
 
 
+GROUPS = {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
+KNOBS = {f.name: (group, f) for group, cls in GROUPS.items() for f in fields(cls)}
+DEFAULTS = {name: f.default for name, (_, f) in KNOBS.items()}
+OPERATORS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt}
 # Systems as one would type them over the defaults; the later of two values holds. Each with its
 # source, its score and what still differs from the source.
 # What later records share: 11 layers, 2048-token rows, a sliding window.
