@@ -166,9 +166,7 @@ class ModelConfig:
     bos_id: int = knob(1, "id of the token that begins each document", 0, 65535)
     doc_attention: bool = knob(False, "attention stops at the beginning of the document (PR 1530)")
     xsa_last_n: int = knob(0, "top blocks whose heads drop own values (arXiv 2603.09078)", 0, 64)
-    output_gate_scale: float = knob(
-        0.0, "steepness of head output gates (PR 1787); 0 = none", 0, 10
-    )
+    output_gate_scale: float = knob(0.0, "steepness of heads' gates (PR 1787); 0 = none", 0, 10)
     value_embed_last_n: int = knob(0, "top blocks with embedded values (PR 374)", 0, 64)
     value_embed_dim: int = knob(128, "width of the value embedding", 1, 4096, needs=VALUES)
     value_residual: str = knob("none", "add the first block's values to later ones", "none mix")
@@ -251,17 +249,14 @@ class OptimConfig:
     warmup_steps: int = knob(20, "synthetic steps that prewarm kernels and are undone", 0, 1000)
     lr_schedule: str = knob(
         "warmdown_iters",
-        "last decay of rates: linear over WARMDOWN_ITERS, or linear or half a cosine over "
-        "WARMDOWN_FRAC",
+        "last decay: linear over WARMDOWN_ITERS, or linear or half a cosine over WARMDOWN_FRAC",
         "warmdown_iters warmdown_frac cosine",
     )
     warmdown_iters: int = knob(1200, "steps of learning-rate decay", 0, 10**7, needs=ITERS)
     warmdown_frac: float = knob(0.6, "learning-rate decay's part of the run", 0, 1, needs=FRAC)
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", 0, 1)
     seq_ramp_start: int = knob(0, "first length of rows, to double; 0 = off", 0, 65536)
-    seq_ramp_frac: float = knob(
-        0.3, "the run's part of short rows", 0, 1, needs="SEQ_RAMP_START > 0"
-    )
+    seq_ramp_frac: float = knob(0.3, "part with shorter rows", 0, 1, needs="SEQ_RAMP_START > 0")
     muon: str = knob(
         "muon",
         "stages that update matrices: the table MUON has them",
@@ -292,11 +287,7 @@ class OptimConfig:
     muon_momentum: float = knob(0.95, "Muon momentum", 0, 0.9999)
     muon_momentum_warmup_start: float = knob(0.85, "Muon momentum at both ends", 0, 0.9999)
     muon_momentum_warmup_steps: int = knob(
-        500,
-        "steps until MUON_MOMENTUM",
-        0,
-        10**6,
-        needs="MUON_MOMENTUM_WARMUP_START != MUON_MOMENTUM",
+        500, "steps to MUON_MOMENTUM", 0, 10**6, needs="MUON_MOMENTUM_WARMUP_START != MUON_MOMENTUM"
     )
     muon_momentum_cooldown_steps: int = knob(0, "last steps, of falling momentum", 0, 10**6)
     muon_wd: float = knob(0.0, "weight decay of matrices", 0, 10, needs="MUON_DECAY != fixed_norm")
@@ -315,9 +306,7 @@ class OptimConfig:
     embed_beta1: float = knob(0.0, "BETA1 of embeddings, tables, heads; 0 = BETA1", 0, 0.9999)
     beta2: float = knob(0.95, "decay of AdamW's mean square gradient", 0, 0.99999)
     adam_eps: float = knob(1e-8, "what AdamW adds to the root mean square", 1e-12, 1e-2)
-    ademamix: str = knob(
-        "none", "groups with slow momentum (arXiv 2409.03137)", "none embed scalar all"
-    )
+    ademamix: str = knob("none", "slow-momentum groups (arXiv 2409.03137)", "none embed scalar all")
     ademamix_alpha: float = knob(2.0, "last weight of slow momentum", 0, 100, needs=SLOW)
     ademamix_beta3: float = knob(0.999, "last decay of slow momentum", 0.01, 0.99999, needs=SLOW)
     grad_clip_norm: float = knob(0.0, "bound of the norm of the reduced gradient; 0 = off", 0, 1e6)
@@ -350,10 +339,7 @@ class QuantConfig:
     mlp_bits: int = knob(0, "bits of MLP matrices; 0 = MATRIX_BITS", "0 2 3 4 5 6 7 8 16")
     embed_bits: int = knob(8, "bits of all tables; 16 = fp16", "2 3 4 5 6 7 8 16")
     qat: str = knob(
-        "none",
-        "train matrices on the export grid (ste, PR 66)",
-        "none ste",
-        needs="MATRIX_BITS < 16",
+        "none", "train matrices on the export grid (PR 66)", "none ste", needs="MATRIX_BITS < 16"
     )
     qat_start_frac: float = knob(0.0, "part of the run without QAT", 0, 1, needs="QAT != none")
     clip: str = knob(
@@ -719,22 +705,18 @@ def export_rules(v: SimpleNamespace) -> Iterator[str]:
         yield "{CODEC} needs a package that is not installed; available: " + ", ".join(left)
 
 
-def slides(v: SimpleNamespace) -> bool:
-    """Whether windows advance by EVAL_STRIDE."""
-    return v.eval == "sliding" or v.eval == "doc" and v.ttt not in ("lora", "phased")
-
-
 def eval_rules(v: SimpleNamespace) -> Iterator[str]:
     """What is wrong with the evaluation."""
     adapts = v.ttt in ("lora", "phased")
-    if slides(v) and v.eval_stride > v.eval_seq_len:
+    slides = v.eval == "sliding" or v.eval == "doc" and not adapts  # by EVAL_STRIDE
+    if slides and v.eval_stride > v.eval_seq_len:
         yield "{EVAL_STRIDE} is larger than {EVAL_SEQ_LEN}"
     if adapts and v.ttt_lora_chunk > v.eval_seq_len:
         yield "{TTT_LORA_CHUNK} is larger than {EVAL_SEQ_LEN}"
     if v.ttt == "sgd" and v.eval == "doc" or adapts and v.eval != "doc":
         yield "{EVAL} does not go with {TTT}: sgd needs chunked or sliding, lora and phased doc"
     elif v.ttt == "sgd":
-        scored = "EVAL_STRIDE" if slides(v) else "TRAIN_SEQ_LEN"
+        scored = "EVAL_STRIDE" if slides else "TRAIN_SEQ_LEN"
         if v.ttt_chunk_tokens < vars(v)[scored.lower()]:
             yield "{TTT_CHUNK_TOKENS} is less than a window scores: {" + scored + "}"
     validation = v.ttt == "prequant" and v.prequant_text == "val" and v.run_mode == "train"
