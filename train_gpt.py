@@ -42,6 +42,7 @@ import math
 import operator
 import os
 import platform
+import runpy
 import shlex
 import signal
 import socket
@@ -1171,57 +1172,39 @@ def write_atomic(path: Path, content: bytes):
         temporary.unlink(missing_ok=True)
 
 
-class Place(NamedTuple):
-    """Which process of how many this one is, on all machines and on this one."""
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0  # the number of its GPU
-    local_world: int = 1
-
-
-def place_of(env: dict[str, str]) -> Place:
-    """The place that torchrun's variables tell; alone without them. Raises OneRankFailed."""
-    wanted = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if not env.keys() & wanted[:3]:
-        return Place()
-    if missing := ", ".join(name for name in wanted if name not in env):
-        told = " ".join(f"{name}={env[name]}" for name in wanted if name in env)
-        raise OneRankFailed(f"{told}: {missing} not set; start with torchrun or unset all of them")
-    numbers = []
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-        text = env.get(name, env["WORLD_SIZE"])
-        if not text.isdecimal():
-            raise OneRankFailed(f"{name}={text}: want a whole number")
-        numbers.append(int(text))
-    rank, world, local_rank, local_world, _ = numbers
-    if rank >= world:
-        raise OneRankFailed(f"RANK={rank}: want less than WORLD_SIZE={world}")
-    if local_rank >= local_world:
-        raise OneRankFailed(f"LOCAL_RANK={local_rank}: want less than {local_world}, those here")
-    return Place(rank, world, local_rank, local_world)
+def place_of(env: dict[str, str]) -> tuple[int, int, int, int]:
+    """Rank and number of ranks, on all machines and on this one, as torchrun's variables tell;
+    alone without them. Raises OneRankFailed."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    if not env.keys() & names[:3]:
+        return 0, 1, 0, 1
+    with contextlib.suppress(KeyError, ValueError):
+        rank, world, local_rank, _ = (int(env[name]) for name in names[:4])
+        local_world = int(env.get("LOCAL_WORLD_SIZE", world))
+        if 0 <= rank < world and 0 <= local_rank < local_world and env["MASTER_ADDR"]:
+            return rank, world, local_rank, local_world
+    told = " ".join(f"{name}={env[name]}" if name in env else f"{name} not set" for name in names)
+    raise OneRankFailed(f"{told}: want whole numbers, RANK < WORLD_SIZE; use torchrun or set none")
 
 
 class Runtime:
     """Device, process group, log and phase ledger of one process. All ranks make the same calls."""
 
     def __init__(self, cfg: Config, env: dict[str, str]):
-        place = place_of(env)
-        self.rank, self.world = place.rank, place.world
+        self.rank, self.world, local_rank, local_world = place_of(env)
         self.main = self.rank == 0
         self.device = torch.device("cpu")
         if pick_device(cfg.run.device) == "cuda":
             gpus = torch.cuda.device_count()
-            if place.local_rank >= gpus:
-                many = f"{gpus} GPUs here, {place.local_world} wanted"
-                raise OneRankFailed(f"LOCAL_RANK={place.local_rank}: {many}")
-            self.device = torch.device("cuda", place.local_rank)
+            if local_rank >= gpus:
+                raise OneRankFailed(f"LOCAL_RANK={local_rank}: {gpus} GPUs for {local_world} ranks")
+            self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
-        torch.set_num_threads(cfg.system.threads or max(1, cpu_cores() // place.local_world))
+        torch.set_num_threads(cfg.system.threads or max(1, cpu_cores() // local_world))
         if "RANK" in env:  # started by torchrun
             self.join(env)
         self.start = time.monotonic()
-        self.phases: list[tuple[str, float, float]] = []  # name, begin and end in seconds
+        self.phases: collections.Counter[str] = collections.Counter()  # seconds by name
         self.doing = "set-up"  # the phase that runs
         self.folder: Path | None = None  # where log and metrics go
         self.warned = False  # of a full disk
@@ -1235,10 +1218,8 @@ class Runtime:
             dist.init_process_group("gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl")
         except (RuntimeError, ValueError) as error:
             address = f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}"
-            reason = str(error).splitlines()[0]
-            raise OneRankFailed(
-                f"{address}: cannot join {self.world} ranks; take a free port ({reason})"
-            ) from None
+            why = f"cannot join {self.world} ranks; take a free port ({str(error).splitlines()[0]})"
+            raise OneRankFailed(f"{address}: {why}") from None
 
     def close(self):
         """Leave the process group."""
@@ -1269,16 +1250,16 @@ class Runtime:
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0 alone; every rank returns its result (to be pickled) or error."""
         outcome = [None, None]
-        if self.main:
-            try:
-                outcome[0] = work()
-            except (UserError, RunFailed, OSError) as error:
-                outcome[1] = error
+        try:
+            outcome[0] = work() if self.main else None
+        except (UserError, RunFailed, OSError) as error:
+            outcome[1] = error
         if dist.is_initialized():
             dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
-        if outcome[1]:
-            raise outcome[1]
-        return outcome[0]
+        result, error = outcome
+        if error:
+            raise error
+        return result
 
     def numbers_from_main(self, *values: float) -> list[float]:
         """Rank 0's numbers on every rank; cheap enough for every step."""
@@ -1392,7 +1373,7 @@ class Runtime:
         self.synchronize()
         end = time.monotonic() - self.start
         self.doing = "set-up"
-        self.phases.append((name, begin, end))
+        self.phases[name] += end - begin
         self.log(f"phase:{name} start_ms:{begin * 1e3:.0f} end_ms:{end * 1e3:.0f}")
         self.metric("phase", name=name, start=begin, end=end)
 
@@ -1441,13 +1422,9 @@ SHARD_HEADER_BYTES = 1024
 def open_shard(path: Path) -> np.ndarray:
     """Memory-map one shard: 256 little-endian int32 (magic, version, count, ...), then `count`
     uint16 tokens. Raises UserError for another format or size."""
-    name = relative(path)
-    if not path.is_file():
-        raise UserError(f"{name}: not a file")
-    size = path.stat().st_size
-    if size < SHARD_HEADER_BYTES:
-        raise UserError(f"{name}: {size} bytes, but a shard begins with {SHARD_HEADER_BYTES}")
-    magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
+    name, size = relative(path), path.stat().st_size
+    with open(path, "rb") as f:
+        magic, version, count = struct.unpack("<3i", f.read(12).ljust(12, b"\0"))
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise UserError(
             f"{name}: magic {magic} version {version}, want {SHARD_MAGIC} and {SHARD_VERSION}; "
@@ -1469,13 +1446,13 @@ class TokenStream:
         self.vocab = vocab
         self.files = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
         if not self.files:
-            others = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:3])
+            others = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:3]) or "none"
             raise UserError(
-                f"DATA_PATH={relative(folder)}: no file matches fineweb_{split}_*.bin"
-                + (f" (there are: {others})" if others else "")
+                f"DATA_PATH={relative(folder)}: no file matches fineweb_{split}_*.bin "
+                f"(there are: {others})"
             )
         self.shards = [open_shard(f) for f in self.files]
-        self.starts = np.cumsum([0] + [len(s) for s in self.shards]).tolist()
+        self.starts = list(itertools.accumulate(map(len, self.shards), initial=0))
         self.length = self.starts[-1]
 
     def __len__(self) -> int:
@@ -1503,14 +1480,12 @@ class TokenStream:
             shard += 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def check(self, sample: int, knob: str, row: int):
+    def check(self, sample: int, row: int):
         """Raise UserError for a text of less than one row, or an impossible id among the first and
         last `sample` tokens of a shard."""
         if len(self) <= row:
             name = relative(self.files[0])
-            raise UserError(
-                f"{name}: {len(self)} tokens are fewer than one row of {knob}={row} + 1"
-            )
+            raise UserError(f"{name}: {len(self)} tokens, fewer than TRAIN_SEQ_LEN={row} + 1")
         for i, shard in enumerate(self.shards):
             top = max(shard[:sample].max(), shard[-sample:].max())
             if top >= self.vocab:
@@ -1531,9 +1506,8 @@ class ByteTable(NamedTuple):
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
         """(N,) ids -> (N - 1,) int16: bytes of each target tokens[1:] given the token before it."""
-        previous = tokens[:-1]
         target = tokens[1:]
-        return self.base[target] + (self.lead[target] & ~self.border[previous])
+        return self.base[target] + (self.lead[target] & ~self.border[tokens[:-1]])
 
 
 SPACE = "\u2581"  # how SentencePiece spells a space
@@ -1566,7 +1540,7 @@ class Data(NamedTuple):
     val: np.ndarray  # (N,) uint16
     val_bytes: np.ndarray  # (N - 1,) int16 or uint16
     tokenizer_sha256: str
-    manifest: dict[str, Any]  # empty when the folder has none
+    manifest: dict[str, Any]  # {} when the folder has none
     token_bytes: np.ndarray | None = None  # (V,) int16, without leading spaces
 
 
@@ -1582,7 +1556,8 @@ def locate_data(cfg: Config, rt: Runtime) -> tuple[Path, Path]:
         folder = data / "datasets" / f"fineweb10B_{variant}"
         present = any(folder.glob("fineweb_train_*.bin"))
         if variant == "sp1024" and not (present and rt.device.type == "cuda"):
-            folder = build_sample(data, rt)
+            folder = data / "datasets" / "sample_sp1024"
+            rt.on_main(lambda: build_sample(data, folder))
         elif not present:
             raise UserError(
                 f"DATA_PATH=auto: no shards in {relative(folder)}; get them with data/cached_"
@@ -1601,21 +1576,12 @@ def locate_data(cfg: Config, rt: Runtime) -> tuple[Path, Path]:
     return folder, own[0] if own else shared
 
 
-def build_sample(data: Path, rt: Runtime) -> Path:
-    """Shards of the embedded sample, built on first use by data/build_sample.py and cached."""
-    folder = data / "datasets" / "sample_sp1024"
-    spec = importlib.util.spec_from_file_location("build_sample", data / "build_sample.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def build():
-        try:
-            module.build(folder)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"DATA_PATH=auto: {error}") from None
-
-    rt.on_main(build)
-    return folder
+def build_sample(data: Path, folder: Path):
+    """Shards of the embedded sample, built on first use."""
+    try:
+        runpy.run_path(str(data / "build_sample.py"))["build"](folder)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"DATA_PATH=auto: {error}") from None
 
 
 CASE_OPERATORS = "\ue001\ue002\ue003\ue004"  # spell capital letters; see data/caseops.py
@@ -1633,48 +1599,32 @@ def read_tokenizer(path: Path, cfg: Config):
     import sentencepiece
 
     name = f"TOKENIZER_PATH={relative(path)}"
-    if not path.is_file():
-        raise UserError(f"{name}: no such file; want the SentencePiece model of the shards")
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except Exception as error:
         kind = type(error).__name__
-        raise UserError(f"{name}: not a SentencePiece model ({kind})") from None
-    size = tokenizer.vocab_size()
-    if size != cfg.data.vocab_size:
-        raise UserError(f"{name} has {size} pieces but VOCAB_SIZE={cfg.data.vocab_size}")
-    bos = tokenizer.bos_id()
-    if bos < 0:
-        raise UserError(f"{name}: no begin-of-document id; train it with a bos_id")
-    if bos != cfg.model.bos_id:
-        raise UserError(f"{name} begins documents with id {bos} but BOS_ID={cfg.model.bos_id}")
-    if tokenizer.piece_to_id(SPACE) == tokenizer.unk_id():
-        raise UserError(f"{name}: no lone {SPACE!r} piece: spaces would be counted as three bytes")
-    operators = len(operator_ids(tokenizer))
-    if cfg.data.caseops != bool(operators):
-        wanted = int(cfg.data.caseops)
-        raise UserError(f"{name} has {operators} case operators but CASEOPS={wanted}")
+        raise UserError(f"{name}: not the SentencePiece model of the shards ({kind})") from None
+    d, lone_space = cfg.data, tokenizer.piece_to_id(SPACE) != tokenizer.unk_id()
+    size, bos, operators = tokenizer.vocab_size(), tokenizer.bos_id(), len(operator_ids(tokenizer))
+    for right, wrong in (
+        (size == d.vocab_size, f"has {size} pieces but VOCAB_SIZE={d.vocab_size}"),
+        (bos >= 0, "has no begin-of-document id; train it with a bos_id"),
+        (bos == cfg.model.bos_id, f"begins documents with id {bos} but BOS_ID={cfg.model.bos_id}"),
+        (lone_space, f"has no lone {SPACE!r} piece: spaces would be counted as three bytes"),
+        (d.caseops == bool(operators), f"has {operators} case operators but CASEOPS={+d.caseops}"),
+    ):
+        if not right:
+            raise UserError(f"{name} {wrong}")
     return tokenizer
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a dataset says about itself, {} when it says nothing. Raises UserError for a damaged
-    one; `data/prepare.py verify` compares the whole dataset with it."""
-    if not path.exists():
-        return {}
+    """What a dataset says about itself, {} when it says nothing; only `data/prepare.py verify`
+    compares all of it with the files. Raises UserError for another kind of file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found.get("reference_bpb", {}), dict):
-            raise ValueError("reference_bpb")
-        if not found.get("comparable", True) and not isinstance(found["note"], str):
-            raise ValueError("note")
-        for entry in found.get("files", {}).values():
-            entry["sha256"]
-        return found
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{relative(path)}: damaged manifest ({error}); build the dataset again"
-        ) from None
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{relative(path)}: damaged ({error}); build the dataset again") from None
 
 
 def check_manifest(manifest: dict[str, Any], files: list[Path]):
@@ -1682,27 +1632,12 @@ def check_manifest(manifest: dict[str, Any], files: list[Path]):
     the validation text, and for another validation text."""
     told = manifest.get("files", {})
     for path in files if told else ():
-        entry = told.get(path.name)
-        if not entry or "_val_" in path.name and entry["sha256"] != sha256_file(path):
+        known = path.name in told
+        if not known or "_val_" in path.name and told[path.name]["sha256"] != sha256_file(path):
+            name = relative(path)
             raise UserError(
-                f"{relative(path)}: not the shard that manifest.json names; download or build it "
-                "again"
+                f"{name}: not the shard that manifest.json names; get or build it again"
             )
-
-
-def refuse_foreign(folder: Path, stream: TokenStream):
-    """Raise UserError for tokens of a known tokenizer that is not SentencePiece's."""
-    start = stream.shards[0][: 1 << 20]
-    if start[0] == start.max() == 50256:  # GPT-2's last id begins its documents
-        kind = "GPT-2 ids"
-    elif start.max() < 260 and (len(start) >= 1 << 16 or stream.vocab == 260):
-        kind = "byte ids"
-    else:
-        return
-    raise UserError(
-        f"DATA_PATH={relative(folder)} holds {kind}, whose bytes no SentencePiece model counts; "
-        "get other shards with data/cached_challenge_fineweb.py or data/prepare.py"
-    )
 
 
 def validation_bytes(folder: Path, cfg: Config, table: ByteTable, val: np.ndarray) -> np.ndarray:
@@ -1723,40 +1658,38 @@ def validation_bytes(folder: Path, cfg: Config, table: ByteTable, val: np.ndarra
 def open_data(cfg: Config, rt: Runtime) -> Data:
     """Open and check everything that this run will read. Raises UserError before any long work."""
     folder, tokenizer_path = locate_data(cfg, rt)
-    stream = TokenStream(folder, "val", cfg.data.vocab_size)
-    refuse_foreign(folder, stream)
+    vocab, row, place = cfg.data.vocab_size, cfg.data.train_seq_len, relative(folder)
+    stream = TokenStream(folder, "val", vocab)
+    start = stream.shards[0][: 1 << 16]
+    if len(start) == 1 << 16 and start.max() < 260:
+        raise UserError(f"DATA_PATH={place} holds byte ids, which no SentencePiece model counts")
     tokenizer = read_tokenizer(tokenizer_path, cfg)
     digest = sha256_file(tokenizer_path)
     manifest = read_manifest(folder / "manifest.json")
     if manifest.get("tokenizer_sha256", digest) != digest:
-        raise UserError(
-            f"TOKENIZER_PATH={relative(tokenizer_path)}: not the tokenizer that manifest.json names"
-        )
-    row = cfg.data.train_seq_len
-    if cfg.eval.eval == "chunked":
-        stream.check(len(stream), "TRAIN_SEQ_LEN", row)
-    else:
-        stream.check(len(stream), "EVAL_SEQ_LEN", cfg.eval.eval_seq_len)
+        name = f"TOKENIZER_PATH={relative(tokenizer_path)}"
+        raise UserError(f"{name}: not the tokenizer that manifest.json names")
+    stream.check(len(stream), row)
     check_manifest(manifest, stream.files)
-    train = None
+    train, shards = None, 0
     if cfg.run.run_mode == "train":
-        train = TokenStream(folder, "train", cfg.data.vocab_size)
-        train.check(1 << 20, "TRAIN_SEQ_LEN", row)
+        train = TokenStream(folder, "train", vocab)
+        train.check(1 << 20, row)
         check_manifest(manifest, train.files)
+        shards = len(train.files)
         rt.log(
-            f"train_loader:shards pattern={relative(folder)}/fineweb_train_*.bin "
-            f"files:{len(train.files)} tokens:{len(train)} order:{cfg.data.loader}"
+            f"train_loader:shards pattern={place}/fineweb_train_*.bin files:{shards} "
+            f"tokens:{len(train)} order:{cfg.data.loader}"
         )
     val = np.ascontiguousarray(stream.read(0, len(stream)))
-    table = byte_table(tokenizer, cfg.data.vocab_size)
+    table = byte_table(tokenizer, vocab)
     table.base[operator_ids(tokenizer)] = 0
     val_bytes = validation_bytes(folder, cfg, table, val)
     told = sha256_file(folder / "manifest.json") if manifest else "none"
-    rt.log(f"val_loader:shards pattern={relative(folder)}/fineweb_val_*.bin tokens:{len(val) - 1}")
+    rt.log(f"val_loader:shards pattern={place}/fineweb_val_*.bin tokens:{len(val) - 1}")
     rt.log(
-        f"audit:data manifest_sha256:{told} train_shards:{len(train.files) if train else 0} "
-        f"val_tokens:{len(val) - 1} val_bytes:{int(val_bytes.sum(dtype=np.int64))} "
-        f"tokenizer_sha256:{digest}"
+        f"audit:data manifest_sha256:{told} train_shards:{shards} val_tokens:{len(val) - 1} "
+        f"val_bytes:{int(val_bytes.sum(dtype=np.int64))} tokenizer_sha256:{digest}"
     )
     return Data(train, val, val_bytes, digest, manifest, table.base)
 
@@ -1774,76 +1707,54 @@ class Loader:
         self.seed = cfg.run.seed
         self.bos = cfg.model.bos_id
         self.rows = cfg.data.train_batch_tokens // self.seq
-        self.epoch = 0  # pass over the text
-        self.index = 0  # its next row
+        self.rows_in_epoch = (len(stream) - 1) // self.seq
+        self.dealt = 0  # rows so far, of all ranks and epochs
         self.drawn = -1  # the epoch whose order is known
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "loader")
         # what is being read, and where it will be
         self.ahead: tuple[tuple, concurrent.futures.Future] = ((), None)
 
-    def state_dict(self) -> dict[str, int]:
-        return dict(epoch=self.epoch, index=self.index)
-
-    def load_state_dict(self, state: dict[str, int]):
-        self.epoch = state["epoch"]
-        self.index = state["index"]
-
     def draw(self, epoch: int):
         """Decide where the rows of an epoch begin (`phase`) and in which `order` they come."""
-        self.drawn = epoch
         self.phase = 0
-        self.order = range(self.rows_in_epoch())
+        self.order = range(self.rows_in_epoch)
 
     def row(self, index: int) -> np.ndarray:
         """Row `index` of this epoch, (T + 1,) uint16."""
         return self.stream.read(self.phase + int(self.order[index]) * self.seq, self.seq + 1)
 
-    def rows_in_epoch(self) -> int:
-        return (len(self.stream) - 1) // self.seq
-
-    def dealt(self) -> int:
-        """Tokens dealt so far to all ranks."""
-        return (self.epoch * self.rows_in_epoch() + self.index) * self.seq
-
     def next(self, rank: int, world: int, rows: int = 0) -> np.ndarray:
         """Rows rank, rank + world, ... of the next step, or of the next so many rows, as (rows of
         this rank, T + 1) uint16. Those of another as large are read meanwhile."""
-        wanted = self.epoch, self.index, rank, world, rows or self.rows
-        if self.ahead[0] != wanted:
-            self.read_ahead(wanted)
-        dealt, self.epoch, self.index = self.ahead[1].result()
-        self.read_ahead((self.epoch, self.index, *wanted[2:]))
-        return dealt
+        rows = rows or self.rows
+        if self.ahead[0] != (self.dealt, rows, rank, world):
+            self.read_ahead(self.dealt, rows, rank, world)
+        mine = self.ahead[1].result()
+        self.dealt += rows
+        self.read_ahead(self.dealt, rows, rank, world)
+        return mine
 
-    def read_ahead(self, wanted: tuple[int, int, int, int, int]):
+    def read_ahead(self, *wanted: int):
         """Begin to read the rows of one step."""
-        self.ahead = wanted, self.reader.submit(self.deal, *wanted)
+        self.ahead = wanted, self.reader.submit(self.read, *wanted)
 
-    def deal(
-        self, epoch: int, index: int, rank: int, world: int, rows: int
-    ) -> tuple[np.ndarray, int, int]:
-        """What `next` returns for a step of so many rows that begins there, and the epoch and index
-        where the step after it begins."""
+    def read(self, dealt: int, rows: int, rank: int, world: int) -> np.ndarray:
+        """What `next` returns for `rows` rows after the first `dealt` ones."""
         mine = []
-        for row in range(rows):
-            if index >= self.rows_in_epoch():
-                epoch += 1
-                index = 0
+        for number in range(dealt + rank, dealt + rows, world):
+            epoch, index = divmod(number, self.rows_in_epoch)
             if epoch != self.drawn:
                 self.draw(epoch)
-            if row % world == rank:
-                mine.append(self.row(index))
-            index += 1
-        return np.array(mine, np.uint16).reshape(-1, self.seq + 1), epoch, index
+                self.drawn = epoch
+            mine.append(self.row(index))
+        return np.array(mine, np.uint16).reshape(-1, self.seq + 1)
 
 
 class ShuffledLoader(Loader):
     """Rows in a new random order and from a new random phase each epoch, decided by SEED alone."""
 
     def draw(self, epoch: int):
-        self.drawn = epoch
-        rng = np.random.default_rng([self.seed, epoch])
-        rows = self.rows_in_epoch()
+        rng, rows = np.random.default_rng([self.seed, epoch]), self.rows_in_epoch
         self.phase = int(rng.integers(len(self.stream) - rows * self.seq))
         self.order = self.draw_order(rng, rows)
 
@@ -1895,13 +1806,12 @@ class PackedLoader(ShuffledLoader):
         """Read and reorder a window. Its first and its last document stay where they are: they may
         go on in its neighbours."""
         first = int(self.order[number]) * self.WINDOW
-        rows = min(self.WINDOW, self.rows_in_epoch() - first)
+        rows = min(self.WINDOW, self.rows_in_epoch - first)
         text = self.stream.read(self.phase + first * self.seq, rows * self.seq + 1)
-        pieces = np.split(text, np.flatnonzero(text[1:-1] == self.bos) + 1)
-        inner = pieces[1:-1]
-        order = best_fit([len(piece) for piece in inner], len(pieces[0]), self.seq)
-        last = pieces[-1:] if len(pieces) > 1 else []
-        self.text = np.concatenate([pieces[0], *(inner[i] for i in order), *last])
+        head, *inner = np.split(text, np.flatnonzero(text[1:-1] == self.bos) + 1)
+        tail = [inner.pop()] if inner else []
+        order = best_fit([len(piece) for piece in inner], len(head), self.seq)
+        self.text = np.concatenate([head, *(inner[i] for i in order), *tail])
         self.opened = number
         self.shuffled = np.random.default_rng([self.seed, self.drawn, number]).permutation(rows)
 
@@ -4882,6 +4792,10 @@ class Score:
         """Bits per byte of the original text."""
         return self.nats / math.log(2) / self.bytes
 
+    def text(self, digits: int) -> str:
+        """Both as logs have them."""
+        return f"val_loss:{self.loss:.{digits}f} val_bpb:{self.bpb:.{digits}f}"
+
 
 LANES = 8  # shares of work that carry something along; more ranks than that find nothing to share
 
@@ -5449,7 +5363,7 @@ def score_model(
     strategy = strategy_of(cfg, rt, model, numerics, plan, kind, ttt)
     result = score(data.val, data.val_bytes, strategy, rt, observer)
     rt.log(
-        f"score:{variant(cfg.eval, kind, ttt)} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} "
+        f"score:{variant(cfg.eval, kind, ttt)} {result.text(8)} "
         f"tokens:{result.tokens} bytes:{result.bytes} scored_once:1 coverage:{result.coverage} "
         f"forward_tokens:{result.forward_tokens} seconds:{time.monotonic() - begin:.1f}"
     )
@@ -5794,7 +5708,7 @@ class Trainer:
             weights=self.flat.weights,
             optimiser=self.optimiser.state_dict(),
             averager=self.averager.state,
-            loader=self.loader.state_dict(),
+            loader=self.loader.dealt,
             step=self.step_number,
             seconds=self.clock.read(),
             recent=list(self.recent),
@@ -5807,7 +5721,7 @@ class Trainer:
         self.flat.weights.copy_(state["weights"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.averager.load_state_dict(state["averager"])
-        self.loader.load_state_dict(state["loader"])
+        self.loader.dealt = int(state["loader"])  # an older script kept another form
         self.step_number = state["step"]
         self.recent = list(state["recent"])
         self.plan = state["plan"]
@@ -5877,7 +5791,7 @@ class Trainer:
         left = p.remaining  # seconds; steps where no wall clock ends the run
         if not self.cfg.optim.max_wallclock_seconds:
             left *= elapsed / step
-        speed = self.loader.dealt() / max(elapsed, 1e-9)
+        speed = self.loader.dealt * self.loader.seq / max(elapsed, 1e-9)
         times = self.times(elapsed)
         self.rt.log(
             f"{self.at()} train_loss:{value:.4f} {times} tok/s:{speed:.0f} left:{left:.0f}s"
@@ -5902,9 +5816,9 @@ class Trainer:
         compiles = self.numerics.compile and self.rt.device.type == "cuda"
         numerics, plan = self.numerics._replace(compile=compiles), self.plans[self.plan]
         result = score_model(self.cfg, self.rt, self.model, numerics, self.data, "chunked", plan)
-        loss, bpb = result.loss, result.bpb
-        self.rt.log(f"{self.at()} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {self.times(elapsed)}")
-        self.rt.metric("val", step=self.step_number, loss=loss, bpb=bpb, seconds=elapsed)
+        self.rt.log(f"{self.at()} {result.text(4)} {self.times(elapsed)}")
+        scores = dict(loss=result.loss, bpb=result.bpb)
+        self.rt.metric("val", step=self.step_number, **scores, seconds=elapsed)
 
     def done(self, elapsed: float) -> bool:
         """Whether training ends before another step as long as the longest of the last 20. On a GPU
@@ -6044,7 +5958,6 @@ def official_score(
         model.to(rt.device)
     with rt.phase("eval"):
         result = score_model(cfg, rt, model, numerics, data, cfg.eval.eval, plan, cfg.eval.ttt)
-    _, begin, end = rt.phases[-1]
     name = variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt)
     kept = rt.folder / "doc_loss.npy" if rt.folder else path.with_suffix(f".{name}.doc_loss.npy")
     np.save(documents := io.BytesIO(), result.documents)
@@ -6053,9 +5966,8 @@ def official_score(
     except OSError as error:  # a folder that only may be read is no reason to withhold a score
         rt.log(f"warning: {relative(kept)} {error.strerror}")
     name = f"final_int{cfg.quant.matrix_bits}_{cfg.quant.codec}_{final_label(cfg.eval)}"
-    loss, bpb = result.loss, result.bpb
-    rt.log(f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{(end - begin) * 1e3:.0f}ms")
-    rt.log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+    rt.log(f"{name} {result.text(4)} eval_time:{rt.phases['eval'] * 1e3:.0f}ms")
+    rt.log(f"{name}_exact {result.text(8)}")
     return cfg, result
 
 
@@ -6063,38 +5975,31 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
     """The fixed block that ends a run, then the official line (rank 0)."""
     if not rt.main:
         return
-    code, model_bytes = code_bytes(), path.stat().st_size
-    total, budget = code + model_bytes, cfg.quant.artifact_budget_bytes
+    sizes = dict(model_bytes=path.stat().st_size, code_bytes=code_bytes())
+    total, budget = sum(sizes.values()), cfg.quant.artifact_budget_bytes
     room = f"{budget - total:,} bytes free"
     if total > budget:
         room = f"OVER BUDGET by {total - budget:,} bytes"
-    spent: collections.Counter[str] = collections.Counter()
-    for name, begin, end in rt.phases:
-        spent[name] += end - begin
-    loss, bpb, tokens, size = result.loss, result.bpb, result.tokens, result.bytes
+    scores = dict(loss=result.loss, bpb=result.bpb, tokens=result.tokens, bytes=result.bytes)
     scored = variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt)
     rt.log("-" * 100)
     rt.log(
-        f"official score   {bpb:.4f} bits per byte   ({loss:.4f} nats per token, "
-        f"{tokens:,} tokens, {size:,} bytes, {scored})"
+        "official score   {bpb:.4f} bits per byte   ({loss:.4f} nats per token, {tokens:,} tokens, "
+        "{bytes:,} bytes, {scored})".format(**scores, scored=scored)
     )
-    parts = f"code {code:,} + model {model_bytes:,}"
+    parts = "code {code_bytes:,} + model {model_bytes:,}".format(**sizes)
     rt.log(f"artifact         {total:,} bytes = {parts}   ({room} of {budget:,})")
-    seconds = "  ".join(f"{name} {value:.1f}s" for name, value in spent.items())
+    seconds = "  ".join(f"{name} {value:.1f}s" for name, value in rt.phases.items())
     rt.log(f"time             {seconds}")
     if reference := data.manifest.get("reference_bpb"):
         figures = "  ".join(f"{name} {value:.3f}" for name, value in reference.items())
         rt.log(f"for orientation  {figures}   (compressors, primed with the training text)")
     if not data.manifest.get("comparable", True):
-        rt.log(f"note             {data.manifest['note']}")
+        rt.log(f"note             {data.manifest.get('note')}")
     rt.log("-" * 100)
-    rt.log(
-        f"final:official variant:{scored} val_loss:{loss:.8f} val_bpb:{bpb:.8f} tokens:{tokens} "
-        f"bytes:{size}"
-    )
-    scores = dict(loss=loss, bpb=bpb, tokens=tokens, bytes=size)
-    sizes = dict(model_bytes=model_bytes, code_bytes=code)
-    rt.metric("final", **scores, **sizes, phases=spent, compliant=not rt.mark)
+    counts = f"tokens:{result.tokens} bytes:{result.bytes}"
+    rt.log(f"final:official variant:{scored} {result.text(8)} {counts}")
+    rt.metric("final", **scores, **sizes, phases=rt.phases, compliant=not rt.mark)
 
 
 def peak_memory(rt: Runtime) -> str:
@@ -6157,25 +6062,16 @@ def run(cfg: Config, rt: Runtime, env: dict[str, str]):
         if not rt.on_main(lambda: rt.claim_folder(cfg)):
             return
         log_header(cfg, rt, cfg.eval.compliant)
-        data = data_of_a_run(cfg, rt)
+        try:
+            with rt.phase("data"):
+                data = open_data(cfg, rt)
+        except (UserError, OSError):
+            rt.drop_run()
+            raise
         rt.on_main(lambda: submit_code(rt))
         path = train_and_export(cfg, rt, data, saved)
     cfg, result = official_score(cfg, rt, path, data, env)
     summary(cfg, rt, path, data, result)
-
-
-def data_of_a_run(cfg: Config, rt: Runtime) -> Data:
-    """The opened dataset. Raises UserError, and then leaves no run folder behind."""
-    try:
-        with rt.phase("data"):
-            return open_data(cfg, rt)
-    except UserError:
-        rt.drop_run()
-        raise
-    except OSError as error:  # a read-only folder, too many open files
-        rt.drop_run()
-        file = relative(error.filename or cfg.data.data_path)
-        raise OneRankFailed(f"{file}: {error.strerror}; see DATA_PATH") from None
 
 
 def how_to_go_on(cfg: Config | None, rt: Runtime | None, lead: str) -> str:

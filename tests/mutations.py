@@ -156,9 +156,9 @@ FAULTS = (
     Fault(
         "loader position",
         "a resumed run begins the text again",
-        'self.index = state["index"]',
-        "self.index = 0",
-        "03_data",
+        'self.loader.dealt = int(state["loader"])',
+        "self.loader.dealt = 0",
+        "06_optim",
     ),
     Fault(
         "loop plan",
@@ -184,8 +184,8 @@ FAULTS = (
     Fault(
         "rows shared",
         "all ranks train on the same rows",
-        "if row % world == rank:",
-        "if row % world == 0:",
+        "range(dealt + rank, dealt + rows, world)",
+        "range(dealt, dealt + rows, world)",
         "03_data",
     ),
     Fault(

@@ -146,9 +146,9 @@ def test_a_launch_that_cannot_be_is_one_line_before_any_folder(tmp_path):
         busy.listen()
         port = busy.getsockname()[1]
         for env, named in (
-            (dict(RANK=0), "RANK=0: WORLD_SIZE"),
-            (dict(RANK=3), "RANK=3: WORLD_SIZE"),
-            (dict(WORLD_SIZE=8), "WORLD_SIZE=8: RANK"),
+            (dict(RANK=0), "RANK=0 WORLD_SIZE not set"),
+            (dict(RANK=3), "RANK=3 WORLD_SIZE not set"),
+            (dict(WORLD_SIZE=8), "RANK not set WORLD_SIZE=8"),
             (LAUNCHED | dict(MASTER_PORT=port), f"MASTER_PORT={port}"),
         ):
             refused(train(tmp_path, tmp_path / "runs", "a", **env), named)
@@ -204,14 +204,16 @@ def test_what_cannot_be_opened_is_one_line_and_leaves_no_folder(toy, tmp_path):
     for i in range(2, 60):
         (many / f"fineweb_train_{i:06d}.bin").symlink_to(toy / "fineweb_train_000001.bin")
     knobs = dict(RUNS_DIR=tmp_path / "runs", RUN_ID="a")
-    refused(run_in(tmp_path, {}, files=48, DATA_PATH=many, **knobs), "Too many open files")
+    done = run_in(tmp_path, {}, files=48, DATA_PATH=many, **knobs)
+    assert done.code == 1 and re.fullmatch("error: .*: Too many open files\n", done.err)
     code = tmp_path / "code"
     shutil.copytree(
         ROOT / "data", code / "data", ignore=shutil.ignore_patterns("datasets", "__pycache__")
     )
     shutil.copy(SCRIPT, code)
     (code / "data" / "datasets").write_text("as good as a read-only folder")
-    refused(run_in(tmp_path, {}, script=code / SCRIPT.name, **knobs), "DATA_PATH")
+    done = run_in(tmp_path, {}, script=code / SCRIPT.name, **knobs)
+    assert done.code == 1 and re.fullmatch("error: .*datasets.*: .*\n", done.err)
     assert not (tmp_path / "runs" / "a").exists()
 
 

@@ -4,6 +4,7 @@ arithmetic."""
 import io
 import json
 import lzma
+import re
 import struct
 import threading
 from itertools import pairwise
@@ -197,7 +198,9 @@ def test_text_shorter_than_one_row_or_window_is_refused_by_shard(dataset, split)
 @pytest.mark.slow
 def test_a_folder_named_like_a_shard_is_refused(dataset):
     (dataset / "fineweb_train_000009.bin").mkdir()
-    assert_refused(dataset, "fineweb_train_000009.bin: not a file")
+    knobs = dict(PRESET="baseline+tiny", DATA_PATH=dataset, RUNS_DIR=dataset.parent / "runs")
+    run = run_script(timeout=60, **knobs)
+    assert run.code == 1 and re.fullmatch("error: .*train_000009.bin: Is a directory\n", run.err)
 
 
 @pytest.mark.slow
@@ -222,7 +225,7 @@ def test_a_data_folder_may_have_brackets_in_its_name(dataset):
     assert len(train_gpt.open_data(cfg, train_gpt.Runtime(cfg, {})).val) > 64
 
 
-@pytest.mark.parametrize("manifest", ["{", "[1]", '{"comparable": false}'])
+@pytest.mark.parametrize("manifest", ["{", "[1]"])
 def test_a_damaged_manifest_is_refused_by_name(dataset, manifest):
     (dataset / "manifest.json").write_text(manifest)
     cfg = config(DATA_PATH=dataset)
@@ -325,8 +328,7 @@ def test_the_begin_of_document_id_reaches_all_who_ask(tmp_path):
     assert train_gpt.document_borders(ids[0].numpy(), 7).tolist() == [0, 4, 5]
     stream = write_shards(tmp_path, [[7, 8, 1, 9] * 200])
     packed = train_gpt.LOADERS["packed"](stream, cfg)
-    packed.draw(0)
-    packed.open_window(0)
+    packed.read(0, 1, 0, 1)
     starts = np.flatnonzero(packed.text == 7)
     assert set(np.diff(starts).tolist()) == {4}, "documents are moved as a whole"
 
@@ -360,18 +362,16 @@ def test_a_run_with_another_begin_of_document_id_counts_its_documents(tmp_path):
     assert official(again.out) == official(run.out)
 
 
-def test_shards_of_another_family_are_named_with_a_remedy(dataset):
-    """Finding 5: GPT-2 and byte ids ended in "fineweb_50304_bpe.model: no such file"."""
+def test_shards_of_another_family_are_named(dataset):
+    """Finding 5: bytes of pieces would be counted for byte ids."""
     rng = np.random.default_rng(0)
-    for kind, tokens, vocab in (
-        ("GPT-2 ids", [50256, *rng.integers(0, 50256, 500).tolist()], 50304),
-        ("GPT-2 ids", [50256, *rng.integers(0, 50256, 500).tolist()], 1024),
-        ("byte ids", [1, *rng.integers(4, 260, 500).tolist()], 260),
-        ("byte ids", [1, *rng.integers(4, 260, 1 << 16).tolist()], 1024),
+    for said, tokens in (
+        ("token id 50256 is out of range", [50256, *rng.integers(0, 50256, 500).tolist()]),
+        ("holds byte ids", [1, *rng.integers(4, 260, 1 << 16).tolist()]),
     ):
         write_shard(dataset / "fineweb_val_000000.bin", tokens)
-        cfg = config(DATA_PATH=dataset, VOCAB_SIZE=vocab)
-        with pytest.raises(train_gpt.UserError, match=f"holds {kind}.*data/prepare.py"):
+        cfg = config(DATA_PATH=dataset)
+        with pytest.raises(train_gpt.UserError, match=said):
             train_gpt.open_data(cfg, train_gpt.Runtime(cfg, {}))
 
 
@@ -665,12 +665,11 @@ def test_a_restored_loader_continues_with_exactly_the_same_batches(positions, ki
     original = loader(positions, kind, rows)
     for _ in range(before):
         original.next(0, 1)
-    state = json.loads(json.dumps(original.state_dict()))
     restored = loader(positions, kind, rows)
-    restored.load_state_dict(state)
+    restored.dealt = original.dealt
     for _ in range(62 // rows + 2):  # past the next epoch border
         assert np.array_equal(restored.next(0, 1), original.next(0, 1))
-    assert restored.state_dict() == original.state_dict()
+    assert restored.dealt == original.dealt
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -744,7 +743,7 @@ def test_a_token_outside_the_vocabulary_that_the_first_look_missed_stops_trainin
         tokens = [1024 if i * 333 + j == place else token for j, token in enumerate(shard)]
         write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", tokens)
     stream = train_gpt.TokenStream(tmp_path, "train", 1024)
-    stream.check(1, "TRAIN_SEQ_LEN", 1)
+    stream.check(1, 1)
     assert stream.read(0, 335).max() == 7
     with pytest.raises(
         train_gpt.OneRankFailed, match="fineweb_train_000001.bin: token id 1024 .*VOCAB_SIZE=1024"

@@ -1458,7 +1458,7 @@ def test_held_out_text_is_never_trained_on(toy):
     stream.read = lambda start, count: ends.append(start + count) or read(start, count)
     for kind in tg.LOADERS:
         loader = tg.LOADERS[kind](stream, config(loader=kind))
-        for _ in range(2 * loader.rows_in_epoch() // loader.rows + 1):
+        for _ in range(2 * loader.rows_in_epoch // loader.rows + 1):
             loader.next(0, 1)
         loader.reader.shutdown()
         assert total - 700 - 2 * loader.seq < max(ends) <= total - 700 and loader.epoch >= 1
