@@ -1124,11 +1124,13 @@ def help_text() -> str:
 UTF8 = dict(encoding="utf-8", errors="surrogateescape")  # in any locale; odd bytes survive
 
 
-def use_utf8():
-    """Let the terminal receive UTF-8 under any locale."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(**UTF8)
+def say(text: str):
+    """One line to the terminal, until nobody reads it (`| head`) or its disk is full."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def cpu_cores() -> int:
@@ -1156,7 +1158,7 @@ def relative(path: Path | str) -> str:
 
 def write_atomic(path: Path, content: bytes):
     """Create or replace `path` so that a crash at any moment leaves the old file or the new one.
-    Raises OSError that names the file and how much of it could be written."""
+    Raises OSError that names the file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -1165,9 +1167,7 @@ def write_atomic(path: Path, content: bytes):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        written = temporary.stat().st_size if temporary.exists() else 0
-        reason = f"not written ({error.strerror}, after {written:,} bytes)"
-        raise OSError(error.errno, reason, str(path)) from None
+        raise OSError(error.errno, f"not written ({error.strerror})", str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1212,19 +1212,13 @@ class Runtime:
         self.mark = ""  # ends every log line of a run that is not admissible
 
     def join(self, env: dict[str, str]):
-        """Enter the process group. Raises OneRankFailed, which names the address."""
+        """Enter the process group. Raises OneRankFailed."""
         importlib.import_module("torch._dynamo")  # imported later, gloo's threads can abort at exit
         try:
             dist.init_process_group("gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl")
         except (RuntimeError, ValueError) as error:
-            address = f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}"
-            why = f"cannot join {self.world} ranks; take a free port ({str(error).splitlines()[0]})"
-            raise OneRankFailed(f"{address}: {why}") from None
-
-    def close(self):
-        """Leave the process group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+            port, reason = env["MASTER_PORT"], str(error).splitlines()[0]
+            raise OneRankFailed(f"MASTER_PORT={port}: want a free one ({reason})") from None
 
     # Collectives: no-ops on one rank.
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -1294,7 +1288,7 @@ class Runtime:
                     "continue it or choose another RUN_ID"
                 )
             if not self.fresh and "\nfinal:official " in log.read_text(**UTF8):
-                self.say(f"{name} is complete; see its log.txt")
+                say(f"{name} is complete; see its log.txt")
                 return False
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_by_a_crash in self.folder.glob("*.tmp"):
@@ -1318,7 +1312,7 @@ class Runtime:
         if self.main:
             self.append("log.txt", text + self.mark)
             if echo:
-                self.say(text + self.mark)
+                say(text + self.mark)
 
     def metric(self, event: str, **values):
         """One JSON line to metrics.jsonl; rank 0 only. Never fails."""
@@ -1337,15 +1331,7 @@ class Runtime:
         except OSError as error:
             if not self.warned:
                 self.warned = True
-                self.say(f"warning: {relative(path)} not written ({error.strerror})")
-
-    def say(self, text: str):
-        """One line to the terminal, until nobody reads it (`| head`) or its disk is full."""
-        try:
-            print(text, flush=True)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                say(f"warning: {relative(path)} not written ({error.strerror})")
 
     @contextlib.contextmanager
     def catch_signals(self):
@@ -1422,20 +1408,14 @@ SHARD_HEADER_BYTES = 1024
 def open_shard(path: Path) -> np.ndarray:
     """Memory-map one shard: 256 little-endian int32 (magic, version, count, ...), then `count`
     uint16 tokens. Raises UserError for another format or size."""
-    name, size = relative(path), path.stat().st_size
+    size = path.stat().st_size
     with open(path, "rb") as f:
         magic, version, count = struct.unpack("<3i", f.read(12).ljust(12, b"\0"))
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise UserError(
-            f"{name}: magic {magic} version {version}, want {SHARD_MAGIC} and {SHARD_VERSION}; "
-            "make shards with data/prepare.py"
-        )
-    promised = SHARD_HEADER_BYTES + 2 * count
-    if count <= 0 or size != promised:
-        raise UserError(
-            f"{name}: the header promises {count} tokens = {promised} bytes, the file has {size}; "
-            "download or build it again"
-        )
+    fits = count > 0 and size == SHARD_HEADER_BYTES + 2 * count
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or not fits:
+        found = f"magic {magic}, version {version}, {count} tokens in {size} bytes"
+        want = f"{SHARD_MAGIC}, {SHARD_VERSION}, {SHARD_HEADER_BYTES} bytes and 2 for each token"
+        raise UserError(f"{relative(path)}: {found}; want {want}; get or build it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
@@ -1570,8 +1550,8 @@ def locate_data(cfg: Config, rt: Runtime) -> tuple[Path, Path]:
         return folder, Path(cfg.data.tokenizer_path)
     own = sorted(folder.glob("*.model"))
     if len(own) > 1:
-        names = f"{len(own)} tokenizers ({', '.join(path.name for path in own)})"
-        raise UserError(f"{relative(folder)} holds {names}; say which with TOKENIZER_PATH")
+        names = ", ".join(path.name for path in own)
+        raise UserError(f"{relative(folder)} holds {names}: say which with TOKENIZER_PATH")
     shared = data / "tokenizers" / f"fineweb_{cfg.data.vocab_size}_bpe{form}.model"
     return folder, own[0] if own else shared
 
@@ -1587,12 +1567,6 @@ def build_sample(data: Path, folder: Path):
 CASE_OPERATORS = "\ue001\ue002\ue003\ue004"  # spell capital letters; see data/caseops.py
 
 
-def operator_ids(tokenizer) -> list[int]:
-    """Ids of the case operators, none in an ordinary tokenizer."""
-    found = [tokenizer.piece_to_id(operator) for operator in CASE_OPERATORS]
-    return [i for i in found if i != tokenizer.unk_id()]
-
-
 def read_tokenizer(path: Path, cfg: Config):
     """Load the SentencePiece model of the shards. Raises UserError for one that cannot count bytes
     or is not what VOCAB_SIZE, BOS_ID and CASEOPS say."""
@@ -1605,7 +1579,8 @@ def read_tokenizer(path: Path, cfg: Config):
         kind = type(error).__name__
         raise UserError(f"{name}: not the SentencePiece model of the shards ({kind})") from None
     d, lone_space = cfg.data, tokenizer.piece_to_id(SPACE) != tokenizer.unk_id()
-    size, bos, operators = tokenizer.vocab_size(), tokenizer.bos_id(), len(operator_ids(tokenizer))
+    size, bos = tokenizer.vocab_size(), tokenizer.bos_id()
+    operators = sum(tokenizer.piece_to_id(o) != tokenizer.unk_id() for o in CASE_OPERATORS)
     for right, wrong in (
         (size == d.vocab_size, f"has {size} pieces but VOCAB_SIZE={d.vocab_size}"),
         (bos >= 0, "has no begin-of-document id; train it with a bos_id"),
@@ -1618,26 +1593,29 @@ def read_tokenizer(path: Path, cfg: Config):
     return tokenizer
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """What a dataset says about itself, {} when it says nothing; only `data/prepare.py verify`
-    compares all of it with the files. Raises UserError for another kind of file."""
+def read_manifest(path: Path, tokenizer: Path, files: list[Path]) -> dict[str, Any]:
+    """What a dataset says about itself, {} when it says nothing. Raises UserError for a tokenizer
+    or validation text that it does not mean, and for a training shard that it does not name, so
+    that nobody compared it with the validation text; `data/prepare.py verify` compares the rest."""
+    if not path.exists():
+        return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{relative(path)}: damaged ({error}); build the dataset again") from None
-
-
-def check_manifest(manifest: dict[str, Any], files: list[Path]):
-    """Raise UserError for a shard that the manifest does not name, so that nobody compared it with
-    the validation text, and for another validation text."""
+    digest = sha256_file(tokenizer)
+    if manifest.get("tokenizer_sha256", digest) != digest:
+        name = f"TOKENIZER_PATH={relative(tokenizer)}"
+        raise UserError(f"{name}: not the tokenizer that manifest.json names")
     told = manifest.get("files", {})
-    for path in files if told else ():
-        known = path.name in told
-        if not known or "_val_" in path.name and told[path.name]["sha256"] != sha256_file(path):
-            name = relative(path)
+    for file in files if told else ():
+        known = file.name in told
+        if not known or "_val_" in file.name and told[file.name]["sha256"] != sha256_file(file):
+            name = relative(file)
             raise UserError(
                 f"{name}: not the shard that manifest.json names; get or build it again"
             )
+    return manifest
 
 
 def validation_bytes(folder: Path, cfg: Config, table: ByteTable, val: np.ndarray) -> np.ndarray:
@@ -1646,10 +1624,9 @@ def validation_bytes(folder: Path, cfg: Config, table: ByteTable, val: np.ndarra
     if not cfg.data.caseops:
         return table.target_bytes(val)
     sidecar = TokenStream(folder, "val_bytes", 2**16)
-    name = relative(sidecar.files[0])
-    if len(sidecar) != len(val):
-        raise UserError(f"{name}: {len(sidecar)} byte counts for {len(val)} validation tokens")
-    counts = sidecar.read(0, len(val))
+    name, counts = relative(sidecar.files[0]), sidecar.read(0, len(sidecar))
+    if len(counts) != len(val):
+        raise UserError(f"{name}: {len(counts)} byte counts for {len(val)} validation tokens")
     if counts[val == cfg.model.bos_id].any():
         raise UserError(f"{name}: BOS tokens have bytes: the counts are shifted")
     return counts[1:]
@@ -1664,32 +1641,29 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
     if len(start) == 1 << 16 and start.max() < 260:
         raise UserError(f"DATA_PATH={place} holds byte ids, which no SentencePiece model counts")
     tokenizer = read_tokenizer(tokenizer_path, cfg)
-    digest = sha256_file(tokenizer_path)
-    manifest = read_manifest(folder / "manifest.json")
-    if manifest.get("tokenizer_sha256", digest) != digest:
-        name = f"TOKENIZER_PATH={relative(tokenizer_path)}"
-        raise UserError(f"{name}: not the tokenizer that manifest.json names")
     stream.check(len(stream), row)
-    check_manifest(manifest, stream.files)
-    train, shards = None, 0
+    train = None
+    train_files: list[Path] = []
     if cfg.run.run_mode == "train":
         train = TokenStream(folder, "train", vocab)
         train.check(1 << 20, row)
-        check_manifest(manifest, train.files)
-        shards = len(train.files)
+        train_files = train.files
         rt.log(
-            f"train_loader:shards pattern={place}/fineweb_train_*.bin files:{shards} "
+            f"train_loader:shards pattern={place}/fineweb_train_*.bin files:{len(train_files)} "
             f"tokens:{len(train)} order:{cfg.data.loader}"
         )
+    manifest = read_manifest(folder / "manifest.json", tokenizer_path, stream.files + train_files)
     val = np.ascontiguousarray(stream.read(0, len(stream)))
     table = byte_table(tokenizer, vocab)
-    table.base[operator_ids(tokenizer)] = 0
+    if cfg.data.caseops:
+        table.base[tokenizer.piece_to_id(list(CASE_OPERATORS))] = 0
     val_bytes = validation_bytes(folder, cfg, table, val)
     told = sha256_file(folder / "manifest.json") if manifest else "none"
+    digest, size = sha256_file(tokenizer_path), int(val_bytes.sum(dtype=np.int64))
     rt.log(f"val_loader:shards pattern={place}/fineweb_val_*.bin tokens:{len(val) - 1}")
     rt.log(
-        f"audit:data manifest_sha256:{told} train_shards:{shards} val_tokens:{len(val) - 1} "
-        f"val_bytes:{int(val_bytes.sum(dtype=np.int64))} tokenizer_sha256:{digest}"
+        f"audit:data manifest_sha256:{told} train_shards:{len(train_files)} "
+        f"val_tokens:{len(val) - 1} val_bytes:{size} tokenizer_sha256:{digest}"
     )
     return Data(train, val, val_bytes, digest, manifest, table.base)
 
@@ -5912,10 +5886,13 @@ def parameter_report(model: GPT, cfg: Config, rt: Runtime):
     for i, plan in enumerate(plans(cfg.model)):
         slots = [str(slot.block) for slot in plan]
         slots.insert(len(plan) if cfg.model.skip_pairs == "around_loop" else len(plan) // 2, "/")
-        pairs = [(source, target) for target, slot in enumerate(plan) for _, source in slot.skips]
-        skips = " ".join(f"{source}>{target}" for source, target in pairs)
+        skips = [
+            f"{source}>{target}" for target, slot in enumerate(plan) for _, source in slot.skips
+        ]
         flops = flops_per_token(model, plan, cfg.data.train_seq_len)
-        rt.log(f"plan:{i} flops_per_token:{flops:.4g} slots:{' '.join(slots)} skips:{skips}")
+        rt.log(
+            f"plan:{i} flops_per_token:{flops:.4g} slots:{' '.join(slots)} skips:{' '.join(skips)}"
+        )
 
 
 def plan_only(cfg: Config, rt: Runtime):
@@ -5975,19 +5952,17 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
     """The fixed block that ends a run, then the official line (rank 0)."""
     if not rt.main:
         return
-    sizes = dict(model_bytes=path.stat().st_size, code_bytes=code_bytes())
-    total, budget = sum(sizes.values()), cfg.quant.artifact_budget_bytes
-    room = f"{budget - total:,} bytes free"
-    if total > budget:
-        room = f"OVER BUDGET by {total - budget:,} bytes"
-    scores = dict(loss=result.loss, bpb=result.bpb, tokens=result.tokens, bytes=result.bytes)
+    code, model_bytes = code_bytes(), path.stat().st_size
+    total, budget = code + model_bytes, cfg.quant.artifact_budget_bytes
+    over = total - budget
+    room = f"OVER BUDGET by {over:,} bytes" if over > 0 else f"{-over:,} bytes free"
     scored = variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt)
     rt.log("-" * 100)
     rt.log(
-        "official score   {bpb:.4f} bits per byte   ({loss:.4f} nats per token, {tokens:,} tokens, "
-        "{bytes:,} bytes, {scored})".format(**scores, scored=scored)
+        f"official score   {result.bpb:.4f} bits per byte   ({result.loss:.4f} nats per token, "
+        f"{result.tokens:,} tokens, {result.bytes:,} bytes, {scored})"
     )
-    parts = "code {code_bytes:,} + model {model_bytes:,}".format(**sizes)
+    parts = f"code {code:,} + model {model_bytes:,}"
     rt.log(f"artifact         {total:,} bytes = {parts}   ({room} of {budget:,})")
     seconds = "  ".join(f"{name} {value:.1f}s" for name, value in rt.phases.items())
     rt.log(f"time             {seconds}")
@@ -5999,6 +5974,8 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
     rt.log("-" * 100)
     counts = f"tokens:{result.tokens} bytes:{result.bytes}"
     rt.log(f"final:official variant:{scored} {result.text(8)} {counts}")
+    scores = dict(loss=result.loss, bpb=result.bpb, tokens=result.tokens, bytes=result.bytes)
+    sizes = dict(model_bytes=model_bytes, code_bytes=code)
     rt.metric("final", **scores, **sizes, phases=rt.phases, compliant=not rt.mark)
 
 
@@ -6074,21 +6051,20 @@ def run(cfg: Config, rt: Runtime, env: dict[str, str]):
     summary(cfg, rt, path, data, result)
 
 
-def how_to_go_on(cfg: Config | None, rt: Runtime | None, lead: str) -> str:
-    """`lead` and the shell command that continues this run, with all that was set for it; empty
-    when it left no checkpoint."""
+def how_to_go_on(cfg: Config | None, rt: Runtime | None) -> str:
+    """The shell command that continues this run, with all that was set for it; empty when it left
+    no checkpoint."""
     if not rt or not rt.folder or not (rt.folder / "checkpoint.pt").exists():
         return ""
     given = {k: v for k, v in cfg.values().items() if cfg.origins[k] == "environment"}
-    given = dict(preset=cfg.preset) | given | dict(run_id=rt.folder.name, resume="auto")
     words = []
-    for name, value in given.items():
+    for name, value in (dict(preset=cfg.preset) | given | dict(run_id=rt.folder.name)).items():
         text = str(int(value) if type(value) is bool else value)
         words.append(f"{name.upper()}={shlex.quote(text)}")
-    words.append("python")
+    words.append("RESUME=auto python")
     if rt.world > 1:
-        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={rt.world}"]
-    return lead + " ".join([*words, shlex.quote(sys.argv[0])])
+        words.append(f"-m torch.distributed.run --standalone --nproc_per_node={rt.world}")
+    return "; continue with: " + " ".join([*words, shlex.quote(sys.argv[0])])
 
 
 def tell(*messages: Any):
@@ -6101,11 +6077,11 @@ def tell(*messages: Any):
 def main(argv: list[str], env: dict[str, str]) -> int:
     """Entry point; returns the exit code: 0 done, 1 the run failed, 2 a mistake in the input, 130
     interrupted."""
-    use_utf8()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(**UTF8)
     if argv and argv[0] in ("-h", "--help", "--help=md"):
-        if hasattr(signal, "SIGPIPE"):
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
-        print(help_markdown() if argv[0] == "--help=md" else help_text())
+        say(help_markdown() if argv[0] == "--help=md" else help_text())
         return 0
     cfg = rt = None
     main_rank = env.get("RANK", "0") == "0"
@@ -6125,20 +6101,20 @@ def main(argv: list[str], env: dict[str, str]) -> int:
             raise
         knob = "EVAL" if rt.doing in ("eval", "validate") else "MICRO"
         advice = f"lower {knob}_BATCH_TOKENS or the model's size"
-        tell(f"out of memory (in {rt.doing}); {advice}" + how_to_go_on(cfg, rt, ", then: "))
+        tell(f"out of memory (in {rt.doing}); {advice}" + how_to_go_on(cfg, rt))
         return 1
     except OSError as error:  # disk full, file gone: the machine's fault, not a bug
         file = relative(error.filename) if error.filename else "a file"
         reason = f"{file}: {error.strerror or error}"
-        tell(reason + how_to_go_on(cfg, rt, "; make room, then: "))
+        tell(reason + how_to_go_on(cfg, rt))
         return 1
     except KeyboardInterrupt:
         if main_rank:
-            print("interrupted" + how_to_go_on(cfg, rt, "; continue with: "), file=sys.stderr)
+            print("interrupted" + how_to_go_on(cfg, rt), file=sys.stderr)
         return 130
     finally:
-        if rt:
-            rt.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -206,9 +206,7 @@ def test_a_folder_named_like_a_shard_is_refused(dataset):
 @pytest.mark.slow
 def test_two_tokenizers_in_one_folder_are_refused_by_name(dataset):
     (dataset / "a_second.model").write_bytes((dataset / "tokenizer.model").read_bytes())
-    assert_refused(
-        dataset, "2 tokenizers (a_second.model, tokenizer.model); say which with TOKENIZER_PATH"
-    )
+    assert_refused(dataset, "a_second.model, tokenizer.model: say which with TOKENIZER_PATH")
 
 
 def test_text_of_exactly_one_row_and_window_is_accepted(dataset):
