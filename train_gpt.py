@@ -1242,7 +1242,7 @@ class Runtime:
         return full, dist.all_gather(parts, mine.contiguous(), async_op=True).wait
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on rank 0 alone; every rank returns its result (to be pickled) or error."""
+        """Run `work` on rank 0 alone; every rank returns its (pickled) result or error."""
         outcome = [None, None]
         try:
             outcome[0] = work() if self.main else None
@@ -1283,10 +1283,8 @@ class Runtime:
         try:
             self.fresh = not log.exists()
             if not self.fresh and cfg.run.resume == "none":
-                raise UserError(
-                    f"RUN_ID={cfg.run.run_id}: {name} already holds a run; set RESUME=auto to "
-                    "continue it or choose another RUN_ID"
-                )
+                reason = f"{name} already holds a run; set RESUME=auto or another RUN_ID"
+                raise UserError(f"RUN_ID={cfg.run.run_id}: {reason}")
             if not self.fresh and "\nfinal:official " in log.read_text(**UTF8):
                 say(f"{name} is complete; see its log.txt")
                 return False
@@ -1320,8 +1318,7 @@ class Runtime:
         self.append("metrics.jsonl", json.dumps(dict(event=event, t=seconds, **values)))
 
     def append(self, name: str, line: str):
-        """Add a line to a file of the run's folder, if there is one: a full disk must not end a run
-        that can finish."""
+        """Add a line to a file of the run's folder, if any; a full disk must not end the run."""
         if not (self.main and self.folder):
             return
         path = self.folder / name
@@ -1447,17 +1444,13 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) as uint16, across shard borders."""
-        parts = []
-        shard = bisect.bisect_right(self.starts, start) - 1
-        while count > 0:
-            offset = start - self.starts[shard]
-            part = self.shards[shard][offset : offset + count]
+        parts, end = [], start + count
+        first = bisect.bisect_right(self.starts, start) - 1
+        for i in range(first, bisect.bisect_left(self.starts, end)):
+            part = self.shards[i][max(0, start - self.starts[i]) : end - self.starts[i]]
             if part.max() >= self.vocab:
-                raise OneRankFailed(self.out_of_range(shard, part.max()))
+                raise OneRankFailed(self.out_of_range(i, part.max()))
             parts.append(part)
-            start += len(part)
-            count -= len(part)
-            shard += 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def check(self, sample: int, row: int):
@@ -1496,9 +1489,7 @@ SPACE = "\u2581"  # how SentencePiece spells a space
 def byte_table(tokenizer, vocab: int) -> ByteTable:
     """Byte accounting of a SentencePiece tokenizer, piece by piece.
     Source: the competition's evaluation rules."""
-    base = np.zeros(vocab, np.int16)
-    lead = np.zeros(vocab, bool)
-    border = np.ones(vocab, bool)
+    base, lead, border = np.zeros(vocab, np.int16), np.zeros(vocab, bool), np.ones(vocab, bool)
     for i in range(tokenizer.vocab_size()):
         if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
             continue
@@ -1797,12 +1788,9 @@ class PackedLoader(ShuffledLoader):
         return self.text[start : start + self.seq + 1]
 
 
-LOADERS = {
-    "sequential": Loader,
-    "coprime": CoprimeLoader,
-    "shuffled": ShuffledLoader,
-    "packed": PackedLoader,
-}
+LOADERS = dict(
+    sequential=Loader, coprime=CoprimeLoader, shuffled=ShuffledLoader, packed=PackedLoader
+)
 
 
 # ---- 4 Kernels: fast paths, each beside its reference --------------------------------------------
@@ -5886,13 +5874,11 @@ def parameter_report(model: GPT, cfg: Config, rt: Runtime):
     for i, plan in enumerate(plans(cfg.model)):
         slots = [str(slot.block) for slot in plan]
         slots.insert(len(plan) if cfg.model.skip_pairs == "around_loop" else len(plan) // 2, "/")
-        skips = [
-            f"{source}>{target}" for target, slot in enumerate(plan) for _, source in slot.skips
-        ]
-        flops = flops_per_token(model, plan, cfg.data.train_seq_len)
-        rt.log(
-            f"plan:{i} flops_per_token:{flops:.4g} slots:{' '.join(slots)} skips:{' '.join(skips)}"
+        skips = " ".join(
+            f"{source}>{at}" for at, slot in enumerate(plan) for _, source in slot.skips
         )
+        flops = flops_per_token(model, plan, cfg.data.train_seq_len)
+        rt.log(f"plan:{i} flops_per_token:{flops:.4g} slots:{' '.join(slots)} skips:{skips}")
 
 
 def plan_only(cfg: Config, rt: Runtime):
@@ -5992,10 +5978,8 @@ def peak_memory(rt: Runtime) -> str:
 def train_and_export(cfg: Config, rt: Runtime, data: Data, saved: dict[str, Any] | None) -> Path:
     """Build, prewarm, go on from `saved`, train, validate, export; returns the artifact's path."""
     with rt.phase("calibrate"):
-        if saved:
-            numerics = Numerics(**saved["numerics"])
-        else:
-            numerics = rt.on_main(lambda: choose_numerics(cfg, rt))
+        chosen = None if saved else rt.on_main(lambda: choose_numerics(cfg, rt))
+        numerics = chosen or Numerics(**saved["numerics"])
         apply_numerics(numerics, rt)
     torch.manual_seed(cfg.run.seed)
     model = GPT(cfg.model, cfg.data.vocab_size, numerics, cfg.optim)
