@@ -239,7 +239,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    CLOCK, SLOW = "MAX_WALLCLOCK_SECONDS > 0", "ADEMAMIX != none"
+    CLOCK, SLOW = "MAX_WALLCLOCK_SECONDS > 0", "ADEMAMIX_ALPHA > 0"
     HELD_OUT = "AVERAGING == iw_swa or ALLOCATION == loss"
     TABLES = "BIGRAM_BUCKETS > 0 or ENGRAM_BUCKETS > 0 or VALUE_EMBED_LAST_N > 0"
     ITERS, FRAC = "LR_SCHEDULE == warmdown_iters", "LR_SCHEDULE != warmdown_iters"
@@ -292,8 +292,6 @@ class OptimConfig:
     )
     muon_momentum_cooldown_steps: int = knob(0, "last steps, of falling momentum", 0, 10**6)
     muon_wd: float = knob(0.0, "weight decay of matrices", 0, 10, needs="MUON_DECAY != fixed_norm")
-    wd_taper_at: float = knob(1.0, "part of the run with MUON_WD", 0, 1, needs="MUON_WD > 0")
-    wd_taper_to: float = knob(0.5, "factor of MUON_WD at the end", 0, 10, needs="WD_TAPER_AT < 1")
     tied_embed_lr: float = knob(0.05, "AdamW rate of the token table, input and output", 0, 10)
     head_lr: float = knob(
         0.008, "AdamW rate of the multi-token head", 0, 10, needs="OBJECTIVE == mtp"
@@ -307,8 +305,9 @@ class OptimConfig:
     embed_beta1: float = knob(0.0, "BETA1 of embeddings, tables, heads; 0 = BETA1", 0, 0.9999)
     beta2: float = knob(0.95, "decay of AdamW's mean square gradient", 0, 0.99999)
     adam_eps: float = knob(1e-8, "what AdamW adds to the root mean square", 1e-12, 1e-2)
-    ademamix: str = knob("none", "slow-momentum groups (arXiv 2409.03137)", "none embed scalar all")
-    ademamix_alpha: float = knob(2.0, "last weight of slow momentum", 0, 100, needs=SLOW)
+    ademamix_alpha: float = knob(
+        0.0, "last weight of AdamW's slow momentum (arXiv 2409.03137); 0 = off", 0, 100
+    )
     ademamix_beta3: float = knob(0.999, "last decay of slow momentum", 0.01, 0.99999, needs=SLOW)
     grad_clip_norm: float = knob(0.0, "bound of the norm of the reduced gradient; 0 = off", 0, 1e6)
     averaging: str = knob(
@@ -784,8 +783,7 @@ MUON_BACKEND_STEPS muon_steps
 MUON_ROW_NORMALIZE muon 1=muon>muoneq_r 0=muoneq_r>muon
 MUON_ROW_NORMALIZE muon 1=muon_polar>muoneq_r_polar 0=muoneq_r_polar>muon_polar
 MUON_WEIGHT_DECAY muon_wd
-WD_TAPER_START_FRAC wd_taper_at
-WD_TAPER_FINAL_MULT wd_taper_to
+WD_TAPER_START_FRAC WD_TAPER_FINAL_MULT - : MUON_WD stays the same for a whole run
 GPTQ_RESERVE_SECONDS reserve_seconds
 GPTQ_RESERVE_MS reserve_seconds *0.001
 SWA_ENABLED averaging 1=none>swa 0=swa>none
@@ -2755,16 +2753,18 @@ class Bank:
         self.weights = weights
         self.gradients = gradients  # padded with matrices of zeros to equal shares
         self.share = len(gradients) // rt.world
-        first = min(len(params), rt.rank * self.share)
-        self.owned = min(len(params), first + self.share) - first
-        self.mine = slice(first, first + self.owned)
-        self.reduced = gradients  # this rank's share of the mean gradient
-        if rt.world > 1:
-            self.reduced = torch.zeros_like(gradients[: self.share])
+        self.mine = slice(rt.rank * self.share, (rt.rank + 1) * self.share)
+        self.owned = len(params[self.mine])  # less than a share at the end of the bank
+        # this rank's share of the mean gradient
+        self.reduced = torch.zeros_like(gradients[: self.share]) if rt.world > 1 else gradients
         # what MUON_DECAY=fixed_norm keeps; for a start at zero, what the framework would have drawn
         self.norms = weights.norm(dim=(1, 2), keepdim=True)
         self.norms[self.norms == 0] = (weights.size(1) / 3) ** 0.5
         self.state: State = {}
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Rows of this rank with rows of zeros below, a whole share."""
+        return F.pad(x, (0, 0) * (x.dim() - 1) + (0, self.share - self.owned))
 
 
 class FlatParameters:
@@ -2774,34 +2774,34 @@ class FlatParameters:
 
     def __init__(self, model: GPT, rt: Runtime):
         self.rt = rt
-        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-        by_tag: dict[str, list[nn.Parameter]] = {}
-        for p in model.parameters():
+        by_shape = collections.defaultdict(list)
+        by_tag = collections.defaultdict(list)
+        for p in sorted(model.parameters(), key=lambda p: p.shape):
             if p.opt == "matrix":
-                by_shape.setdefault(p.shape, []).append(p)
+                by_shape[p.shape].append(p)
             else:
-                by_tag.setdefault(p.opt, []).append(p)
-        stacks = sorted(by_shape.values(), key=lambda ps: (-len(ps) * ps[0].numel(), ps[0].shape))
-        vectors = [sorted(by_tag[tag], key=lambda p: p.shape) for tag in sorted(by_tag)]
-        padding = [-len(ps) % rt.world * ps[0].numel() for ps in stacks] + [0] * len(vectors)
-        groups = [*stacks, *vectors]
+                by_tag[p.opt].append(p)
+        stacks = sorted(by_shape.values(), key=lambda ps: -len(ps) * ps[0].numel())
+        groups = stacks + [by_tag[tag] for tag in sorted(by_tag)]
         sizes = [sum(p.numel() for p in ps) for ps in groups]
+        padded = list(sizes)  # zeros behind a bank make its shares equal
+        for i, ps in enumerate(stacks):
+            padded[i] += -len(ps) % rt.world * ps[0].numel()
         self.params = [p for ps in groups for p in ps]
         self.weights = torch.cat([p.data.flatten() for p in self.params])
-        self.gradients = self.weights.new_zeros(sum(sizes) + sum(padding) + 1)
+        self.gradients = self.weights.new_zeros(sum(padded) + 1)
+        self.rest = self.gradients[sum(padded[: len(stacks)]) :]
         self.banks: list[Bank] = []
-        self.vectors: dict[str, tuple[Tensor, Tensor]] = {}  # tag -> weights and gradients, flat
-        begin = 0
-        for ps, size, extra, weights in zip(groups, sizes, padding, self.weights.split(sizes)):
-            gradients = self.gradients[begin : begin + size + extra]
+        self.vectors: dict[str, tuple[Tensor, Tensor]] = {}  # tag -> weights and gradients
+        flat = zip(self.weights.split(sizes), self.gradients[:-1].split(padded))
+        for ps, (weights, gradients) in zip(groups, flat):
             counts = [p.numel() for p in ps]
-            for p, w, g in zip(ps, weights.split(counts), gradients[:size].split(counts)):
+            parts = zip(ps, weights.split(counts), gradients[: len(weights)].split(counts))
+            for p, w, g in parts:
                 p.data, p.grad = w.view(p.shape), g.view(p.shape)
-            begin += size + extra
             if ps[0].opt == "matrix":
                 shape = (-1, *ps[0].shape)
                 self.banks.append(Bank(ps, weights.view(shape), gradients.view(shape), rt))
-                self.rest = self.gradients[begin:]
             else:
                 self.vectors[ps[0].opt] = weights, gradients
 
@@ -2821,9 +2821,6 @@ class Hyper:
     dtype: torch.dtype = torch.float32  # of the products inside orthogonalisation
     momentum: float = 0.0
     step: int = 0  # updates done before
-    beta1: float = 0.9
-    beta3: float = 0.0  # AdEMAMix's slow decay and its weight
-    alpha: float = 0.0
 
 
 # Stages: stage(u (K,m,n), state, hp) -> (K,m,n). The state belongs to the share of a bank: K rows.
@@ -2843,28 +2840,22 @@ def nesterov(u: Tensor, state: State, hp: Hyper) -> Tensor:
 
 
 def input_whitening(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """The gradient times what InputWatch has inverted, in diagonal blocks; at first as it is.
-    Source: Newton-Muon, arXiv 2604.01472."""
+    """The gradient times what InputWatch inverted, in diagonal blocks (K, blocks, n/blocks,
+    n/blocks); at first as it is. Source: Newton-Muon, arXiv 2604.01472."""
     if "inverse" not in state:
         return u
-    inverse = state["inverse"]  # (K, blocks, n/blocks, n/blocks)
-    blocks = u.unflatten(-1, inverse.shape[1:3])
-    return torch.einsum("kmbi,kbij->kmbj", blocks, inverse).flatten(-2)
-
-
-def normalised(u: Tensor, axis: int) -> Tensor:
-    """Unit norm along an axis: -1 makes rows equal, -2 columns."""
-    return u / u.norm(dim=axis, keepdim=True).clamp(min=1e-12)
+    blocks = u.unflatten(-1, state["inverse"].shape[1:3])
+    return torch.einsum("kmbi,kbij->kmbj", blocks, state["inverse"]).flatten(-2)
 
 
 def row_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """Equal norm for every output row. Source: MuonEq-R, arXiv 2603.28254."""
-    return normalised(u, -1)
+    """Rows of norm one. Source: MuonEq-R, arXiv 2603.28254."""
+    return F.normalize(u, dim=-1)
 
 
 def short_side_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """Equal norm along the shorter side: rows, or columns of a tall matrix. Source: PR 1539."""
-    return on_short_side(u, lambda x: normalised(x, -1))
+    """Rows, or columns of a tall matrix, of norm one. Source: PR 1539."""
+    return F.normalize(u, dim=-2 if u.size(-2) > u.size(-1) else -1)
 
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -2875,9 +2866,8 @@ DION = (  # five steps of growing precision, github.com/microsoft/dion
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
-# Number of steps -> each step's quintic, the nearest to 1 on what the steps before leave: five as
-# published, arXiv 2505.16932; four by its algorithm, all singular values ending within 1 +- 0.15.
-# Never cut a table: its first steps aim low and end far from 1.
+# Number of steps -> quintics: five as in arXiv 2505.16932; four by its algorithm, singular values
+# ending within 1 +- 0.15. Never cut a table: its first steps aim low and end far from 1.
 POLAR_EXPRESS = {
     4: (
         (8.187100137536577, -23.310841492026714, 17.091393708248805),
@@ -2893,13 +2883,12 @@ POLAR_EXPRESS = {
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ),
 }
-POLAR_AFTER_AOL = (  # the second to the fifth of seven steps from 0.001, as PR 1089 has them
+POLAR_AFTER_AOL = (  # PR 1089: steps two to five of the seven from 0.001
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
-Quintics = Sequence[tuple[float, float, float]]
 
 
 def on_short_side(u: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
@@ -2913,9 +2902,9 @@ def as_large_as(x: Tensor, y: Tensor) -> Tensor:
     return x * (y.norm(dim=(-2, -1), keepdim=True) / norm)
 
 
-def polynomials(x: Tensor, gram: Tensor, table: Quintics) -> Tensor:
-    """Odd polynomials of the singular values of x (K,m,n), m <= n: X <- aX + (bA + cA^2)X, where A
-    is the Gram matrix XX^T, given for the first step."""
+def polynomials(x: Tensor, gram: Tensor, table: tuple) -> Tensor:
+    """Odd polynomials of the singular values of x (K,m,n), m <= n: X <- aX + (bA + cA^2)X, where
+    A = XX^T; `gram` is that of the first step."""
     for step, (a, b, c) in enumerate(table):
         if step:
             gram = x @ x.mT
@@ -2923,8 +2912,8 @@ def polynomials(x: Tensor, gram: Tensor, table: Quintics) -> Tensor:
     return x
 
 
-def orthogonalise(u: Tensor, table: Quintics, hp: Hyper, margin: float = 1.0) -> Tensor:
-    """Replace singular values by about one, after division by the Frobenius norm times a margin."""
+def orthogonalise(u: Tensor, table: tuple, hp: Hyper, margin: float = 1.0) -> Tensor:
+    """Bring singular values to about one, after division by the Frobenius norm times a margin."""
     x = u.to(hp.dtype)
     x = x / (margin * x.norm(dim=(-2, -1), keepdim=True)).clamp(min=1e-12)
     return on_short_side(x, lambda x: polynomials(x, x @ x.mT, table)).to(u.dtype)
@@ -2940,15 +2929,15 @@ def polar_express(u: Tensor, state: State, hp: Hyper) -> Tensor:
     return orthogonalise(u, POLAR_EXPRESS[hp.cfg.muon_steps or 5], hp, margin=1.02)
 
 
-def turbo(u: Tensor, state: State, hp: Hyper, table: Quintics = DION[1:]) -> Tensor:
-    """Divide rows of the short side by the root of their sum of |XX^T|, which bounds the largest
-    singular value by one and saves a step, then apply four polynomials. Sources: AOL, arXiv
-    2208.03160; Turbo-Muon, arXiv 2512.04632, with the coefficients of its library."""
+def turbo(u: Tensor, state: State, hp: Hyper, table: tuple = DION[1:]) -> Tensor:
+    """Divide rows of the short side by the root of their sum of |XX^T|, which bounds singular
+    values by one and saves a step of five. Sources: AOL, arXiv 2208.03160; Turbo-Muon, arXiv
+    2512.04632, with the coefficients of its library."""
 
     def work(x: Tensor) -> Tensor:
         gram = x @ x.mT
-        bound = gram.float().abs().sum(-1, keepdim=True).clamp(min=1e-24)
-        scale = bound.rsqrt().to(hp.dtype)
+        sums = gram.float().abs().sum(-1, keepdim=True)
+        scale = sums.clamp(min=1e-24).rsqrt().to(hp.dtype)
         return polynomials(scale * x, scale * gram * scale.mT, table)
 
     return on_short_side(u.to(hp.dtype), work).to(u.dtype)
@@ -2958,14 +2947,14 @@ turbo_polar = functools.partial(turbo, table=POLAR_AFTER_AOL)  # PR 1089
 
 
 def post_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """Unit rows, then unit columns: the Frobenius norm becomes sqrt(n), larger than a polar
-    factor's when n > m. Source: Muon+, arXiv 2602.21545."""
-    return normalised(normalised(u, -1), -2)
+    """Unit rows, then unit columns; when n > m the norm sqrt(n) is larger than a polar factor's.
+    Source: Muon+, arXiv 2602.21545."""
+    return F.normalize(F.normalize(u, dim=-1), dim=-2)
 
 
 def neuron_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """Divide each row by its running root mean square, then restore the norm of the whole. Source:
-    NorMuon, arXiv 2510.05491. Knob: MUON_BETA2."""
+    """Rows over their running root mean square; the norm of the whole stays. Source: NorMuon,
+    arXiv 2510.05491. Knob: MUON_BETA2."""
     mean = kept(state, "rows", u[..., :1])
     mean.lerp_(u.square().mean(-1, keepdim=True), 1 - hp.cfg.muon_beta2)
     return as_large_as(u / (mean.sqrt() + 1e-10), u)
@@ -2978,9 +2967,9 @@ def triangular(u: Tensor, state: State, hp: Hyper) -> Tensor:
     def work(x: Tensor) -> Tensor:
         ridge = 1e-6 * torch.eye(x.size(-2), device=x.device)
         for _ in range(hp.cfg.muon_steps or 1):
-            x = normalised(x, -1)
+            x = F.normalize(x, dim=-1)
             lower = (x @ x.mT + ridge).tril()
-            x = normalised(torch.linalg.solve_triangular(lower, x, upper=False), -1)
+            x = F.normalize(torch.linalg.solve_triangular(lower, x, upper=False), dim=-1)
         return x
 
     return on_short_side(u.float(), work)
@@ -3016,17 +3005,16 @@ def whitened_polar(g: Tensor, state: State, hp: Hyper) -> Tensor:
 
 
 def aspect_scale(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """sqrt(max(1, rows/columns)): entries of a polar factor move as far, wide or tall."""
+    """Times sqrt(max(1, rows/columns)): entries of a polar factor move as far, wide or tall."""
     return u * max(1.0, u.size(-2) / u.size(-1)) ** 0.5
 
 
 def aspect_scale_plus(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """sqrt(rows/columns), smaller for wide matrices too. Sources: Muon+, Mousse."""
+    """Times sqrt(rows/columns). Sources: Muon+, Mousse."""
     return u * (u.size(-2) / u.size(-1)) ** 0.5
 
 
-Stage = Callable[[Tensor, State, Hyper], Tensor]
-MUON: dict[str, tuple[Stage, ...]] = {
+MUON = {
     "muon": (nesterov, newton_schulz, aspect_scale),
     "muon_polar": (nesterov, polar_express, aspect_scale),
     "muoneq_r": (nesterov, row_norm, newton_schulz, aspect_scale),
@@ -3043,8 +3031,7 @@ MUON: dict[str, tuple[Stage, ...]] = {
 }
 
 
-# How updates meet weights, in place: (w (K,m,n), update, learning rate, weight decay or (K,1,1) of
-# it, norms of the start (K,1,1))
+# How updates u meet weights w (K,m,n), in place; wd may be (K,1,1), norms (K,1,1) are of the start
 def decoupled(w: Tensor, u: Tensor, lr: float, wd: float | Tensor, norms: Tensor):
     """Shrink all weights by lr * wd, then step. Source: AdamW, arXiv 1711.05101."""
     w.mul_(1 - lr * wd).sub_(u, alpha=lr)
@@ -3056,8 +3043,8 @@ def cautious_decay(w: Tensor, u: Tensor, lr: float, wd: float | Tensor, norms: T
 
 
 def fixed_norm(w: Tensor, u: Tensor, lr: float, wd: float | Tensor, norms: Tensor):
-    """Step along the update by lr times the norm of the start, then return to that norm; no decay.
-    Source: MuonH (hyperball) of modded-nanogpt's third track."""
+    """Step by lr times the norm of the start, then return to that norm; no decay. Source: MuonH
+    (hyperball) of modded-nanogpt's third track."""
     w.sub_(as_large_as(u, norms), alpha=lr)
     w.copy_(as_large_as(w, norms))
 
@@ -3065,52 +3052,28 @@ def fixed_norm(w: Tensor, u: Tensor, lr: float, wd: float | Tensor, norms: Tenso
 DECAYS = {"decoupled": decoupled, "cautious": cautious_decay, "fixed_norm": fixed_norm}
 
 
-def adam(u: Tensor, state: State, hp: Hyper, more: float | Tensor = 0.0) -> Tensor:
-    """Bias-corrected mean of the gradient, and what is added to it, over the root mean square.
-    Source: arXiv 1412.6980."""
-    beta1, beta2 = hp.beta1, hp.cfg.beta2
-    t = state["step"] = state.get("step", 0) + 1  # of this state, whatever the run's step
-    mean = kept(state, "mean", u).lerp_(u, 1 - beta1) / (1 - beta1**t)
-    square = kept(state, "square", u).mul_(beta2).addcmul_(u, u, value=1 - beta2) / (1 - beta2**t)
-    return (mean + more) / (square.sqrt() + hp.cfg.adam_eps)
-
-
-def ademamix(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """Adam with alpha times a second, slow mean, not bias-corrected. Source: arXiv 2409.03137."""
-    return adam(u, state, hp, hp.alpha * kept(state, "slow", u).lerp_(u, 1 - hp.beta3))
-
-
-ADEMAMIX = {  # which tags have a second, slow momentum
-    "none": (),
-    "embed": ("embed", "head", "table"),
-    "scalar": ("scalar",),
-    "all": ("embed", "head", "table", "scalar"),
-}
-
-
-def adam_groups(c: OptimConfig) -> dict[str, tuple[float, float, float, Stage]]:
-    """Tag -> (learning rate, weight decay, beta1, rule)."""
-    rules = {tag: ademamix if tag in ADEMAMIX[c.ademamix] else adam for tag in ADEMAMIX["all"]}
+def adam_groups(c: OptimConfig) -> dict[str, tuple[float, float, float]]:
+    """Tag -> (learning rate, weight decay, beta1)."""
     wd = c.adam_wd if c.embed_wd < 0 else c.embed_wd
     beta1 = c.embed_beta1 or c.beta1
     return {
-        "embed": (c.tied_embed_lr, wd, beta1, rules["embed"]),
-        "head": (c.head_lr, c.adam_wd, beta1, rules["head"]),
-        "table": (c.table_lr, wd, beta1, rules["table"]),
-        "scalar": (c.scalar_lr, c.adam_wd, c.beta1, rules["scalar"]),
+        "embed": (c.tied_embed_lr, wd, beta1),
+        "head": (c.head_lr, c.adam_wd, beta1),
+        "table": (c.table_lr, wd, beta1),
+        "scalar": (c.scalar_lr, c.adam_wd, c.beta1),
     }
 
 
-# Parameter -> int64, bit i set where the loss of plan i depends on it: in the shape of a scalar
-# parameter, 0-D for matrices and tables
+# Parameter -> int64, bit i set where the loss of plan i depends on it: one number for a matrix or
+# table, one for each entry of a scalar parameter
 Reach = dict[nn.Parameter, Tensor]
 
 
 @torch.enable_grad()
 def reached(model: GPT, plans: Sequence[Plan]) -> Reach:
     """What each plan reaches: a loss of NaN turns the gradient of all that it depends on into NaN,
-    also where the true gradient is zero. Scalars are judged one by one (rows of skip weights join
-    with their slots), the others whole: a row of a table that nobody reads has a zero gradient."""
+    also where the true gradient is zero. (Rows of skip weights join with their slots; a row of a
+    table that these tokens do not read is reached all the same.)"""
     ids = torch.arange(16, device=model.embed.device).unsqueeze(0) % len(model.embed)
     params = list(model.parameters())
     reach = {}
@@ -3128,14 +3091,27 @@ class AdamPart:
     """A contiguous part of one tag's vector that the same plans reach. While the plan does not, it
     stands still: no decay, no step counted, as the framework's Adam skips what has no gradient."""
 
-    lr: float
-    wd: float
-    beta1: float
-    rule: Stage
     weights: Tensor
     gradient: Tensor
     reach: int
+    lr: float
+    wd: float
+    beta1: float
     state: State = field(default_factory=dict)
+
+    def step(self, cfg: OptimConfig, ramps: dict[str, float]):
+        """AdamW, arXiv 1711.05101; AdEMAMix, arXiv 2409.03137, adds alpha times a second, slow mean
+        without bias correction."""
+        state, lr = self.state, self.lr * ramps["lr"]
+        beta1, beta2 = self.beta1, cfg.beta2
+        u = self.gradient.add_(self.weights, alpha=cfg.adam_l2)
+        t = state["step"] = state.get("step", 0) + 1
+        mean = kept(state, "mean", u).lerp_(u, 1 - beta1) / (1 - beta1**t)
+        square = kept(state, "square", u).mul_(beta2).addcmul_(u, u, value=1 - beta2)
+        if cfg.ademamix_alpha:
+            mean += ramps["alpha"] * kept(state, "slow", u).lerp_(u, 1 - ramps["beta3"])
+        update = mean / ((square / (1 - beta2**t)).sqrt() + cfg.adam_eps)
+        self.weights.mul_(1 - lr * self.wd).sub_(update, alpha=lr)
 
 
 class Optimiser:
@@ -3143,15 +3119,13 @@ class Optimiser:
     orthogonalises its share of each bank, while gradients and updates of others travel; the number
     of ranks changes rounding alone. Sources: Keller Jordan's Muon, PR 399 (banks)."""
 
-    def __init__(
-        self, flat: FlatParameters, cfg: Config, dtype: torch.dtype, reach: Reach | None = None
-    ):
-        """`dtype` is that of products inside orthogonalisation and of updates that travel; without
-        `reach`, every plan reaches everything."""
+    def __init__(self, flat: FlatParameters, cfg: Config, dtype: torch.dtype, reach: Reach):
+        """`dtype` is that of products inside orthogonalisation and of updates that travel; every
+        plan reaches what `reach` does not name."""
         self.flat, self.cfg, self.rt = flat, cfg.optim, flat.rt
         self.stages, self.decay = MUON[self.cfg.muon], DECAYS[self.cfg.muon_decay]
         self.hyper = Hyper(self.cfg, dtype)
-        reach = dict.fromkeys(flat.params, torch.tensor(-1)) | (reach or {})
+        reach = dict.fromkeys(flat.params, torch.tensor(-1)) | reach
         self.bank_reach = [[int(reach[p]) for p in bank.params] for bank in flat.banks]
         groups = adam_groups(self.cfg)
         self.parts: list[AdamPart] = []
@@ -3161,7 +3135,7 @@ class Optimiser:
             codes, sizes = torch.unique_consecutive(codes, return_counts=True)
             sizes = sizes.tolist()
             for w, g, code in zip(weights.split(sizes), gradients.split(sizes), codes.tolist()):
-                self.parts.append(AdamPart(*groups[tag], w, g, code))
+                self.parts.append(AdamPart(w, g, code, *groups[tag]))
 
     @torch.no_grad()
     def step(self, ramps: dict[str, float]):
@@ -3173,9 +3147,9 @@ class Optimiser:
                 arrived()
             self.flat.clip(self.cfg.grad_clip_norm)
         self.hyper.momentum = ramps["momentum"]
-        self.hyper.alpha = ramps["alpha"]
-        self.hyper.beta3 = ramps["beta3"]
-        self.step_vectors(ramps)
+        for part in self.parts:
+            if part.reach >> ramps["plan"] & 1:
+                part.step(self.cfg, ramps)
         travelling = []
         for bank, arrived in zip(self.flat.banks, arrivals):
             arrived()
@@ -3185,25 +3159,16 @@ class Optimiser:
             self.apply(bank, update, reach, ramps)
         self.hyper.step += 1
 
-    def step_vectors(self, ramps: dict[str, float]):
-        """AdamW, or AdEMAMix, for all but matrices."""
-        for part in self.parts:
-            if part.reach >> ramps["plan"] & 1:
-                lr, hp = part.lr * ramps["lr"], replace(self.hyper, beta1=part.beta1)
-                part.gradient.add_(part.weights, alpha=self.cfg.adam_l2)
-                update = part.rule(part.gradient, part.state, hp)
-                part.weights.mul_(1 - lr * part.wd).sub_(update, alpha=lr)
-
     def direction(self, bank: Bank) -> Tensor:
         """The update of this rank's share of a bank, (share,m,n) in the dtype that travels."""
         u = bank.reduced[: bank.owned]
         for stage in self.stages:
             u = stage(u, bank.state, self.hyper)
-        return F.pad(u.to(self.hyper.dtype), (0, 0, 0, 0, 0, bank.share - bank.owned))
+        return bank.padded(u.to(self.hyper.dtype))
 
     def apply(self, bank: Bank, update: Tensor, reach: list[int], ramps: dict[str, float]):
         """Change the weights of a whole bank, the same on every rank."""
-        lr, wd = self.cfg.matrix_lr * ramps["lr"], self.cfg.muon_wd * ramps["wd"]
+        lr, wd = self.cfg.matrix_lr * ramps["lr"], self.cfg.muon_wd
         update = update[: len(bank.weights)].float()
         joined = [code >> ramps["plan"] & 1 for code in reach]
         if not all(joined):
@@ -3217,8 +3182,7 @@ class Optimiser:
         for bank in self.flat.banks:
             full = {}
             for name, value in bank.state.items():
-                rows = (0, 0) * (value.dim() - 1) + (0, bank.share - bank.owned)
-                gathered, landed = self.rt.all_gather(F.pad(value, rows))
+                gathered, landed = self.rt.all_gather(bank.padded(value))
                 landed()
                 full[name] = gathered[: len(bank.weights)]
             banks.append(full)
@@ -3249,13 +3213,11 @@ def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Te
     def watch(module: Linear, inputs: tuple[Tensor, ...]):
         add(module.weight, inputs[0])
 
-    hooks = [module.register_forward_pre_hook(watch) for module in readers]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in readers:
+            hooks.enter_context(module.register_forward_pre_hook(watch))
         if len(ids):
             add(model.embed, model.hidden(ids, plan))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return sums
 
 
@@ -3274,8 +3236,8 @@ class StepHook:
 
 class InputWatch(StepHook):
     """For Newton-Muon: in the last step of every MUON_REFRESH (0 = 32), invert the running second
-    moment of what each matrix reads, damped by a fifth of its mean eigenvalue. It starts at a
-    thousandth of the identity; the way down of an MLP has four diagonal blocks. Source:
+    moment of what each matrix reads, at first a thousandth of the identity, damped by a fifth of
+    its mean eigenvalue; the way down of an MLP has four diagonal blocks. Source:
     github.com/zhehangdu/Newton-Muon. Knobs: MUON_BETA2, MUON_REFRESH."""
 
     def __init__(self, model: GPT, optimiser: Optimiser):
@@ -3342,49 +3304,29 @@ class Progress(NamedTuple):
         return self.remaining / self.step_cost if self.step_cost else math.inf
 
 
-def warmdown_iters(p: Progress, cfg: OptimConfig) -> float:
-    """Linear to zero over the last WARMDOWN_ITERS steps."""
-    return min(1.0, p.steps_left() / cfg.warmdown_iters) if cfg.warmdown_iters else 1.0
+def part_of(span: float, done: float) -> float:
+    """How much of a span is done, 0..1; all of an empty one."""
+    return min(1.0, done / span) if span else 1.0
 
 
-def warmdown_frac(p: Progress, cfg: OptimConfig) -> float:
-    """Linear to zero over the last WARMDOWN_FRAC of the run."""
-    return min(1.0, (1 - p.frac) / cfg.warmdown_frac) if cfg.warmdown_frac else 1.0
-
-
-def cosine(p: Progress, cfg: OptimConfig) -> float:
-    """Half a cosine over the last WARMDOWN_FRAC of the run."""
-    return (1 - math.cos(math.pi * warmdown_frac(p, cfg))) / 2
-
-
-LR_SCHEDULES = {"warmdown_iters": warmdown_iters, "warmdown_frac": warmdown_frac, "cosine": cosine}
+LR_SCHEDULES: dict[str, Callable[[Progress, OptimConfig], float]] = {  # see the knob LR_SCHEDULE
+    "warmdown_iters": lambda p, c: part_of(c.warmdown_iters, p.steps_left()),
+    "warmdown_frac": lambda p, c: part_of(c.warmdown_frac, 1 - p.frac),
+    "cosine": lambda p, c: (1 - math.cos(math.pi * part_of(c.warmdown_frac, 1 - p.frac))) / 2,
+}
 
 
 def momentum(p: Progress, cfg: OptimConfig) -> float:
     """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM, and back at the end of the run."""
-    part = 1.0
-    if cfg.muon_momentum_warmup_steps:
-        part = min(part, p.step / cfg.muon_momentum_warmup_steps)
-    if cfg.muon_momentum_cooldown_steps:
-        part = min(part, p.steps_left() / cfg.muon_momentum_cooldown_steps)
+    warm = part_of(cfg.muon_momentum_warmup_steps, p.step)
+    part = min(warm, part_of(cfg.muon_momentum_cooldown_steps, p.steps_left()))
     return (1 - part) * cfg.muon_momentum_warmup_start + part * cfg.muon_momentum
-
-
-def wd_taper(p: Progress, cfg: OptimConfig) -> float:
-    """Multiplier of MUON_WD: 1 until WD_TAPER_AT of the run, then linear to WD_TAPER_TO. Source:
-    the competition's record of April 18."""
-    late = max(0.0, p.frac - cfg.wd_taper_at) / max(1 - cfg.wd_taper_at, 1e-9)
-    return 1 + (cfg.wd_taper_to - 1) * late
 
 
 def slow_decay(p: Progress, cfg: OptimConfig) -> float:
     """AdEMAMix's beta3: its half-life grows linearly from that of BETA1 over the whole run."""
-
-    def half_life(beta: float) -> float:
-        return math.log(0.5) / math.log(beta) - 1 if beta else -1.0
-
-    steps = (1 - p.frac) * half_life(cfg.beta1) + p.frac * half_life(cfg.ademamix_beta3)
-    return 0.5 ** (1 / (steps + 1)) if steps > -1 else 0.0
+    first, last = math.log(max(cfg.beta1, 1e-9)), math.log(cfg.ademamix_beta3)
+    return math.exp(1 / ((1 - p.frac) / first + p.frac / last))
 
 
 def row_lengths(cfg: Config) -> list[int]:
@@ -3412,12 +3354,10 @@ def plan_index(p: Progress, cfg: ModelConfig) -> int:
 def loop_strength(p: Progress, cfg: ModelConfig) -> float:
     """Linear from 0 to 1 over LOOP_RAMP_STEPS steps after looping begins (by time: at the average
     pace so far)."""
-    if not cfg.loop_ramp_steps:
-        return 1.0
     start = cfg.enable_looping_at
     if start <= 1:
         start *= p.step / max(p.frac, 1e-9)
-    return min(1.0, max(0.0, p.step + 1 - start) / cfg.loop_ramp_steps)
+    return part_of(cfg.loop_ramp_steps, max(0.0, p.step + 1 - start))
 
 
 def qat_progress(p: Progress, cfg: QuantConfig) -> float:
@@ -3426,19 +3366,20 @@ def qat_progress(p: Progress, cfg: QuantConfig) -> float:
     return max(1e-6, begun / max(1 - cfg.qat_start_frac, 1e-6)) if begun >= 0 else 0.0
 
 
-# name -> value at a point of the run; the training loop applies them all before each step
-RAMPS: dict[str, Callable[[Progress, Config], float]] = {
-    "lr": lambda p, c: max(c.optim.min_lr, LR_SCHEDULES[c.optim.lr_schedule](p, c.optim)),
-    "done": lambda p, c: p.frac,
-    "momentum": lambda p, c: momentum(p, c.optim),
-    "wd": lambda p, c: wd_taper(p, c.optim),
-    "alpha": lambda p, c: c.optim.ademamix_alpha * p.frac,
-    "beta3": lambda p, c: slow_decay(p, c.optim),
-    "row": row_length,
-    "qat": lambda p, c: qat_progress(p, c.quant),
-    "plan": lambda p, c: plan_index(p, c.model),
-    "loop": lambda p, c: loop_strength(p, c.model),
-}
+def ramps_at(p: Progress, cfg: Config) -> dict[str, float]:
+    """All that moves during a run, at a point of it; the training loop sets it before each step."""
+    o = cfg.optim
+    return dict(
+        lr=max(o.min_lr, LR_SCHEDULES[o.lr_schedule](p, o)),
+        done=p.frac,
+        momentum=momentum(p, o),
+        alpha=o.ademamix_alpha * p.frac,
+        beta3=slow_decay(p, o),
+        row=row_length(p, cfg),
+        qat=qat_progress(p, cfg.quant),
+        plan=plan_index(p, cfg.model),
+        loop=loop_strength(p, cfg.model),
+    )
 
 
 class LastWeights:
@@ -3486,17 +3427,12 @@ class SWA(LastWeights):
     """Mean of snapshots every SWA_EVERY steps once the learning rate is below SWA_START of its
     peak. Source: the competition's records from March 20 on."""
 
-    def due(self, ramps: dict[str, float]) -> bool:
-        """Whether the run has come to the part that is averaged."""
-        return ramps["lr"] < self.cfg.swa_start
-
-    def worth(self) -> float:
-        """Weight of a snapshot of the live weights, relative to the others'."""
-        return 1.0
+    def worth(self, ramps: dict[str, float]) -> float:
+        """Weight of a snapshot of the live weights relative to the others'; 0 = too early."""
+        return float(ramps["lr"] < self.cfg.swa_start)
 
     def update(self, step: int, ramps: dict[str, float]):
-        if self.due(ramps) and step % self.cfg.swa_every == 0:
-            worth = self.worth()
+        if step % self.cfg.swa_every == 0 and (worth := self.worth(ramps)):
             self.state["worth"] = self.state.get("worth", 0.0) + worth
             self.take(worth / self.state["worth"])
 
@@ -3507,11 +3443,8 @@ class WeightedSWA(SWA):
 
     needs_scores = True
 
-    def due(self, ramps: dict[str, float]) -> bool:
-        return ramps["done"] >= 0.5
-
-    def worth(self) -> float:
-        return 1 / self.loss()
+    def worth(self, ramps: dict[str, float]) -> float:
+        return 1 / self.loss() if ramps["done"] >= 0.5 else 0.0
 
 
 AVERAGERS = {"none": LastWeights, "ema": EMA, "swa": SWA, "iw_swa": WeightedSWA}
@@ -5396,8 +5329,8 @@ def written_rows(trainer: "Trainer", seen: int, wanted: int) -> np.ndarray:
 # ---- 10 Training ---------------------------------------------------------------------------------
 def full_speed(cfg: Config) -> dict[str, float]:
     """Ramps of a step without any ramp: full rate, whole batch, longest rows, no momentum."""
-    full = dict(lr=1.0, wd=1.0, qat=1.0, loop=1.0, row=cfg.data.train_seq_len, plan=0)
-    return dict.fromkeys(RAMPS, 0.0) | full
+    full = dict(lr=1.0, qat=1.0, loop=1.0, row=cfg.data.train_seq_len, plan=0)
+    return dict(done=0.0, momentum=0.0, alpha=0.0, beta3=0.0) | full
 
 
 class Clock:
@@ -5801,7 +5734,7 @@ class Trainer:
         with self.rt.catch_signals():
             while not self.done(elapsed):
                 begin, p = elapsed, self.progress(elapsed)
-                ramps = {name: ramp(p, self.cfg) for name, ramp in RAMPS.items()}
+                ramps = ramps_at(p, self.cfg)
                 loss = self.step(self.loader.next(self.rt.rank, self.rt.world), ramps)
                 self.check_finite()
                 self.step_number += 1

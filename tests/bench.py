@@ -181,7 +181,7 @@ def bench_optimiser(seconds: float) -> dict[str, object]:
         flat.gradients.normal_()
         for p in (*matrices, *others):
             p.grad = torch.randn_like(p)
-        mine = tg.Optimiser(flat, cfg, torch.bfloat16)
+        mine = tg.Optimiser(flat, cfg, torch.bfloat16, {})
         theirs = [
             torch.optim.Muon(matrices, lr=0.01, weight_decay=0.0),
             torch.optim.AdamW(others, fused=True),

@@ -80,7 +80,7 @@ def flattened(
 ):
     """(flat memory of a model, its optimiser)."""
     flat = tg.FlatParameters(model, rt)
-    return flat, tg.Optimiser(flat, cfg, dtype)
+    return flat, tg.Optimiser(flat, cfg, dtype, {})
 
 
 def random_batch(cfg: tg.Config, rows: int, length: int, seed: int = 1) -> tuple[Tensor, Tensor]:

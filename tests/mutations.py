@@ -149,8 +149,8 @@ FAULTS = (
     Fault(
         "warmdown",
         "the learning rate falls as if the run were a hundredth further",
-        "return min(1.0, (1 - p.frac) / cfg.warmdown_frac)",
-        "return min(1.0, (0.99 - p.frac) / cfg.warmdown_frac)",
+        '"warmdown_frac": lambda p, c: part_of(c.warmdown_frac, 1 - p.frac)',
+        '"warmdown_frac": lambda p, c: part_of(c.warmdown_frac, 0.99 - p.frac)',
         "06_optim",
     ),
     Fault(
@@ -191,15 +191,15 @@ FAULTS = (
     Fault(
         "adam bias",
         "Adam's second moment is not corrected for its start",
-        "value=1 - beta2) / (1 - beta2**t)",
-        "value=1 - beta2)",
+        "(square / (1 - beta2**t)).sqrt()",
+        "square.sqrt()",
         "06_optim",
     ),
     Fault(
         "momentum warm-up",
         "momentum is warm one step early",
-        "part = min(part, p.step / cfg.muon_momentum_warmup_steps)",
-        "part = min(part, (p.step + 1) / cfg.muon_momentum_warmup_steps)",
+        "part_of(cfg.muon_momentum_warmup_steps, p.step)",
+        "part_of(cfg.muon_momentum_warmup_steps, p.step + 1)",
         "06_optim",
     ),
 )

@@ -22,7 +22,7 @@ RANK_KNOBS = {
     "normuon": dict(muon_decay="cautious"),
     "turbo_muon_plus": dict(numerics="bf16"),
     "mousse": dict(muon_refresh=2),
-    "rmnp": dict(ademamix="all"),
+    "rmnp": dict(ademamix_alpha=2),
 }
 for kind, knobs in RANK_KNOBS.items():
     knobs["muon"] = kind
