@@ -3475,9 +3475,9 @@ class QTensor(NamedTuple):
 
 
 class Cast(NamedTuple):
-    """Weights kept as fp16."""
+    """Weights kept as floats."""
 
-    dtype: torch.dtype  # stores floats of this type
+    dtype: torch.dtype
 
     def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
         return QTensor(w.to(self.dtype))
@@ -3532,17 +3532,31 @@ class GPTQ(RoundToNearest):
         input is always zero become zero."""
         if hessian is None or not hessian.any():
             return super().fit(w)
-        scale = self.scale(w, hessian)
-        order = self.order(hessian)
+        scale, order = self.scale(w, hessian), self.order(hessian)
         dead = hessian.diagonal()[order] == 0
         upper = self.inverse_root(hessian[order][:, order])
-        rest = w[:, order].masked_fill(dead, 0)
+        rest = w[:, order].masked_fill(dead, 0)  # what remains to be rounded
         steps = scale[:, None].expand_as(w)
         columns = self.columns(upper, rest / steps, dead)
         if columns is not None:
             steps = steps * columns
-        levels = self.rounded(rest, steps, upper, dead)[:, order.argsort()]
-        return QTensor(levels.to(torch.int8), scale.half(), columns, self.TRELLIS)
+        levels = torch.zeros_like(rest)
+        state = torch.zeros(len(w), dtype=torch.int64, device=w.device)
+        start, width = 0, w.size(1)
+        while start < width:
+            stop = min(start + self.BLOCK, width)
+            seen = slice(start, stop)
+            done = slice(start, stop if stop == width else stop - self.AHEAD)
+            found = self.search(rest[:, seen], steps[:, seen], upper[seen, seen], dead[seen], state)
+            levels[:, done] = units = found[:, : done.stop - start]
+            if self.TRELLIS:
+                units, state = half_steps(units, state)
+            wrong = rest[:, done] - units * steps[:, done]
+            errors = torch.linalg.solve_triangular(upper[done, done], wrong, upper=True, left=False)
+            rest[:, done.stop :] -= errors @ upper[done, done.stop :]
+            start = done.stop
+        levels = levels[:, order.argsort()].to(torch.int8)
+        return QTensor(levels, scale.half(), columns, self.TRELLIS)
 
     def order(self, hessian: Tensor) -> Tensor:
         """(n,) columns in the order of rounding."""
@@ -3561,32 +3575,11 @@ class GPTQ(RoundToNearest):
         """(n,) fp16 factors of the steps by column, or None; units (m,n), the weights in steps."""
         return None
 
-    def rounded(self, rest: Tensor, steps: Tensor, upper: Tensor, dead: Tensor) -> Tensor:
-        """Levels (m,n), a block of columns at a time. Overwrites `rest`, the weights (m,n), with
-        what remains to be rounded. steps (m,n), upper (n,n), dead (n,) bool."""
-        levels = torch.zeros_like(rest)
-        state = torch.zeros(len(rest), dtype=torch.int64, device=rest.device)
-        start, columns = 0, rest.size(1)
-        while start < columns:
-            stop = min(start + self.BLOCK, columns)
-            seen = slice(start, stop)
-            done = slice(start, stop if stop == columns else stop - self.AHEAD)
-            found = self.search(rest[:, seen], steps[:, seen], upper[seen, seen], dead[seen], state)
-            units = found[:, : done.stop - start]
-            levels[:, done] = units
-            if self.TRELLIS:
-                units, state = half_steps(units, state)
-            wrong = rest[:, done] - units * steps[:, done]
-            errors = torch.linalg.solve_triangular(upper[done, done], wrong, upper=True, left=False)
-            rest[:, done.stop :] -= errors @ upper[done, done.stop :]
-            start = done.stop
-        return levels
-
     def search(
         self, rest: Tensor, steps: Tensor, upper: Tensor, dead: Tensor, state: Tensor
     ) -> Tensor:
-        """Levels (m,b) of a block: rest and steps (m,b), upper (b,b), dead (b,), state (m,) of the
-        trellis before the block."""
+        """Levels (m,b) of a block of weights `rest` (m,b); steps (m,b), upper (b,b), dead (b,),
+        state (m,) of the trellis before the block."""
         rest, levels = rest.clone(), torch.zeros_like(rest)
         for j in range(rest.size(1)):
             levels[:, j] = (rest[:, j] / steps[:, j]).round().clamp(-self.top, self.top)
@@ -3624,11 +3617,11 @@ def half_steps(levels: Tensor, state: Tensor | None = None) -> tuple[Tensor, Ten
 
 class Trellis(GPTQ):
     """GPTQ with two more ideas, which take two thirds of the 0.25 bit that scalar levels leave
-    above the rate-distortion bound. Columns have steps of their own, in proportion to how well
-    later columns make up for an error, so an entropy coder pays for a column what it is worth
-    (WaterSIC, arXiv 2603.04956). And the grid is finer by half at the price of whole steps: the
-    path through a trellis decides which half of the points a level may mean, and the best path is
-    searched (trellis-coded quantisation, Marcellin and Fischer 1990)."""
+    above the rate-distortion bound. Columns have steps in proportion to how well later columns make
+    up for an error, so an entropy coder pays for a column what it is worth (WaterSIC, arXiv
+    2603.04956). And the grid has half steps at the price of whole ones: the path through a trellis
+    decides which half of the points a level may mean, and the best path is searched (trellis-coded
+    quantisation, Marcellin and Fischer 1990)."""
 
     BLOCK = 64
     AHEAD = 16
@@ -3679,7 +3672,7 @@ QUANTILE = 0.9999984  # of a row's magnitudes, as published
 
 
 def row_quantile(a: Tensor, q: float) -> Tensor:
-    """Linear-interpolation quantile of each row, by the few largest entries. a (m,n) -> (m,)."""
+    """Linear quantile of each row of a (m,n), by its few largest entries."""
     position = q * (a.size(1) - 1)
     below = min(int(position), a.size(1) - 1)
     largest = a.topk(a.size(1) - below, dim=1).values  # position `below` and everything above it
@@ -3743,8 +3736,7 @@ Hessians = dict[nn.Parameter, Tensor]  # second moments (n,n) of what matrices r
 
 class FakeQuant(nn.Module):
     """Weight site: the values on the export's grid bit for bit, in the backward the identity. `on`
-    is a tensor, so that switching it takes effect inside a compiled graph. RULES keep the export
-    on the same grid. Knobs: QAT, QAT_START_FRAC."""
+    is a tensor, so that a compiled graph sees it switched. Knobs: QAT, QAT_START_FRAC."""
 
     def __init__(self, rule: Quantiser):
         super().__init__()
@@ -3823,21 +3815,19 @@ def correctable(w: Tensor, t: QTensor, hessian: Tensor | None, rank: int) -> flo
 
 
 def corrections(
-    weights: dict[str, Tensor],
-    tensors: dict[str, QTensor],
-    hessians: dict[str, Tensor | None],
-    rank: int,
+    fits: dict[str, tuple[Tensor, QTensor, Tensor | None]], rank: int
 ) -> dict[str, QTensor]:
-    """The LQER_TOP matrices that gain most, corrected; only what might be among them is tried."""
+    """The LQER_TOP matrices that gain most, corrected; only what might be among them is tried.
+    fits: name -> (weights, as stored, second moment of the inputs)."""
     most = {}
-    for name, w in weights.items():
-        if min(w.shape) > rank:
-            most[name] = correctable(w, tensors[name], hessians[name], rank)
+    for name, (w, t, hessian) in fits.items():
+        if t.scale is not None and min(w.shape) > rank:
+            most[name] = correctable(w, t, hessian, rank)
     best: list[tuple[float, str, QTensor]] = []
     for name in sorted(most, key=most.get, reverse=True):
         if len(best) == LQER_TOP and most[name] <= best[-1][0]:
             break
-        w, t, hessian = weights[name], tensors[name], hessians[name]
+        w, t, hessian = fits[name]
         better = corrected(w, t, hessian, rank)
         gain = weighted_error(w, t, hessian) - weighted_error(w, better, hessian)
         best = sorted([*best, (gain, name, better)], key=lambda found: -found[0])[:LQER_TOP]
@@ -3848,13 +3838,13 @@ def quantise(
     model: GPT, cfg: QuantConfig, hessians: Hessians | None = None, rules: Rules | None = None
 ) -> dict[str, QTensor]:
     """Every parameter through its rule (by its tag unless told otherwise), moved to the CPU."""
-    rules = rules or rules_by_tag(model, cfg)
-    weights = {name: p.detach().float() for name, p in model.exported().items()}
-    seen = {name: (hessians or {}).get(p) for name, p in model.exported().items()}
-    tensors = {name: rules[name].fit(w, seen[name]) for name, w in weights.items()}
+    rules, fits = rules or rules_by_tag(model, cfg), {}
+    for name, p in model.exported().items():
+        w, hessian = p.detach().float(), (hessians or {}).get(p)
+        fits[name] = w, rules[name].fit(w, hessian), hessian
+    tensors = {name: t for name, (_, t, _) in fits.items()}
     if cfg.lqer_rank:
-        on_grid = {name: w for name, w in weights.items() if not isinstance(rules[name], Cast)}
-        tensors |= corrections(on_grid, tensors, seen, cfg.lqer_rank)
+        tensors |= corrections(fits, cfg.lqer_rank)
     return {name: on_cpu(t) for name, t in tensors.items()}
 
 
@@ -3865,8 +3855,8 @@ def on_cpu(t: QTensor) -> QTensor:
 
 
 def rules_by_tag(model: GPT, cfg: QuantConfig) -> Rules:
-    """How each exported tensor is rounded by its `quant` tag alone: MATRIX_BITS, MLP_BITS or
-    EMBED_BITS. ALLOCATION=loss and FIT_BUDGET change bits and steps afterwards."""
+    """How each exported tensor is rounded by its `quant` tag alone, before ALLOCATION=loss and
+    FIT_BUDGET change bits and steps."""
     return {name: QUANTISERS[p.quant](cfg) for name, p in model.exported().items()}
 
 
@@ -3915,8 +3905,8 @@ def allocated(model: GPT, cfg: QuantConfig, harms: dict[str, float]) -> Rules:
 
 # ---- 8 Artifact: a self-describing file, safe to read from strangers -----------------------------
 class Codec(NamedTuple):
-    """A byte compressor. `unpack(data, size)` returns at most `size` bytes, in little more memory,
-    whatever the data claims; it may raise anything on damaged data."""
+    """A byte compressor. `unpack(data, size)`, size > 0, takes little more memory than `size` bytes
+    and returns about as many at most, whatever the data claims; it may raise anything on damage."""
 
     number: int  # identifies it in the file
     pack: Callable[[bytes], bytes]
@@ -3925,30 +3915,21 @@ class Codec(NamedTuple):
 
 
 def unzlib(data: bytes, size: int) -> bytes:
-    """At most `size` bytes of a zlib stream."""
-    return zlib.decompressobj().decompress(data, max(size, 1))[:size]  # 0 would mean no limit
+    return zlib.decompressobj().decompress(data, size)
 
 
 def unlzma(data: bytes, size: int) -> bytes:
-    """At most `size` bytes of a raw LZMA2 stream."""
     return lzma.LZMADecompressor(**LZMA).decompress(data, size)
 
 
 def unzstd(data: bytes, size: int) -> bytes:
-    """At most `size` bytes of a zstd stream, whose window may be no larger than they are."""
+    """The window may be no larger than the result."""
     window = max(1 << 10, 1 << size.bit_length())
     return zstandard.ZstdDecompressor(max_window_size=window).stream_reader(data).read(size)
 
 
 def unbrotli(data: bytes, size: int) -> bytes:
-    """At most `size` bytes of a brotli stream."""
-    decoder, out = brotli.Decompressor(), bytearray()
-    while len(out) < size and not decoder.is_finished():
-        piece = decoder.process(b"" if out else data, output_buffer_limit=size - len(out))
-        if not piece:
-            break
-        out += piece
-    return bytes(out[:size])
+    return brotli.Decompressor().process(data, output_buffer_limit=size)
 
 
 RANS_BITS = 14  # probabilities are multiples of 2^-14; states lie in [2^16, 2^32)
@@ -3957,8 +3938,8 @@ RANS_CUTS = ((1 << 32, 1), (1024, 8), (256, 16))  # symbols of a lane in a class
 
 
 def rans_lanes(count: int) -> np.ndarray:
-    """(lanes, longest) bool: the symbols of each lane, the last lanes may have one less. Enough
-    lanes for numpy to be fast, so few that their states cost little."""
+    """(lanes, longest) bool: the symbols of each lane, the last lanes may have one less. Many lanes
+    make numpy fast, but their states cost room."""
     lanes = min(4096, max(1, count // 8192))
     longest = -(-count // lanes)
     used = np.ones((lanes, longest), bool)
@@ -3987,18 +3968,11 @@ def rans_classes(histograms: np.ndarray, classes: int) -> np.ndarray:
     return chosen.astype(np.uint8)
 
 
-class RansModel(NamedTuple):
-    """One way to cut symbols into classes, each coded by a table of its own."""
-
-    size: float  # estimated bytes in all
-    cut: int  # index in RANS_CUTS
-    chosen: np.ndarray  # (blocks, lanes), the class of each piece of a lane
-    table: np.ndarray  # (classes, symbols), frequencies
-    side: bytes  # table and classes as they are stored
-
-
-def rans_model(grid: np.ndarray, full: int, cut: int) -> RansModel:
-    """Tables of a grid (longest, lanes), of which `full` lanes use the last row."""
+def rans_model(
+    grid: np.ndarray, full: int, cut: int
+) -> tuple[float, np.ndarray, np.ndarray, bytes]:
+    """Grid (longest, lanes), of which `full` lanes use the last row -> estimated bytes in all,
+    class of each piece of a lane (blocks, lanes), frequencies (classes, symbols), both packed."""
     block, classes = RANS_CUTS[cut]
     width, lanes = int(grid.max()) + 1, grid.shape[1]
     ids = grid + width * np.arange(lanes)
@@ -4011,7 +3985,7 @@ def rans_model(grid: np.ndarray, full: int, cut: int) -> RansModel:
     table = rans_frequencies(sums)
     bits = (sums * (RANS_BITS - np.log2(np.maximum(table, 1)))).sum()
     side = zlib.compress(table.astype("<u2").tobytes() + chosen.tobytes(), 9)
-    return RansModel(bits / 8 + len(side), cut, chosen, table, side)
+    return bits / 8 + len(side), chosen, table, side
 
 
 def rans_pack(data: bytes) -> bytes:
@@ -4025,24 +3999,25 @@ def rans_pack(data: bytes) -> bytes:
     grid[used] = symbols - least
     grid, full = np.ascontiguousarray(grid.T), int(used[:, -1].sum())
     cuts = [cut for cut, (block, _) in enumerate(RANS_CUTS) if cut == 0 or len(grid) >= block]
-    model = min((rans_model(grid, full, cut) for cut in cuts), key=lambda m: m.size)
-    block, starts = RANS_CUTS[model.cut][0], np.cumsum(model.table, 1) - model.table
+    models = {cut: rans_model(grid, full, cut) for cut in cuts}
+    cut = min(models, key=lambda cut: models[cut][0])
+    _, chosen, table, side = models[cut]
+    block, starts = RANS_CUTS[cut][0], np.cumsum(table, 1) - table
     state, words = np.full(grid.shape[1], 1 << 16, np.uint64), []
     for t in range(len(grid) - 1, -1, -1):
         active = slice(0, full if t == len(grid) - 1 else None)
-        row = model.chosen[t // block, active], grid[t, active]
-        f, x = model.table[row].astype(np.uint64), state[active]
+        row = chosen[t // block, active], grid[t, active]
+        f, x = table[row].astype(np.uint64), state[active]
         large = x >= f << np.uint64(32 - RANS_BITS)
-        words.append(x[large].astype("<u2"))
+        words.append(x[large].astype("<u2").tobytes())
         x = np.where(large, x >> np.uint64(16), x)
         state[active] = (x // f << np.uint64(RANS_BITS)) + x % f + starts[row].astype(np.uint64)
-    head = RANS_HEAD.pack(len(symbols), model.cut, len(model.side), least)
-    coded = b"".join(w.tobytes() for w in reversed(words))
-    return head + model.side + state.astype("<u4").tobytes() + coded
+    head = RANS_HEAD.pack(len(symbols), cut, len(side), least)
+    return b"".join([head, side, state.astype("<u4").tobytes(), *reversed(words)])
 
 
 def rans_tables(side: bytes, blocks: int, lanes: int, cut: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inverse of RansModel.side: (chosen, table). Raises ValueError."""
+    """(class of each piece, frequencies) as rans_model packed them. Raises ValueError."""
     classes = RANS_CUTS[cut][1]
     raw = zlib.decompressobj().decompress(side, blocks * lanes + 2 * 256 * classes)
     width, odd = divmod(len(raw) - blocks * lanes, 2 * classes)
@@ -4094,17 +4069,19 @@ def rans_unpack(data: bytes, size: int) -> bytes:
     return ((grid.T[used] + np.uint8(least)) ^ np.uint8(128)).tobytes()
 
 
-def shuffled(data: bytes) -> bytes:
+def brotli_pack(data: bytes) -> bytes:
+    return brotli.compress(data, quality=11, lgwin=24)
+
+
+def shuffle_pack(data: bytes) -> bytes:
     """First every even byte, then every odd one: the halves of fp16 numbers lie together."""
-    return data[::2] + data[1::2]
+    return brotli_pack(data[::2] + data[1::2])
 
 
-def unbrotli_shuffle(data: bytes, size: int) -> bytes:
-    """At most `size` bytes of a brotli stream of shuffled bytes."""
-    data = unbrotli(data, size)
-    out, half = bytearray(len(data)), len(data) - len(data) // 2
-    out[::2] = data[:half]
-    out[1::2] = data[half:]
+def shuffle_unpack(data: bytes, size: int) -> bytes:
+    out = bytearray(unbrotli(data, size))
+    half = -(-len(out) // 2)
+    out[::2], out[1::2] = out[:half], out[half:]
     return bytes(out)
 
 
@@ -4115,10 +4092,8 @@ CODECS = {
     "zlib": Codec(1, lambda b: zlib.compress(b, 9), unzlib),
     "lzma": Codec(2, lambda b: lzma.compress(b, **LZMA), unlzma),
     "zstd": Codec(3, lambda b: zstandard.ZstdCompressor(level=22).compress(b), unzstd, zstandard),
-    "brotli": Codec(4, lambda b: brotli.compress(b, quality=11, lgwin=24), unbrotli, brotli),
-    "brotli_shuffle": Codec(
-        5, lambda b: CODECS["brotli"].pack(shuffled(b)), unbrotli_shuffle, brotli
-    ),
+    "brotli": Codec(4, brotli_pack, unbrotli, brotli),
+    "brotli_shuffle": Codec(5, shuffle_pack, shuffle_unpack, brotli),
     "rans": Codec(6, rans_pack, rans_unpack),
 }
 
@@ -4129,16 +4104,15 @@ def available_codecs() -> list[str]:
 
 
 MAGIC = b"GOLF"
-# The file, byte by byte: see pack_artifact.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 4  # of what pack_artifact writes
 PREFIX = struct.Struct("<4sHBxII")  # magic, version, codec, header bytes, raw bytes of the header
 MAX_HEADER_BYTES = 1 << 18  # raw; 64 layers need a third of it
 MAX_STREAM_BYTES = 1 << 30  # raw, of all streams together
 ORDERS = {"rows": "C", "columns": "F"}  # of a stream's matrices
 KINDS = ("i1", "f2", "f4")  # of a tensor's values
-# Numbers of a kind, all row steps and all column factors lie together.
-STREAMS = {kind: np.dtype(f"<{kind}") for kind in KINDS}
-STREAMS |= dict.fromkeys(("scale", "columns"), np.dtype("<f2"))
+# Values of a kind, all row steps and all column factors lie together.
+STREAMS = {key: np.dtype(f"<{key}") for key in KINDS} | dict(scale=np.dtype("<f2"))
+STREAMS["columns"] = STREAMS["scale"]
 
 
 class Entry(NamedTuple):
@@ -4339,7 +4313,7 @@ class Packer(NamedTuple):
 
 
 class Slope(NamedTuple):
-    """How the size of an artifact depends on what is searched, as far as it is known beforehand."""
+    """How the size of an artifact depends on a number x, as far as it is known beforehand."""
 
     start: float  # what to try first
     bytes_per_unit: float
@@ -4355,11 +4329,11 @@ def packed_to(room: int, make: Callable[[float], bytes], s: Slope) -> tuple[floa
     sizes: dict[float, int] = {}
     x, slope = min(max(s.start, s.low), s.high), s.bytes_per_unit
     while x not in tried and len(tried) < 9:
+        others = list(tried)
         tried[x] = make(x)
         sizes[x] = size = len(tried[x])
         if 0.998 * room <= size <= room:
             break
-        others = [other for other in tried if other != x]
         across = [other for other in others if (sizes[other] > room) != (size > room)]
         if others:
             near = min(across or others, key=lambda other: abs(sizes[other] - room))
@@ -4518,14 +4492,7 @@ def submit_code(rt: Runtime):
 
 
 STORED_GROUPS = ("model", "eval")  # what an artifact must know to be scored again
-STORED_FIELDS = (
-    "vocab_size",
-    "train_seq_len",
-    "matrix_bits",
-    "codec",
-    "seed",
-    "artifact_budget_bytes",
-)
+STORED_FIELDS = "vocab_size train_seq_len matrix_bits codec seed artifact_budget_bytes".split()
 
 
 def export(trainer: "Trainer") -> Path:

@@ -597,13 +597,12 @@ def test_a_bomb_yields_no_more_than_was_asked_for(explode, codec):
     large = [5_000_000, 20_000_000]
     assert explode(codec, *large) == large
     small = explode(codec, 1, 10, 100_000)
-    assert small == [1, 10, 100_000] or (codec == "zstd" and "too much memory" in small)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("codec", ["zlib", "lzma", "zstd", "brotli"])
-def test_a_bomb_that_claims_nothing_yields_nothing(explode, codec):
-    assert explode(codec, 0) == [0]
+    if codec == "zstd":
+        assert small == [1, 10, 100_000] or "too much memory" in small
+    elif codec == "brotli":  # at least one block of its output buffer
+        assert max(small[:2]) < 40_000 and small[2] == 100_000
+    else:
+        assert small == [1, 10, 100_000]
 
 
 @pytest.mark.slow
