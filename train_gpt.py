@@ -3934,17 +3934,12 @@ def unbrotli(data: bytes, size: int) -> bytes:
 
 RANS_BITS = 14  # probabilities are multiples of 2^-14; states lie in [2^16, 2^32)
 RANS_HEAD = struct.Struct("<IBIB")  # symbols, index of the cut, bytes of the tables, least symbol
-RANS_CUTS = ((1 << 32, 1), (1024, 8), (256, 16))  # symbols of a lane in a class; classes
+RANS_CUTS = ((1024, 8), (256, 16))  # symbols of a piece of a lane, classes of pieces
 
 
-def rans_lanes(count: int) -> np.ndarray:
-    """(lanes, longest) bool: the symbols of each lane, the last lanes may have one less. Many lanes
-    make numpy fast, but their states cost room."""
-    lanes = min(4096, max(1, count // 8192))
-    longest = -(-count // lanes)
-    used = np.ones((lanes, longest), bool)
-    used[count - lanes * (longest - 1) :, -1] = False
-    return used
+def rans_lanes(count: int) -> int:
+    """How many lanes share so many symbols: many make numpy fast, but their states cost room."""
+    return min(4096, max(1, count // 8192))
 
 
 def rans_frequencies(counts: np.ndarray) -> np.ndarray:
@@ -3956,62 +3951,58 @@ def rans_frequencies(counts: np.ndarray) -> np.ndarray:
     return table.astype(np.int64)
 
 
-def rans_classes(histograms: np.ndarray, classes: int) -> np.ndarray:
-    """Counts (blocks, symbols) -> class of each block: k-means by code length, begun by spread."""
-    places = np.arange(histograms.shape[1])
-    weight = histograms / np.maximum(histograms.sum(1, keepdims=True), 1)
+def rans_classes(counts: np.ndarray, classes: int) -> np.ndarray:
+    """Counts (pieces, symbols) -> class of each piece: k-means by code length, begun by spread."""
+    places = np.arange(counts.shape[1])
+    weight = counts / counts.sum(1, keepdims=True)
     spread = weight @ places**2 - (weight @ places) ** 2
     chosen = np.searchsorted(np.quantile(spread, np.arange(1, classes) / classes), spread)
-    for _ in range(8 if classes > 1 else 0):
-        sums = np.stack([histograms[chosen == k].sum(0) for k in range(classes)]) + 0.01
-        chosen = (histograms @ -np.log2(sums / sums.sum(1, keepdims=True)).T).argmin(1)
+    for _ in range(8):
+        sums = np.stack([counts[chosen == k].sum(0) for k in range(classes)]) + 0.01
+        chosen = (counts @ -np.log2(sums / sums.sum(1, keepdims=True)).T).argmin(1)
     return chosen.astype(np.uint8)
 
 
-def rans_model(
-    grid: np.ndarray, full: int, cut: int
-) -> tuple[float, np.ndarray, np.ndarray, bytes]:
-    """Grid (longest, lanes), of which `full` lanes use the last row -> estimated bytes in all,
-    class of each piece of a lane (blocks, lanes), frequencies (classes, symbols), both packed."""
+def rans_model(grid: np.ndarray, cut: int) -> tuple[float, np.ndarray, np.ndarray, bytes]:
+    """Grid (longest, lanes) -> estimated bytes in all, class of each piece (blocks, lanes),
+    frequencies (classes, symbols), both packed."""
     block, classes = RANS_CUTS[cut]
     width, lanes = int(grid.max()) + 1, grid.shape[1]
     ids = grid + width * np.arange(lanes)
     pieces = [ids[i : i + block].ravel() for i in range(0, len(grid), block)]
     counts = np.stack([np.bincount(piece, minlength=width * lanes) for piece in pieces])
-    counts = counts.reshape(-1, lanes, width)
-    counts[-1, full:, 0] -= 1  # beyond the end
-    chosen = rans_classes(counts.reshape(-1, width), classes).reshape(-1, lanes)
+    counts = counts.reshape(-1, width)
+    chosen = rans_classes(counts, classes)
     sums = np.stack([counts[chosen == k].sum(0) for k in range(classes)])
     table = rans_frequencies(sums)
     bits = (sums * (RANS_BITS - np.log2(np.maximum(table, 1)))).sum()
     side = zlib.compress(table.astype("<u2").tobytes() + chosen.tobytes(), 9)
-    return bits / 8 + len(side), chosen, table, side
+    return bits / 8 + len(side), chosen.reshape(-1, lanes), table, side
 
 
 def rans_pack(data: bytes) -> bytes:
-    """Asymmetric numeral systems with static tables, many lanes at once. Blocks of symbols belong
-    to classes, so that parts of different spread are coded apart. Source: arXiv 1311.2540."""
+    """Asymmetric numeral systems with static tables, many lanes at once; the last lane is filled
+    up with its last symbol. Pieces of lanes belong to classes, so that parts of different spread
+    are coded apart. Source: arXiv 1311.2540."""
     if not data:
         return RANS_HEAD.pack(0, 0, 0, 0)
     symbols = np.frombuffer(data, np.uint8) ^ 128  # signed numbers in order
-    least, used = int(symbols.min()), rans_lanes(len(symbols))
-    grid = np.zeros(used.shape, np.uint8)
-    grid[used] = symbols - least
-    grid, full = np.ascontiguousarray(grid.T), int(used[:, -1].sum())
-    cuts = [cut for cut, (block, _) in enumerate(RANS_CUTS) if cut == 0 or len(grid) >= block]
-    models = {cut: rans_model(grid, full, cut) for cut in cuts}
-    cut = min(models, key=lambda cut: models[cut][0])
+    least, lanes = int(symbols.min()), rans_lanes(len(symbols))
+    filled = np.pad(symbols - least, (0, -len(symbols) % lanes), "edge")
+    grid = np.ascontiguousarray(filled.reshape(lanes, -1).T)
+    models = [rans_model(grid, cut) for cut in range(len(RANS_CUTS))]
+    cut = min(range(len(models)), key=lambda cut: models[cut][0])
     _, chosen, table, side = models[cut]
-    block, starts = RANS_CUTS[cut][0], np.cumsum(table, 1) - table
-    state, words = np.full(grid.shape[1], 1 << 16, np.uint64), []
-    for t in range(len(grid) - 1, -1, -1):
-        active = slice(0, full if t == len(grid) - 1 else None)
-        row = chosen[t // block, active], grid[t, active]
-        f, x = table[row].astype(np.uint64), state[active]
-        large = x >= f << np.uint64(32 - RANS_BITS)
-        words.append(x[large].astype("<u2").tobytes())
-        x = np.where(large, x >> np.uint64(16), x)
-        state[active] = (x // f << np.uint64(RANS_BITS)) + x % f + starts[row].astype(np.uint64)
+    table = table.astype(np.uint64)
+    starts = np.cumsum(table, 1) - table
+    state, words = np.full(lanes, 1 << 16, np.uint64), []
+    for t in reversed(range(len(grid))):
+        row = chosen[t // RANS_CUTS[cut][0]], grid[t]
+        f = table[row]
+        large = state >= f << np.uint64(32 - RANS_BITS)
+        words.append(state[large].astype("<u2").tobytes())
+        state = np.where(large, state >> np.uint64(16), state)
+        state = (state // f << np.uint64(RANS_BITS)) + state % f + starts[row]
     head = RANS_HEAD.pack(len(symbols), cut, len(side), least)
     return b"".join([head, side, state.astype("<u4").tobytes(), *reversed(words)])
 
@@ -4037,11 +4028,9 @@ def rans_unpack(data: bytes, size: int) -> bytes:
         return b""
     if count > size or cut >= len(RANS_CUTS):
         raise ValueError("impossible size")
-    used = rans_lanes(count)
-    (lanes, longest), full = used.shape, int(used[:, -1].sum())
-    block, offset = RANS_CUTS[cut][0], RANS_HEAD.size + length
-    side = data[RANS_HEAD.size : offset]
-    chosen, table = rans_tables(side, -(-longest // block), lanes, cut)
+    lanes, block = rans_lanes(count), RANS_CUTS[cut][0]
+    longest, offset = -(-count // lanes), RANS_HEAD.size + length
+    chosen, table = rans_tables(data[RANS_HEAD.size : offset], -(-longest // block), lanes, cut)
     if least + table.shape[1] > 256:
         raise ValueError("impossible symbols")
     # What each of the 2^14 slots of each class stands for: symbol, frequency, place in the symbol.
@@ -4054,19 +4043,17 @@ def rans_unpack(data: bytes, size: int) -> bytes:
     words, read = np.frombuffer(data, "<u2", offset=offset + 4 * lanes), 0
     grid, bits = np.zeros((longest, lanes), np.uint8), np.uint32(RANS_BITS)
     for t in range(longest):
-        active = slice(0, full if t == longest - 1 else None)
-        x = state[active]
-        at = (chosen[t // block, active].astype(np.uint32) << bits) + x % np.uint32(1 << RANS_BITS)
-        grid[t, active] = symbol[at]
-        x = step[at] * (x >> bits) + first[at]
-        small = np.flatnonzero(x < 1 << 16)
+        at = (chosen[t // block].astype(np.uint32) << bits) + state % np.uint32(1 << RANS_BITS)
+        grid[t] = symbol[at]
+        state = step[at] * (state >> bits) + first[at]
+        small = np.flatnonzero(state < 1 << 16)
         fresh = words[read : read + len(small)].astype(np.uint32)
-        x[small] = (x[small] << np.uint32(16)) | fresh
+        state[small] = (state[small] << np.uint32(16)) | fresh
         read += len(small)
-        state[active] = x
     if read != len(words) or (state != 1 << 16).any():
         raise ValueError("damaged")
-    return ((grid.T[used] + np.uint8(least)) ^ np.uint8(128)).tobytes()
+    symbols = grid.T.ravel()[:count] + np.uint8(least)
+    return (symbols ^ np.uint8(128)).tobytes()
 
 
 def brotli_pack(data: bytes) -> bytes:
@@ -4079,6 +4066,7 @@ def shuffle_pack(data: bytes) -> bytes:
 
 
 def shuffle_unpack(data: bytes, size: int) -> bytes:
+    """Inverse of shuffle_pack."""
     out = bytearray(unbrotli(data, size))
     half = -(-len(out) // 2)
     out[::2], out[1::2] = out[:half], out[half:]
@@ -4104,7 +4092,7 @@ def available_codecs() -> list[str]:
 
 
 MAGIC = b"GOLF"
-FORMAT_VERSION = 4  # of what pack_artifact writes
+FORMAT_VERSION = 5  # of what pack_artifact writes
 PREFIX = struct.Struct("<4sHBxII")  # magic, version, codec, header bytes, raw bytes of the header
 MAX_HEADER_BYTES = 1 << 18  # raw; 64 layers need a third of it
 MAX_STREAM_BYTES = 1 << 30  # raw, of all streams together

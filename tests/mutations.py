@@ -142,8 +142,8 @@ FAULTS = (
     Fault(
         "codec",
         "the entropy coder returns every symbol one too high",
-        "((grid.T[used] + np.uint8(least)) ^ np.uint8(128)).tobytes()",
-        "((grid.T[used] + np.uint8(least + 1)) ^ np.uint8(128)).tobytes()",
+        "grid.T.ravel()[:count] + np.uint8(least)",
+        "grid.T.ravel()[:count] + np.uint8(least + 1)",
         "08_artifact",
     ),
     Fault(

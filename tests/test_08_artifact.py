@@ -46,10 +46,10 @@ def scalar_rans(data: bytes) -> bytes:
     count, cut, length, least = struct.unpack_from("<IBIB", data)
     if not count:
         return b""
-    block, classes = ((2**32, 1), (1024, 8), (256, 16))[cut]
+    block, classes = ((1024, 8), (256, 16))[cut]
     lanes = min(4096, max(1, count // 8192))
     longest = -(-count // lanes)
-    full, blocks = count - lanes * (longest - 1), -(-longest // block)
+    blocks = -(-longest // block)
     side = zlib.decompress(data[10 : 10 + length])
     width = (len(side) - blocks * lanes) // (2 * classes)
     tables = [struct.unpack_from(f"<{width}H", side, 2 * width * k) for k in range(classes)]
@@ -64,7 +64,7 @@ def scalar_rans(data: bytes) -> bytes:
     )
     out = [bytearray() for _ in range(lanes)]
     for t in range(longest):
-        for j in range(lanes if t < longest - 1 else full):
+        for j in range(lanes):
             k = kinds[t // block * lanes + j]
             slot = states[j] % 16384
             s = symbols[k][slot]
@@ -73,7 +73,7 @@ def scalar_rans(data: bytes) -> bytes:
             if states[j] < 65536:
                 states[j] = states[j] * 65536 + next(words)
     assert set(states) == {65536} and next(words, None) is None
-    return b"".join(map(bytes, out))
+    return b"".join(map(bytes, out))[:count]
 
 
 UNPACK = {
@@ -97,7 +97,7 @@ def examples(count: int):
 def parse(blob: bytes) -> tuple[dict, dict[str, bytes], bytes]:
     """Header, unpacked streams and the packed body of an artifact."""
     magic, version, codec, packed, size = PREFIX.unpack_from(blob)
-    assert (magic, version) == (b"GOLF", 4) and hashlib.sha256(blob[:-32]).digest() == blob[-32:]
+    assert (magic, version) == (b"GOLF", 5) and hashlib.sha256(blob[:-32]).digest() == blob[-32:]
     text = UNPACK[codec](blob[PREFIX.size : PREFIX.size + packed])
     assert len(text) == size
     header, body, streams, offset = json.loads(text), blob[PREFIX.size + packed : -32], {}, 0
@@ -119,7 +119,7 @@ def forge(header, body: bytes, **claims) -> bytes:
     says."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     small = zlib.compress(text)
-    said = dict(version=4, codec=1, packed=len(small), size=len(text)) | claims
+    said = dict(version=5, codec=1, packed=len(small), size=len(text)) | claims
     return seal(
         PREFIX.pack(b"GOLF", said["version"], said["codec"], said["packed"], said["size"])
         + small
@@ -259,7 +259,7 @@ def test_levels_are_coded_at_the_entropy_and_below_every_byte_compressor():
     q = levels(2_000_000)
     packed = CODECS["rans"].pack(q.tobytes())
     assert CODECS["rans"].unpack(packed, len(q)) == q.tobytes()
-    assert 1 <= len(packed) / entropy_bytes(q) < 1.002
+    assert 1 <= len(packed) / entropy_bytes(q) < 1.0025
     assert len(packed) < 0.99 * len(CODECS["brotli"].pack(q.tobytes()))
 
 
@@ -627,7 +627,7 @@ def hostile_files(blob: bytes) -> dict[str, bytes]:
             data = squeezer.compress(bytes(1 << 28)) + squeezer.flush()
             changed = replaced(header, ("streams", i), [key, 3, raw, len(data), "rows"])
             exploding["zstd window"] = forge(changed, body[:at] + data + body[at + length :])
-            for cut in range(3):
+            for cut in range(2):
                 side = zlib.compress(bytes(1 << 28))
                 data = struct.pack("<IBIB", raw, cut, len(side), 0) + side
                 changed = replaced(header, ("streams", i), [key, 6, raw, len(data), "rows"])
@@ -1018,8 +1018,8 @@ def test_a_header_that_is_no_header_is_refused_by_name(evaluate, text):
 @pytest.mark.parametrize(
     "claims",
     [
-        dict(version=5),
-        dict(version=3),
+        dict(version=6),
+        dict(version=4),
         dict(version=0),
         dict(codec=0),
         dict(codec=200),
@@ -1105,7 +1105,7 @@ BROKEN = {
     "truncated": (lambda b: b[:-1000], "checksum"),
     "a script": (lambda b: b"import os; os.mkdir('owned')\n" * 99, "not an artifact"),
     "one bit flipped": (lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:], "checksum"),
-    "from the future": (lambda b: seal(b[:4] + b"\x05" + b[5:-32]), "version 5"),
+    "from the future": (lambda b: seal(b[:4] + b"\x06" + b[5:-32]), "version 6"),
     "negative shape": (lambda b: hostile(b, (*FIRST, 2), [-1, 64]), "shape"),
     "deep header": (lambda b: forge(b"[" * 200_000, b""), "malformed"),
     "a GiB and a byte": (lambda b: hostile(b, ("streams", 0, 2), 2**30 + 1), "bytes where"),
