@@ -3696,8 +3696,8 @@ def deviations(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tenso
     return rule.sigmas * (w.std(1) if w.size(1) > 1 else w.abs().amax(1))
 
 
-# CLIP -> function of (rule, w (m,n), Hessian (n,n) or None) that returns the clip of each row (m,)
-CLIPS: dict[str, Callable[[RoundToNearest, Tensor, Tensor | None], Tensor]] = {
+# function of (rule, w (m,n), Hessian (n,n) or None) that returns the clip of each row (m,)
+CLIPS = {
     "quantile": lambda rule, w, hessian: row_quantile(w.abs(), QUANTILE),
     "search": best_quantile,
     "sigma": deviations,
@@ -3721,7 +3721,7 @@ def quantiser(bits: int, sigmas: float, cfg: QuantConfig) -> Quantiser:
 
 
 # tag of a parameter -> its quantiser
-QUANTISERS: dict[str, Callable[[QuantConfig], Quantiser]] = {
+QUANTISERS = {
     "matrix": lambda c: quantiser(c.matrix_bits, c.matrix_clip_sigmas, c),
     "mlp": lambda c: quantiser(
         c.mlp_bits or c.matrix_bits, c.mlp_clip_sigmas or c.matrix_clip_sigmas, c
@@ -4173,8 +4173,8 @@ def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], codec: st
 
 def unpack_stream(data: bytes, number: int, size: int) -> bytes:
     """Decompress one stream to exactly `size` bytes. Raises UserError on anything else."""
-    codec = next((codec for codec in CODECS.values() if codec.number == number), None)
-    if codec is None or not codec.module:
+    codec = {codec.number: codec for codec in CODECS.values() if codec.module}.get(number)
+    if not codec:
         raise UserError(f"its codec {number!r} is not available here")
     try:
         raw = codec.unpack(data, size + 1)  # one more, so that a stream with too much is noticed
@@ -4224,10 +4224,8 @@ def check_entry(e: Entry):
     if not all(type(n) is int and n >= 0 for n in [*e.shape, *e[3:]]):
         raise ValueError(f"shape or count {e.shape!r:.99}")
     levels = e.kind == "i1" and len(e.shape) == 2 and e.scaled
-    if max(e[3:6]) > 1 or (any(e[3:]) and not levels):
-        raise ValueError("a tensor has scales that it cannot have")
-    if e.rank > min(e.shape, default=0):
-        raise ValueError(f"a correction of rank {e.rank}")
+    if max(e[3:6]) > 1 or (any(e[3:]) and not levels) or e.rank > min(e.shape, default=0):
+        raise ValueError("a tensor has scales or a correction that it cannot have")
 
 
 @malformed()
@@ -4300,22 +4298,20 @@ class Packer(NamedTuple):
         return pack_artifact(tensors, self.header, self.cfg.codec)
 
 
-class Slope(NamedTuple):
-    """How the size of an artifact depends on a number x, as far as it is known beforehand."""
-
-    start: float  # what to try first
-    bytes_per_unit: float
-    low: float
-    high: float
-    whole: bool = False  # only whole numbers are tried
-
-
-def packed_to(room: int, make: Callable[[float], bytes], s: Slope) -> tuple[float, bytes, int]:
+def packed_to(
+    room: int,
+    make: Callable[[float], bytes],
+    start: float,
+    slope: float,
+    limits: tuple[float, float],
+    whole: bool = False,
+) -> tuple[float, bytes, int]:
     """(x, make(x), packings): the largest of a handful of artifacts that fits, or the smallest when
-    none does."""
+    none does. slope: bytes for one more of x, until it is measured; whole: x is a whole number."""
+    low, high = limits
     tried: dict[float, bytes] = {}
     sizes: dict[float, int] = {}
-    x, slope = min(max(s.start, s.low), s.high), s.bytes_per_unit
+    x = min(max(start, low), high)
     while x not in tried and len(tried) < 9:
         others = list(tried)
         tried[x] = make(x)
@@ -4328,7 +4324,7 @@ def packed_to(room: int, make: Callable[[float], bytes], s: Slope) -> tuple[floa
             measured = (size - sizes[near]) / (x - near)
             slope = measured if across else math.copysign(max(abs(measured), abs(slope) / 5), slope)
         x += (0.9991 * room - size) / slope
-        x = min(max(round(x) if s.whole else x, s.low), s.high)
+        x = min(max(round(x) if whole else x, low), high)
     fitting = [x for x in tried if sizes[x] <= room]
     best = max(fitting, key=sizes.get) if fitting else min(sizes, key=sizes.get)
     return best, tried[best], len(tried)
@@ -4346,7 +4342,7 @@ def fit_steps(p: Packer) -> tuple[bytes, str]:
 
     start = (p.room - gaussian_bytes(p.model, p.cfg)) / slope
     low = min((math.log(finest(rule)) for rule in grids.values()), default=0.0)
-    x, blob, count = packed_to(p.room, scaled, Slope(start, slope, low, 3.0))
+    x, blob, count = packed_to(p.room, scaled, start, slope, (low, 3.0))
     text = f"{count} packings, steps times {math.exp(x):.4f}"
     if len(blob) < 0.998 * p.room:
         text += "; finer steps are beyond eight bits"
@@ -4357,17 +4353,12 @@ def fit_bits(p: Packer) -> tuple[bytes, str]:
     """One more bit at a time, up to seven, for the matrix where a byte helps most; a bit leaves a
     quarter of the harm. If not even the first model fits, small levels become zero. Source: PR
     1089."""
-    rules, exported = p.rules(), p.model.exported()
-    sizes = {
-        name: exported[name].numel()
-        for name, rule in rules.items()
-        if exported[name].quant in LEARNED_GRID and not isinstance(rule, Cast)
-    }
-    gains = [
-        (p.harms.get(name, size) / size / 4**more, name)
-        for name, size in sizes.items()
-        for more in range(7 - rules[name].bits)
-    ]
+    rules, exported, gains = p.rules(), p.model.exported(), []
+    for name, rule in rules.items():
+        if exported[name].quant in LEARNED_GRID and not isinstance(rule, Cast):
+            size = exported[name].numel()
+            gain = p.harms.get(name, size) / size
+            gains += [(gain / 4**more, name) for more in range(7 - rule.bits)]
     order = [name for _, name in sorted(gains, key=lambda gain: -gain[0])]
 
     def promoted(x: float) -> bytes:
@@ -4376,10 +4367,10 @@ def fit_bits(p: Packer) -> tuple[bytes, str]:
             changed[name] = changed[name]._replace(bits=changed[name].bits + 1)
         return p.blob(p.tensors(changed))
 
-    mean = max(1.0, sum(sizes[name] for name in order) / max(1, len(order)) / 8)
+    weights = sum(exported[name].numel() for name in order)
+    mean = max(1.0, weights / max(1, len(order)) / 8)  # bytes that a bit more takes
     start = max(0, round((p.room - gaussian_bytes(p.model, p.cfg)) / mean))
-    slope = Slope(start, mean, 0, len(order), whole=True)
-    x, blob, count = packed_to(p.room, promoted, slope)
+    x, blob, count = packed_to(p.room, promoted, start, mean, (0, len(order)), whole=True)
     if len(blob) > p.room:
         return fit_zeros(p)
     return blob, f"{count} packings, {x} of {len(order)} promotions by a bit"
@@ -4410,11 +4401,11 @@ def fit_zeros(p: Packer) -> tuple[bytes, str]:
             changed[name] = whole[name]._replace(values=values.masked_fill(part.view_as(values), 0))
         return p.blob(changed)
 
-    x, blob, count = packed_to(p.room, without, Slope(0, -0.25, 0, candidates, whole=True))
+    x, blob, count = packed_to(p.room, without, 0, -0.25, (0, candidates), whole=True)
     return blob, f"{count} packings, {x} of {candidates} small levels set to zero"
 
 
-FITS: dict[str, Callable[[Packer], tuple[bytes, str]]] = {
+FITS = {
     "none": lambda p: (p.blob(p.tensors(p.rules())), ""),
     "steps": fit_steps,
     "bits": fit_bits,
@@ -4440,18 +4431,16 @@ def pack_to_fit(p: Packer, rt: Runtime) -> bytes:
 
 @functools.cache
 def shipped_code() -> tuple[bytes, str]:
-    """(the code that ships, why it is not packed). A plain script is packed by the tool beside it,
-    once: the result lies beside Python's own cache. A packed script ships itself."""
-    source = SCRIPT.read_bytes()
-    tool = SCRIPT.parent / "records" / "tools.py"
+    """(the code that ships, why it is not packed). The tool beside a plain script packs it, once:
+    the result lies in Python's own cache. A packed script ships itself."""
+    source, tool = SCRIPT.read_bytes(), SCRIPT.parent / "records" / "tools.py"
     if WRAPPED:
         return source, ""
     if not tool.is_file():
         return source, "records/tools.py is not beside it"
-    maker = [path.read_bytes() for path in sorted(tool.parent.glob("toolkit/pack*.py"))]
-    digest = hashlib.sha256(b"".join([source, *maker])).hexdigest()[:16]
-    cache = Path(importlib.util.cache_from_source(str(SCRIPT))).parent
-    kept = cache / f"{SCRIPT.stem}-{digest}.packed"
+    makers = [path.read_bytes() for path in sorted(tool.parent.glob("toolkit/pack*.py"))]
+    digest = hashlib.sha256(b"".join([source, *makers])).hexdigest()[:16]
+    kept = Path(importlib.util.cache_from_source(str(SCRIPT))).with_suffix(f".{digest}.packed")
     with contextlib.suppress(OSError):
         return kept.read_bytes(), ""
     with tempfile.TemporaryDirectory() as folder:
@@ -4462,7 +4451,7 @@ def shipped_code() -> tuple[bytes, str]:
             return source, (done.stderr.strip() or "no reason given").splitlines()[-1]
         packed = out.read_bytes()
     with contextlib.suppress(OSError):  # a folder that only may be read
-        cache.mkdir(exist_ok=True)
+        kept.parent.mkdir(exist_ok=True)
         write_atomic(kept, packed)
     return packed, ""
 
@@ -4486,9 +4475,9 @@ STORED_FIELDS = "vocab_size train_seq_len matrix_bits codec seed artifact_budget
 def export(trainer: "Trainer") -> Path:
     """Quantise, pack and write the artifact of a finished run (on rank 0); returns its path."""
     cfg, rt, model = trainer.cfg, trainer.rt, trainer.model
-    stored = cfg.values(*STORED_GROUPS) | {name: cfg.values()[name] for name in STORED_FIELDS}
+    every = cfg.values()
     header = dict(
-        config=stored,
+        config=cfg.values(*STORED_GROUPS) | {name: every[name] for name in STORED_FIELDS},
         numerics=trainer.numerics._asdict(),
         tokenizer_sha256=trainer.data.tokenizer_sha256,
         plan=trainer.plan,
@@ -4520,7 +4509,7 @@ def blamed_on(path: Path):
 def read_artifact(path: Path, rt: Runtime) -> tuple[dict[str, Any], bytes]:
     """(header, packed streams) of a file that rank 0 reads. Raises UserError naming the file."""
 
-    def work():
+    def work() -> bytes:
         if path.stat().st_size > MAX_STREAM_BYTES:
             raise UserError(f"{path.stat().st_size} bytes is no artifact")
         return path.read_bytes()
@@ -4609,8 +4598,8 @@ def gaussian_bytes(model: GPT, cfg: QuantConfig, small_levels: int = 0) -> int:
         t = nearest(QUANTISERS[tag](cfg)).fit(w)
         if t.scale is None:
             return len(packed_stream(cfg.codec, "f4", [t.values.numpy()])[1]) / w.numel()
-        kept = t.values.abs() > small_levels if tag in LEARNED_GRID else t.values != 0
-        levels = (t.values * kept).numpy().tobytes()
+        zero = t.values.abs() <= (small_levels if tag in LEARNED_GRID else 0)
+        levels = t.values.masked_fill(zero, 0).numpy().tobytes()
         return (len(CODECS[cfg.codec].pack(levels)) + 2 * rows) / w.numel()
 
     matrices = [p for p in model.exported().values() if p.dim() == 2]
