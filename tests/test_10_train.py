@@ -457,6 +457,22 @@ def test_validation_and_slow_first_steps_do_not_spend_the_training_time(toy, mon
     assert now[0] == pytest.approx(trainer.clock.read() + 1000 * (trainer.step_number // 5))
 
 
+def test_a_slow_run_says_where_it_is_every_half_minute(toy, monkeypatch, capsys):
+    """On a made-up clock with steps of 9 s: the first ten, then those after 30 s of silence."""
+    now = [0.0]
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    trainer = make_trainer(toy, ITERATIONS=25, TRAIN_LOG_EVERY=100)
+
+    def step(rows, ramps):
+        now[0] += 9.0
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(trainer, "step", step)
+    trainer.run()
+    said = re.findall(r"^step:(\d+)/25 train_loss", capsys.readouterr().out, re.MULTILINE)
+    assert list(map(int, said)) == [*range(1, 11), 14, 18, 22]
+
+
 def test_the_clock_counts_the_step_that_a_gpu_has_not_finished(toy, monkeypatch):
     """Finding G3: on a made-up GPU a step is only queued; reading its loss or synchronising waits
     for it. The training clock must not pass the limit, by whole steps of up to 1 s."""
