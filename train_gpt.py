@@ -1624,22 +1624,21 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
     folder, tokenizer_path = locate_data(cfg, rt)
     vocab, row, place = cfg.data.vocab_size, cfg.data.train_seq_len, relative(folder)
     stream = TokenStream(folder, "val", vocab)
-    start = stream.shards[0][: 1 << 16]
-    if len(start) == 1 << 16 and start.max() < 260:
+    if len(stream) > 1 << 16 and stream.shards[0][: 1 << 16].max() < 260:
         raise UserError(f"DATA_PATH={place} holds byte ids, which no SentencePiece model counts")
     tokenizer = read_tokenizer(tokenizer_path, cfg)
     stream.check(row)
     train = None
-    train_files: list[Path] = []
+    files = list(stream.files)
     if cfg.run.run_mode == "train":
         train = TokenStream(folder, "train", vocab)
         train.check(row)
-        train_files = train.files
+        files += train.files
         rt.log(
-            f"train_loader:shards pattern={place}/fineweb_train_*.bin files:{len(train_files)} "
+            f"train_loader:shards pattern={place}/fineweb_train_*.bin files:{len(train.files)} "
             f"tokens:{len(train)} order:{cfg.data.loader}"
         )
-    manifest = read_manifest(folder / "manifest.json", tokenizer_path, stream.files + train_files)
+    manifest = read_manifest(folder / "manifest.json", tokenizer_path, files)
     val = np.ascontiguousarray(stream.read(0, len(stream)))
     table = byte_table(tokenizer, vocab)
     if cfg.data.caseops:
@@ -1649,7 +1648,7 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
     digest, size = sha256_file(tokenizer_path), int(val_bytes.sum(dtype=np.int64))
     rt.log(f"val_loader:shards pattern={place}/fineweb_val_*.bin tokens:{len(val) - 1}")
     rt.log(
-        f"audit:data manifest_sha256:{told} train_shards:{len(train_files)} "
+        f"audit:data manifest_sha256:{told} train_shards:{len(files) - len(stream.files)} "
         f"val_tokens:{len(val) - 1} val_bytes:{size} tokenizer_sha256:{digest}"
     )
     return Data(train, val, val_bytes, digest, manifest, table.base)
@@ -5912,11 +5911,12 @@ def how_to_go_on(cfg: Config | None, rt: Runtime | None) -> str:
     if not rt or not rt.folder or not (rt.folder / "checkpoint.pt").exists():
         return ""
     given = {k: v for k, v in cfg.values().items() if cfg.origins[k] == "environment"}
+    given = dict(preset=cfg.preset) | given | dict(run_id=rt.folder.name, resume="auto")
     words = []
-    for name, value in (dict(preset=cfg.preset) | given | dict(run_id=rt.folder.name)).items():
+    for name, value in given.items():
         text = str(int(value) if type(value) is bool else value)
         words.append(f"{name.upper()}={shlex.quote(text)}")
-    words.append("RESUME=auto python")
+    words.append("python")
     if rt.world > 1:
         words.append(f"-m torch.distributed.run --standalone --nproc_per_node={rt.world}")
     return "; continue with: " + " ".join([*words, shlex.quote(sys.argv[0])])
