@@ -373,13 +373,6 @@ def test_shards_of_another_family_are_named(dataset):
             train_gpt.open_data(cfg, train_gpt.Runtime(cfg, {}))
 
 
-def test_shards_under_another_name_are_listed(dataset):
-    for path in dataset.glob("fineweb_*.bin"):
-        path.rename(path.with_name(path.name.replace("fineweb", "stories")))
-    with pytest.raises(train_gpt.UserError, match="there are: stories_train_000000.bin"):
-        train_gpt.TokenStream(dataset, "val", 1024)
-
-
 def test_all_65536_ids_of_uint16_can_be_used(tmp_path):
     """Finding 5: prepare.py says "train with VOCAB_SIZE=65536", which was out of range."""
     symbols = [f"w{i}" for i in range(65_536 - 4 - 256 - 20)]
