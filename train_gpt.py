@@ -359,12 +359,6 @@ class QuantConfig:
         "arXiv 2210.17323); or so by the best path of a trellis (arXiv 2603.04956)",
         "nearest gptq trellis",
     )
-    calibration: str = knob(
-        "train",
-        "text that shows matrices' inputs: training text, or the model's own (PR 1019)",
-        "train self",
-        needs=INPUTS,
-    )
     calibration_tokens: int = knob(65_536, "tokens that show matrix inputs", 8, 2**26, needs=INPUTS)
     lqer_rank: int = knob(0, "rank of a correction of the worst errors (PR 1797); 0 = none", 0, 64)
     allocation: str = knob("tag", "what divides precision: a tag, or the held-out loss", "tag loss")
@@ -555,14 +549,14 @@ SYSTEMS = {
     ALLOCATION=loss FIT_BUDGET=bits CODEC=brotli_shuffle""",
     # PR 1539, 1.0587, not admissible: it trains on the validation text before it is scored.
     # Rotary base as above; it kept the five skips of a list without loops.
-    # Different: four polar steps made for four (theirs five, cut); GPTQ rounds embeddings too and
-    # sees inputs with loops and lanes.
+    # Different: four polar steps made for four (theirs five, cut); GPTQ rounds embeddings too, sees
+    # inputs with loops and lanes, and reads training text (theirs its own: here within 0.0001 bpb).
     "prequant_ttt": f"""{LATE}
     VOCAB_SIZE=8192 ROPE_BASE=22081 QK_GAIN_INIT=5.25 SMEAR_GATE=B
     VALUE_EMBED_LAST_N=2 VALUE_EMBED_DIM=44
     SKIP_PAIRS=as_unlooped NUM_LOOPS=1 ENABLE_LOOPING_AT=3000 PARALLEL=B
     TABLE_LR=0.03 EMBED_WD=0.095 MUON=muoneq_short_polar MUON_STEPS=4
-    ROUNDING=gptq CLIP=sigma CALIBRATION=self FIT_BUDGET=steps CODEC=rans TTT=prequant""",
+    ROUNDING=gptq CLIP=sigma FIT_BUDGET=steps CODEC=rans TTT=prequant""",
     # PR 1493, 1.0810: loops, score first then learn.
     # Different: all ranks together see its calibration text (theirs each).
     "score_first_ttt": f"""{LATE}
@@ -1996,25 +1990,13 @@ class Linear(nn.Module):
         return through(self.out_sites, F.linear(x, weight), x, *context)
 
 
-class WholeRows(NamedTuple):
-    """What attention reads when rows are read at once. KeyValueCache (section 9) stands in its
-    place when rows grow by a position at a time."""
-
-    kernel: Callable = sdpa_attention
-    visible: Tensor | None = None  # (B,T,T) bool, see visible_keys
-    first: int = 0  # position of the first column
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, slot: int) -> Tensor:
-        """q (B,T,H,D), k and v (B,T,G,D) of one slot -> (B,T,H,D)."""
-        return self.kernel(q, k, v, self.visible)
-
-
 class Context(NamedTuple):
     """What a site may look at besides its own input."""
 
     ids: Tensor  # (B,T) int64
     x0: Tensor  # (B,T,C) normalised embedding
-    rows: Any = WholeRows()  # what attention reads: WholeRows or a KeyValueCache
+    kernel: Callable = sdpa_attention  # one of ATTENTION
+    visible: Tensor | None = None  # (B,T,T) bool, see visible_keys
     values: Sequence[Tensor] = ()  # (B,T,G*D) each, what the value sites made of the ids
     kept: Sequence[Tensor] = ()  # values (B,T,G,D) of block 0, appended by KeepValue
     slot: int = 0  # place in the plan
@@ -2188,8 +2170,7 @@ class Rotary(Site):
         self.register_buffer("frequency", frequency.float(), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
-        first = context.rows.first
-        position = torch.arange(first, first + q.size(1), device=q.device, dtype=torch.float32)
+        position = torch.arange(q.size(1), device=q.device, dtype=torch.float32)
         angle = position[:, None] * self.frequency
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # (T,1,R/2), fp32
         return self.rotate(q, cos, sin), self.rotate(k, cos, sin), v
@@ -2321,7 +2302,7 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         for site in self.qkv_sites:
             q, k, v = site(q, k, v, context)
-        y = context.rows.attend(q, k, v, context.slot)
+        y = context.kernel(q, k, v, context.visible)
         return self.proj(through(self.out_sites, y, v, x).flatten(2))
 
 
@@ -2606,14 +2587,12 @@ class GPT(nn.Module):
         """The parameters that belong to the artifact, by name."""
         return {name: p for name, p in self.named_parameters() if p.quant != "drop"}
 
-    def hidden(self, ids: Tensor, plan: Plan, rows: Any = None) -> Tensor:
-        """ids (B,T) int64 -> (B,T,C), what the output table reads; `rows` is a KeyValueCache or,
-        by default, these very rows."""
+    def hidden(self, ids: Tensor, plan: Plan) -> Tensor:
+        """ids (B,T) int64 -> (B,T,C), what the output table reads."""
         x = through(self.embed_sites, F.embedding(ids, self.embed).to(self.dtype), ids)
-        if rows is None:
-            rows = WholeRows(self.kernel, visible_keys(ids, self.cfg))
         values = tuple(site(ids, self.dtype) for site in self.value_sites)
-        context, lanes, outputs = Context(ids, x, rows, values, []), (x,), []
+        context = Context(ids, x, self.kernel, visible_keys(ids, self.cfg), values, [])
+        lanes, outputs = (x,), []
         for number, slot in enumerate(plan):
             block = self.blocks[slot.block]
             lanes = lanes * (block.lanes // len(lanes))  # one stream enters both lanes
@@ -5201,67 +5180,6 @@ def score_model(
     return result
 
 
-class KeyValueCache:
-    """What WholeRows is, for rows that grow by one position at a time: keys and values of every
-    slot, (slots,2,B,T,G,D). Only the last position attends; the REACH - 1 before it are read again,
-    since embedding sites look that far back."""
-
-    REACH = 4  # a smear gate of a hash of three tokens
-
-    def __init__(self, model: GPT, plan: Plan, rows: int, length: int):
-        self.model, self.plan = model, plan
-        cfg = model.cfg
-        shape = len(plan), 2, rows, length, cfg.num_kv_heads, cfg.head_dim
-        self.kept = torch.zeros(shape, dtype=model.dtype, device=model.embed.device)
-        self.at = self.first = 0  # the last position, and that of the first column
-        self.visible: Tensor | None = None  # (B,1,at + 1) bool
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, slot: int) -> Tensor:
-        """As WholeRows.attend; zeros for all but the last position."""
-        kept = self.kept[slot]
-        kept[:, :, self.at] = torch.stack([k[:, -1], v[:, -1]])
-        keys, values = kept[:, :, : self.at + 1]
-        y = sdpa_attention(q[:, -1:], keys, values, self.visible)
-        return F.pad(y, (0, 0, 0, 0, q.size(1) - 1, 0))
-
-    def read(self, ids: Tensor, at: int) -> Tensor:
-        """Uncapped logits (B,V) after position `at` of ids (B, up to T); to be read in order."""
-        self.at, self.first = at, max(0, at + 1 - self.REACH)
-        visible = visible_keys(ids[:, : at + 1], self.model.cfg)
-        self.visible = ids.new_ones(1, 1, at + 1).bool() if visible is None else visible[:, -1:]
-        h = self.model.hidden(ids[:, self.first : at + 1], self.plan, self)
-        return self.model.logits(h[:, -1])
-
-
-@torch.no_grad()
-def written(model: GPT, plan: Plan, first: Tensor, draws: Tensor) -> Tensor:
-    """Rows (B, T + 1) int64 that a model writes at temperature 0.8 after the tokens `first` (B,),
-    by uniform draws (B,T) fp64."""
-    rows, length = draws.shape
-    ids = torch.zeros(rows, length + 1, dtype=torch.int64, device=draws.device)
-    ids[:, 0] = first
-    cap, cache = model.cfg.logit_softcap, KeyValueCache(model, plan, rows, length)
-    for t in range(length if rows else 0):
-        z = cache.read(ids, t).double()
-        edges = (cap * torch.tanh(z / cap) / 0.8).softmax(-1).cumsum(-1)
-        found = torch.searchsorted(edges, draws[:, t : t + 1] * edges[:, -1:], right=True)
-        ids[:, t + 1] = found[:, 0].clamp(max=edges.size(-1) - 1)
-    return ids
-
-
-def written_rows(trainer: "Trainer", seen: int, wanted: int) -> np.ndarray:
-    """This rank's part of `wanted` rows, (rows, T + 1) uint16, that the model writes itself from a
-    random first token, drawn by SEED and the number of tokens `seen` before. Source: PR 1019.
-    Knob: CALIBRATION."""
-    cfg, rt, seq = trainer.cfg, trainer.rt, trainer.loader.seq
-    numbers = range(rt.rank, wanted, rt.world)
-    draws = [np.random.default_rng([cfg.run.seed, seen, i]).random(seq + 1) for i in numbers]
-    drawn = torch.from_numpy(np.array(draws).reshape(-1, seq + 1)).to(rt.device)
-    first = (drawn[:, 0] * cfg.data.vocab_size).long()
-    ids = written(trainer.model, trainer.plans[trainer.plan], first, drawn[:, 1:])
-    return ids.cpu().numpy().astype(np.uint16)
-
-
 # ---- 10 Training ---------------------------------------------------------------------------------
 def full_speed(cfg: Config) -> dict[str, float]:
     """Ramps of a step without any ramp: full rate, whole batch, longest rows, no momentum."""
@@ -5483,10 +5401,7 @@ class Trainer:
         seen = 0
         while seen < tokens:
             wanted = min(self.loader.rows, -(-(tokens - seen) // seq))
-            if self.cfg.quant.calibration == "self":
-                rows = written_rows(self, seen, wanted)
-            else:
-                rows = self.loader.next(rt.rank, rt.world, wanted)
+            rows = self.loader.next(rt.rank, rt.world, wanted)
             for ids, _, real in self.micro_batches(rows, seq):
                 for p, total in second_moments(self.model, ids[:real], plan).items():
                     sums[p] += total
@@ -5710,9 +5625,8 @@ class Trainer:
         """See what the quantiser asks for; training text is read before the clock stops."""
         q, limit = self.cfg.quant, self.cfg.optim.max_wallclock_seconds
         self.rest_hooks()
-        with self.clock.paused() if q.calibration == "self" else contextlib.nullcontext():
-            if q.sees_inputs:
-                self.hessians = self.observe_inputs(q.calibration_tokens)
+        if q.sees_inputs:
+            self.hessians = self.observe_inputs(q.calibration_tokens)
         if q.allocation == "loss":
             self.harms = self.observe_harms()
         self.clock.stop()

@@ -458,22 +458,6 @@ def test_a_leak_of_a_millionth_is_found_and_a_causal_change_is_none(attention, m
         test_a_token_never_changes_an_earlier_loss(*case)
 
 
-@pytest.mark.parametrize(
-    "preset, technique", [(s, "plain") for s in SYSTEMS] + [("baseline", t) for t in TECHNIQUES]
-)
-def test_rows_that_grow_have_the_logits_of_whole_rows(preset, technique):
-    cfg = config(f"{preset}+tiny", **TECHNIQUES[technique], vocab_size=61)
-    model = random_model(cfg)
-    plan, (ids, _) = tg.plans(cfg.model)[-1], random_batch(cfg, 3, 20)
-    ids[1, 6:] = ids[0, 6:]
-    ids[0, 5] = ids[1, 9] = cfg.model.bos_id
-    with torch.no_grad():
-        whole = model.logits(model.hidden(ids, plan))
-        cache = tg.KeyValueCache(model, plan, 3, 20)
-        found = torch.stack([cache.read(ids, t) for t in range(20)], 1)
-        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
-
-
 # ---- Techniques, one by one ----
 def test_xsa_removes_exactly_the_part_along_the_own_value():
     torch.manual_seed(0)

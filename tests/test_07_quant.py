@@ -505,7 +505,7 @@ def test_gptq_hurts_no_matrix_of_a_trained_model_more_than_rounding(toy, bits):
 
 @pytest.mark.slow
 def test_observed_inputs_are_those_of_the_forward_and_of_all_ranks(toy, tmp_path):
-    cfg = config("prequant_ttt+tiny", data_path=toy, calibration_tokens=2000, calibration="train")
+    cfg = config("prequant_ttt+tiny", data_path=toy, calibration_tokens=2000)
     rt = tg.Runtime(cfg, {})
     torch.manual_seed(0)
     model = random_model(cfg)
@@ -541,7 +541,6 @@ def test_observed_inputs_are_those_of_the_forward_and_of_all_ranks(toy, tmp_path
         ITERATIONS=3,
         TRAIN_BATCH_TOKENS=448,
         CALIBRATION_TOKENS=448,
-        CALIBRATION="train",
     )
     scores = [
         float(
@@ -666,7 +665,7 @@ def test_the_trellis_finds_the_best_path_of_a_short_row():
         assert float(mine @ h @ mine) <= float(best) * 1.0001
 
 
-# ---- Corrections, zeros, written text ----
+# ---- Corrections ----
 def test_a_correction_removes_the_most_that_its_rank_can():
     w, h = random_rows(0, 80).repeat(10, 1) + torch.randn(40, 80), inputs(80)
     t = grid("nearest", 3).fit(w, h)
@@ -714,35 +713,6 @@ def test_the_worst_matrices_get_the_corrections(monkeypatch):
     )
     for name, t in stored.items():
         assert torch.equal(t.values, without[name].values)
-
-
-def test_written_text_follows_the_model_and_not_the_ranks(toy, tmp_path):
-    knobs = dict(data_path=toy, train_batch_tokens=64 * 40, logit_softcap=5.0, threads=1)
-    cfg = config("prequant_ttt+tiny", **knobs)
-    rt = tg.Runtime(cfg, {})
-    model = random_model(cfg)
-    trainer = tg.Trainer(cfg, rt, tg.open_data(cfg, rt), model, tg.Numerics())
-    rows = tg.written_rows(trainer, 0, 40)
-    assert rows.shape == (40, 65) and rows.dtype == np.uint16
-    assert not np.array_equal(rows, tg.written_rows(trainer, 1, 40))
-
-    def of_rank(rank: int, wanted: int) -> np.ndarray:
-        runtime = type("R", (), dict(rank=rank, world=3, device=rt.device))()
-        return tg.written_rows(type("T", (), vars(trainer) | dict(rt=runtime))(), 0, wanted)
-
-    assert all(np.array_equal(of_rank(rank, 40), rows[rank::3]) for rank in range(3))
-    assert [len(of_rank(rank, 2)) for rank in range(3)] == [1, 1, 0]
-    assert np.array_equal(of_rank(1, 2)[0], rows[1])
-    ids = torch.from_numpy(rows.astype(np.int64))
-    with (
-        torch.no_grad()
-    ):  # under the model at this temperature the text has the likelihood of a fair draw
-        z = model.logits(model.hidden(ids[:, :-1], trainer.plans[0])).double()
-        logp = (5 * torch.tanh(z / 5) / 0.8).log_softmax(-1)
-    surprise = -logp.gather(-1, ids[:, 1:, None])[..., 0]
-    mean = -(logp.exp() * logp).sum(-1)
-    spread = ((logp.exp() * logp.square()).sum(-1) - mean**2).sum().sqrt()
-    assert abs(float((surprise - mean).sum())) < 4 * float(spread)
 
 
 # ---- Filling the budget ----
@@ -1013,7 +983,7 @@ def test_measured_harm_is_the_loss_that_rounding_costs(toy, tmp_path):
     "knobs",
     (
         dict(ROUNDING="trellis", CLIP="sigma", FIT_BUDGET="steps", ALLOCATION="loss", CODEC="rans"),
-        dict(ROUNDING="trellis", CLIP="sigma", CALIBRATION="self", LQER_RANK=2, CODEC="lzma"),
+        dict(ROUNDING="trellis", CLIP="sigma", LQER_RANK=2, CODEC="lzma"),
         dict(
             QAT="none",
             MATRIX_BITS=5,
