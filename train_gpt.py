@@ -4587,10 +4587,9 @@ class Score:
     nats: float
     tokens: int
     bytes: int
-    coverage: str = ""  # sha256 of the per-target count of scores
-    # nats and bytes of each document, (n,2) float32
-    documents: np.ndarray | None = field(default=None, compare=False, repr=False)
-    forward_tokens: int = field(default=0, compare=False)  # inputs read, padding included
+    coverage: str  # sha256 of how often each target was scored
+    documents: np.ndarray = field(compare=False, repr=False)  # nats and bytes of each, (n,2) fp32
+    forward_tokens: int = field(compare=False)  # inputs read, padding included
 
     @property
     def loss(self) -> float:
@@ -4611,8 +4610,8 @@ LANES = 8  # shares of work that carry something along; more ranks than that fin
 
 
 class Batch(NamedTuple):
-    """Windows scored together, padded to one shape. One rank scores the batches of a lane in their
-    order; what they teach stays in the lane, so that no score depends on the number of ranks."""
+    """Windows scored together, padded to one shape. One rank scores the batches of a lane in order;
+    what they teach stays in the lane, so that no score depends on the number of ranks."""
 
     items: np.ndarray  # (n,3) int64: window start, first scored target, how many
     rows: int  # n is padded to this
@@ -4631,10 +4630,9 @@ def dealt(items: np.ndarray, width: int, scored: int, budget: int) -> list[Batch
 
 
 class Windows(NamedTuple):
-    """Windows of `size` that start at 0, S, 2S, ... and score what no earlier window scored: window
-    0 all its targets, later ones those past the first size - stride, while there are any. So every
-    target is scored once; stride == size gives disjoint chunks. Source: the competition's corrected
-    sliding rule."""
+    """Windows of `size` that start at 0, S, 2S, ...: window 0 scores all its targets, later ones
+    those past the first size - stride, while there are any. So each target is scored once; stride
+    == size gives disjoint chunks. Source: the competition's corrected sliding rule."""
 
     size: int
     stride: int
@@ -4654,20 +4652,13 @@ class Windows(NamedTuple):
         return dealt(self.items(int(borders[-1])), self.size, self.stride, budget)
 
 
-class DocumentWindows(NamedTuple):
+class DocumentWindows(Windows):
     """The same rule inside each document: no window crosses a border, and one scores a document's
     first `size` targets. Short documents are padded to quarters of a window."""
-
-    size: int
-    stride: int
 
     @property
     def widths(self) -> list[int]:
         return [-(-self.size * i // 4) for i in range(1, 5)]
-
-    def width(self, inputs: int) -> int:
-        """The narrowest row that holds so many inputs."""
-        return next(w for w in self.widths if w >= inputs)
 
     def batches(self, borders: np.ndarray, budget: int) -> list[Batch]:
         """All windows of all documents."""
@@ -4680,17 +4671,27 @@ class DocumentWindows(NamedTuple):
         tails = [heads[:0]]
         for first, n in zip(begin.tolist(), length.tolist()):
             if n > self.size:
-                items = Windows(self.size, self.stride).items(n)
+                items = self.items(n)
                 tails.append(items[items[:, 0] > 0] + [first, first, 0])
         found += dealt(np.concatenate(tails), self.size, self.stride, budget)
         return [batch._replace(lane=i) for i, batch in enumerate(found)]
 
 
-STRATEGIES: dict[str, Callable[[Config], Windows | DocumentWindows]] = {
+STRATEGIES: dict[str, Callable[[Config], Windows]] = {
     "chunked": lambda c: Windows(c.data.train_seq_len, c.data.train_seq_len),
     "sliding": lambda c: Windows(c.eval.eval_seq_len, c.eval.eval_stride),
     "doc": lambda c: DocumentWindows(c.eval.eval_seq_len, c.eval.eval_stride),
 }
+
+
+class Subject(NamedTuple):
+    """A model to be scored, and what its score depends on; cfg.eval says how."""
+
+    cfg: Config
+    rt: Runtime
+    model: GPT
+    numerics: Numerics
+    plan: Plan
 
 
 class FineTuner:
@@ -4700,18 +4701,15 @@ class FineTuner:
 
     UNIT = 2.0**44
 
-    def __init__(
-        self, model: GPT, plan: Plan, numerics: Numerics, rt: Runtime, optimiser: Callable
-    ):
-        self.model, self.plan, self.rt = model, plan, rt
-        self.loss = compiled(model.forward, numerics)
-        self.params = list(model.parameters())
+    def __init__(self, subject: Subject, optimiser: Callable):
+        _, self.rt, self.model, numerics, self.plan = subject
+        self.loss = compiled(self.model.forward, numerics)
+        self.params = list(self.model.parameters())
         self.optimiser = optimiser(self.params)
 
     @torch.enable_grad()
     def step(self, ids: Tensor, targets: Tensor, lr: float) -> float:
-        """One update on rows (n,T) that all ranks have; returns nats per token before it. Raises
-        RunFailed."""
+        """One update on rows (n,T) that all ranks have; returns nats per token before it."""
         self.model.requires_grad_(True)
         size, total = -(-len(ids) // LANES), (targets >= 0).sum()
         spare = (0, 0, 0, size * LANES - len(ids))
@@ -4721,9 +4719,8 @@ class FineTuner:
         nats = torch.zeros((), dtype=torch.float64, device=self.rt.device)
         for share in range(self.rt.rank, LANES, self.rt.world):
             objective, plain = self.loss(ids[share], targets[share], self.plan)
-            gradients = torch.autograd.grad(
-                objective / total, self.params, materialize_grads=True, allow_unused=True
-            )
+            objective = objective / total
+            gradients = torch.autograd.grad(objective, self.params, materialize_grads=True)
             for whole, gradient in zip(sums, gradients):
                 whole += (gradient.double() * self.UNIT).round().long()
             nats += plain
@@ -4754,47 +4751,38 @@ def cut(begin: int, end: int, length: int) -> np.ndarray:
 
 
 def cosine_rate(peak: float, k: int, count: int) -> float:
-    """Half a cosine from the peak to zero at the last of `count` chunks."""
+    """Half a cosine from the peak to zero at the last of `count`."""
     return peak * 0.5 * (1 + math.cos(math.pi * k / max(1, count - 1)))
 
 
 class Ledger:
     """What has been scored; a strategy learns from text through `read` alone."""
 
-    def __init__(self, tokens: np.ndarray):
-        self._tokens = tokens
-        self.losses = np.zeros(len(tokens) - 1, np.float32)
-        self.count = np.zeros(len(tokens) - 1, np.int32)
+    def __init__(self, tokens: np.ndarray, rt: Runtime):
+        self._tokens, self._rt = tokens, rt
+        # of each target, on this rank; the last element takes padding
+        self.losses = torch.zeros(len(tokens), device=rt.device)
+        self.times = np.zeros(len(tokens), np.int32)
+
+    def bank(self, batch: Batch, losses: Tensor):
+        """Keep the losses (n,S) of a batch."""
+        offset = np.arange(batch.scored)
+        into = np.where(offset < batch.items[:, 2:], batch.items[:, 1:2] + offset, -1)
+        self.losses[torch.from_numpy(into).to(losses.device)] = losses
+        np.add.at(self.times, into, 1)
 
     def read(self, spans: np.ndarray) -> tuple[Tensor, Tensor]:
-        """padded_rows() of spans (n,2) of targets. Raises RunFailed when one is not scored yet."""
-        if not all(self.count[a:b].all() for a, b in spans.tolist()):
+        """padded_rows() of spans (n,2), on all ranks. Raises RunFailed before they are scored."""
+        times = np.concatenate([self.times[a:b] for a, b in spans.tolist()])
+        if not self._rt.all_reduce(torch.from_numpy(times)).all():
             raise RunFailed("a strategy asked to learn from text that is not scored yet")
         return padded_rows(self._tokens, spans)
 
-
-class RoundBank:
-    """The losses of one round of batches on this rank, until all ranks have finished it."""
-
-    def __init__(self, batches: list[Batch], device: torch.device):
-        self.lo = min(int(batch.items[:, 1].min()) for batch in batches)
-        self.hi = max(int(batch.items[:, 1:].sum(1).max()) for batch in batches)
-        self.losses = torch.zeros(self.hi - self.lo + 1, device=device)  # the last takes padding
-        self.times = np.zeros(len(self.losses), np.int32)
-
-    def add(self, batch: Batch, losses: Tensor):
-        """Keep the losses (n,S) of a batch's windows."""
-        offset = np.arange(batch.scored)
-        into = np.where(offset < batch.items[:, 2:], batch.items[:, 1:2] + offset, self.hi)
-        into -= self.lo
-        self.losses[torch.from_numpy(into).to(self.losses.device)] = losses
-        np.add.at(self.times, into, 1)
-
-    def enter(self, ledger: Ledger, rt: Runtime):
-        """Write what all ranks have scored into the ledger; shares are disjoint: sums are exact."""
-        times = rt.all_reduce(torch.from_numpy(self.times))
-        ledger.losses[self.lo : self.hi] += rt.all_reduce(self.losses)[:-1].cpu().numpy()
-        ledger.count[self.lo : self.hi] += times[:-1].numpy()
+    def total(self) -> tuple[np.ndarray, np.ndarray]:
+        """Losses and times scored of all targets; ranks have disjoint shares: sums are exact."""
+        losses = self._rt.all_reduce(self.losses)
+        times = self._rt.all_reduce(torch.from_numpy(self.times))
+        return losses[:-1].cpu().numpy(), times[:-1].numpy()
 
 
 class Fixed:
@@ -4803,33 +4791,32 @@ class Fixed:
     bos_id = 1  # begins a document
     attached: Sequence[tuple[nn.ModuleList, nn.Module]] = ()  # (where, what) of modules of its own
 
-    def __init__(
-        self, windows, cfg: Config, rt: Runtime, model: GPT, numerics: Numerics, plan: Plan
-    ):
-        self.windows, self.cfg, self.rt = windows, cfg, rt
-        self.model, self.numerics, self.plan = model, numerics, plan
-        self.nll = functools.partial(compiled(model.nll, numerics), plan=plan)
-        self.budget = cfg.eval.eval_batch_tokens
-        self.bos_id = cfg.model.bos_id
+    def __init__(self, windows: Windows, subject: Subject):
+        self.windows, self.subject = windows, subject
+        self.cfg, self.rt, self.model, numerics, self.plan = subject
+        self.nll = functools.partial(compiled(self.model.nll, numerics), plan=self.plan)
+        self.budget = self.cfg.eval.eval_batch_tokens
+        self.bos_id = self.cfg.model.bos_id
 
     def rounds(self, borders: np.ndarray, ledger: Ledger) -> Iterator[list[Batch]]:
-        """Rounds of batches. All of a round is scored before the next one is asked for; between
-        two, the strategy may learn from whatever `ledger` gives out."""
+        """Rounds of batches, each scored before the next one is asked for; between two, the
+        strategy may learn from whatever `ledger` gives out."""
         yield self.windows.batches(borders, self.budget)
 
+    @torch.no_grad()
     def losses(self, batch: Batch, ids: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
         """Nats (B,S) of a batch's scored rows."""
-        with torch.no_grad():
-            return self.nll(ids, targets, rows)
+        return self.nll(ids, targets, rows)
 
     def learn(self, batch: Batch, losses: Tensor):
         """Learn within the lane from losses that have just been banked."""
 
-    def tuner(self, numerics: Numerics) -> FineTuner:
-        """What trains all weights on scored text."""
-        c = self.cfg.eval
+    def tuner(self, **numerics) -> FineTuner:
+        """What trains all weights on scored text, perhaps with other arithmetic."""
+        c, subject = self.cfg.eval, self.subject
+        subject = subject._replace(numerics=subject.numerics._replace(**numerics))
         make = functools.partial(torch.optim.SGD, lr=c.ttt_lr, momentum=c.ttt_momentum)
-        return FineTuner(self.model, self.plan, numerics, self.rt, make)
+        return FineTuner(subject, make)
 
 
 class ScoreFirstSGD(Fixed):
@@ -4837,7 +4824,7 @@ class ScoreFirstSGD(Fixed):
     belongs to the chunk of its first scored target. Source: PRs 461, 549, 1493. Knob: TTT=sgd."""
 
     def rounds(self, borders: np.ndarray, ledger: Ledger) -> Iterator[list[Batch]]:
-        c, targets, tuner = self.cfg.eval, int(borders[-1]), self.tuner(self.numerics)
+        c, targets, tuner = self.cfg.eval, int(borders[-1]), self.tuner()
         items, chunks = self.windows.items(targets), cut(0, targets, c.ttt_chunk_tokens)
         for k, (begin, end) in enumerate(chunks.tolist()):
             mine = items[slice(*np.searchsorted(items[:, 1], [begin, end]))]
@@ -4865,15 +4852,6 @@ class LoRA(nn.Module):
         inner = self.scale * (x @ self.a[i].to(x.dtype).mT)
         return y + inner @ self.b[i].to(x.dtype).mT
 
-    @torch.no_grad()
-    def begin(self, generator: torch.Generator | None):
-        """Forget: B = 0, and with a generator A drawn anew, the same for every row."""
-        for a, b in zip(self.a, self.b):
-            b.zero_()
-            if generator is not None:
-                bound = a.size(2) ** -0.5
-                a.copy_(torch.empty_like(a[0]).uniform_(-bound, bound, generator=generator))
-
 
 class DocumentLoRA(Fixed):
     """Low-rank adapters for each document, begun anew with it: a chunk of TTT_LORA_CHUNK tokens is
@@ -4886,30 +4864,23 @@ class DocumentLoRA(Fixed):
         c, documents = self.cfg.eval, np.stack([borders[:-1], borders[1:]], 1)
         documents = documents[np.argsort(borders[:-1] - borders[1:], kind="stable")]
         self.rows = min(c.ttt_lora_docs, len(documents))
-        tuner = self.tuner(self.numerics._replace(compile=False))  # documents make many shapes
+        tuner = self.tuner(compile=False)  # documents make many shapes
+        longest = min(c.ttt_phase_docs, len(documents)) if c.ttt == "phased" else 0
+        ends = {longest * (i + 1) // c.ttt_phases for i in range(c.ttt_phases)} | {len(documents)}
         done = 0
-        for bound in self.bounds(len(documents)):
-            self.adapt()
-            yield self.assigned(documents[done:bound])
-            self.detach()
-            done = bound
-            if done < len(documents):
+        for end in sorted(ends - {0}):
+            if done:
                 self.train(tuner, ledger, documents[:done])
-
-    def bounds(self, documents: int) -> list[int]:
-        """Numbers of documents scored at the end of each phase."""
-        c, found = self.cfg.eval, {documents}
-        if c.ttt == "phased":
-            longest = min(c.ttt_phase_docs, documents)
-            found |= {longest * (i + 1) // c.ttt_phases for i in range(c.ttt_phases)}
-        return sorted(found - {0})
+            with self.adapted():
+                yield self.assigned(documents[done:end])
+            done = end
 
     def train(self, tuner: FineTuner, ledger: Ledger, documents: np.ndarray):
-        """Train all weights on scored documents (n,2), a chunk of TTT_CHUNK_TOKENS at a time; the
-        last chunk is left out, as published, unless it is the only one."""
+        """Train all weights on scored documents (n,2) in chunks of TTT_CHUNK_TOKENS; the last one
+        is left out, as published, unless it is the only one."""
         c = self.cfg.eval
         spans = np.concatenate([cut(a, b, self.windows.size) for a, b in documents.tolist()])
-        chunk = np.cumsum(spans[:, 1] - spans[:, 0]) // c.ttt_chunk_tokens
+        chunk = np.cumsum(np.diff(spans)) // c.ttt_chunk_tokens
         chunks = np.split(spans, np.flatnonzero(np.diff(chunk)) + 1)
         for k, rows in enumerate(chunks[:-1] or chunks):
             for _ in range(c.ttt_epochs):
@@ -4934,21 +4905,20 @@ class DocumentLoRA(Fixed):
             last = np.minimum(first + size, end)[on]
             start = np.maximum(begin[on], last - self.windows.size)
             items = np.stack([start, first[on], last - first[on]], 1)
-            width = self.windows.width(int((last - start).max()))
+            width = next(w for w in self.windows.widths if w >= (last - start).max())
             learners = int((last < end[on]).sum())
             found.append(Batch(items, self.rows, width, size, lane, part, learners))
         return found
 
-    def adapt(self):
-        """Put in the adapters; the weights stand still."""
+    @contextlib.contextmanager
+    def adapted(self):
+        """The model with adapters in it; its weights stand still."""
         self.model.requires_grad_(False)
         self.attached = self.attached or self.made()  # the same ones each time: one graph
         for points, lora in self.attached:
             points.append(lora.requires_grad_(True))
         self.lane = -1
-
-    def detach(self):
-        """Take the adapters out."""
+        yield
         for points, _ in self.attached:
             # `del points[-1]` would make another dict, which compiles again
             delattr(points, str(len(points) - 1))
@@ -4958,41 +4928,34 @@ class DocumentLoRA(Fixed):
         each block, all reading the branch's input, and at the logits."""
         c, model = self.cfg.eval, self.model
         width, kv = model.cfg.model_dim, model.cfg.kv_dim
+        rank, scale = c.ttt_lora_rank, c.ttt_lora_alpha / c.ttt_lora_rank
         places = []
         for i, block in enumerate(model.blocks):
             slots = [number for number, slot in enumerate(self.plan) if slot.block == i]
             q, k, v = (m.out_sites for m in (block.attn.q, block.attn.k, block.attn.v))
-            pairs = (
-                (q, width),
-                (k, kv),
-                (v, kv),
-                (block.attn_sites, width),
-                (block.mlp_sites, width),
-            )
-            places += [(points, out, slots) for points, out in pairs]
+            points = q, k, v, block.attn_sites, block.mlp_sites
+            places += [(x, n, slots) for x, n in zip(points, (width, kv, kv, width, width))]
         places.append((model.logit_sites, model.embed.size(0), [0]))
-        rank, scale = c.ttt_lora_rank, c.ttt_lora_alpha / c.ttt_lora_rank
         return [
             (points, LoRA(self.rows, width, out, rank, scale, slots).to(self.rt.device))
             for points, out, slots in places
         ]
 
+    @torch.no_grad()
     def forget(self, batch: Batch):
         """Begin new documents: B = 0, and the same A for each, so that no score depends on which
         others are in its batch, unless the lane keeps its own."""
-        c, generator = self.cfg.eval, None
-        if batch.lane != self.lane or not c.ttt_warm_a:
-            generator = torch.Generator(self.rt.device).manual_seed(0)
+        c, generator = self.cfg.eval, torch.Generator(self.rt.device).manual_seed(0)
         for _, lora in self.attached:
-            lora.begin(generator)
+            for a, b in zip(lora.a, lora.b):
+                b.zero_()
+                if batch.lane != self.lane or not c.ttt_warm_a:
+                    bound = a.size(2) ** -0.5
+                    a.copy_(torch.empty_like(a[0]).uniform_(-bound, bound, generator=generator))
         self.lane = batch.lane
-        self.optimiser = torch.optim.AdamW(
-            [p for _, lora in self.attached for p in lora.parameters()],
-            lr=c.ttt_lora_lr,
-            betas=(0.0, c.ttt_lora_beta2),
-            eps=1e-10,
-            weight_decay=c.ttt_lora_wd,
-        )
+        params = [p for _, lora in self.attached for p in lora.parameters()]
+        rates = dict(lr=c.ttt_lora_lr, betas=(0.0, c.ttt_lora_beta2), weight_decay=c.ttt_lora_wd)
+        self.optimiser = torch.optim.AdamW(params, eps=1e-10, **rates)
 
     def losses(self, batch: Batch, ids: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
         if batch.part == 0:
@@ -5052,47 +5015,39 @@ class Meter:
 
 def score(
     tokens: np.ndarray,
-    target_bytes: np.ndarray,
+    sizes: np.ndarray,
     strategy: Fixed,
     rt: Runtime,
     observer: Callable | None = None,
 ) -> Score:
-    """Score every target tokens[1:] exactly once and return the sums, equal on all ranks and for
-    any number of them. `observer(batch, losses (n,S))` sees each banked batch before the strategy
-    learns from it. Raises RunFailed when a target is missed, repeated or its loss not finite."""
-    borders, ledger = document_borders(tokens, strategy.bos_id), Ledger(tokens)
+    """Score every target tokens[1:], of so many bytes each, exactly once; the same on any number of
+    ranks. `observer(batch, losses (n,S))` sees each banked batch before the strategy learns from
+    it. Raises RunFailed when a target is missed, repeated or its loss not finite."""
+    borders, ledger = document_borders(tokens, strategy.bos_id), Ledger(tokens, rt)
     text = torch.from_numpy(tokens.astype(np.int32)).to(rt.device)
     meter, forward_tokens = Meter(rt), 0
-    for batches in strategy.rounds(borders, ledger):
-        bank = RoundBank(batches, rt.device)
-        for batch in batches:
-            forward_tokens += batch.rows * batch.width
-            if batch.lane % rt.world != rt.rank:
-                continue
-            losses = strategy.losses(batch, *window_batch(text, batch))
-            final = losses.detach()[: len(batch.items)].float()
-            bank.add(batch, final)
-            if observer:
-                observer(batch, final.cpu())
-            strategy.learn(batch, losses)
-            meter.add(rt.world * int(batch.items[:, 2].sum()) / (len(tokens) - 1))
-        bank.enter(ledger, rt)
-    wrong = int((ledger.count != 1).sum())
-    infinite = int((~np.isfinite(ledger.losses)).sum())
+    for batch in itertools.chain.from_iterable(strategy.rounds(borders, ledger)):
+        forward_tokens += batch.rows * batch.width
+        if batch.lane % rt.world != rt.rank:
+            continue
+        losses = strategy.losses(batch, *window_batch(text, batch))
+        final = losses.detach()[: len(batch.items)].float()
+        ledger.bank(batch, final)
+        if observer:
+            observer(batch, final.cpu())
+        strategy.learn(batch, losses)
+        meter.add(rt.world * int(batch.items[:, 2].sum()) / (len(tokens) - 1))
+    losses, times = ledger.total()
+    wrong, infinite = int((times != 1).sum()), int((~np.isfinite(losses)).sum())
     if wrong or infinite:
         raise RunFailed(f"{wrong} targets not scored exactly once, {infinite} losses not finite")
-    return totals(ledger, np.asarray(target_bytes), borders, forward_tokens)
-
-
-def totals(ledger: Ledger, sizes: np.ndarray, borders: np.ndarray, forward_tokens: int) -> Score:
-    """The sums over a scored text whose targets stand for `sizes` bytes each."""
-    of_targets = np.stack([ledger.losses.astype(np.float64), sizes], 1)
+    nats_and_bytes = np.stack([losses.astype(np.float64), sizes], 1)
     return Score(
-        nats=float(ledger.losses.sum(dtype=np.float64)),
-        tokens=len(ledger.losses),
+        nats=float(losses.sum(dtype=np.float64)),
+        tokens=len(losses),
         bytes=int(sizes.sum(dtype=np.int64)),
-        coverage=hashlib.sha256(ledger.count.astype("<i4").tobytes()).hexdigest()[:16],
-        documents=np.add.reduceat(of_targets, borders[:-1]).astype(np.float32),
+        coverage=hashlib.sha256(times.astype("<i4").tobytes()).hexdigest()[:16],
+        documents=np.add.reduceat(nats_and_bytes, borders[:-1]).astype(np.float32),
         forward_tokens=forward_tokens,
     )
 
@@ -5117,63 +5072,49 @@ def prequant(trainer: "Trainer", text: np.ndarray | None):
     counts as training time."""
     if text is None:
         return
-    c, rt, plan = trainer.cfg.eval, trainer.rt, trainer.plans[trainer.plan]
+    c, rt = trainer.cfg.eval, trainer.rt
     rows = cut(0, len(text) - 1, trainer.cfg.data.train_seq_len)
+    batches = np.split(rows, range(c.prequant_rows, len(rows), c.prequant_rows))
     optimiser = functools.partial(torch.optim.AdamW, weight_decay=0.0)
-    tuner = FineTuner(trainer.model, plan, trainer.numerics, rt, optimiser)
+    tuner = FineTuner(trainer.subject(trainer.numerics.compile), optimiser)
     off_the_clock = contextlib.nullcontext() if c.compliant else trainer.clock.paused()
     with rt.phase("prequant"), off_the_clock:
         for epoch in range(c.prequant_epochs):
             falling = cosine_rate(0.9 * c.prequant_lr, epoch, c.prequant_epochs + 1)
             lr = 0.1 * c.prequant_lr + falling
-            losses = [
-                tuner.step(*padded_rows(text, rows[lo : lo + c.prequant_rows]), lr)
-                for lo in range(0, len(rows), c.prequant_rows)
-            ]
+            losses = [tuner.step(*padded_rows(text, batch), lr) for batch in batches]
             rt.log(
                 f"prequant:{epoch + 1}/{c.prequant_epochs} text:{c.prequant_text} lr:{lr:.2e} "
                 f"loss:{statistics.mean(losses):.4f}"
             )
 
 
-def variant(c: EvalConfig, kind: str, ttt: str = "none") -> str:
+def variant(c: EvalConfig) -> str:
     """What a score is called: how it was taken and what was learnt."""
-    stride = c.ttt_lora_chunk if ttt in ("lora", "phased") else c.eval_stride
-    windows = kind if kind == "chunked" else f"{kind}_{c.eval_seq_len}_{stride}"
-    return windows if ttt == "none" else f"{windows}+{ttt}"
+    stride = c.ttt_lora_chunk if c.ttt in ("lora", "phased") else c.eval_stride
+    windows = c.eval if c.eval == "chunked" else f"{c.eval}_{c.eval_seq_len}_{stride}"
+    return windows if c.ttt == "none" else f"{windows}+{c.ttt}"
 
 
 def final_label(c: EvalConfig) -> str:
     """The same in the competition's words."""
-    windows = variant(c, c.eval, c.ttt).split("+")[0]
+    windows = variant(c).split("+")[0]
     windows = {"chunked": "roundtrip", "sliding": "sliding_window"}.get(c.eval, windows)
     return windows if c.ttt == "none" else f"{windows}_ttt_{c.ttt}"
 
 
-def strategy_of(
-    cfg: Config, rt: Runtime, model: GPT, numerics: Numerics, plan: Plan, kind: str, ttt: str
-) -> Fixed:
+def strategy_of(subject: Subject) -> Fixed:
     """A strategy's windows and what learns from them, for one model."""
-    return LEARNERS[ttt](STRATEGIES[kind](cfg), cfg, rt, model, numerics, plan)
+    cfg = subject.cfg
+    return LEARNERS[cfg.eval.ttt](STRATEGIES[cfg.eval.eval](cfg), subject)
 
 
-def score_model(
-    cfg: Config,
-    rt: Runtime,
-    model: GPT,
-    numerics: Numerics,
-    data: Data,
-    kind: str,
-    plan: Plan,
-    ttt: str = "none",
-    observer: Callable | None = None,
-) -> Score:
-    """Score a model that walks `plan` with a named strategy and log the audit line."""
+def score_model(subject: Subject, data: Data, observer: Callable | None = None) -> Score:
+    """Score a model on the validation text and log the audit line."""
     begin = time.monotonic()
-    strategy = strategy_of(cfg, rt, model, numerics, plan, kind, ttt)
-    result = score(data.val, data.val_bytes, strategy, rt, observer)
-    rt.log(
-        f"score:{variant(cfg.eval, kind, ttt)} {result.text(8)} "
+    result = score(data.val, data.val_bytes, strategy_of(subject), subject.rt, observer)
+    subject.rt.log(
+        f"score:{variant(subject.cfg.eval)} {result.text(8)} "
         f"tokens:{result.tokens} bytes:{result.bytes} scored_once:1 coverage:{result.coverage} "
         f"forward_tokens:{result.forward_tokens} seconds:{time.monotonic() - begin:.1f}"
     )
@@ -5189,8 +5130,8 @@ def full_speed(cfg: Config) -> dict[str, float]:
 
 class Clock:
     """Training seconds on a monotonic clock. All that reads training text counts: steps, a start
-    from data (see_data), what the quantiser observes. Prewarming, validation, checkpoints and the
-    export do not. It stops for good in Trainer.observe."""
+    from data (see_data), what the quantiser observes; prewarming, validation, checkpoints and the
+    export do not."""
 
     def __init__(self, rt: Runtime):
         self.rt = rt
@@ -5213,7 +5154,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self):
-        """Do not count the enclosed time; a clock that stands still stays so."""
+        """Do not count the enclosed time."""
         running = self.since is not None
         self.stop()
         yield
@@ -5228,22 +5169,16 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 
 def load_checkpoint(cfg: Config, rt: Runtime) -> dict[str, Any] | None:
-    """The run's checkpoint when RESUME=auto and there is one: tensors and plain values, never code.
-    Raises UserError for a file that is none or of a run that began with other values."""
+    """The run's checkpoint under RESUME=auto, if there is one: tensors and plain values, no code.
+    Raises UserError for a file that is none or that began with other values."""
     path = rt.folder / "checkpoint.pt"
     if cfg.run.resume == "none" or not rt.on_main(path.exists):
         return None
     blob = rt.on_main(path.read_bytes)
     try:
         saved = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-        if set(saved) != {"state", "identity", "numerics", "train_tokens"}:
-            raise ValueError("foreign")
-        then = saved["identity"]
-        changed = [
-            f"{name.upper()}: then {then.get(name)}, now {value}"
-            for name, value in cfg.identity().items()
-            if then.get(name) != value
-        ]
+        pairs = [(k, saved["identity"].get(k), now) for k, now in cfg.identity().items()]
+        changed = [f"{k.upper()}: then {a}, now {b}" for k, a, b in pairs if a != b]
     except Exception as error:
         reason = f"not a readable checkpoint ({type(error).__name__})"
         raise UserError(f"{relative(path)}: {reason}; move it away to start over") from None
@@ -5255,10 +5190,9 @@ def load_checkpoint(cfg: Config, rt: Runtime) -> dict[str, Any] | None:
 class Trainer:
     """Owns what changes in training: weights, optimiser state, average, place in the text, clock.
 
-    How a gradient reaches the weights: `run` asks the loader for rows; `accumulate` adds up their
-    gradients in one flat vector, pass by pass; `update` lets the optimiser sum it over ranks and
-    change the weights. A checkpoint holds `state` after whole steps: step N+1 after a kill is the
-    step that would have come anyway."""
+    `run` asks the loader for rows, `accumulate` adds up their gradients in a flat vector, `update`
+    lets the optimiser sum it over ranks and change the weights. A checkpoint holds `state` after
+    whole steps: what follows a kill is what would have come anyway."""
 
     def __init__(self, cfg: Config, rt: Runtime, data: Data, model: GPT, numerics: Numerics):
         self.cfg, self.rt, self.data, self.model, self.numerics = cfg, rt, data, model, numerics
@@ -5267,7 +5201,7 @@ class Trainer:
         self.held_out = data.train.hold_out(cfg.optim.held_out_tokens) if needs_scores else None
         self.clock = Clock(rt)
         self.clock.start()
-        see_data(model, data)  # it reads training text, what is held out excepted
+        see_data(model, data)  # reads training text, what is held out excepted
         self.clock.stop()
         self.plans = plans(cfg.model)
         self.plan = 0  # number of the plan of the last step
@@ -5281,7 +5215,7 @@ class Trainer:
         self.most_rows = max(1, cfg.system.micro_batch_tokens // cfg.data.train_seq_len)  # per pass
         self.step_number = 0  # steps that are done
         self.recent: list[float] = []  # seconds of the last 50 steps, without the first, slow ones
-        self.pending: tuple[int, Tensor] | None = None  # last step's loss, perhaps not finite
+        self.pending: Tensor | None = None  # last step's loss, perhaps not finite
         self.last_checkpoint = self.told = time.monotonic()  # told: the last line of the log
         self.hessians: Hessians = {}  # what the quantiser may know in the end
         self.harms: dict[str, float] = {}
@@ -5299,8 +5233,8 @@ class Trainer:
         return Progress(step, min(1.0, max(elapsed / budget, frac)), max(0.0, seconds), cost)
 
     def micro_batches(self, rows: np.ndarray, length: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Rows (n, T + 1) in as few passes as possible, all of one size, cut into rows of `length`:
-        (ids, targets, real rows), int64 on the device. What fills the last pass gives no loss."""
+        """Rows (n, T + 1) in the fewest passes of one size, cut into rows of `length`: (ids,
+        targets, real rows), int64 on the device. What fills the last pass gives no loss."""
         tokens = torch.from_numpy(rows.astype(np.int32))
         if self.rt.device.type == "cuda":
             tokens = tokens.pin_memory()  # so that the copy waits for nothing
@@ -5316,12 +5250,12 @@ class Trainer:
             yield ids.view(-1, length), targets.view(-1, length), real
 
     def step(self, rows: np.ndarray, ramps: dict[str, float]) -> Tensor:
-        """One optimiser update from this rank's rows; returns the whole batch's mean loss (0-D)."""
+        """One update from this rank's rows; returns the whole batch's mean loss (0-D)."""
         self.accumulate(rows, ramps)
         return self.update(ramps)
 
     def accumulate(self, rows: np.ndarray, ramps: dict[str, float]):
-        """Gradients and mean loss of this rank's rows, pass by pass; no rank waits for another."""
+        """Gradients and mean loss of this rank's rows; no rank waits for another."""
         self.plan = int(ramps["plan"])
         plan = self.plans[self.plan]
         share = 1 / (self.loader.rows * self.cfg.data.train_seq_len)
@@ -5347,49 +5281,46 @@ class Trainer:
     def prewarm(self):
         """Whole steps on synthetic tokens, so that kernels compile off the clock and passes are no
         larger than the memory admits; then undo everything but that."""
-        graphs = list(itertools.product(range(len(self.plans)), row_lengths(self.cfg)))
-        graphs *= self.cfg.optim.warmup_steps
-        before = copy.deepcopy(self.state())
+        cfg, before = self.cfg, copy.deepcopy(self.state())
         generator = np.random.default_rng(0)
-        mine = len(range(self.rt.rank, self.loader.rows, self.rt.world))
-        shape = (mine, self.loader.seq + 1)
+        graphs = list(itertools.product(range(len(self.plans)), row_lengths(cfg)))
+        graphs *= cfg.optim.warmup_steps
+        shape = len(range(self.rt.rank, self.loader.rows, self.rt.world)), self.loader.seq + 1
         for i, (plan, row) in enumerate(graphs, 1):
-            fake = generator.integers(self.cfg.data.vocab_size, size=shape).astype(np.uint16)
-            ramps = full_speed(self.cfg) | dict(plan=plan, row=row)
-            while not self.fits(fake, ramps):
-                self.shrink_passes(mine)
+            fake = generator.integers(cfg.data.vocab_size, size=shape).astype(np.uint16)
+            ramps = full_speed(cfg) | dict(plan=plan, row=row)
+            self.fit_passes(fake, ramps)
             self.update(ramps)
             self.rt.log(f"warmup_step:{i}/{len(graphs)}", echo=False)
         if graphs and self.held_out is not None:
-            with torch.no_grad():
-                self.mean_loss(np.zeros_like(self.held_out))
+            self.held_out_loss(blank=True)
         self.restore(before)
 
-    def fits(self, rows: np.ndarray, ramps: dict[str, float]) -> bool:
-        """Accumulate a step; whether every rank had the memory for it."""
-        failed = 0
+    def fit_passes(self, rows: np.ndarray, ramps: dict[str, float]):
+        """Accumulate a step; while a rank has not the memory for it, in one pass more or a quarter
+        more. Raises RunFailed when one row a pass is too much."""
+        failed = torch.zeros((), device=self.rt.device)
         try:
             self.accumulate(rows, ramps)
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
-            failed = 1
-        return not self.rt.all_reduce(torch.tensor(failed, device=self.rt.device))
-
-    def shrink_passes(self, rows: int):
-        """Take one pass more, or a quarter more, for so many rows. Raises RunFailed at one row."""
+            failed += 1
+        if not self.rt.all_reduce(failed):
+            return
         tried, seq = self.most_rows, self.loader.seq
         if tried == 1:
             raise RunFailed(
                 f"out of memory with one row of TRAIN_SEQ_LEN={seq} a pass; lower TRAIN_SEQ_LEN, "
                 "MODEL_DIM or NUM_LAYERS"
             )
-        passes = -(-rows // tried)
-        self.most_rows = max(1, min(tried - 1, -(-rows // (passes + max(1, passes // 4)))))
+        passes = -(-len(rows) // tried)
+        self.most_rows = max(1, min(tried - 1, -(-len(rows) // (passes + max(1, passes // 4)))))
         if self.rt.device.type == "cuda":
             torch.cuda.empty_cache()
         now = f"MICRO_BATCH_TOKENS={self.most_rows * seq}"
         self.rt.log(f"warning: out of memory with {tried * seq} tokens a pass; {now} from now on")
+        self.fit_passes(rows, ramps)
 
     # Looking at text.
     def observe_inputs(self, tokens: int) -> Hessians:
@@ -5415,9 +5346,9 @@ class Trainer:
 
     @torch.no_grad()
     def observe_harms(self) -> dict[str, float]:
-        """Nats per token of held-out training text that the rounding of each matrix costs: with
-        errors to the nearest levels, enlarged fourfold, above the noise, and of both signs, so that
-        the slope of the loss cancels out; scaled by how much of them ROUNDING leaves."""
+        """Nats per token of held-out text that the rounding of each matrix costs: by errors to the
+        nearest levels, enlarged fourfold, above the noise, and of both signs, so that the slope of
+        the loss cancels out; scaled by how much of them ROUNDING leaves."""
         harms, size, before = {}, 4.0, self.held_out_loss()
         for name, p in self.model.exported().items():
             rule, kept = QUANTISERS[p.quant](self.cfg.quant), p.detach().clone()
@@ -5432,12 +5363,11 @@ class Trainer:
             harms[name] = harm * harm_ratio(rule, kept.float(), self.hessians.get(p))
         return harms
 
-    def held_out_loss(self) -> float:
-        """Nats per token of the live weights on the held-out training text."""
-        return self.mean_loss(self.held_out)
-
-    def mean_loss(self, text: np.ndarray) -> float:
-        """Nats per token of the live weights on whole rows of a text, the same on every rank."""
+    @torch.no_grad()
+    def held_out_loss(self, blank: bool = False) -> float:
+        """Nats per token of the live weights on whole rows of the held-out text, or of as many
+        zeros; the same on every rank."""
+        text = np.zeros_like(self.held_out) if blank else self.held_out
         length = self.cfg.data.train_seq_len
         rows = (len(text) - 1) // length
         starts = np.arange(self.rt.rank, rows, self.rt.world)[:, None] * length
@@ -5448,8 +5378,8 @@ class Trainer:
 
     # Checkpoints.
     def state(self) -> dict[str, Any]:
-        """Everything that a bit-identical continuation needs, on any number of ranks; tensors are
-        live, not copies. Every rank must call it."""
+        """All that a bit-identical continuation needs, on any number of ranks; tensors are live.
+        Every rank must call it."""
         return dict(
             weights=self.flat.weights,
             optimiser=self.optimiser.state_dict(),
@@ -5476,10 +5406,9 @@ class Trainer:
 
     def save(self):
         """Write the checkpoint atomically, off the training clock (rank 0)."""
-        self.check_finite()
+        self.check_finite("loss", self.pending)
         with self.clock.paused():
-            if not self.flat.weights.isfinite().all():
-                raise self.diverged("weights", self.step_number)
+            self.check_finite("weights", self.flat.weights)
             content = dict(
                 state=self.state(),
                 identity=self.cfg.identity(),
@@ -5496,34 +5425,27 @@ class Trainer:
             self.last_checkpoint = time.monotonic()
 
     def resume(self, saved: dict[str, Any]):
-        """Continue from a loaded checkpoint. Raises UserError when text or script was another."""
+        """Continue from a checkpoint. Raises UserError when text or script was another."""
         then, now = saved["train_tokens"], len(self.data.train)
         if then != now:
             raise UserError(f"RESUME=auto: then {then} tokens of training text, now {now}")
         try:
             self.restore(saved["state"])
         except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise UserError(
-                f"RESUME=auto: the checkpoint does not fit this script ({type(error).__name__}); "
-                "move it away to start over"
-            ) from None
+            reason = f"the checkpoint does not fit this script ({type(error).__name__})"
+            raise UserError(f"RESUME=auto: {reason}; move it away to start over") from None
         self.rt.log(f"resumed:step {self.step_number} train_time:{self.clock.read() * 1e3:.0f}ms")
 
     # The loop.
-    def check_finite(self):
-        """Stop a run whose last loss was not finite; read a step late, so that the device stays
-        busy."""
-        if self.pending is not None and not math.isfinite(self.pending[1].item()):
-            raise self.diverged("loss", self.pending[0])
-        self.pending = None
-
-    def diverged(self, what: str, step: int) -> RunFailed:
-        """What ends a run with numbers that are not finite."""
+    def check_finite(self, what: str, value: Tensor | None):
+        """Stop a run that has diverged. A loss is asked a step late, to keep the device busy."""
+        if value is None or value.isfinite().all():
+            return
         saved = self.rt.folder / "checkpoint.pt"
         good = f"last good checkpoint: {relative(saved)}" if saved.exists() else "no checkpoint yet"
-        return RunFailed(
-            f"{what} not finite at step {step} ({good}); try a lower MATRIX_LR, TIED_EMBED_LR or "
-            "SCALAR_LR, GRAD_CLIP_NORM=0.3, or NUMERICS=fp32"
+        raise RunFailed(
+            f"{what} not finite at step {self.step_number} ({good}); try a lower MATRIX_LR, "
+            "TIED_EMBED_LR or SCALAR_LR, GRAD_CLIP_NORM=0.3, or NUMERICS=fp32"
         )
 
     def report(self, loss: Tensor, p: Progress, ramps: dict[str, float]):
@@ -5538,18 +5460,21 @@ class Trainer:
         if not self.cfg.optim.max_wallclock_seconds:
             left *= elapsed / step
         speed = self.loader.dealt * self.loader.seq / max(elapsed, 1e-9)
-        times = self.times(elapsed)
-        self.rt.log(
-            f"{self.at()} train_loss:{value:.4f} {times} tok/s:{speed:.0f} left:{left:.0f}s"
-        )
+        line = self.line(elapsed, f"train_loss:{value:.4f}")
+        self.rt.log(f"{line} tok/s:{speed:.0f} left:{left:.0f}s")
 
-    def at(self) -> str:
-        return f"step:{self.step_number}/{self.cfg.optim.iterations}"
+    def line(self, elapsed: float, scores: str) -> str:
+        """Step, scores, training time and its average, in the competition's words."""
+        step, ms = self.step_number, elapsed * 1e3
+        average = ms / max(step, 1)
+        at = f"step:{step}/{self.cfg.optim.iterations}"
+        return f"{at} {scores} train_time:{ms:.0f}ms step_avg:{average:.2f}ms"
 
-    def times(self, elapsed: float) -> str:
-        """Training time and its average, for the log."""
-        average = elapsed * 1e3 / max(self.step_number, 1)
-        return f"train_time:{elapsed * 1e3:.0f}ms step_avg:{average:.2f}ms"
+    def subject(self, compiles: bool) -> Subject:
+        """The live model, to be scored by chunks without learning."""
+        cfg = replace(self.cfg, eval=replace(self.cfg.eval, eval="chunked", ttt="none"))
+        numerics = self.numerics._replace(compile=compiles)
+        return Subject(cfg, self.rt, self.model, numerics, self.plans[self.plan])
 
     def rest_hooks(self):
         """Make the model what is exported: no fake quantisation, loops at full strength."""
@@ -5560,15 +5485,14 @@ class Trainer:
         """The competition's validation line: chunked score of the live weights at rest."""
         self.rest_hooks()
         compiles = self.numerics.compile and self.rt.device.type == "cuda"
-        numerics, plan = self.numerics._replace(compile=compiles), self.plans[self.plan]
-        result = score_model(self.cfg, self.rt, self.model, numerics, self.data, "chunked", plan)
-        self.rt.log(f"{self.at()} {result.text(4)} {self.times(elapsed)}")
+        result = score_model(self.subject(compiles), self.data)
+        self.rt.log(self.line(elapsed, result.text(4)))
         scores = dict(loss=result.loss, bpb=result.bpb)
         self.rt.metric("val", step=self.step_number, **scores, seconds=elapsed)
 
     def done(self, elapsed: float) -> bool:
-        """Whether training ends before another step as long as the longest of the last 20. On a GPU
-        the last step still runs when `elapsed` is read: two are to come."""
+        """Whether another step, as long as the longest of the last 20, would come too late. On a
+        GPU the last one still runs when `elapsed` is read: two are to come."""
         o = self.cfg.optim
         to_come = 2 if self.rt.device.type == "cuda" else 1
         end = elapsed + to_come * max(self.recent[-20:], default=0.0)
@@ -5578,8 +5502,8 @@ class Trainer:
     def run(self):
         """Train until the clock or ITERATIONS says stop, at the same step on every rank. A signal
         ends it with a checkpoint and KeyboardInterrupt."""
-        checkpoint_every = self.cfg.run.checkpoint_every or math.inf
-        validate_every = self.cfg.run.val_loss_every or math.inf
+        checkpoint_every = self.cfg.run.checkpoint_every or math.inf  # seconds
+        validate_every = self.cfg.run.val_loss_every or math.inf  # steps
         [elapsed] = self.rt.numbers_from_main(self.clock.read())
         self.clock.start()
         with self.rt.catch_signals():
@@ -5587,14 +5511,13 @@ class Trainer:
                 begin, p = elapsed, self.progress(elapsed)
                 ramps = ramps_at(p, self.cfg)
                 loss = self.step(self.loader.next(self.rt.rank, self.rt.world), ramps)
-                self.check_finite()
+                self.check_finite("loss", self.pending)
                 self.step_number += 1
-                self.pending = (self.step_number, loss)
+                self.pending = loss
                 self.report(loss, p, ramps)
                 due = time.monotonic() - self.last_checkpoint >= checkpoint_every
-                elapsed, due, interrupted = self.rt.numbers_from_main(
-                    self.clock.read(), due, self.rt.interrupted
-                )
+                decided = self.clock.read(), due, self.rt.interrupted
+                elapsed, due, interrupted = self.rt.numbers_from_main(*decided)
                 if self.step_number > 3:
                     self.recent = [*self.recent[-49:], elapsed - begin]
                 if due or interrupted:
@@ -5608,17 +5531,18 @@ class Trainer:
 
     def end(self):
         """Wait for the last step, log an end by the clock, and keep a last checkpoint."""
-        self.check_finite()
+        self.check_finite("loss", self.pending)
         self.rt.synchronize()
-        if self.step_number < self.cfg.optim.iterations:
-            elapsed = f"train_time:{self.clock.read() * 1e3:.0f}ms"
-            self.rt.log(f"stopping_early: wallclock_cap {elapsed} {self.at()}")
+        step, last = self.step_number, self.cfg.optim.iterations
+        if step < last:
+            ms = self.clock.read() * 1e3
+            self.rt.log(f"stopping_early: wallclock_cap train_time:{ms:.0f}ms step:{step}/{last}")
         if self.cfg.run.checkpoint_every:
             self.save()
 
     @torch.no_grad()
     def average(self):
-        """Put the averaged weights in place, on the clock: some averages read held-out text."""
+        """Put averaged weights in place, on the clock: some averages read held-out text."""
         self.rt.log(f"averaging:{self.cfg.optim.averaging} {self.averager.apply()}")
 
     def observe(self):
@@ -5632,10 +5556,8 @@ class Trainer:
         self.clock.stop()
         late = self.clock.read() - limit
         if limit and late > 1:
-            self.rt.log(
-                f"warning: the last use of training text ended {late:.1f} s after "
-                "MAX_WALLCLOCK_SECONDS; raise RESERVE_SECONDS"
-            )
+            what = f"the last use of training text ended {late:.1f} s after MAX_WALLCLOCK_SECONDS"
+            self.rt.log(f"warning: {what}; raise RESERVE_SECONDS")
 
 
 # What hooks into each step: made once from a trainer, None when its technique is off
@@ -5701,8 +5623,8 @@ def official_score(cfg: Config, rt: Runtime, path: Path, data: Data, env: dict[s
             model = build_from_artifact(cfg, header, body, numerics)
         model.to(rt.device)
     with rt.phase("eval"):
-        result = score_model(cfg, rt, model, numerics, data, cfg.eval.eval, plan, cfg.eval.ttt)
-    name = variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt)
+        result = score_model(Subject(cfg, rt, model, numerics, plan), data)
+    name = variant(cfg.eval)
     kept = rt.folder / "doc_loss.npy" if rt.folder else path.with_suffix(f".{name}.doc_loss.npy")
     np.save(documents := io.BytesIO(), result.documents)
     try:
@@ -5722,7 +5644,7 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
     total, budget = code + model_bytes, cfg.quant.artifact_budget_bytes
     over = total - budget
     room = f"OVER BUDGET by {over:,} bytes" if over > 0 else f"{-over:,} bytes free"
-    scored = variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt)
+    scored = variant(cfg.eval)
     rt.log("-" * 100)
     rt.log(
         f"official score   {result.bpb:.4f} bits per byte   ({result.loss:.4f} nats per token, "

@@ -368,15 +368,13 @@ def bench_evaluation(seconds: float) -> dict[str, object]:
         rt = tg.Runtime(cfg, {})
         torch.manual_seed(0)
         model = tg.GPT(cfg.model, 1024, tg.Numerics())
-        strategy, begin = (
-            tg.strategy_of(cfg, rt, model, tg.Numerics(), tg.schedule(cfg.model), kind, ttt),
-            time.time(),
-        )
+        subject = tg.Subject(cfg, rt, model, tg.Numerics(), tg.schedule(cfg.model))
+        strategy, begin = tg.strategy_of(subject), time.time()
         read, spent = (
             tg.score(tokens, np.ones(8000), strategy, rt).forward_tokens,
             time.time() - begin,
         )
-        name = tg.variant(cfg.eval, kind, ttt)
+        name = tg.variant(cfg.eval)
         table[name] = dict(inputs_per_token=read / 8000, seconds=spent)
         print(f"{name:24s} {read / 8000:6.2f} inputs per scored token  {spent:6.1f} s", flush=True)
     for name, windows in (

@@ -107,22 +107,22 @@ FAULTS = (
     Fault(
         "score twice",
         "a loss that is scored twice counts twice and nobody complains",
-        "ledger.count[self.lo : self.hi] += times[:-1].numpy()",
-        "ledger.count[self.lo : self.hi] |= times[:-1].clamp(max=1).numpy()",
+        "np.add.at(self.times, into, 1)",
+        "self.times[into] = 1",
         "09_eval",
     ),
     Fault(
         "read before banked",
         "a strategy may learn from text that is not scored yet",
-        "if not all(self.count[a:b].all() for a, b in spans.tolist()):",
+        "if not self._rt.all_reduce(torch.from_numpy(times)).all():",
         "if False:",
         "09_eval",
     ),
     Fault(
         "padding banked",
         "the loss of a padding row lands on the target after the window",
-        "into = np.where(offset < batch.items[:, 2:], batch.items[:, 1:2] + offset, self.hi)",
-        "into = np.minimum(batch.items[:, 1:2] + offset, self.hi)",
+        "into = np.where(offset < batch.items[:, 2:], batch.items[:, 1:2] + offset, -1)",
+        "into = np.minimum(batch.items[:, 1:2] + offset, len(self.times) - 1)",
         "09_eval",
     ),
     Fault(

@@ -112,9 +112,8 @@ def scores(rt: tg.Runtime) -> dict[str, list[str]]:
         cfg = config(**knobs)
         model = random_model(cfg)
         data = tg.Data(None, documents(330), np.ones(329, np.int16), "", {})
-        result = tg.score_model(
-            cfg, rt, model, tg.Numerics(), data, cfg.eval.eval, tg.schedule(cfg.model), cfg.eval.ttt
-        )
+        subject = tg.Subject(cfg, rt, model, tg.Numerics(), tg.schedule(cfg.model))
+        result = tg.score_model(subject, data)
         found[name] = [result.nats.hex(), result.coverage, result.documents.tobytes().hex()]
     return found
 

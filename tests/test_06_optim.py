@@ -1384,9 +1384,10 @@ def spying_step(self, rows, ramps):
     return loss
 train_gpt.Trainer.step = spying_step
 scored = train_gpt.Trainer.held_out_loss
-def spying_loss(self):
-    loss = scored(self)
-    print("scored", self.step_number, len(self.held_out), self.data.train.length, loss)
+def spying_loss(self, blank=False):
+    loss = scored(self, blank)
+    if not blank:
+        print("scored", self.step_number, len(self.held_out), self.data.train.length, loss)
     return loss
 train_gpt.Trainer.held_out_loss = spying_loss
 """

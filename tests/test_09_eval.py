@@ -648,7 +648,7 @@ def test_what_was_learnt_is_in_the_name_of_every_score():
     for kind in train_gpt.STRATEGIES:
         for ttt in train_gpt.LEARNERS:
             c = train_gpt.EvalConfig(eval=kind, ttt=ttt)
-            label, name = train_gpt.final_label(c), train_gpt.variant(c, kind, ttt)
+            label, name = train_gpt.final_label(c), train_gpt.variant(c)
             (plain if ttt == "none" else learnt).update({label, name})
             assert ttt == "none" or label.endswith(f"_ttt_{ttt}") and name.endswith(f"+{ttt}")
             assert re.fullmatch(r"\w+", label), "one word, for those who read logs"

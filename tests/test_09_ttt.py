@@ -34,9 +34,7 @@ def score(cfg, model, tokens, observer=None) -> tuple[np.ndarray, tg.Score]:
         if observer:
             observer(batch, found)
 
-    strategy = tg.LEARNERS[cfg.eval.ttt](
-        tg.STRATEGIES[cfg.eval.eval](cfg), cfg, ALONE, model, tg.Numerics(), plan
-    )
+    strategy = tg.strategy_of(tg.Subject(cfg, ALONE, model, tg.Numerics(), plan))
     score.strategy = strategy
     return losses, tg.score(tokens, np.ones(len(tokens) - 1), strategy, ALONE, watch)
 
@@ -223,12 +221,10 @@ def adapted():
         cfg = config(**SMALL | dict(EVAL="doc", TTT="lora", TTT_LORA_RANK=2, NUM_LAYERS=3) | knobs)
         model, (ids, targets) = random_model(cfg), random_batch(cfg, 3, 12)
         ids[:, 5] = 1
-        strategy = tg.DocumentLoRA(
-            tg.DocumentWindows(16, 4), cfg, ALONE, model, tg.Numerics(), tg.schedule(cfg.model)
-        )
-        with torch.no_grad():
-            base, strategy.rows = token_losses(model, ids, targets), 3
-            strategy.adapt()
+        subject = tg.Subject(cfg, ALONE, model, tg.Numerics(), tg.schedule(cfg.model))
+        strategy = tg.DocumentLoRA(tg.DocumentWindows(16, 4), subject)
+        base, strategy.rows = token_losses(model, ids, targets), 3
+        with torch.no_grad(), strategy.adapted():
             strategy.forget(tg.Batch(np.array([[0, 0, 4]]), 3, 16, 4))
             assert token_losses(model, ids, targets).equal(base)
             torch.manual_seed(5)

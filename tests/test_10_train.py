@@ -190,8 +190,7 @@ def passes_of(preset: str, world: int, rows: int, held_out: int) -> tuple[int, i
         rt.all_reduce = lambda x: x
         trainer = SimpleNamespace(cfg=cfg, rt=rt, plans=[()], plan=0)
         trainer.most_rows = max(1, cfg.system.micro_batch_tokens // seq)
-        for name in ("micro_batches", "mean_loss"):
-            setattr(trainer, name, partial(getattr(train_gpt.Trainer, name), trainer))
+        trainer.micro_batches = partial(train_gpt.Trainer.micro_batches, trainer)
         trainer.held_out = np.zeros(held_out, np.uint16)
 
         def loss(ids, targets, plan):
@@ -489,9 +488,9 @@ def test_the_clock_counts_the_step_that_a_gpu_has_not_finished(toy, monkeypatch)
             free[0] = max(free[0], now[0]) + (1.0 if rng.random() < 0.3 else 0.8)
             self.done = free[0]
 
-        def item(self) -> float:
+        def isfinite(self) -> torch.Tensor:
             wait(self.done)
-            return 1.0
+            return torch.tensor(True)
 
     monkeypatch.setattr(trainer.rt, "synchronize", lambda: wait(free[0]))
     monkeypatch.setattr(trainer, "step", lambda rows, ramps: Loss())

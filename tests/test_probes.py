@@ -305,7 +305,7 @@ def planted(edit, kind: str = "sliding", **knobs) -> dict:
 
     def make(x):
         strategy = tg.strategy_of(
-            cfg, ALONE, model, tg.Numerics(), tg.schedule(cfg.model), kind, "none"
+            tg.Subject(cfg, ALONE, model, tg.Numerics(), tg.schedule(cfg.model))
         )
         edit(strategy)
         return strategy

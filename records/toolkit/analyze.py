@@ -93,9 +93,9 @@ def score_tokens(env: dict[str, str], limit: int = 500_000) -> dict[str, Any]:
         for (_, first, n), row in zip(batch.items.tolist(), found.numpy()):
             losses[first : first + n] = row[:n]
 
-    tg.score_model(
-        cfg, rt, model, numerics, data, "chunked", tg.stored_plan(cfg, header), observer=keep
-    )
+    chunks = tg.replace(cfg, eval=tg.replace(cfg.eval, eval="chunked", ttt="none"))
+    plan = tg.stored_plan(cfg, header)
+    tg.score_model(tg.Subject(chunks, rt, model, numerics, plan), data, keep)
     return tokens(losses, tg.document_borders(data.val, cfg.model.bos_id), data.val_bytes)
 
 

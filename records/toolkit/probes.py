@@ -151,17 +151,15 @@ def strategy_maker(cfg: tg.Config, model: tg.GPT, plan: tg.Plan, rt: tg.Runtime)
     that text first, as a run would have done."""
 
     def make(tokens: np.ndarray) -> tg.Fixed:
-        mine = copy.deepcopy(model)
+        mine = tg.Subject(cfg, rt, copy.deepcopy(model), tg.Numerics(), plan)
         if cfg.eval.ttt == "prequant" and not cfg.eval.compliant:
-            tuner = tg.FineTuner(
-                mine, plan, tg.Numerics(), rt, lambda p: torch.optim.AdamW(p, weight_decay=0.0)
-            )
+            tuner = tg.FineTuner(mine, lambda p: torch.optim.AdamW(p, weight_decay=0.0))
             for _ in range(cfg.eval.prequant_epochs):
                 tuner.step(
                     *tg.padded_rows(tokens, tg.cut(0, len(tokens) - 1, cfg.data.train_seq_len)),
                     cfg.eval.prequant_lr,
                 )
-        return tg.strategy_of(cfg, rt, mine, tg.Numerics(), plan, cfg.eval.eval, cfg.eval.ttt)
+        return tg.strategy_of(mine)
 
     return make
 
@@ -175,7 +173,8 @@ def uniform_error(
     with torch.no_grad():
         blank.embed.zero_()
     sizes = np.random.default_rng(0).integers(1, 9, len(tokens) - 1)
-    strategy = tg.strategy_of(cfg, rt, blank, tg.Numerics(), plan, cfg.eval.eval, "none")
+    fixed = tg.replace(cfg, eval=tg.replace(cfg.eval, ttt="none"))
+    strategy = tg.strategy_of(tg.Subject(fixed, rt, blank, tg.Numerics(), plan))
     result = tg.score(tokens, sizes, strategy, rt)
     return float(abs(result.bpb - math.log2(cfg.data.vocab_size) * (len(tokens) - 1) / sizes.sum()))
 
@@ -200,6 +199,4 @@ def probe(env: dict[str, str], length: int = LENGTH, **options) -> dict[str, Any
     )
     found["uniform"] = uniform_error(cfg, model, plan, rt, tokens)
     found["flags"] += ["uniform"] * (bool(found["uniform"] > 1e-5))
-    return (
-        dict(strategy=tg.variant(cfg.eval, cfg.eval.eval, cfg.eval.ttt), preset=cfg.preset) | found
-    )
+    return dict(strategy=tg.variant(cfg.eval), preset=cfg.preset) | found

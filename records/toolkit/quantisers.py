@@ -65,16 +65,7 @@ def measure_all(trainer: tg.Trainer, env: dict[str, str], spec: dict, seed: int,
     trained = {name: p.detach().clone() for name, p in trainer.model.exported().items()}
 
     def bpb() -> float:
-        numerics = trainer.numerics._replace(compile=False)
-        return tg.score_model(
-            trainer.cfg,
-            trainer.rt,
-            trainer.model,
-            numerics,
-            trainer.data,
-            "chunked",
-            trainer.plans[trainer.plan],
-        ).bpb
+        return tg.score_model(trainer.subject(compiles=False), trainer.data).bpb
 
     def put(weights):
         with tg.torch.no_grad():
