@@ -3490,8 +3490,7 @@ def nearest(rule: Quantiser) -> Quantiser:
 
 class GPTQ(RoundToNearest):
     """The same grid, rounded column by column, largest inputs first, each column making up for the
-    errors of those before it; without a Hessian the nearest levels. Source: arXiv 2210.17323.
-    Knob: ROUNDING."""
+    errors of those before it. Source: arXiv 2210.17323. Knob: ROUNDING."""
 
     BLOCK = 128  # columns that are searched together
     AHEAD = 0  # of them, how many only to look ahead
@@ -3499,8 +3498,8 @@ class GPTQ(RoundToNearest):
     TRELLIS = False  # whether levels mean half steps too
 
     def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
-        """As RoundToNearest.fit, with less error in what comes out of the matrix. Columns whose
-        input is always zero become zero."""
+        """As RoundToNearest.fit, with less error in what comes out of the matrix. Columns that read
+        only zeros become zero; without a Hessian the nearest levels."""
         if hessian is None or not hessian.any():
             return super().fit(w)
         scale, order = self.scale(w, hessian), self.order(hessian)
@@ -3537,8 +3536,7 @@ class GPTQ(RoundToNearest):
         """(n,n) fp32, upper: row j over its diagonal says how columns after j make up for an error
         in column j."""
         h = hessian.double()
-        damping = self.DAMPING * h.diagonal().mean()
-        h = h + damping * torch.eye(len(h), dtype=h.dtype, device=h.device)
+        h = h + self.DAMPING * h.diagonal().mean() * torch.eye(len(h)).to(h)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
         return torch.linalg.cholesky(inverse, upper=True).float()
 
@@ -3564,9 +3562,9 @@ STATES = 16  # of the trellis
 
 @functools.cache
 def trellis() -> tuple[Tensor, Tensor]:
-    """(next (S,2), half (S,)): a state with half = 1 shifts its levels by half a step; whether a
-    level is even or odd leads to the next state. A systematic feedback shift register with the
-    parity checks 23 and 04 (octal). Source: Ungerboeck 1982, table I."""
+    """(next (S,2), half (S,)): a state with half = 1 shifts its level by half a step; the level's
+    parity leads to the next state. A systematic feedback shift register with the parity checks 23
+    and 04 (octal). Source: Ungerboeck 1982, table I."""
     state, odd = torch.arange(STATES), torch.arange(2)
     half = state & 1
     return (state >> 1 ^ half * (0o23 >> 1))[:, None] ^ odd * (0o04 >> 1), half
@@ -3612,8 +3610,8 @@ class Trellis(GPTQ):
     def search(
         self, rest: Tensor, steps: Tensor, upper: Tensor, dead: Tensor, state: Tensor
     ) -> Tensor:
-        """As GPTQ.search, by Viterbi's algorithm. A survivor's row holds levels in the columns that
-        it has passed and what remains to be rounded in the others."""
+        """As GPTQ.search, by Viterbi's algorithm. A survivor's row holds levels in columns passed
+        and what remains to be rounded in the others."""
         after, half = (t.to(rest.device) for t in trellis())
         into = after.flatten().argsort(stable=True).view(STATES, 2)  # two ways into every state
         source, odd = into // 2, into % 2
@@ -3627,8 +3625,7 @@ class Trellis(GPTQ):
             found = torch.maximum(torch.minimum(found, largest), -largest)
             errors = (wanted - found) * (steps[:, j] / upper[j, j])[:, None, None]
             price = cost[:, source] + errors.square()
-            # what nothing reads is zero
-            price = torch.where(dead[j] & (found != 0), math.inf, price)
+            price = price.masked_fill(dead[j] & (found != 0), math.inf)
             cost, way = price.min(-1)
             way = way[:, :, None]
             origin = source.expand(len(rest), -1, -1).gather(2, way)
@@ -3652,8 +3649,8 @@ def row_quantile(a: Tensor, q: float) -> Tensor:
 
 
 def best_quantile(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tensor:
-    """Per row the one of five quantiles whose levels have the least error, weighted by the inputs.
-    Source: GPTQ-lite, PR 374, whose code chose per matrix."""
+    """Per row the one of five quantiles with the least error, weighted by the inputs. Source:
+    GPTQ-lite, PR 374, whose code chose per matrix."""
     weight = w.new_ones(w.size(1)) if hessian is None else hessian.diagonal()
     clips = torch.stack([row_quantile(w.abs(), q) for q in (0.999, 0.9995, 0.9999, 0.99999, 1.0)])
     scales = (clips / rule.top).clamp(min=2**-14)[:, :, None]
@@ -3726,8 +3723,8 @@ def attach_qat(model: GPT, cfg: QuantConfig) -> dict[nn.Parameter, FakeQuant]:
         if isinstance(module, Linear) and module.weight.quant in LEARNED_GRID:
             rule = QUANTISERS[module.weight.quant](cfg)
             if not isinstance(rule, Cast):
-                attached[module.weight] = FakeQuant(rule).to(module.weight.device)
-                module.weight_sites.append(attached[module.weight])
+                attached[module.weight] = site = FakeQuant(rule).to(module.weight.device)
+                module.weight_sites.append(site)
     return attached
 
 
@@ -3761,12 +3758,12 @@ LQER_TOP = 3  # matrices that get a correction, as published
 
 
 def corrected(w: Tensor, t: QTensor, hessian: Tensor | None, rank: int) -> QTensor:
-    """t with a correction of low rank in four bits. The errors are weighted by the root of the
-    inputs' second moment before the singular value decomposition; the second factor is solved for
-    when the first has been rounded. Sources: LQER, arXiv 2402.02446; PR 1797. Knob: LQER_RANK."""
+    """t with a correction of low rank in four bits, by the singular values of the error times the
+    root of the inputs' second moment; the second factor is solved for when the first has been
+    rounded. Sources: LQER, arXiv 2402.02446; PR 1797. Knob: LQER_RANK."""
     rule = RoundToNearest(4)
     error = (w - t.dequant()).double()
-    root = torch.eye(w.size(1), dtype=torch.float64, device=w.device)
+    root = torch.eye(w.size(1)).to(error)
     if hessian is not None and hessian.any():
         values, vectors = torch.linalg.eigh(hessian.double())
         root = vectors * values.clamp(min=float(values.max()) * 1e-9).sqrt()
@@ -3777,9 +3774,8 @@ def corrected(w: Tensor, t: QTensor, hessian: Tensor | None, rank: int) -> QTens
 
 
 def correctable(w: Tensor, t: QTensor, hessian: Tensor | None, rank: int) -> float:
-    """The most weighted error that any correction of this rank can remove. It removes at most the
-    largest eigenvalues of E H E^T, whose sum is at most the root of `rank` times the sum of all
-    squares, tr((E^T E H)^2)."""
+    """A bound on the weighted error that a correction of this rank can remove: the sum of the
+    largest eigenvalues of E H E^T is at most the root of rank * tr((E^T E H)^2)."""
     e = w - t.dequant()
     moment = e.T @ (e if hessian is None else e @ hessian)
     return math.sqrt(rank * max(0.0, float((moment * moment.T).sum())))
@@ -3837,7 +3833,7 @@ def finest(rule: RoundToNearest) -> float:
 
 
 def rescaled(rule: Quantiser, factor: float) -> Quantiser:
-    """A grid by standard deviations with steps times a factor, no less than the finest; more bits
+    """A grid by standard deviations with steps times a factor, at least the finest; more bits
     where the clip would come below six of them."""
     if isinstance(rule, Cast):
         return rule
@@ -3850,16 +3846,14 @@ def rescaled(rule: Quantiser, factor: float) -> Quantiser:
 
 
 def allocated(model: GPT, cfg: QuantConfig, harms: dict[str, float]) -> Rules:
-    """The rules by tag with steps such that one more byte helps every matrix alike. harms: what the
-    rounding of each costs now. A step's factor f multiplies harm by f^2 and saves log2 f bits per
-    weight, so f^2 is proportional to weights per harm; factors are kept within 1/4 (or the finest)
-    and 4, their bits cancel out. Knob: ALLOCATION."""
+    """The rules by tag with steps such that one more byte helps every matrix alike. A step's factor
+    f multiplies harm by f^2 and saves log2 f bits per weight, so f^2 is proportional to weights per
+    harm; factors lie between 1/4 (or the finest) and 4, their bits cancel out. Knob: ALLOCATION."""
     rules = rules_by_tag(model, cfg)
     if not harms:
         return rules
-    exported = model.exported()
+    exported, harm = model.exported(), np.array(list(harms.values()))
     count = np.array([exported[name].numel() for name in harms])
-    harm = np.array(list(harms.values()))
     ideal = 0.5 * np.log(count / harm.clip(1e-3 * max(0.0, harm.max()) + 1e-30))
     least = [math.log(max(1 / 4, finest(rules[name]))) for name in harms]
     low, high = ideal.min(), ideal.max()
@@ -3978,20 +3972,6 @@ def rans_pack(data: bytes) -> bytes:
     return b"".join([head, side, state.astype("<u4").tobytes(), *reversed(words)])
 
 
-def rans_tables(side: bytes, blocks: int, lanes: int, cut: int) -> tuple[np.ndarray, np.ndarray]:
-    """(class of each piece, frequencies) as rans_model packed them. Raises ValueError."""
-    classes = RANS_CUTS[cut][1]
-    raw = zlib.decompressobj().decompress(side, blocks * lanes + 2 * 256 * classes)
-    width, odd = divmod(len(raw) - blocks * lanes, 2 * classes)
-    if width < 1 or odd:
-        raise ValueError("tables of another size")
-    table = np.frombuffer(raw, "<u2", width * classes).reshape(classes, width).astype(np.int64)
-    chosen = np.frombuffer(raw, np.uint8, offset=2 * width * classes).reshape(blocks, lanes)
-    if (table.sum(1) != 1 << RANS_BITS).any() or chosen.max() >= classes:
-        raise ValueError("impossible tables")
-    return chosen, table
-
-
 def rans_unpack(data: bytes, size: int) -> bytes:
     """Inverse of rans_pack; more than `size` bytes are an error."""
     count, cut, length, least = RANS_HEAD.unpack_from(data)
@@ -3999,11 +3979,17 @@ def rans_unpack(data: bytes, size: int) -> bytes:
         return b""
     if count > size or cut >= len(RANS_CUTS):
         raise ValueError("impossible size")
-    lanes, block = rans_lanes(count), RANS_CUTS[cut][0]
+    lanes, (block, classes) = rans_lanes(count), RANS_CUTS[cut]
     longest, offset = -(-count // lanes), RANS_HEAD.size + length
-    chosen, table = rans_tables(data[RANS_HEAD.size : offset], -(-longest // block), lanes, cut)
-    if least + table.shape[1] > 256:
-        raise ValueError("impossible symbols")
+    pieces = -(-longest // block) * lanes
+    side = zlib.decompressobj().decompress(data[RANS_HEAD.size : offset], pieces + 512 * classes)
+    width, odd = divmod(len(side) - pieces, 2 * classes)
+    if odd or not 1 <= width <= 256 - least:
+        raise ValueError("tables of another size")
+    table = np.frombuffer(side, "<u2", width * classes).reshape(classes, width).astype(np.int64)
+    chosen = np.frombuffer(side, np.uint8, offset=2 * width * classes).reshape(-1, lanes)
+    if (table.sum(1) != 1 << RANS_BITS).any() or chosen.max() >= classes:
+        raise ValueError("impossible tables")
     # What each of the 2^14 slots of each class stands for: symbol, frequency, place in the symbol.
     start, times = np.cumsum(table, 1) - table, table.ravel()
     symbol = np.repeat(np.indices(table.shape, np.uint8)[1].ravel(), times)
@@ -4126,8 +4112,8 @@ def packed_stream(codec: str, key: str, arrays: Iterable[np.ndarray]) -> tuple[l
 
 
 def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], codec: str) -> bytes:
-    """Prefix, packed JSON header, one packed stream per kind of number (each in the order of the
-    header), sha256 of all before it."""
+    """Prefix, packed JSON header, a packed stream per kind of number in the header's order,
+    sha256 of all before it."""
     entries = [entry_of(name, t) for name, t in tensors.items()]
     arrays: dict[str, list[np.ndarray]] = {}
     for entry, t in zip(entries, tensors.values()):
@@ -4143,7 +4129,7 @@ def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], codec: st
 
 
 def unpack_stream(data: bytes, number: int, size: int) -> bytes:
-    """Decompress one stream to exactly `size` bytes. Raises UserError on anything else."""
+    """Decompress a stream to exactly `size` bytes. Raises UserError."""
     codec = {codec.number: codec for codec in CODECS.values() if codec.module}.get(number)
     if not codec:
         raise UserError(f"its codec {number!r} is not available here")
@@ -4189,7 +4175,7 @@ def unpack_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def check_entry(e: Entry):
-    """Raise ValueError or TypeError unless a stored tensor can be what the header says."""
+    """Raise ValueError or TypeError unless a tensor can be what the header says."""
     if type(e.name) is not str or e.kind not in KINDS or type(e.shape) is not list:
         raise ValueError("a tensor has no name, kind or shape")
     if not all(type(n) is int and n >= 0 for n in [*e.shape, *e[3:]]):
@@ -4201,8 +4187,8 @@ def check_entry(e: Entry):
 
 @malformed()
 def unpack_tensors(header: dict[str, Any], body: bytes) -> dict[str, QTensor]:
-    """The tensors behind a header. Nothing from the file is executed; every stream must be as long
-    as its tensors, and every byte of the file belong to a stream. Raises UserError."""
+    """The tensors behind a header. Nothing is executed; every stream must be as long as its
+    tensors, and every byte belong to a stream. Raises UserError."""
     needed = collections.Counter()
     for entry in header["tensors"]:
         for key, shape in entry.parts():
@@ -4259,7 +4245,7 @@ class Packer(NamedTuple):
         return self.cfg.artifact_budget_bytes - code_bytes()
 
     def rules(self) -> Rules:
-        """The quantiser of each parameter before anything is fitted to the budget."""
+        """The quantiser of each parameter before any fit to the budget."""
         return allocated(self.model, self.cfg, self.harms if self.cfg.fit_budget != "bits" else {})
 
     def tensors(self, rules: Rules) -> dict[str, QTensor]:
@@ -4322,8 +4308,7 @@ def fit_steps(p: Packer) -> tuple[bytes, str]:
 
 def fit_bits(p: Packer) -> tuple[bytes, str]:
     """One more bit at a time, up to seven, for the matrix where a byte helps most; a bit leaves a
-    quarter of the harm. If not even the first model fits, small levels become zero. Source: PR
-    1089."""
+    quarter of the harm. If nothing fits, small levels become zero. Source: PR 1089."""
     rules, exported, gains = p.rules(), p.model.exported(), []
     for name, rule in rules.items():
         if exported[name].quant in LEARNED_GRID and not isinstance(rule, Cast):
@@ -4385,13 +4370,12 @@ FITS = {
 
 
 def pack_to_fit(p: Packer, rt: Runtime) -> bytes:
-    """The artifact, as FIT_BUDGET fits it to the budget. One too large is kept, with a warning: a
-    run must not be lost for it."""
+    """The artifact that FIT_BUDGET makes. One too large is kept, with a warning: a run must not be
+    lost for it."""
     fit = p.cfg.fit_budget
     blob, text = FITS[fit](p)
     if text:
-        share = 100 * len(blob) / p.room
-        rt.log(f"fit_budget:{fit} {text}, {share:.2f} % of {p.room} bytes")
+        rt.log(f"fit_budget:{fit} {text}, {100 * len(blob) / p.room:.2f} % of {p.room} bytes")
         if len(blob) > p.room:
             rt.log(
                 f"warning: FIT_BUDGET={fit} finds nothing that fits {p.room} bytes beside the "
@@ -4507,7 +4491,7 @@ def check_header(header: dict[str, Any]):
 
 
 def artifact_config(env: dict[str, str], path: Path, header: dict[str, Any]) -> Config:
-    """The configuration to score an artifact with. Raises UserError that blames the right side."""
+    """The configuration to score an artifact with. Raises UserError."""
     if env.get("RUN_MODE") == "eval" and env.get("TTT") == "prequant" != header["config"]["ttt"]:
         raise UserError("TTT=prequant trains before the export, which this artifact's run did not")
     load(env)  # what the user typed is judged first, so that what is left is the file's fault
@@ -4518,8 +4502,8 @@ def artifact_config(env: dict[str, str], path: Path, header: dict[str, Any]) -> 
 def build_from_artifact(
     cfg: Config, header: dict[str, Any], body: bytes, numerics: Numerics
 ) -> GPT:
-    """A model made of nothing but the file. Before any memory is taken the header's tensors must be
-    those of the model. Raises UserError."""
+    """A model made of nothing but the file, whose tensors must be the model's before any memory is
+    taken. Raises UserError."""
     with torch.device("meta"):
         shapes = GPT(cfg.model, cfg.data.vocab_size, numerics).exported()
     wanted = {name: list(p.shape) for name, p in shapes.items()}
@@ -4557,8 +4541,8 @@ def predict_model_bytes(model: GPT, cfg: QuantConfig) -> int:
 
 
 def gaussian_bytes(model: GPT, cfg: QuantConfig, small_levels: int = 0) -> int:
-    """Size of an artifact that nothing fits to a budget, by the real quantisers and codec on
-    Gaussian rows of the real lengths. Levels of block matrices up to small_levels become zero."""
+    """Size of an artifact, unfitted, by the real quantisers and codec on Gaussian rows of the real
+    lengths. Levels of block matrices up to small_levels become zero."""
     generator = torch.Generator().manual_seed(0)
 
     @functools.cache
