@@ -12,6 +12,7 @@
     python records/tools.py ablate run SPEC           compare techniques on equal tokens
     python records/tools.py quantisers run SPEC       compare quantisers: bytes against loss
     python records/tools.py gains run SPEC            compare ways of scoring the same artifacts
+    python records/tools.py plan [PRESET] [--on 8xH100]   time, memory, dollars before renting
     python records/tools.py pack --out FILE           the script as one small file, as it is shipped
     python records/tools.py unpack FILE               print a wrapped script, without running it
 
@@ -164,6 +165,35 @@ def probes(asked) -> int:
     return int(bool(found["flags"]))
 
 
+def plan(asked) -> int:
+    """Predict a run on given cards: milliseconds by class of kernel, tokens, evaluation, memory,
+    dollars.
+
+    The model is fitted to published runs on eight H100s; --check shows its errors, each row
+    predicted from other architectures' runs, and ends with exit code 1 when they are too large.
+    """
+    from toolkit import plan as tool
+    from toolkit.step_time import cluster
+
+    if asked.json not in (None, "-") and ("=" in asked.json or not Path(asked.json).suffix):
+        raise ValueError(f"--json {asked.json}: want a file name with a suffix, or nothing")
+    if asked.check:
+        if asked.words:
+            raise ValueError(f"--check goes without {asked.words[0]}: it is about published runs")
+        result = tool.checked()
+        text, failed = tool.check_text(result), tool.too_wrong(result)
+    else:
+        if asked.price is not None and not 0 <= asked.price < 1e6:
+            raise ValueError(f"--price {asked.price}: want dollars an hour, 0 or more")
+        on = cluster(asked.on)
+        result = tool.Planned(tool.configuration(asked.words), on, asked.price).result()
+        text, failed = tool.as_text(result), False
+    if asked.json and asked.json != "-":
+        write_atomic(Path(asked.json), json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1) if asked.json == "-" else text)
+    return int(failed)
+
+
 def ablate(asked) -> int:
     """Compare techniques on equal tokens: every variant, seed and text as a run of its own.
 
@@ -251,7 +281,8 @@ def arguments() -> argparse.ArgumentParser:
             description=inspect.cleandoc(work.__doc__),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument("--json", action="store_true", help="print JSON")
+        if work is not plan:
+            sub.add_argument("--json", action="store_true", help="print JSON")
         sub.set_defaults(work=work)
         for name in names:
             sub.add_argument(name, type=Path)
@@ -346,6 +377,14 @@ def arguments() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         type=knob,
         help="knobs of train_gpt.py, for example PRESET=phased_ttt EVAL=doc",
+    )
+    sub = command(plan)
+    sub.add_argument("words", nargs="*", metavar="PRESET or KNOB=VALUE", help="of train_gpt.py")
+    sub.add_argument("--on", default="8xH100", help="H100, 8xH200, 2x8xA100 or 4090 and the like")
+    sub.add_argument("--price", type=float, help="dollars an hour and card; else an assumption")
+    sub.add_argument("--check", action="store_true", help="errors against published runs")
+    sub.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="print JSON, or write it to FILE too"
     )
     for work in (ablate, quantisers, gains):
         sub = command(work)
