@@ -1275,7 +1275,7 @@ class Runtime:
         try:
             self.fresh = not log.exists()
             if not self.fresh and cfg.run.resume == "none":
-                reason = f"{name} already holds a run; set RESUME=auto or another RUN_ID"
+                reason = f"{name} holds a run; set RESUME=auto or another RUN_ID"
                 raise UserError(f"RUN_ID={cfg.run.run_id}: {reason}")
             if not self.fresh and "\nfinal:official " in log.read_text(**UTF8):
                 say(f"{name} is complete; see its log.txt")
@@ -5598,8 +5598,9 @@ def official_score(cfg: Config, rt: Runtime, path: Path, data: Data, env: dict[s
         header, body = read_artifact(path, rt)
         cfg = artifact_config(env, path, header)
         if header["tokenizer_sha256"] != data.tokenizer_sha256:
-            reason = "trained with another tokenizer than TOKENIZER_PATH"
-            raise UserError(f"ARTIFACT={relative(path)}: {reason}")
+            raise UserError(
+                f"ARTIFACT={relative(path)}: TOKENIZER_PATH is another than in training"
+            )
         numerics = artifact_numerics(cfg, rt, header)
         apply_numerics(numerics, rt)
         with blamed_on(path):
@@ -5699,7 +5700,7 @@ def run(cfg: Config, rt: Runtime, env: dict[str, str]):
         return
     if cfg.run.run_mode == "eval":
         path = Path(cfg.run.artifact)
-        header, _ = read_artifact(path, rt)  # fail on a bad file before anything else
+        header, _ = read_artifact(path, rt)  # a bad file fails before anything else
         cfg = artifact_config(env, path, header)
         log_header(cfg, rt, header["compliant"])
         data = open_data(cfg, rt)
@@ -5770,13 +5771,12 @@ def main(argv: list[str], env: dict[str, str]) -> int:
         if not rt or not ran_out_of_memory(error):
             raise
         knob = "EVAL" if rt.doing in ("eval", "validate") else "MICRO"
-        advice = f"lower {knob}_BATCH_TOKENS or the model's size"
-        tell(f"out of memory (in {rt.doing}); {advice}" + how_to_go_on(cfg, rt))
+        advice = f"lower {knob}_BATCH_TOKENS or the model's size{how_to_go_on(cfg, rt)}"
+        tell(f"out of memory (in {rt.doing}); {advice}")
         return 1
     except OSError as error:  # disk full, file gone: the machine's fault, not a bug
         file = relative(error.filename) if error.filename else "a file"
-        reason = f"{file}: {error.strerror or error}"
-        tell(reason + how_to_go_on(cfg, rt))
+        tell(f"{file}: {error.strerror or error}" + how_to_go_on(cfg, rt))
         return 1
     except KeyboardInterrupt:
         if main_rank:
