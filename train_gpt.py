@@ -1324,8 +1324,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def catch_signals(self):
-        """The first SIGINT or SIGTERM sets `interrupted`, which ends the loop between steps; a
-        second one kills."""
+        """A first SIGINT or SIGTERM sets `interrupted`, for the loop to see; a second one kills."""
 
         def note(number, frame):
             self.interrupted = True
@@ -1354,7 +1353,7 @@ class Runtime:
 
 
 def log_header(cfg: Config, rt: Runtime, compliant: bool):
-    """The first lines of a log: which code ships, which runs, how configured, on what. Marks all
+    """The first lines of a log: which code ships, which runs, on what, how configured. Marks all
     lines from now on when weights see the validation text before it is scored."""
     if not rt.main:
         return
@@ -1570,9 +1569,9 @@ def read_tokenizer(path: Path, cfg: Config):
 
 
 def read_manifest(path: Path, tokenizer: Path, files: list[Path]) -> dict[str, Any]:
-    """What a dataset says about itself, {} when it says nothing. Raises UserError for a tokenizer
-    or validation text that it does not mean, and for a training shard that it does not name, so
-    that nobody compared it with the validation text; `data/prepare.py verify` compares the rest."""
+    """What a dataset says about itself, {} when it says nothing. Raises UserError for another
+    tokenizer or validation text, and for a training shard without a name there, which nobody
+    compared with the validation text; `data/prepare.py verify` compares the rest."""
     if not path.exists():
         return {}
     try:
@@ -1587,10 +1586,7 @@ def read_manifest(path: Path, tokenizer: Path, files: list[Path]) -> dict[str, A
     for file in files if told else ():
         known = file.name in told
         if not known or "_val_" in file.name and told[file.name]["sha256"] != sha256_file(file):
-            name = relative(file)
-            raise UserError(
-                f"{name}: not the shard that manifest.json names; get or build it again"
-            )
+            raise UserError(f"{relative(file)}: not the shard that manifest.json names; rebuild it")
     return manifest
 
 
@@ -5584,8 +5580,7 @@ def plan_only(cfg: Config, rt: Runtime):
 
 
 def artifact_numerics(cfg: Config, rt: Runtime, header: dict[str, Any]) -> Numerics:
-    """The arithmetic that the artifact was scored with, as far as the environment and this machine
-    admit."""
+    """The arithmetic that the artifact was scored with, or what the environment asks for."""
     if any(cfg.origins[name] == "environment" for name in ("numerics", "attention", "compile")):
         return rt.on_main(lambda: choose_numerics(cfg, rt))
     wanted = Numerics(**header["numerics"])
@@ -5614,7 +5609,7 @@ def official_score(cfg: Config, rt: Runtime, path: Path, data: Data, env: dict[s
     np.save(documents := io.BytesIO(), result.documents)
     try:
         rt.on_main(lambda: write_atomic(kept, documents.getbuffer()))
-    except OSError as error:  # a folder that only may be read is no reason to withhold a score
+    except OSError as error:  # a read-only folder is no reason to withhold a score
         rt.log(f"warning: {relative(kept)} {error.strerror}")
     name = f"final_int{cfg.quant.matrix_bits}_{cfg.quant.codec}_{final_label(cfg.eval)}"
     rt.log(f"{name} {result.text(4)} eval_time:{rt.phases['eval'] * 1e3:.0f}ms")
@@ -5722,8 +5717,7 @@ def run(cfg: Config, rt: Runtime, env: dict[str, str]):
 
 
 def how_to_go_on(cfg: Config | None, rt: Runtime | None) -> str:
-    """The shell command that continues this run, with all that was set for it; empty when it left
-    no checkpoint."""
+    """The shell command that continues this run, if it left a checkpoint."""
     if not rt or not rt.folder or not (rt.folder / "checkpoint.pt").exists():
         return ""
     given = {k: v for k, v in cfg.values().items() if cfg.origins[k] == "environment"}
@@ -5746,8 +5740,7 @@ def tell(*messages: Any):
 
 
 def main(argv: list[str], env: dict[str, str]) -> int:
-    """Entry point; returns the exit code: 0 done, 1 the run failed, 2 a mistake in the input, 130
-    interrupted."""
+    """Exit code: 0 done, 1 the run failed, 2 a mistake in the input, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(**UTF8)
