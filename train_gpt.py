@@ -1131,7 +1131,7 @@ def cpu_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(**UTF8).split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, int(quota) // int(period)))
     return cores
 
@@ -1242,10 +1242,9 @@ class Runtime:
             outcome[1] = error
         if dist.is_initialized():
             dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
-        result, error = outcome
-        if error:
-            raise error
-        return result
+        if outcome[1]:
+            raise outcome[1]
+        return outcome[0]
 
     def numbers_from_main(self, *values: float) -> list[float]:
         """Rank 0's numbers on every rank; cheap enough for every step."""
@@ -1290,7 +1289,7 @@ class Runtime:
         return True
 
     def drop_run(self):
-        """Leave nothing of a run that was refused before it began: its RUN_ID is free again."""
+        """Leave nothing of a run that was refused before it began."""
         if self.main and self.fresh:
             for name in ("log.txt", "metrics.jsonl", "config.json"):
                 (self.folder / name).unlink(missing_ok=True)
@@ -1443,10 +1442,9 @@ class TokenStream:
         hold an impossible id."""
         if len(self) <= row:
             name = relative(self.files[0])
-            raise UserError(f"{name}: {len(self)} tokens, fewer than TRAIN_SEQ_LEN={row} + 1")
+            raise UserError(f"{name}: {len(self)} tokens, want over TRAIN_SEQ_LEN={row}")
         for i, shard in enumerate(self.shards):
-            top = shard[: 1 << 20].max()
-            if top >= self.vocab:
+            if (top := shard[: 1 << 20].max()) >= self.vocab:
                 raise UserError(self.out_of_range(i, top))
 
     def out_of_range(self, shard: int, token: int) -> str:
@@ -5632,8 +5630,7 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
     )
     parts = f"code {code:,} + model {model_bytes:,}"
     rt.log(f"artifact         {total:,} bytes = {parts}   ({room} of {budget:,})")
-    seconds = "  ".join(f"{name} {value:.1f}s" for name, value in rt.phases.items())
-    rt.log(f"time             {seconds}")
+    rt.log("time             " + "  ".join(f"{name} {s:.1f}s" for name, s in rt.phases.items()))
     if reference := data.manifest.get("reference_bpb"):
         figures = "  ".join(f"{name} {value:.3f}" for name, value in reference.items())
         rt.log(f"for orientation  {figures}   (compressors, primed with the training text)")
