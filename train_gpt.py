@@ -5054,7 +5054,8 @@ def prequant(trainer: "Trainer", text: np.ndarray | None):
     rows = cut(0, len(text) - 1, trainer.cfg.data.train_seq_len)
     batches = np.split(rows, range(c.prequant_rows, len(rows), c.prequant_rows))
     optimiser = functools.partial(torch.optim.AdamW, weight_decay=0.0)
-    tuner = FineTuner(trainer.subject(trainer.numerics.compile), optimiser)
+    subject = trainer.subject()._replace(numerics=trainer.numerics)
+    tuner = FineTuner(subject, optimiser)
     off_the_clock = contextlib.nullcontext() if c.compliant else trainer.clock.paused()
     with rt.phase("prequant"), off_the_clock:
         for epoch in range(c.prequant_epochs):
@@ -5257,8 +5258,8 @@ class Trainer:
 
     # Before the first step.
     def prewarm(self):
-        """Whole steps on synthetic tokens, so that kernels compile off the clock and passes are no
-        larger than the memory admits; then undo everything but that."""
+        """Whole steps on synthetic tokens, so that kernels compile off the clock and passes fit the
+        memory; all but that is undone."""
         cfg, before = self.cfg, copy.deepcopy(self.state())
         generator = np.random.default_rng(0)
         graphs = list(itertools.product(range(len(self.plans)), row_lengths(cfg)))
@@ -5275,8 +5276,8 @@ class Trainer:
         self.restore(before)
 
     def fit_passes(self, rows: np.ndarray, ramps: dict[str, float]):
-        """Accumulate a step; while a rank has not the memory for it, in one pass more or a quarter
-        more. Raises RunFailed when one row a pass is too much."""
+        """Accumulate a step in passes that every rank has the memory for: after a failure one more,
+        or a quarter more. Raises RunFailed when one row a pass is too much."""
         failed = torch.zeros((), device=self.rt.device)
         try:
             self.accumulate(rows, ramps)
@@ -5294,8 +5295,7 @@ class Trainer:
             )
         passes = -(-len(rows) // tried)
         self.most_rows = max(1, min(tried - 1, -(-len(rows) // (passes + max(1, passes // 4)))))
-        if self.rt.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         now = f"MICRO_BATCH_TOKENS={self.most_rows * seq}"
         self.rt.log(f"warning: out of memory with {tried * seq} tokens a pass; {now} from now on")
         self.fit_passes(rows, ramps)
@@ -5448,9 +5448,10 @@ class Trainer:
         at = f"step:{step}/{self.cfg.optim.iterations}"
         return f"{at} {scores} train_time:{ms:.0f}ms step_avg:{average:.2f}ms"
 
-    def subject(self, compiles: bool) -> Subject:
-        """The live model, to be scored by chunks without learning."""
+    def subject(self) -> Subject:
+        """The live model, to be scored by chunks without learning; compiled on a GPU at most."""
         cfg = replace(self.cfg, eval=replace(self.cfg.eval, eval="chunked", ttt="none"))
+        compiles = self.numerics.compile and self.rt.device.type == "cuda"
         numerics = self.numerics._replace(compile=compiles)
         return Subject(cfg, self.rt, self.model, numerics, self.plans[self.plan])
 
@@ -5459,11 +5460,10 @@ class Trainer:
         for hook in self.hooks:
             hook.before_step(full_speed(self.cfg) | dict(qat=0.0))
 
-    def validate(self, elapsed: float):
-        """The competition's validation line: chunked score of the live weights at rest."""
+    def validate(self):
+        """The competition's validation line: score of the live weights at rest, off the clock."""
         self.rest_hooks()
-        compiles = self.numerics.compile and self.rt.device.type == "cuda"
-        result = score_model(self.subject(compiles), self.data)
+        result, elapsed = score_model(self.subject(), self.data), self.clock.read()
         self.rt.log(self.line(elapsed, result.text(4)))
         scores = dict(loss=result.loss, bpb=result.bpb)
         self.rt.metric("val", step=self.step_number, **scores, seconds=elapsed)
@@ -5504,7 +5504,7 @@ class Trainer:
                     raise KeyboardInterrupt
                 if self.step_number % validate_every == 0:
                     with self.clock.paused():
-                        self.validate(elapsed)
+                        self.validate()
             self.end()
 
     def end(self):
@@ -5680,7 +5680,7 @@ def train_and_export(cfg: Config, rt: Runtime, data: Data, saved: dict[str, Any]
     with rt.phase("inputs"):
         trainer.observe()
     with rt.phase("validate"):
-        trainer.validate(trainer.clock.read())
+        trainer.validate()
     rt.log(peak_memory(rt))
     return rt.on_main(lambda: export(trainer))
 

@@ -446,7 +446,7 @@ def test_validation_and_slow_first_steps_do_not_spend_the_training_time(toy, mon
         now[0] += 9.0 if n < 3 else 1.0 if n == 4 else rng.uniform(0.2, 1.0)
         return torch.tensor(1.0)
 
-    def validate(elapsed):
+    def validate():
         now[0] += 1000.0
 
     monkeypatch.setattr(trainer, "step", step)
@@ -495,7 +495,7 @@ def test_the_clock_counts_the_step_that_a_gpu_has_not_finished(toy, monkeypatch)
     monkeypatch.setattr(trainer.rt, "synchronize", lambda: wait(free[0]))
     monkeypatch.setattr(trainer, "step", lambda rows, ramps: Loss())
     monkeypatch.setattr(trainer, "report", lambda *args: None)
-    monkeypatch.setattr(trainer, "validate", lambda elapsed: wait(now[0] + 100))
+    monkeypatch.setattr(trainer, "validate", lambda: wait(now[0] + 100))
     trainer.run()
     trainer.clock.stop()
     assert 60 - 2.1 < trainer.clock.read() <= 60 and trainer.step_number > 60

@@ -65,7 +65,7 @@ def measure_all(trainer: tg.Trainer, env: dict[str, str], spec: dict, seed: int,
     trained = {name: p.detach().clone() for name, p in trainer.model.exported().items()}
 
     def bpb() -> float:
-        return tg.score_model(trainer.subject(compiles=False), trainer.data).bpb
+        return tg.score_model(trainer.subject(), trainer.data).bpb
 
     def put(weights):
         with tg.torch.no_grad():
