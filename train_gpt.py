@@ -1775,8 +1775,8 @@ LOADERS = dict(
 class Numerics(NamedTuple):
     """How numbers are computed; kept in checkpoint and artifact so that a score repeats."""
 
-    mode: str = "fp32"  # fp32 | bf16
-    attention: str = "sdpa"  # sdpa | blocked
+    mode: str = "fp32"  # or bf16
+    attention: str = "sdpa"  # or blocked
     compile: bool = False
 
     @property
@@ -1785,8 +1785,8 @@ class Numerics(NamedTuple):
 
 
 def visible_keys(ids: Tensor, model: ModelConfig) -> Tensor | None:
-    """(B,T,T) bool, true where a query (row) may read a key; None = all before it, which kernels do
-    best. Knob: DOC_ATTENTION (positions stay those of the row: rotation sees only distances)."""
+    """(B,T,T) bool, where a query (row) may read a key; None = all before it, which kernels do
+    best. Positions stay those of the row: rotation sees only distances. Knob: DOC_ATTENTION."""
     if not model.doc_attention:
         return None
     document = (ids == model.bos_id).cumsum(1)
@@ -1840,9 +1840,8 @@ def softcapped_cross_entropy(z: Tensor, targets: Tensor, cap: float) -> Tensor:
 
 
 class ShiftedSoftcapLoss(torch.autograd.Function):
-    """The same loss from logits shifted by the cap, 2 cap sigmoid(2z / cap), which has the same
-    softmax. The backward keeps only z in its own dtype and one number per row.
-    Source: PR 1787. Knob: SOFTCAP."""
+    """The same from logits shifted by the cap, 2 cap sigmoid(2z / cap), whose softmax is equal; the
+    backward keeps only z in its dtype and one number per row. PR 1787. Knob: SOFTCAP."""
 
     @staticmethod
     def forward(ctx, z: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -1874,28 +1873,25 @@ def choose_numerics(cfg: Config, rt: Runtime) -> Numerics:
     auto is bf16 on CUDA and on a CPU with bf16 instructions (4 to 8 times as fast as fp32), else
     fp32. Blocked attention is for bf16 on a CPU, where it trains 1.2 to 1.4 times as fast.
     """
-    s = cfg.system
     cuda = rt.device.type == "cuda"
-    mode = s.numerics
+    mode, kernel, asked = cfg.system.numerics, cfg.system.attention, cfg.system.compile
     if mode == "auto":
         cpu = torch.cpu.get_capabilities()
         fast = cuda or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         mode = "bf16" if fast else "fp32"
-    kernel = s.attention
     if kernel == "auto":
         kernel = "blocked" if mode == "bf16" and not cuda else "sdpa"
-    planned = cfg.optim.max_wallclock_seconds or cfg.optim.iterations / 10
-    compile_it = s.compile == "on"
-    if s.compile == "auto" and (cuda or planned >= 60):
-        compile_it = can_compile(rt.device)
-        if not compile_it:
-            needs = "Triton" if cuda else "C++ compiler"
-            rt.log(f"warning: every pass runs uncompiled: torch.compile finds no {needs}")
-    return Numerics(mode, kernel, compile_it)
+    seconds = cfg.optim.max_wallclock_seconds or cfg.optim.iterations / 10
+    pays = asked == "auto" and (cuda or seconds >= 60)
+    works = pays and can_compile(rt.device)
+    if pays and not works:
+        needs = "Triton" if cuda else "C++ compiler"
+        rt.log(f"warning: every pass runs uncompiled: torch.compile finds no {needs}")
+    return Numerics(mode, kernel, asked == "on" or works)
 
 
 def can_compile(device: torch.device | str = "cpu") -> bool:
-    """Whether torch.compile works for tensors on this device, found by compiling one function."""
+    """Whether torch.compile works on this device, found by compiling one function."""
     try:
         return float(torch.compile(lambda x: x + 1)(torch.zeros(8, device=device)).sum()) == 8
     except Exception:  # whatever the compiler stack raises, the answer is no
@@ -1903,7 +1899,7 @@ def can_compile(device: torch.device | str = "cpu") -> bool:
 
 
 def apply_numerics(numerics: Numerics, rt: Runtime):
-    """Set the process-wide precision of fp32 matrix products."""
+    """Set and log the precision of fp32 matrix products."""
     torch.set_float32_matmul_precision("high" if numerics.mode == "bf16" else "highest")
     rt.log(
         f"numerics:{numerics.mode} attention:{numerics.attention} compile:{int(numerics.compile)} "
@@ -1920,7 +1916,7 @@ def compiled(function: Callable, numerics: Numerics) -> Callable:
 
 # ---- 5 Model: a technique is a module at a named site; switched off, it is absent ----------------
 def param(shape: Sequence[int], init: Callable, opt: str, quant: str) -> nn.Parameter:
-    """A parameter with its two tags: its optimiser group and its quantiser (see QUANTISERS)."""
+    """A parameter tagged with its optimiser group and its quantiser (see QUANTISERS)."""
     p = nn.Parameter(torch.empty(shape))
     init(p.data)
     p.opt = opt
@@ -1929,35 +1925,34 @@ def param(shape: Sequence[int], init: Callable, opt: str, quant: str) -> nn.Para
 
 
 def scalar(*shape: int, value: float = 0.0) -> nn.Parameter:
-    """A gain, scale, mix or gate: AdamW's scalar group, kept in fp32."""
+    """A gain, scale, mix or gate, kept in fp32."""
     return param(shape, functools.partial(nn.init.constant_, val=value), "scalar", "keep")
 
 
 def normal(std: float) -> Callable[[Tensor], Any]:
-    """An initialiser that draws Gaussian noise."""
+    """Initialiser: Gaussian noise."""
     return functools.partial(nn.init.normal_, std=std)
 
 
 def uniform(t: Tensor):
-    """The framework's default for linear layers: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the framework's default."""
     bound = t.size(1) ** -0.5
     t.uniform_(-bound, bound)
 
 
 def zero(t: Tensor):
-    """For outputs of branches: a block starts as the identity. Only INIT=uniform redraws it."""
+    """For outputs of branches: a block starts as the identity. INIT=uniform redraws it."""
     t.zero_()
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMS normalisation over the last axis, no gain; the epsilon is that of fp32 in any dtype."""
+    """RMS normalisation of the last axis; the epsilon is that of fp32 in any dtype."""
     return F.rms_norm(x, (x.size(-1),), eps=1.1920929e-07)
 
 
 def before(x: Tensor, steps: int = 1) -> Tensor:
     """x (B,T,...) moved to later positions; zeros where nothing came before."""
-    pad = [0, 0] * (x.dim() - 2) + [steps, 0]
-    return F.pad(x, pad)[:, : x.size(1)]
+    return F.pad(x, [0, 0] * (x.dim() - 2) + [steps, 0])[:, : x.size(1)]
 
 
 def through(modules: nn.ModuleList, x: Tensor, *context) -> Tensor:
@@ -1992,37 +1987,34 @@ class Context(NamedTuple):
     kernel: Callable = sdpa_attention  # one of ATTENTION
     visible: Tensor | None = None  # (B,T,T) bool, see visible_keys
     values: Sequence[Tensor] = ()  # (B,T,G*D) each, what the value sites made of the ids
-    kept: Sequence[Tensor] = ()  # values (B,T,G,D) of block 0, appended by KeepValue
+    kept: Sequence[Tensor] = ()  # values (B,T,G,D) of block 0, appended by its ValueResidual
     slot: int = 0  # place in the plan
 
 
 class Site(nn.Module):
-    """A technique that plugs into block `layer`."""
+    """A technique that plugs into block `layer`. All of one site have the same forward, given with
+    its shapes above the first."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        self.build(cfg, layer)
+        self.layer = layer
+        self.build(cfg)
 
-    def build(self, cfg: ModelConfig, layer: int):
+    def build(self, cfg: ModelConfig):
         """Make the parameters and constants that it owns."""
 
 
-GATE_DIMS = 12
-
-
-def leading(x: Tensor) -> Tensor:
-    """The channels that small gates read."""
-    return x[..., :GATE_DIMS].contiguous()
+GATE_DIMS = 12  # leading channels of a token, read by its small gates
 
 
 # embed sites: (x (B,T,C), ids (B,T)) -> (B,T,C)
 class BigramHash(Site):
-    """Add a learned vector for the hashed pair (previous token, token); zero at the start.
-    Source: PR 162. Knob: BIGRAM_BUCKETS."""
+    """Add a vector of the hashed pair (previous token, token); zero at the start. PR 162. Knob:
+    BIGRAM_BUCKETS."""
 
     WIDTH = 128
 
-    def build(self, cfg: ModelConfig, layer: int):
+    def build(self, cfg: ModelConfig):
         self.table = param((cfg.bigram_buckets, self.WIDTH), zero, "table", "embed")
         self.proj = Linear(self.WIDTH, cfg.model_dim)
         self.scale = scalar(1, value=0.05)
@@ -2034,16 +2026,16 @@ class BigramHash(Site):
         pair = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % last
         return F.pad(pair, (1, 0), value=last).long()
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, x, ids):
         found = F.embedding(self.rows(ids), self.table).to(x.dtype)
         return x + self.scale.to(x.dtype) * self.proj(found)
 
 
 class EngramLite(Site):
     """Add gated vectors of two hashes of the last two and two of the last three tokens; zero at the
-    start. Source: PR 1089. Knobs: ENGRAM_*."""
+    start. PR 1089. Knobs: ENGRAM_*."""
 
-    def build(self, cfg: ModelConfig, layer: int):
+    def build(self, cfg: ModelConfig):
         self.buckets = cfg.engram_buckets
         self.table = param((4 * cfg.engram_buckets, cfg.engram_dim), normal(0.01), "table", "embed")
         self.proj = Linear(4 * cfg.engram_dim, cfg.model_dim, zero)
@@ -2060,110 +2052,106 @@ class EngramLite(Site):
         ]
         return torch.stack([h % self.buckets + i * self.buckets for i, h in enumerate(hashes)], -1)
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, x, ids):
         found = F.embedding(self.rows(ids), self.table).to(x.dtype).flatten(2)
         return x + torch.sigmoid(self.gate).to(x.dtype) * self.proj(found)
 
 
 class EmbedNorm(Site):
-    """Normalise the embedding. Sites before it in SITES see the raw one."""
+    """Normalise the embedding; sites before see it raw."""
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, x, ids):
         return norm(x)
 
 
 class SmearGateB(Site):
-    """Blend with the position before by a learned gate per channel, half and half at the start.
-    Source: PR 162. Knob: SMEAR_GATE=B."""
+    """Blend with the position before by a gate per channel, 1/2 at the start. PR 162. Knob:
+    SMEAR_GATE=B."""
 
-    def build(self, cfg: ModelConfig, layer: int):
+    def build(self, cfg: ModelConfig):
         self.gate = scalar(cfg.model_dim)
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, x, ids):
         own = torch.sigmoid(-self.gate).to(x.dtype)
         return own * x + (1 - own) * before(x)
 
 
 class SmearGateC(Site):
-    """Add the previous raw embedding, gated by 12 channels of the token; nothing at the start. Form
-    D adds nothing to a document's first token. Sources: PRs 1667, 1851. Knob: SMEAR_GATE."""
+    """Add the previous raw embedding by a gate that reads the token, 0 at the start; form D adds
+    nothing to a document's first token. PRs 1667, 1851. Knob: SMEAR_GATE."""
 
-    def build(self, cfg: ModelConfig, layer: int):
+    def build(self, cfg: ModelConfig):
         self.gate = Linear(GATE_DIMS, 1, zero, "scalar", "keep")
         self.strength = scalar(1)
         self.closed_id = cfg.bos_id if cfg.smear_gate == "D" else -1
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        share = self.strength.to(x.dtype) * torch.sigmoid(self.gate(leading(x)))
+    def forward(self, x, ids):
+        share = self.strength.to(x.dtype) * torch.sigmoid(
+            self.gate(x[..., :GATE_DIMS].contiguous())
+        )
         return x + share * (ids != self.closed_id).unsqueeze(-1) * before(x)
 
 
 # value sites: (ids (B,T), dtype) -> (B,T,G*D), made once and used by several blocks
 class ValueTable(nn.Module):
-    """A second token embedding, projected to the width of the values. Source: PR 374. Knobs:
-    VALUE_EMBED_*."""
+    """A second embedding, as wide as the values. PR 374. Knobs: VALUE_EMBED_*."""
 
     def __init__(self, cfg: ModelConfig, vocab: int):
         super().__init__()
         self.table = param((vocab, cfg.value_embed_dim), normal(0.01), "table", "embed")
-        # Published: zero, yet INIT=orthogonal redraws it, as no output of a branch.
+        # not `zero`: INIT=orthogonal redraws it, as published
         self.proj = Linear(cfg.value_embed_dim, cfg.kv_dim, nn.init.zeros_)
         self.scale = scalar(1, value=0.1)
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, ids, dtype):
         found = F.embedding(ids, self.table).to(dtype)
         return self.scale.to(dtype) * self.proj(found)
 
 
 # qkv sites: (q (B,T,H,D), k (B,T,G,D), v (B,T,G,D), context) -> (q, k, v)
 class AddValueEmbedding(Site):
-    """Add the value embedding by a learned amount. Knobs: VALUE_EMBED_*."""
+    """Add the value embedding by a learned amount."""
 
-    def build(self, cfg: ModelConfig, layer: int):
+    def build(self, cfg: ModelConfig):
         self.amount = scalar(1, value=1.0)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
+    def forward(self, q, k, v, context):
         return q, k, v + self.amount.to(v.dtype) * context.values[0].view_as(v)
 
 
-class KeepValue(Site):
-    """In block 0: remember the values of its first pass for the value residual."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
-        context.kept.append(v)
-        return q, k, v
-
-
 class ValueResidual(Site):
-    """Mix the values with those of block 0 by two learned weights, 1/2 each at the start.
-    Source: PR 486. Knob: VALUE_RESIDUAL."""
+    """Mix the values with those of block 0's first pass by two learned weights, 1/2 at the start.
+    PR 486. Knob: VALUE_RESIDUAL."""
 
-    def build(self, cfg: ModelConfig, layer: int):
-        self.weights = scalar(2, value=0.5)
+    def build(self, cfg: ModelConfig):
+        self.weights = scalar(2, value=0.5) if self.layer else None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
+    def forward(self, q, k, v, context):
+        if self.weights is None:
+            context.kept.append(v)
+            return q, k, v
         first, own = self.weights.to(v.dtype)
         return q, k, first * context.kept[0] + own * v
 
 
 class QKNorm(Site):
-    """Normalise queries and keys per head: attention logits stay within gain * sqrt(D)."""
+    """Normalise queries and keys: attention logits stay within gain * sqrt(D)."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
+    def forward(self, q, k, v, context):
         return norm(q), norm(k), v
 
 
 class Rotary(Site):
-    """Rotate the first R dims of queries and keys by position, pairing dim i with i + R/2; the rest
-    passes through. Source: PR 315 (partial). Knobs: ROPE_DIMS, ROPE_BASE."""
+    """Rotate the first R dims of queries and keys by position, pairing dim i with i + R/2. Partial:
+    PR 315. Knobs: ROPE_DIMS, ROPE_BASE."""
 
-    def build(self, cfg: ModelConfig, layer: int):
+    def build(self, cfg: ModelConfig):
         self.dims = cfg.rotary_dims
         exponent = torch.arange(0, self.dims, 2, dtype=torch.float64) / self.dims
-        frequency = cfg.rope_base**-exponent
-        self.register_buffer("frequency", frequency.float(), persistent=False)
+        frequency = (cfg.rope_base**-exponent).float()
+        self.register_buffer("frequency", frequency, persistent=False)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
+    def forward(self, q, k, v, context):
         position = torch.arange(q.size(1), device=q.device, dtype=torch.float32)
         angle = position[:, None] * self.frequency
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # (T,1,R/2), fp32
@@ -2178,21 +2166,21 @@ class Rotary(Site):
 
 
 class QKGain(Site):
-    """Scale queries per head by a learned inverse temperature. PR 1125. Knob: QK_GAIN_INIT."""
+    """A learned inverse temperature per head. PR 1125. Knob: QK_GAIN_INIT."""
 
-    def build(self, cfg: ModelConfig, layer: int):
+    def build(self, cfg: ModelConfig):
         self.gain = scalar(cfg.num_heads, value=cfg.qk_gain_init)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
+    def forward(self, q, k, v, context):
         return q * self.gain.to(q.dtype)[:, None], k, v
 
 
 # attn_out sites: (y (B,T,H,D), v (B,T,G,D), attention's input n (B,T,C)) -> (B,T,H,D)
 class XSA(Site):
-    """Exclusive self-attention: remove from each head's output the part along the token's own
-    value. Source: arXiv 2603.09078, PR 265. Knob: XSA_LAST_N."""
+    """Exclusive self-attention: a head's output loses its part along the token's own value.
+    arXiv 2603.09078, PR 265. Knob: XSA_LAST_N."""
 
-    def forward(self, y: Tensor, v: Tensor, n: Tensor) -> Tensor:
+    def forward(self, y, v, n):
         B, T, H, D = y.shape
         y = y.view(B, T, v.size(2), -1, D)  # heads in groups: values are never repeated
         direction = F.normalize(widened(v), dim=-1, eps=1e-12).to(y.dtype).unsqueeze(3)
@@ -2201,39 +2189,40 @@ class XSA(Site):
 
 
 class OutputGate(Site):
-    """Scale each head's output by sigmoid(steepness * W n), one half at the start; W reads the
-    first 12 channels of the token, n. Source: PR 1787. Knob: OUTPUT_GATE_SCALE."""
+    """Scale each head's output by sigmoid(steepness * W n), one half at the start, where W reads
+    the leading channels. PR 1787. Knob: OUTPUT_GATE_SCALE."""
 
-    def build(self, cfg: ModelConfig, layer: int):
+    def build(self, cfg: ModelConfig):
         self.steepness = cfg.output_gate_scale
         self.gate = Linear(GATE_DIMS, cfg.num_heads, zero, "scalar", "keep")
 
-    def forward(self, y: Tensor, v: Tensor, n: Tensor) -> Tensor:
-        return y * torch.sigmoid(self.steepness * self.gate(leading(n))).unsqueeze(-1)
+    def forward(self, y, v, n):
+        return y * torch.sigmoid(
+            self.steepness * self.gate(n[..., :GATE_DIMS].contiguous())
+        ).unsqueeze(-1)
 
 
 # residual sites: (x (B,T,C), x0 (B,T,C)) -> (B,T,C)
 class X0Mix(Site):
-    """Add the embedding to the stream, both by learned amounts per channel, 0 and 1 at the start.
-    Knob: X0_MIX."""
+    """Stream and embedding by learned amounts per channel, 1 and 0 at the start. Knob: X0_MIX."""
 
-    def build(self, cfg: ModelConfig, layer: int):
+    def build(self, cfg: ModelConfig):
         self.mix = scalar(2, cfg.model_dim)
         self.mix.data[0] = 1
 
-    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
+    def forward(self, x, x0):
         stream, embedding = self.mix.to(x.dtype)
         return stream * x + embedding * x0
 
 
 # input sites: normalised input of a sublayer (B,T,C) -> (B,T,C)
 class LNScale(Site):
-    """Damp what block i reads by 1/sqrt(i + 1). Source: PR 315. Knob: LN_SCALE."""
+    """Damp what block i reads by 1/sqrt(i + 1). PR 315. Knob: LN_SCALE."""
 
-    def build(self, cfg: ModelConfig, layer: int):
-        self.scale = (layer + 1) ** -0.5
+    def build(self, cfg: ModelConfig):
+        self.scale = (self.layer + 1) ** -0.5
 
-    def forward(self, n: Tensor) -> Tensor:
+    def forward(self, n):
         return self.scale * n
 
 
@@ -2242,40 +2231,40 @@ class MupLogits(LNScale):
     """Scale logits by base width / width: the head sums C entries that AdamW each moves by the
     learning rate; Muon needs no such care. Knob: MUP_BASE_WIDTH."""
 
-    def build(self, cfg: ModelConfig, layer: int):
+    def build(self, cfg: ModelConfig):
         self.scale = cfg.mup_base_width / cfg.model_dim
 
 
-# site -> techniques in order of application, each with the condition under which block `i` has it
-SITES: dict[str, list[tuple[type[Site], Callable[[ModelConfig, int], bool]]]] = {
-    "embed": [
-        (BigramHash, lambda c, i: c.bigram_buckets > 0),
-        (EngramLite, lambda c, i: c.engram_buckets > 0),
-        (SmearGateC, lambda c, i: c.smear_gate in ("C", "D")),
-        (EmbedNorm, lambda c, i: True),
-        (SmearGateB, lambda c, i: c.smear_gate == "B"),
-    ],
-    "qkv": [
-        (AddValueEmbedding, lambda c, i: i >= c.num_layers - c.value_embed_last_n),
-        (KeepValue, lambda c, i: c.value_residual != "none" and i == 0),
-        (ValueResidual, lambda c, i: c.value_residual != "none" and i > 0),
-        (QKNorm, lambda c, i: True),
-        (Rotary, lambda c, i: c.rotary_dims > 0),
-        (QKGain, lambda c, i: True),
-    ],
-    "attn_out": [
-        (XSA, lambda c, i: i >= c.num_layers - c.xsa_last_n),
-        (OutputGate, lambda c, i: c.output_gate_scale > 0),
-    ],
-    "residual": [(X0Mix, lambda c, i: c.x0_mix)],
-    "input": [(LNScale, lambda c, i: c.ln_scale)],
-    "head": [(MupLogits, lambda c, i: c.mup_base_width > 0)],
+# site -> {technique: whether block i has it}, in order of application
+SITES = {
+    "embed": {
+        BigramHash: lambda c, i: c.bigram_buckets > 0,
+        EngramLite: lambda c, i: c.engram_buckets > 0,
+        SmearGateC: lambda c, i: c.smear_gate in ("C", "D"),
+        EmbedNorm: lambda c, i: True,
+        SmearGateB: lambda c, i: c.smear_gate == "B",
+    },
+    "qkv": {
+        AddValueEmbedding: lambda c, i: i >= c.num_layers - c.value_embed_last_n,
+        ValueResidual: lambda c, i: c.value_residual == "mix",
+        QKNorm: lambda c, i: True,
+        Rotary: lambda c, i: c.rotary_dims > 0,
+        QKGain: lambda c, i: True,
+    },
+    "attn_out": {
+        XSA: lambda c, i: i >= c.num_layers - c.xsa_last_n,
+        OutputGate: lambda c, i: c.output_gate_scale > 0,
+    },
+    "residual": {X0Mix: lambda c, i: c.x0_mix},
+    "input": {LNScale: lambda c, i: c.ln_scale},
+    "head": {MupLogits: lambda c, i: c.mup_base_width > 0},
 }
 
 
 def sites(name: str, cfg: ModelConfig, layer: int = 0) -> nn.ModuleList:
     """The techniques that a configuration puts at one site of one block."""
-    return nn.ModuleList(kind(cfg, layer) for kind, wanted in SITES[name] if wanted(cfg, layer))
+    table = SITES[name].items()
+    return nn.ModuleList(kind(cfg, layer) for kind, wanted in table if wanted(cfg, layer))
 
 
 class Attention(nn.Module):
@@ -2301,8 +2290,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Up-projection, leaky relu, square (positive on both sides), down-projection.
-    x (B,T,C) -> (B,T,C). Source: PR 493. Knobs: MLP_MULT, LEAKY_SLOPE."""
+    """Up, leaky relu, square (positive on both sides), down. x (B,T,C) -> (B,T,C). PR 493. Knobs:
+    MLP_MULT, LEAKY_SLOPE."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -2318,10 +2307,9 @@ Lanes = tuple[Tensor, ...]  # of the residual stream, each (B,T,C); skips join t
 
 
 class Block(nn.Module):
-    """One stored layer: attention, then the MLP on its result, each branch scaled per channel.
-    Carries one lane."""
+    """One stored layer: attention, then the MLP on its result, each branch scaled per channel."""
 
-    lanes = 1
+    lanes = 1  # how many it carries
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
@@ -2359,7 +2347,7 @@ class Block(nn.Module):
 
 
 class ParallelBlock(Block):
-    """Form A: attention and MLP read the same stream and add to it together. Source: PR 1412."""
+    """Form A: attention and MLP read the same stream and add to it together. PR 1412."""
 
     def forward(self, lanes: Lanes, context: Context) -> Lanes:
         x = self.mixed(lanes[0], context)
@@ -2367,7 +2355,7 @@ class ParallelBlock(Block):
 
 
 class LanesB(Block):
-    """Form B: attention owns lane 0, the MLP lane 1, which sees no embedding. Source: PR 1334."""
+    """Form B: attention owns lane 0, the MLP lane 1, which sees no embedding. PR 1334."""
 
     lanes = 2
 
@@ -2377,8 +2365,8 @@ class LanesB(Block):
 
 
 class LanesD(Block):
-    """Form D: attention reads lane 0, the MLP lane 1 as it is, and each writes into both raw lanes
-    by learned amounts. Source: PR 1530."""
+    """Form D: attention reads lane 0, the MLP lane 1 as it is; each writes into both raw lanes by
+    learned amounts. PR 1530."""
 
     lanes = 2
 
@@ -2392,12 +2380,6 @@ class LanesD(Block):
 
 
 PARALLEL = {"none": Block, "A": ParallelBlock, "B": LanesB, "D": LanesD}
-
-
-def make_block(cfg: ModelConfig, layer: int) -> Block:
-    """The block of one layer. Knobs: PARALLEL, PARALLEL_START."""
-    kind = PARALLEL[cfg.parallel] if layer >= cfg.parallel_start else Block
-    return kind(cfg, layer)
 
 
 class Merge(nn.Module):
@@ -2416,53 +2398,40 @@ class Merge(nn.Module):
         return torch.lerp(lanes[1], lanes[0], self.share.to(lanes[0].dtype))
 
 
-# How an earlier output joins the stream: (x (B,T,C), earlier (B,T,C), pair) -> (B,T,C)
-class UNetSkips(nn.Module):
-    """Add an earlier output times a learned weight per channel, 1 at the start. SKIPS=unet."""
+class Skips(nn.Module):
+    """An earlier output joins the stream, times a learned weight per channel, 1 at the start
+    (unet), or its sigmoid (PR 1539); gated: blended by a learned gate per channel, one half at the
+    start (PR 1089). Knob: SKIPS."""
 
-    def __init__(self, pairs: int, width: int):
+    def __init__(self, form: str, pairs: int, width: int):
         super().__init__()
+        self.form = form
         self.weights = scalar(pairs, width, value=1.0)
+        self.gates = scalar(pairs, width) if form == "gated" else None
 
     def forward(self, x: Tensor, earlier: Tensor, pair: int) -> Tensor:
-        return x + self.weights[pair].to(x.dtype) * earlier
-
-
-class SigmoidSkips(UNetSkips):
-    """The same by the sigmoid of the weight. Source: PR 1539. SKIPS=sigmoid."""
-
-    def forward(self, x: Tensor, earlier: Tensor, pair: int) -> Tensor:
-        return x + torch.sigmoid(self.weights[pair]).to(x.dtype) * earlier
-
-
-class GatedSkips(UNetSkips):
-    """Blend the stream with the weighted earlier output by a learned gate per channel, one half at
-    the start. Source: PR 1089. SKIPS=gated."""
-
-    def __init__(self, pairs: int, width: int):
-        super().__init__(pairs, width)
-        self.gates = scalar(pairs, width)
-
-    def forward(self, x: Tensor, earlier: Tensor, pair: int) -> Tensor:
-        own = torch.sigmoid(self.gates[pair]).to(x.dtype)
-        return torch.lerp(self.weights[pair].to(x.dtype) * earlier, x, own)
-
-
-SKIPS = {"unet": UNetSkips, "sigmoid": SigmoidSkips, "gated": GatedSkips}
+        """x and earlier (B,T,C) -> (B,T,C)."""
+        weight = self.weights[pair]
+        if self.form == "sigmoid":
+            weight = torch.sigmoid(weight)
+        weighted = weight.to(x.dtype) * earlier
+        if self.gates is None:
+            return x + weighted
+        return torch.lerp(weighted, x, torch.sigmoid(self.gates[pair]).to(x.dtype))
 
 
 class LoopGates(nn.Module):
-    """Learned strength of each extra pass of each looped block, 1 at the start, times one common
-    factor that rises from 0 to 1 when loops begin. Knob: LOOP_RAMP_STEPS."""
+    """Learned strength of each extra pass of each looped block, 1 at the start, times a common ramp
+    from 0 to 1 when loops begin. Knob: LOOP_RAMP_STEPS."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.gates = scalar(cfg.num_loops, cfg.loop_end + 1 - cfg.loop_start, value=1.0)
-        # A tensor, so that the ramp recompiles nothing.
+        # a tensor, so that the ramp recompiles nothing
         self.register_buffer("strength", torch.ones(()), persistent=False)
 
     def forward(self, lanes: Lanes, after: Lanes, gate: tuple[int, int]) -> Lanes:
-        """The lanes moved a part of the way to what the pass made of them; gate = (pass, block)."""
+        """The lanes moved a part of the way to what a pass made of them; gate = (pass, block)."""
         share = (self.gates[gate] * self.strength).to(lanes[0].dtype)
         return tuple(torch.lerp(a, b, share) for a, b in zip(lanes, after))
 
@@ -2479,10 +2448,9 @@ Plan = tuple[Slot, ...]
 
 
 def schedule(cfg: ModelConfig, loops: int | None = None) -> Plan:
-    """The order of block applications and the skips between them: blocks LOOP_START..LOOP_END run
-    1 + loops times; the first half of the slots (or those before the loop) push their outputs, the
-    second half (or those after it) pop them, last in, first out. Source: PR 1394. Knobs: NUM_LOOPS,
-    LOOP_*, SKIPS, SKIP_PAIRS."""
+    """Slots in order: blocks LOOP_START..LOOP_END run 1 + loops times; the first half of the slots
+    (or those before the loop) push their outputs, the second half (or those after it) pop them,
+    last in, first out. PR 1394. Knobs: NUM_LOOPS, LOOP_*, SKIPS, SKIP_PAIRS."""
     loops = cfg.num_loops if loops is None else loops
     looped = range(cfg.loop_start, cfg.loop_end + 1) if cfg.num_loops else range(0)
     gated = cfg.loop_ramp_steps > 0
@@ -2505,7 +2473,7 @@ def schedule(cfg: ModelConfig, loops: int | None = None) -> Plan:
 
 
 def plans(cfg: ModelConfig) -> tuple[Plan, ...]:
-    """One plan per phase of a run, without and with loops; each becomes one compiled graph."""
+    """Plans of a run, without and with loops; each becomes one compiled graph."""
     late = cfg.num_loops > 0 and cfg.enable_looping_at > 0
     return (schedule(cfg, 0), schedule(cfg)) if late else (schedule(cfg),)
 
@@ -2517,26 +2485,26 @@ class CrossEntropy(nn.Module):
     def __init__(self, cfg: ModelConfig, optim: OptimConfig, vocab: int):
         super().__init__()
 
-    def forward(self, nats: Tensor, targets: Tensor, h: Tensor) -> Tensor:
+    def forward(self, nats, targets, h):
         return nats.sum()
 
 
 class ByteWeighted(CrossEntropy):
-    """Weigh each target by its bytes, leading space left out, over their mean in the vocabulary, at
-    least by 0.1 (see see_data): over a text the loss changes its scale. Source: the research log of
-    the depth-recurrent system. Knob: OBJECTIVE=byte."""
+    """Weigh each target by its bytes, leading space left out, over the vocabulary's mean, at least
+    by 0.1 (see_data): over a text the loss changes its scale. Source: the research log of the
+    depth-recurrent system. Knob: OBJECTIVE=byte."""
 
     def __init__(self, cfg: ModelConfig, optim: OptimConfig, vocab: int):
         super().__init__(cfg, optim, vocab)
         self.register_buffer("weights", torch.ones(vocab), persistent=False)
 
-    def forward(self, nats: Tensor, targets: Tensor, h: Tensor) -> Tensor:
+    def forward(self, nats, targets, h):
         return (self.weights[targets.clamp(min=0)] * nats).sum()
 
 
 class MultiToken(CrossEntropy):
-    """Add MTP_WEIGHT times the mean loss of a second head, which predicts one token further from
-    the same state and is not exported. Source: PR 549. Knob: OBJECTIVE=mtp."""
+    """Add MTP_WEIGHT times the mean loss of a second head, which predicts one token further and is
+    not exported. PR 549. Knob: OBJECTIVE=mtp."""
 
     def __init__(self, cfg: ModelConfig, optim: OptimConfig, vocab: int):
         super().__init__(cfg, optim, vocab)
@@ -2544,7 +2512,7 @@ class MultiToken(CrossEntropy):
         self.weight = optim.mtp_weight
         self.head = param((vocab, cfg.model_dim), zero, "head", "drop")
 
-    def forward(self, nats: Tensor, targets: Tensor, h: Tensor) -> Tensor:
+    def forward(self, nats, targets, h):
         later = F.pad(targets[:, 1:], (0, 1), value=-100)
         loss = softcapped_cross_entropy(F.linear(h, self.head.to(h.dtype)), later, self.cap).sum()
         loss = loss * (targets >= 0).sum() / (later >= 0).sum().clamp(min=1)
@@ -2555,7 +2523,7 @@ OBJECTIVES = {"ce": CrossEntropy, "byte": ByteWeighted, "mtp": MultiToken}
 
 
 class GPT(nn.Module):
-    """Transformer that walks a plan. Weights fp32; arithmetic in the dtype of `numerics`."""
+    """Transformer that walks a plan. Weights fp32, arithmetic in the dtype of `numerics`."""
 
     def __init__(
         self, cfg: ModelConfig, vocab: int, numerics: Numerics, optim: OptimConfig = OptimConfig()
@@ -2567,14 +2535,16 @@ class GPT(nn.Module):
         self.embed = param(shape, noise, "embed", "embed")  # read at both ends
         self.merge = Merge(cfg)
         pairs = max(sum(len(slot.skips) for slot in plan) for plan in plans(cfg))
-        self.skips = SKIPS[cfg.skips](pairs, cfg.model_dim) if pairs else None
+        self.skips = Skips(cfg.skips, pairs, cfg.model_dim) if pairs else None
         self.loops = LoopGates(cfg) if cfg.num_loops and cfg.loop_ramp_steps else None
         self.objective = OBJECTIVES[optim.objective](cfg, optim, vocab)
         self.embed_sites, self.head_sites = sites("embed", cfg), sites("head", cfg)
         self.logit_sites = nn.ModuleList()  # as Linear.out_sites, for the output table
         tables = [ValueTable(cfg, vocab)] if cfg.value_embed_last_n else []
         self.value_sites = nn.ModuleList(tables)
-        self.blocks = nn.ModuleList(make_block(cfg, i) for i in range(cfg.num_layers))
+        start = cfg.parallel_start
+        forms = [PARALLEL[cfg.parallel if i >= start else "none"] for i in range(cfg.num_layers)]
+        self.blocks = nn.ModuleList(form(cfg, i) for i, form in enumerate(forms))
         INITS[cfg.init](self)
 
     def exported(self) -> dict[str, nn.Parameter]:
@@ -2622,8 +2592,8 @@ class GPT(nn.Module):
 
 
 def flops_per_token(model: GPT, plan: Plan, seq: int) -> float:
-    """Forward and backward FLOPs of one training token: 6 per matmul weight used, plus causal
-    attention, where a token sees seq / 2 keys on average."""
+    """FLOPs of one training token, forward and backward: 6 per matmul weight used, plus causal
+    attention to seq / 2 keys on average."""
     modules = [model.embed_sites, model.value_sites, *(model.blocks[slot.block] for slot in plan)]
     used = sum(linear.weight.numel() for module in modules for linear in linears(module))
     used += model.embed.numel() + sum(p.numel() for p in model.objective.parameters())
@@ -2631,15 +2601,12 @@ def flops_per_token(model: GPT, plan: Plan, seq: int) -> float:
 
 
 def linears(module: nn.Module) -> list[Linear]:
-    """All matrices inside a module, small gates included."""
+    """All matrices of a module, small gates included."""
     return [m for m in module.modules() if isinstance(m, Linear)]
 
 
-# Initialisation of a whole model, after every parameter has been born with its own
-
-
 def uniform_init(model: GPT):
-    """Draw all matrices of the blocks from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), outputs included."""
+    """uniform() for all matrices of the blocks, outputs included."""
     for m in linears(model.blocks):
         if m.weight.opt == "matrix":
             uniform(m.weight.data)
@@ -2664,8 +2631,8 @@ def mimetic_init(model: GPT, rows: bool = False):
         block.attn.proj.weight.data.copy_(-0.05 * (values if rows else values.T))
 
 
-INITS: dict[str, Callable[[GPT], Any]] = {
-    "default": lambda model: None,
+INITS = {
+    "default": lambda model: None,  # as born
     "uniform": uniform_init,
     "orthogonal": orthogonal_init,
     "mimetic": mimetic_init,
@@ -2675,8 +2642,8 @@ INITS: dict[str, Callable[[GPT], Any]] = {
 
 @torch.no_grad()
 def see_data(model: GPT, data: Data):
-    """What a model takes from its data: the weight of each token's bytes (OBJECTIVE=byte) and, from
-    the first 4 million training tokens, an initial embedding (EMBED_INIT=svd)."""
+    """What a model takes from its data: weights of tokens by bytes (OBJECTIVE=byte) and, from the
+    first 4 million training tokens, an initial embedding (EMBED_INIT=svd)."""
     if isinstance(model.objective, ByteWeighted):
         lengths = torch.from_numpy(data.token_bytes).float()
         model.objective.weights.copy_((lengths / lengths[lengths > 0].mean()).clamp(min=0.1))
