@@ -2686,23 +2686,22 @@ class Bank:
         self.gradients = gradients  # padded with matrices of zeros to equal shares
         self.share = len(gradients) // rt.world
         self.mine = slice(rt.rank * self.share, (rt.rank + 1) * self.share)
-        self.owned = len(params[self.mine])  # less than a share at the end of the bank
+        self.owned = len(params[self.mine])  # at the end of a bank less than a share
         # this rank's share of the mean gradient
         self.reduced = torch.zeros_like(gradients[: self.share]) if rt.world > 1 else gradients
-        # what MUON_DECAY=fixed_norm keeps; for a start at zero, what the framework would have drawn
+        # for fixed_norm; of a start at zero, what the framework would have drawn
         self.norms = weights.norm(dim=(1, 2), keepdim=True)
         self.norms[self.norms == 0] = (weights.size(1) / 3) ** 0.5
         self.state: State = {}
 
     def padded(self, x: Tensor) -> Tensor:
-        """Rows of this rank with rows of zeros below, a whole share."""
+        """x (owned,...) with zeros below, a whole share."""
         return F.pad(x, (0, 0) * (x.dim() - 1) + (0, self.share - self.owned))
 
 
 class FlatParameters:
-    """All weights as views of one fp32 vector and all gradients as views of another: a bank per
-    shape of matrix, the largest first, then the other parameters by tag, then the loss. `rest` has
-    all gradients outside banks and the loss: one all-reduce."""
+    """Weights as views of one fp32 vector, gradients as views of another: a bank per shape of
+    matrix, the largest first, then `rest`, one all-reduce: other parameters by tag, the loss."""
 
     def __init__(self, model: GPT, rt: Runtime):
         self.rt = rt
@@ -2714,7 +2713,7 @@ class FlatParameters:
             else:
                 by_tag[p.opt].append(p)
         stacks = sorted(by_shape.values(), key=lambda ps: -len(ps) * ps[0].numel())
-        groups = stacks + [by_tag[tag] for tag in sorted(by_tag)]
+        groups = stacks + [ps for _, ps in sorted(by_tag.items())]
         sizes = [sum(p.numel() for p in ps) for ps in groups]
         padded = list(sizes)  # zeros behind a bank make its shares equal
         for i, ps in enumerate(stacks):
@@ -2728,8 +2727,8 @@ class FlatParameters:
         flat = zip(self.weights.split(sizes), self.gradients[:-1].split(padded))
         for ps, (weights, gradients) in zip(groups, flat):
             counts = [p.numel() for p in ps]
-            parts = zip(ps, weights.split(counts), gradients[: len(weights)].split(counts))
-            for p, w, g in parts:
+            real = gradients[: len(weights)]
+            for p, w, g in zip(ps, weights.split(counts), real.split(counts)):
                 p.data, p.grad = w.view(p.shape), g.view(p.shape)
             if ps[0].opt == "matrix":
                 shape = (-1, *ps[0].shape)
@@ -2755,7 +2754,7 @@ class Hyper:
     step: int = 0  # updates done before
 
 
-# Stages: stage(u (K,m,n), state, hp) -> (K,m,n). The state belongs to the share of a bank: K rows.
+# Stages: stage(u (K,m,n), state, hp) -> (K,m,n); the state is that of these K matrices.
 def kept(state: State, name: str, like: Tensor) -> Tensor:
     """A tensor of the state, zeros at first."""
     return state.setdefault(name, torch.zeros_like(like))
@@ -2996,16 +2995,14 @@ def adam_groups(c: OptimConfig) -> dict[str, tuple[float, float, float]]:
     }
 
 
-# Parameter -> int64, bit i set where the loss of plan i depends on it: one number for a matrix or
-# table, one for each entry of a scalar parameter
 Reach = dict[nn.Parameter, Tensor]
 
 
 @torch.enable_grad()
 def reached(model: GPT, plans: Sequence[Plan]) -> Reach:
-    """What each plan reaches: a loss of NaN turns the gradient of all that it depends on into NaN,
-    also where the true gradient is zero. (Rows of skip weights join with their slots; a row of a
-    table that these tokens do not read is reached all the same.)"""
+    """Parameter -> int64, bit i set where the loss of plan i depends on it: one number for a matrix
+    or table, one for each entry of a scalar parameter, since rows of skip weights join with their
+    slots. A loss of NaN makes such gradients NaN, also where the true ones are zero."""
     ids = torch.arange(16, device=model.embed.device).unsqueeze(0) % len(model.embed)
     params = list(model.parameters())
     reach = {}
@@ -3013,15 +3010,15 @@ def reached(model: GPT, plans: Sequence[Plan]) -> Reach:
         loss = model(ids, ids, plan)[0] * math.nan
         gradients = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         for p, touched in zip(params, map(torch.isnan, gradients)):
-            found = touched if p.opt == "scalar" else touched.any()
+            found = touched if p.opt == "scalar" else touched.any()  # rows not read stay 0
             reach[p] = reach.get(p, 0) + (found.long() << i)
     return reach
 
 
 @dataclass
 class AdamPart:
-    """A contiguous part of one tag's vector that the same plans reach. While the plan does not, it
-    stands still: no decay, no step counted, as the framework's Adam skips what has no gradient."""
+    """A part of one tag's vector that the same plans reach. Under other plans it stands still: no
+    decay, no step counted, as the framework's Adam skips what has no gradient."""
 
     weights: Tensor
     gradient: Tensor
@@ -3032,8 +3029,7 @@ class AdamPart:
     state: State = field(default_factory=dict)
 
     def step(self, cfg: OptimConfig, ramps: dict[str, float]):
-        """AdamW, arXiv 1711.05101; AdEMAMix, arXiv 2409.03137, adds alpha times a second, slow mean
-        without bias correction."""
+        """AdamW; AdEMAMix, arXiv 2409.03137, adds a slow mean without bias correction."""
         state, lr = self.state, self.lr * ramps["lr"]
         beta1, beta2 = self.beta1, cfg.beta2
         u = self.gradient.add_(self.weights, alpha=cfg.adam_l2)
@@ -3047,18 +3043,18 @@ class AdamPart:
 
 
 class Optimiser:
-    """Muon over banks of matrices, AdamW or AdEMAMix over one vector per other tag. Every rank
-    orthogonalises its share of each bank, while gradients and updates of others travel; the number
-    of ranks changes rounding alone. Sources: Keller Jordan's Muon, PR 399 (banks)."""
+    """Muon over banks, AdamW over the rest. Every rank orthogonalises its share of each bank, while
+    gradients and updates of others travel; the number of ranks changes rounding alone. Sources:
+    Keller Jordan's Muon, PR 399 (banks)."""
 
     def __init__(self, flat: FlatParameters, cfg: Config, dtype: torch.dtype, reach: Reach):
-        """`dtype` is that of products inside orthogonalisation and of updates that travel; every
-        plan reaches what `reach` does not name."""
+        """`dtype`: of products in orthogonalisation and of updates that travel. Every plan reaches
+        what `reach` does not name."""
         self.flat, self.cfg, self.rt = flat, cfg.optim, flat.rt
         self.stages, self.decay = MUON[self.cfg.muon], DECAYS[self.cfg.muon_decay]
         self.hyper = Hyper(self.cfg, dtype)
         reach = dict.fromkeys(flat.params, torch.tensor(-1)) | reach
-        self.bank_reach = [[int(reach[p]) for p in bank.params] for bank in flat.banks]
+        self.reach = [[int(reach[p]) for p in bank.params] for bank in flat.banks]
         groups = adam_groups(self.cfg)
         self.parts: list[AdamPart] = []
         for tag, (weights, gradients) in flat.vectors.items():
@@ -3086,20 +3082,20 @@ class Optimiser:
         for bank, arrived in zip(self.flat.banks, arrivals):
             arrived()
             travelling.append(self.rt.all_gather(self.direction(bank)))
-        for bank, reach, (update, landed) in zip(self.flat.banks, self.bank_reach, travelling):
+        for bank, reach, (update, landed) in zip(self.flat.banks, self.reach, travelling):
             landed()
             self.apply(bank, update, reach, ramps)
         self.hyper.step += 1
 
     def direction(self, bank: Bank) -> Tensor:
-        """The update of this rank's share of a bank, (share,m,n) in the dtype that travels."""
+        """The update of this rank's share of a bank, (share,m,n), as it travels."""
         u = bank.reduced[: bank.owned]
         for stage in self.stages:
             u = stage(u, bank.state, self.hyper)
         return bank.padded(u.to(self.hyper.dtype))
 
     def apply(self, bank: Bank, update: Tensor, reach: list[int], ramps: dict[str, float]):
-        """Change the weights of a whole bank, the same on every rank."""
+        """Change the weights of a whole bank."""
         lr, wd = self.cfg.matrix_lr * ramps["lr"], self.cfg.muon_wd
         update = update[: len(bank.weights)].float()
         joined = [code >> ramps["plan"] & 1 for code in reach]
@@ -3109,7 +3105,7 @@ class Optimiser:
         self.decay(bank.weights, update, lr, wd, bank.norms)
 
     def state_dict(self) -> dict[str, Any]:
-        """The same on any number of ranks; every rank must call it."""
+        """The same on any number of ranks; all must call it."""
         banks = []
         for bank in self.flat.banks:
             full = {}
@@ -3132,8 +3128,8 @@ class Optimiser:
 
 @torch.no_grad()
 def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Tensor]:
-    """Sum of outer products (n,n) fp32 of what each matrix and the head read, over ids (B,T) and
-    all visits of a plan; zeros without rows. By hooks on an eager pass."""
+    """Sums of outer products (n,n) fp32 of what each matrix and the head read, over ids (B,T) and
+    all visits of a plan; zeros without rows."""
     readers = [m for m in model.modules() if isinstance(m, Linear) and m.weight.opt == "matrix"]
     read = [*(m.weight for m in readers), model.embed]
     sums = {p: torch.zeros(p.size(1), p.size(1), device=ids.device) for p in read}
@@ -3154,7 +3150,7 @@ def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Te
 
 
 class StepHook:
-    """What a technique of STEP_HOOKS does around a training step; by itself, nothing."""
+    """What a technique of STEP_HOOKS does around a training step."""
 
     def before_step(self, ramps: dict[str, float]):
         """Set what changes during the run; also called before scoring."""
@@ -3163,7 +3159,7 @@ class StepHook:
         """See the rows of a micro-batch, (rows,T), without padding."""
 
     def before_update(self):
-        """Act when all micro-batches of this rank are done; may communicate."""
+        """Act after this rank's micro-batches; may communicate."""
 
 
 class InputWatch(StepHook):
@@ -3223,16 +3219,16 @@ class LoopStrength(StepHook):
 
 
 class Progress(NamedTuple):
-    """Where a run stands; everything that ramps is a function of this."""
+    """Where a run stands."""
 
     step: int
     frac: float  # part of the run that is over, 0..1
-    remaining: float  # seconds of training left, or steps when there is no wall-clock limit
-    step_cost: float  # seconds of one step (0 = not known yet), or 1 step
+    remaining: float  # seconds of training left, steps without a wall-clock limit
+    step_cost: float  # seconds of a step, 0 = not known yet; or 1 step
 
     def steps_left(self) -> float:
-        """Steps until the end at the present pace; infinite while that is not known, so that slow
-        first steps start no decay."""
+        """Steps until the end; infinite until a step's cost is known: slow first steps start no
+        decay."""
         return self.remaining / self.step_cost if self.step_cost else math.inf
 
 
@@ -3241,7 +3237,7 @@ def part_of(span: float, done: float) -> float:
     return min(1.0, done / span) if span else 1.0
 
 
-LR_SCHEDULES: dict[str, Callable[[Progress, OptimConfig], float]] = {  # see the knob LR_SCHEDULE
+LR_SCHEDULES = {
     "warmdown_iters": lambda p, c: part_of(c.warmdown_iters, p.steps_left()),
     "warmdown_frac": lambda p, c: part_of(c.warmdown_frac, 1 - p.frac),
     "cosine": lambda p, c: (1 - math.cos(math.pi * part_of(c.warmdown_frac, 1 - p.frac))) / 2,
@@ -3249,14 +3245,14 @@ LR_SCHEDULES: dict[str, Callable[[Progress, OptimConfig], float]] = {  # see the
 
 
 def momentum(p: Progress, cfg: OptimConfig) -> float:
-    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM, and back at the end of the run."""
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM, and back at the end."""
     warm = part_of(cfg.muon_momentum_warmup_steps, p.step)
     part = min(warm, part_of(cfg.muon_momentum_cooldown_steps, p.steps_left()))
     return (1 - part) * cfg.muon_momentum_warmup_start + part * cfg.muon_momentum
 
 
 def slow_decay(p: Progress, cfg: OptimConfig) -> float:
-    """AdEMAMix's beta3: its half-life grows linearly from that of BETA1 over the whole run."""
+    """AdEMAMix's beta3: its half-life grows linearly from that of BETA1."""
     first, last = math.log(max(cfg.beta1, 1e-9)), math.log(cfg.ademamix_beta3)
     return math.exp(1 / ((1 - p.frac) / first + p.frac / last))
 
@@ -3270,7 +3266,7 @@ def row_lengths(cfg: Config) -> list[int]:
 
 
 def row_length(p: Progress, cfg: Config) -> int:
-    """Equal parts of the first SEQ_RAMP_FRAC of the run for all lengths but the last."""
+    """Shorter lengths share the first SEQ_RAMP_FRAC of the run equally."""
     *shorter, last = row_lengths(cfg)
     if p.frac >= cfg.optim.seq_ramp_frac or not shorter:
         return last
@@ -3284,8 +3280,8 @@ def plan_index(p: Progress, cfg: ModelConfig) -> int:
 
 
 def loop_strength(p: Progress, cfg: ModelConfig) -> float:
-    """Linear from 0 to 1 over LOOP_RAMP_STEPS steps after looping begins (by time: at the average
-    pace so far)."""
+    """Linear from 0 to 1 over LOOP_RAMP_STEPS steps from where looping begins (by time: at the
+    average pace so far)."""
     start = cfg.enable_looping_at
     if start <= 1:
         start *= p.step / max(p.frac, 1e-9)
@@ -3299,7 +3295,7 @@ def qat_progress(p: Progress, cfg: QuantConfig) -> float:
 
 
 def ramps_at(p: Progress, cfg: Config) -> dict[str, float]:
-    """All that moves during a run, at a point of it; the training loop sets it before each step."""
+    """All that moves during a run, at a point of it."""
     o = cfg.optim
     return dict(
         lr=max(o.min_lr, LR_SCHEDULES[o.lr_schedule](p, o)),
@@ -3317,7 +3313,7 @@ def ramps_at(p: Progress, cfg: Config) -> dict[str, float]:
 class LastWeights:
     """No averaging: the last step's weights are exported. Interface of every averager."""
 
-    needs_scores = False  # whether it asks for losses of held-out training text
+    needs_scores = False  # whether it calls `loss`
 
     def __init__(self, weights: Tensor, cfg: OptimConfig, loss: Callable[[], float]):
         """`loss` scores the live weights on held-out training text, in nats per token."""
@@ -3325,7 +3321,7 @@ class LastWeights:
         self.state: State = dict(count=0)
 
     def update(self, step: int, ramps: dict[str, float]):
-        """Called after every step with the number of steps done and the step's ramps."""
+        """Called after every step with the number of steps done."""
 
     def take(self, share: float):
         """Move the fp32 average towards the live weights."""
@@ -3333,7 +3329,7 @@ class LastWeights:
         kept(self.state, "average", self.weights).lerp_(self.weights, share)
 
     def apply(self) -> str:
-        """Replace the live weights by their average after training. Returns what was done."""
+        """Replace the live weights by their average. Returns what was done."""
         if not self.state["count"]:
             return "last weights, no snapshot"
         self.weights.copy_(self.state["average"])
@@ -3360,7 +3356,7 @@ class SWA(LastWeights):
     peak. Source: the competition's records from March 20 on."""
 
     def worth(self, ramps: dict[str, float]) -> float:
-        """Weight of a snapshot of the live weights relative to the others'; 0 = too early."""
+        """Relative weight of a snapshot; 0 = too early."""
         return float(ramps["lr"] < self.cfg.swa_start)
 
     def update(self, step: int, ramps: dict[str, float]):
@@ -3370,8 +3366,8 @@ class SWA(LastWeights):
 
 
 class WeightedSWA(SWA):
-    """Mean of snapshots of the second half of the run, each worth the inverse of its loss on
-    held-out training text. Source: the research log of the depth-recurrent system."""
+    """Mean of snapshots of the second half of the run, each by the inverse of its held-out loss.
+    Source: the research log of the depth-recurrent system."""
 
     needs_scores = True
 
