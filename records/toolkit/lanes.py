@@ -6,6 +6,7 @@ them into batches; each batch costs what toolkit.step_time says of a pass, times
 evaluations took over that.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -110,11 +111,10 @@ def rounds(cfg: train_gpt.Config, lengths: np.ndarray) -> Iterator[Round]:
     tuner = SimpleNamespace(step=lambda spans, rate: updates.append(spans))
     ledger = SimpleNamespace(read=lambda spans: (spans,))
     model = SimpleNamespace(nll=max)  # never called
-    strategy = train_gpt.strategy_of(
-        cfg, None, model, train_gpt.Numerics(compile=False), (), cfg.eval.eval, cfg.eval.ttt
-    )
-    strategy.tuner = lambda numerics: tuner
-    strategy.adapt = strategy.detach = lambda: None
+    numerics = train_gpt.Numerics(compile=False)
+    strategy = train_gpt.strategy_of(train_gpt.Subject(cfg, None, model, numerics, ()))
+    strategy.tuner = lambda **numerics: tuner
+    strategy.adapted = contextlib.nullcontext
     borders = np.concatenate([[0], np.cumsum(lengths)])
     found = None
     for batches in strategy.rounds(borders, ledger):

@@ -131,10 +131,8 @@ class Planned:
         while step < o.iterations and elapsed < budget:
             frac = max(elapsed / budget, step / o.iterations)
             at = train_gpt.Progress(step, frac, budget - elapsed, 1.0)
-            key = (
-                int(train_gpt.RAMPS["plan"](at, self.cfg)),
-                int(train_gpt.RAMPS["row"](at, self.cfg)),
-            )
+            now = train_gpt.ramps_at(at, self.cfg)
+            key = int(now["plan"]), int(now["row"])
             if key not in cost:
                 cost[key] = step_time(self.shape(*key), self.on, rates()).seconds
             slice_end = (1 + math.floor(frac * 500)) / 500  # ramps are asked again so often
