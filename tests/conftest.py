@@ -22,6 +22,8 @@ import train_gpt  # noqa: E402
 QUICK_SECONDS = 4  # of processor time, on a loaded machine; alone a quick test takes under 1.5
 NOT_QUICK = ("slow", "full_size", "survey", "gpu")
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+if "NULL_GPU" in os.environ:  # a device that computes nothing: tests/gpu/null
+    collect_ignore = ["gpu/test_gpu.py"]
 
 
 def pytest_addoption(parser):
