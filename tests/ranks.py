@@ -138,4 +138,4 @@ if __name__ == "__main__":
     result = dict(steps=all_steps, scores=scores)[sys.argv[1]](runtime)
     if runtime.main:
         torch.save(result, sys.argv[2])
-    runtime.close()
+    torch.distributed.destroy_process_group()
