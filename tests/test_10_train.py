@@ -387,15 +387,15 @@ LYING_CLOCK = """
 import glob
 if os.environ["RANK"] == "1":
     train_gpt.Clock.read = lambda self: 0.0
-end, close = train_gpt.Trainer.end, train_gpt.Runtime.close
+end, close = train_gpt.Trainer.end, train_gpt.dist.destroy_process_group
 def end_aloud(self, *args):
     print(f"rank {self.rt.rank} stopped at step {self.step_number}", flush=True)
     end(self, *args)
-def close_aloud(self):
-    close(self)
-    names = [open(f).read() for f in glob.glob("/proc/self/task/*/comm")]
-    print(f"rank {self.rank} leaves {sum('gloo' in name for name in names)} threads", flush=True)
-train_gpt.Trainer.end, train_gpt.Runtime.close = end_aloud, close_aloud
+def close_aloud():
+    close()
+    left = sum("gloo" in open(f).read() for f in glob.glob("/proc/self/task/*/comm"))
+    print(f"rank {os.environ['RANK']} leaves {left} threads", flush=True)
+train_gpt.Trainer.end, train_gpt.dist.destroy_process_group = end_aloud, close_aloud
 """
 
 
