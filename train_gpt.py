@@ -3856,7 +3856,7 @@ def unbrotli(data: bytes, size: int) -> bytes:
 
 RANS_BITS = 14  # probabilities are multiples of 2^-14; states lie in [2^16, 2^32)
 RANS_HEAD = struct.Struct("<IBIB")  # symbols, index of the cut, bytes of the tables, least symbol
-RANS_CUTS = ((1024, 8), (256, 16))  # symbols of a piece of a lane, classes of pieces
+RANS_CUTS = ((1 << 32, 1), (1024, 8), (256, 16))  # symbols of a piece of a lane; classes
 
 
 def rans_lanes(count: int) -> int:
