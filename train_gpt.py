@@ -1449,7 +1449,8 @@ class TokenStream:
 
     def out_of_range(self, shard: int, token: int) -> str:
         name = relative(self.files[shard])
-        return f"{name}: token id {token} is out of range for VOCAB_SIZE={self.vocab}"
+        wrong = f"token id {token} is out of range for VOCAB_SIZE={self.vocab}"
+        return f"{name}: {wrong}; get shards of this tokenizer, see data/prepare.py"
 
 
 class ByteTable(NamedTuple):
@@ -3851,7 +3852,7 @@ def unzstd(data: bytes, size: int) -> bytes:
 
 
 def unbrotli(data: bytes, size: int) -> bytes:
-    return brotli.Decompressor().process(data, output_buffer_limit=size)
+    return brotli.Decompressor().process(data, output_buffer_limit=size)[:size]
 
 
 RANS_BITS = 14  # probabilities are multiples of 2^-14; states lie in [2^16, 2^32)
@@ -5730,7 +5731,7 @@ def main(argv: list[str], env: dict[str, str]) -> int:
     except OSError as error:  # disk full, file gone: the machine's fault, not a bug
         file = relative(error.filename) if error.filename else "a file"
         tell(f"{file}: {error.strerror or error}" + how_to_go_on(cfg, rt))
-        return 1
+        return 2 if rt and rt.doing == "data" else 1
     except KeyboardInterrupt:
         if main_rank:
             print("interrupted" + how_to_go_on(cfg, rt), file=sys.stderr)

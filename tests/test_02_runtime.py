@@ -205,7 +205,7 @@ def test_what_cannot_be_opened_is_one_line_and_leaves_no_folder(toy, tmp_path):
         (many / f"fineweb_train_{i:06d}.bin").symlink_to(toy / "fineweb_train_000001.bin")
     knobs = dict(RUNS_DIR=tmp_path / "runs", RUN_ID="a")
     done = run_in(tmp_path, {}, files=48, DATA_PATH=many, **knobs)
-    assert done.code == 1 and re.fullmatch("error: .*: Too many open files\n", done.err)
+    assert done.code == 2 and re.fullmatch("error: .*: Too many open files\n", done.err)
     code = tmp_path / "code"
     shutil.copytree(
         ROOT / "data", code / "data", ignore=shutil.ignore_patterns("datasets", "__pycache__")

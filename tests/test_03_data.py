@@ -200,7 +200,7 @@ def test_a_folder_named_like_a_shard_is_refused(dataset):
     (dataset / "fineweb_train_000009.bin").mkdir()
     knobs = dict(PRESET="baseline+tiny", DATA_PATH=dataset, RUNS_DIR=dataset.parent / "runs")
     run = run_script(timeout=60, **knobs)
-    assert run.code == 1 and re.fullmatch("error: .*train_000009.bin: Is a directory\n", run.err)
+    assert run.code == 2 and re.fullmatch("error: .*train_000009.bin: Is a directory\n", run.err)
 
 
 @pytest.mark.slow
