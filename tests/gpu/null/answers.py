@@ -132,6 +132,12 @@ def read(scalar):
     return answer
 
 
+def truth(x):
+    """bool(tensor): what its memory holds. Zero, where no kernel wrote: nothing failed."""
+    torch.cuda.current_stream().synchronize()
+    return bool(on_host(x.detach()).ne(0))
+
+
 def least_squares(a, b, rcond=None, *, driver=None):
     """linalg_lstsq, which has no shapes-only form."""
     solution = a.new_empty(*a.shape[:-2], a.size(-1), b.size(-1))
@@ -263,6 +269,8 @@ def install():
     library.impl("_scaled_dot_product_cudnn_attention_backward", cudnn_backward, "CUDA")
     library.impl("fill_.Scalar", fill, "CUDA")
     library.impl("zero_", fill, "CUDA")
+    for key in ("CUDA", "AutogradCUDA"):
+        library.impl("is_nonzero", truth, key)
     # What is asked before going on: all is finite, nothing is wrong, everything is there.
     library.impl("isfinite", always(True, "isfinite"), "CUDA")
     library.impl("all", always(True, "all", scalar=True), "CUDA")

@@ -19,7 +19,9 @@ HERE = Path(__file__).resolve().parent
 SITE = Path(sysconfig.get_paths()["purelib"])
 CALLERS = ("libtorch_cuda", "libtorch_cuda_linalg", "libtorch_python", "libc10_cuda")
 # Functions of the CUDA libraries that are left to the real ones: they need no device.
-REAL = re.compile(r"cuda(GetError|RuntimeGetVersion)|cu(dnn|blasLt)Get(Version|Cudart|\w*Error)")
+REAL = re.compile(
+    r"cuda(GetError|RuntimeGetVersion)|cu(dnn|blasLt)Get(Version|Property|Cudart|\w*Error)"
+)
 # Those that a program must not believe in: CUDA graphs, memory pools, memory of other processes.
 REFUSED = re.compile(r"cuda(Graph|Ipc|MemPool|Library|MallocAsync|StreamBegin|StreamEnd)")
 # Those of the libraries that compute; each call is one launch.
