@@ -597,12 +597,7 @@ def test_a_bomb_yields_no_more_than_was_asked_for(explode, codec):
     large = [5_000_000, 20_000_000]
     assert explode(codec, *large) == large
     small = explode(codec, 1, 10, 100_000)
-    if codec == "zstd":
-        assert small == [1, 10, 100_000] or "too much memory" in small
-    elif codec == "brotli":  # at least one block of its output buffer
-        assert max(small[:2]) < 40_000 and small[2] == 100_000
-    else:
-        assert small == [1, 10, 100_000]
+    assert small == [1, 10, 100_000] or (codec == "zstd" and "too much memory" in small)
 
 
 @pytest.mark.slow
@@ -627,7 +622,7 @@ def hostile_files(blob: bytes) -> dict[str, bytes]:
             data = squeezer.compress(bytes(1 << 28)) + squeezer.flush()
             changed = replaced(header, ("streams", i), [key, 3, raw, len(data), "rows"])
             exploding["zstd window"] = forge(changed, body[:at] + data + body[at + length :])
-            for cut in range(2):
+            for cut in range(3):
                 side = zlib.compress(bytes(1 << 28))
                 data = struct.pack("<IBIB", raw, cut, len(side), 0) + side
                 changed = replaced(header, ("streams", i), [key, 6, raw, len(data), "rows"])
