@@ -262,7 +262,7 @@ class OptimConfig:
         "muon",
         "stages that update matrices: the table MUON has them",
         "muon muon_polar muoneq_r muoneq_r_polar muoneq_short_polar turbo_muon turbo_muon_plus "
-        "muon_plus normuon mud rmnp mousse newton_muon",
+        "muon_plus normuon mud rmnp mousse",
     )
     matrix_lr: float = knob(0.04, "learning rate of matrices", 0, 1)
     muon_steps: int = knob(
@@ -271,13 +271,13 @@ class OptimConfig:
         0,
         12,
         needs="MUON in muon,muon_polar,muoneq_r,muoneq_r_polar,muoneq_short_polar,muon_plus,"
-        "normuon,mud,newton_muon",
+        "normuon,mud",
     )
     muon_beta2: float = knob(
-        0.95, "Muon's second-moment decay", 0, 0.99999, needs="MUON in normuon,mousse,newton_muon"
+        0.95, "Muon's second-moment decay", 0, 0.99999, needs="MUON in normuon,mousse"
     )
     muon_refresh: int = knob(
-        0, "steps between inversions; 0 = published", 0, 10**6, needs="MUON in mousse,newton_muon"
+        0, "steps between inversions; 0 = published", 0, 10**6, needs="MUON in mousse"
     )
     muon_decay: str = knob(
         "decoupled",
@@ -2771,15 +2771,6 @@ def nesterov(u: Tensor, state: State, hp: Hyper) -> Tensor:
     return u + hp.momentum * heavy_ball(u, state, hp)
 
 
-def input_whitening(u: Tensor, state: State, hp: Hyper) -> Tensor:
-    """The gradient times what InputWatch inverted, in diagonal blocks (K, blocks, n/blocks,
-    n/blocks); at first as it is. Source: Newton-Muon, arXiv 2604.01472."""
-    if "inverse" not in state:
-        return u
-    blocks = u.unflatten(-1, state["inverse"].shape[1:3])
-    return torch.einsum("kmbi,kbij->kmbj", blocks, state["inverse"]).flatten(-2)
-
-
 def row_norm(u: Tensor, state: State, hp: Hyper) -> Tensor:
     """Rows of norm one. Source: MuonEq-R, arXiv 2603.28254."""
     return F.normalize(u, dim=-1)
@@ -2907,15 +2898,11 @@ def triangular(u: Tensor, state: State, hp: Hyper) -> Tensor:
     return on_short_side(u.float(), work)
 
 
-def mean_eigenvalue(moment: Tensor) -> Tensor:
-    """(...,n,n) -> (...,1,1)."""
-    return moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-
-
 def inverse_eighth_root(moment: Tensor) -> Tensor:
     """moment^(-1/8) of symmetric (K,n,n), first scaled to mean eigenvalue 1 and made positive."""
     eye = torch.eye(moment.size(-1), device=moment.device)
-    damped = moment / mean_eigenvalue(moment).clamp(min=1e-30) + 1e-10 * eye
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    damped = moment / mean.clamp(min=1e-30) + 1e-10 * eye
     values, vectors = torch.linalg.eigh(damped)
     values = values - values.amin(-1, keepdim=True).clamp(max=0) + 1e-10
     return (vectors * values.pow(-0.125).unsqueeze(-2)) @ vectors.mT
@@ -2959,7 +2946,6 @@ MUON = {
     "mud": (nesterov, triangular, aspect_scale),
     "rmnp": (nesterov, row_norm, aspect_scale),  # arXiv 2603.20527; wants a lower rate
     "mousse": (whitened_polar, aspect_scale_plus),
-    "newton_muon": (input_whitening, nesterov, newton_schulz, aspect_scale),
 }
 
 
@@ -3148,75 +3134,6 @@ def second_moments(model: GPT, ids: Tensor, plan: Plan) -> dict[nn.Parameter, Te
         if len(ids):
             add(model.embed, model.hidden(ids, plan))
     return sums
-
-
-class StepHook:
-    """What a technique of STEP_HOOKS does around a training step."""
-
-    def before_step(self, ramps: dict[str, float]):
-        """Set what changes during the run; also called before scoring."""
-
-    def after_backward(self, ids: Tensor, targets: Tensor, plan: Plan):
-        """See the rows of a micro-batch, (rows,T), without padding."""
-
-    def before_update(self):
-        """Act after this rank's micro-batches; may communicate."""
-
-
-class InputWatch(StepHook):
-    """For Newton-Muon: in the last step of every MUON_REFRESH (0 = 32), invert the running second
-    moment of what each matrix reads, at first a thousandth of the identity, damped by a fifth of
-    its mean eigenvalue; the way down of an MLP has four diagonal blocks. Source:
-    github.com/zhehangdu/Newton-Muon. Knobs: MUON_BETA2, MUON_REFRESH."""
-
-    def __init__(self, model: GPT, optimiser: Optimiser):
-        self.model, self.optimiser = model, optimiser
-        self.before_step({})
-
-    def due(self) -> bool:
-        """Whether this step looks."""
-        period = self.optimiser.cfg.muon_refresh or 32
-        return self.optimiser.hyper.step % period == period - 1
-
-    def before_step(self, ramps: dict[str, float]):
-        self.seen = 0  # tokens of this rank
-        self.sums: dict[nn.Parameter, Tensor] = {}  # of outer products over these tokens
-
-    def after_backward(self, ids: Tensor, targets: Tensor, plan: Plan):
-        if self.due():
-            self.seen += ids.numel()
-            for p, total in second_moments(self.model, ids, plan).items():
-                self.sums[p] = self.sums.get(p, 0) + total
-
-    @torch.no_grad()
-    def before_update(self):
-        if not self.due():
-            return
-        rt, beta2 = self.optimiser.rt, self.optimiser.cfg.muon_beta2
-        for bank in self.optimiser.flat.banks:
-            n = bank.weights.size(2)
-            none = bank.weights.new_zeros(n, n)  # of a rank without rows
-            total = rt.all_reduce(torch.stack([self.sums.get(p, none) for p in bank.params]))
-            seen = rt.all_reduce(none.new_tensor(float(self.seen)))
-            count = 4 if n > self.model.cfg.model_dim and n % 4 == 0 else 1
-            blocks = (total / seen)[bank.mine].view(-1, count, n // count, count, n // count)
-            fresh = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # (K, count, n/count, n/count)
-            eye = torch.eye(n // count, device=fresh.device)
-            moment = bank.state.setdefault("inputs", 0.001 * eye.expand_as(fresh).clone())
-            visited = mean_eigenvalue(fresh) > 0  # what read nothing keeps its moment
-            moment.lerp_(fresh, visited * (1 - beta2))
-            damping = 0.2 * mean_eigenvalue(moment) + 1e-8
-            bank.state["inverse"] = torch.linalg.inv(moment + damping * eye)
-
-
-class LoopStrength(StepHook):
-    """Lets gated extra passes of a loop grow from nothing. Knob: LOOP_RAMP_STEPS."""
-
-    def __init__(self, gates: LoopGates):
-        self.gates = gates
-
-    def before_step(self, ramps: dict[str, float]):
-        self.gates.strength.fill_(ramps["loop"])
 
 
 class Progress(NamedTuple):
@@ -3684,17 +3601,6 @@ def attach_qat(model: GPT, cfg: QuantConfig) -> dict[nn.Parameter, FakeQuant]:
                 attached[module.weight] = site = FakeQuant(rule).to(module.weight.device)
                 module.weight_sites.append(site)
     return attached
-
-
-class QatStrength(StepHook):
-    """Switches all fake quantisers on as the run goes on."""
-
-    def __init__(self, sites: Iterable[FakeQuant]):
-        self.sites = list(sites)
-
-    def before_step(self, ramps: dict[str, float]):
-        for site in self.sites:
-            site.on.fill_(ramps["qat"])
 
 
 def weighted_error(w: Tensor, t: QTensor, hessian: Tensor | None) -> float:
@@ -5152,7 +5058,6 @@ class Trainer:
         self.qat = attach_qat(model, cfg.quant)
         self.flat = FlatParameters(model, rt)
         self.optimiser = Optimiser(self.flat, cfg, numerics.dtype, reached(model, self.plans))
-        self.hooks = [hook for make in STEP_HOOKS if (hook := make(self)) is not None]
         self.averager = averaging(self.flat.weights, cfg.optim, self.held_out_loss)
         self.loader = LOADERS[cfg.data.loader](data.train, cfg)
         self.most_rows = max(1, cfg.system.micro_batch_tokens // cfg.data.train_seq_len)  # per pass
@@ -5192,6 +5097,13 @@ class Trainer:
             real = len(part) * (ids.size(1) // length)
             yield ids.view(-1, length), targets.view(-1, length), real
 
+    def set_ramps(self, ramps: dict[str, float]):
+        """Set what a run changes inside the model; also called before scoring."""
+        for site in self.qat.values():
+            site.on.fill_(ramps["qat"])
+        if self.model.loops:
+            self.model.loops.strength.fill_(ramps["loop"])
+
     def step(self, rows: np.ndarray, ramps: dict[str, float]) -> Tensor:
         """One update from this rank's rows; returns the whole batch's mean loss (0-D)."""
         self.accumulate(rows, ramps)
@@ -5203,19 +5115,14 @@ class Trainer:
         plan = self.plans[self.plan]
         share = 1 / (self.loader.rows * self.cfg.data.train_seq_len)
         self.flat.gradients.zero_()
-        for hook in self.hooks:
-            hook.before_step(ramps)
-        for ids, targets, real in self.micro_batches(rows, int(ramps["row"])):
+        self.set_ramps(ramps)
+        for ids, targets, _ in self.micro_batches(rows, int(ramps["row"])):
             objective, nats = self.loss(ids, targets, plan)
             (objective * share).backward()
             self.flat.rest[-1] += nats * share  # beside the gradients: summed over ranks with them
-            for hook in self.hooks:
-                hook.after_backward(ids[:real], targets[:real], plan)
 
     def update(self, ramps: dict[str, float]) -> Tensor:
         """Change the weights by the gradients of all ranks; returns their mean loss."""
-        for hook in self.hooks:
-            hook.before_update()
         self.optimiser.step(ramps)
         self.averager.update(self.step_number + 1, ramps)
         return self.flat.rest[-1].clone()
@@ -5419,14 +5326,13 @@ class Trainer:
         numerics = self.numerics._replace(compile=compiles)
         return Subject(cfg, self.rt, self.model, numerics, self.plans[self.plan])
 
-    def rest_hooks(self):
+    def rest(self):
         """Make the model what is exported: no fake quantisation, loops at full strength."""
-        for hook in self.hooks:
-            hook.before_step(full_speed(self.cfg) | dict(qat=0.0))
+        self.set_ramps(full_speed(self.cfg) | dict(qat=0.0))
 
     def validate(self):
         """The competition's validation line: score of the live weights at rest, off the clock."""
-        self.rest_hooks()
+        self.rest()
         result, elapsed = score_model(self.subject(), self.data), self.clock.read()
         self.rt.log(self.line(elapsed, result.text(4)))
         scores = dict(loss=result.loss, bpb=result.bpb)
@@ -5490,7 +5396,7 @@ class Trainer:
     def observe(self):
         """See what the quantiser asks for; training text is read before the clock stops."""
         q, limit = self.cfg.quant, self.cfg.optim.max_wallclock_seconds
-        self.rest_hooks()
+        self.rest()
         if q.sees_inputs:
             self.hessians = self.observe_inputs(q.calibration_tokens)
         if q.allocation == "loss":
@@ -5500,14 +5406,6 @@ class Trainer:
         if limit and late > 1:
             what = f"the last use of training text ended {late:.1f} s after MAX_WALLCLOCK_SECONDS"
             self.rt.log(f"warning: {what}; raise RESERVE_SECONDS")
-
-
-# What hooks into each step: made once from a trainer, None when its technique is off
-STEP_HOOKS: tuple[Callable[[Trainer], StepHook | None], ...] = (
-    lambda t: QatStrength(t.qat.values()) if t.qat else None,
-    lambda t: LoopStrength(t.model.loops) if t.model.loops else None,
-    lambda t: InputWatch(t.model, t.optimiser) if input_whitening in t.optimiser.stages else None,
-)
 
 
 # ---- 11 main: the story in reading order ---------------------------------------------------------

@@ -308,8 +308,6 @@ class Reference:
 
     def direction(self, g, mu: float):
         self.t += 1
-        if self.kind == "newton_muon":
-            g = g @ self.memory["inverse"]
         self.memory["b"] = mu * self.memory.get("b", 0.0) + g
         m, n = g.shape
         scale = m / n if self.kind in ("muon_plus", "mousse") else max(1, m / n)
@@ -330,8 +328,6 @@ class Reference:
 
     def muon(self, g, u):
         return self.quintics(u, (QUINTIC,) * 5)
-
-    newton_muon = muon
 
     def muon_polar(self, g, u):
         return self.quintics(u, POLAR_EXPRESS, 1.02)
@@ -402,14 +398,6 @@ def test_ten_steps_equal_float64(kind, wd):
     references = [Reference(kind) for _ in SHAPES]
     want = [p.detach().double().numpy().copy() for p in module.matrices]
     start, generator = [w.copy() for w in want], np.random.default_rng(0)
-    if kind == "newton_muon":  # any symmetric positive matrices will do
-        for bank in flat.banks:
-            z = torch.randn(len(bank.params), bank.weights.size(2), 99)
-            inverses = torch.linalg.inv(z @ z.mT / 99 + torch.eye(z.size(1)))
-            bank.state["inverse"] = inverses.unsqueeze(1)  # one block
-            for p, inverse in zip(bank.params, inverses):
-                i = [p is q for q in module.matrices].index(True)
-                references[i].memory["inverse"] = inverse.double().numpy()
     for step in range(10):
         lr, momentum = 1 - 0.05 * step, 0.85 + 0.01 * step
         for i, p in enumerate(module.matrices):
@@ -438,12 +426,6 @@ def test_every_variant_is_its_published_recipe_in_float64():
             cfg = config(muon=kind, muon_beta2=0.95).optim
             hp = tg.Hyper(cfg, torch.float64)
             references, state = [Reference(kind) for _ in range(2)], {}
-            if kind == "newton_muon":
-                z = torch.randn(2, shape[1], 99, dtype=torch.float64)
-                inverse = torch.linalg.inv(z @ z.mT / 99 + torch.eye(shape[1]))
-                state["inverse"] = inverse.unsqueeze(1)
-                for reference, m in zip(references, inverse):
-                    reference.memory["inverse"] = m.numpy()
             torch.manual_seed(0)
             for step in range(12):
                 g = torch.randn(2, *shape, dtype=torch.float64)
@@ -476,90 +458,6 @@ def test_mousse_is_steepest_descent_bounded_in_whitened_coordinates():
     assert gain(other_sign) < 0.98 * best and gain(polar(u)) < best
     others = [polar(torch.randn(8, 8, dtype=torch.float64)) for _ in range(100)]
     assert all(gain(a @ x @ b) < best for x in others)
-
-
-def test_newton_muon_whitens_by_what_each_matrix_reads():
-    """Finding O1: as published, moments start at a thousandth of the identity, not as the first
-    observation; they are looked at in the last step of every period, of which the first is plain;
-    the way down of the MLP has four blocks."""
-    cfg = config(
-        muon="newton_muon", muon_refresh=4, num_loops=1, loop_start=1, loop_end=1, mlp_mult=4
-    )
-    model = random_model(cfg)
-    flat, optimiser = flattened(model, cfg)
-    assert tg.InputWatch(model, flattened(model, config(muon="newton_muon"))[1]).due() is False
-    watch, width, moments = tg.InputWatch(model, optimiser), cfg.model.model_dim, {}
-    plan = tg.schedule(cfg.model)
-    parts = [random_batch(cfg, rows, 32, seed=rows) for rows in (4, 2)]  # two micro-batches
-    for step in range(12):
-        for ids, targets in parts:
-            ids = (ids + step) % cfg.data.vocab_size
-            watch.after_backward(ids, targets, plan)
-        watch.before_update()
-        inputs = inputs_of(model, [(ids + step) % cfg.data.vocab_size for ids, _ in parts], plan)
-        for bank in flat.banks:
-            if step < 3:
-                assert "inverse" not in bank.state, "the first period is plain"
-                continue
-            for i, p in enumerate(bank.params):
-                z, n = inputs[p], p.size(1)
-                blocks = 4 if n > width else 1
-                for j, columns in enumerate(z.split(n // blocks, 1)):
-                    size = n // blocks
-                    k = moments.get((p, j), 0.001 * torch.eye(size, dtype=torch.float64))
-                    if step % 4 == 3:
-                        k = 0.95 * k + 0.05 * columns.T @ columns / (6 * 32)
-                        moments[p, j] = k
-                    damped = k + (0.2 * k.trace() / size + 1e-8) * torch.eye(size)
-                    got = bank.state["inverse"][i, j].double() @ damped
-                    torch.testing.assert_close(got, torch.eye(size).double(), rtol=0, atol=1e-3)
-        optimiser.hyper.step += 1
-        watch.before_step({})
-    assert any(bank.state["inverse"].size(1) == 4 for bank in flat.banks)
-    assert not any(m._forward_pre_hooks for m in model.modules()), "no hook stays"
-    # blocks of the inverse meet the columns that they belong to
-    bank = next(bank for bank in flat.banks if bank.state["inverse"].size(1) == 4)
-    u = torch.randn(bank.weights.shape)
-    got = tg.input_whitening(u, bank.state, HYPER)
-    want = [m @ torch.block_diag(*inverse) for m, inverse in zip(u, bank.state["inverse"])]
-    torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-4)
-
-
-def inputs_of(model: tg.GPT, batches: list[Tensor], plan) -> dict[nn.Parameter, Tensor]:
-    """All that each matrix reads, (positions and visits, n) float64."""
-    seen: dict[nn.Parameter, list[Tensor]] = {}
-
-    def note(module, args, out):
-        seen.setdefault(module.weight, []).append(args[0].detach().flatten(0, -2).double())
-
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, tg.Linear)]
-    for ids in batches:
-        model.hidden(ids, plan)
-    for hook in hooks:
-        hook.remove()
-    return {p: torch.cat(parts) for p, parts in seen.items()}
-
-
-@pytest.mark.slow
-def test_newton_muon_sees_every_row_of_a_step_and_no_padding(toy):
-    """Finding O2: of three rows in micro-batches of two it saw the last, and a row of padding."""
-    trainer = trainer_of(
-        toy,
-        muon="newton_muon",
-        muon_refresh=1,
-        train_batch_tokens=3 * 64,
-        micro_batch_tokens=2 * 64,
-    )
-    rows = trainer.loader.next(0, 1)
-    assert len(rows) == 3
-    ids = torch.from_numpy(rows[:, :-1].astype(np.int64))
-    inputs = inputs_of(trainer.model, [ids], trainer.plans[0])
-    trainer.step(rows, tg.full_speed(trainer.cfg) | dict(momentum=0.9))
-    for bank in trainer.flat.banks:
-        for p, blocks in zip(bank.params, bank.state["inputs"]):
-            for k, z in zip(blocks, inputs[p].split(blocks.size(-1), 1)):
-                want = 0.95 * 0.001 * torch.eye(len(k)) + 0.05 * z.T @ z / (3 * 64)
-                assert distance(k, want) < 1e-4
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
