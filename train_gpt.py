@@ -256,8 +256,6 @@ class OptimConfig:
     warmdown_iters: int = knob(1200, "steps of learning-rate decay", 0, 10**7, needs=ITERS)
     warmdown_frac: float = knob(0.6, "learning-rate decay's part of the run", 0, 1, needs=FRAC)
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", 0, 1)
-    seq_ramp_start: int = knob(0, "first length of rows, to double; 0 = off", 0, 65536)
-    seq_ramp_frac: float = knob(0.3, "part with shorter rows", 0, 1, needs="SEQ_RAMP_START > 0")
     muon: str = knob(
         "muon",
         "stages that update matrices: the table MUON has them",
@@ -658,8 +656,6 @@ def run_rules(v: SimpleNamespace) -> Iterator[str]:
     """What is wrong with the run and its training."""
     if v.run_mode != "eval" and v.train_batch_tokens % v.train_seq_len:
         yield "{TRAIN_BATCH_TOKENS} is not a multiple of {TRAIN_SEQ_LEN}"
-    if v.seq_ramp_start and v.train_seq_len not in [v.seq_ramp_start << i for i in range(17)]:
-        yield "{SEQ_RAMP_START} doubled some times is not {TRAIN_SEQ_LEN}"
     if v.max_wallclock_seconds and v.reserve_seconds >= v.max_wallclock_seconds:
         yield "{RESERVE_SECONDS} must be less than {MAX_WALLCLOCK_SECONDS}"
     if "polar" in v.muon and v.muon_steps not in (0, *POLAR_EXPRESS):
@@ -772,7 +768,7 @@ FUSED_CE_ENABLED softcap 1=shifted 0=tanh
 ASYM_LOGIT_RESCALE - 0 : no published run trained its caps
 MTP_NUM_HEADS objective 0=mtp>ce 1=ce>mtp : one head at most
 MTP_LOSS_WEIGHT mtp_weight
-TRAIN_SEQ_SCHEDULE TRAIN_SEQ_SCHEDULE_MODE - : set SEQ_RAMP_START and SEQ_RAMP_FRAC
+TRAIN_SEQ_SCHEDULE TRAIN_SEQ_SCHEDULE_MODE -
 MUON_BACKEND_STEPS muon_steps
 MUON_ROW_NORMALIZE muon 1=muon>muoneq_r 0=muoneq_r>muon
 MUON_ROW_NORMALIZE muon 1=muon_polar>muoneq_r_polar 0=muoneq_r_polar>muon_polar
@@ -3175,22 +3171,6 @@ def slow_decay(p: Progress, cfg: OptimConfig) -> float:
     return math.exp(1 / ((1 - p.frac) / first + p.frac / last))
 
 
-def row_lengths(cfg: Config) -> list[int]:
-    """Lengths of training rows in order, each with a compiled graph."""
-    lengths = [cfg.data.train_seq_len]
-    while cfg.optim.seq_ramp_start and lengths[0] > cfg.optim.seq_ramp_start:
-        lengths.insert(0, lengths[0] // 2)
-    return lengths
-
-
-def row_length(p: Progress, cfg: Config) -> int:
-    """Shorter lengths share the first SEQ_RAMP_FRAC of the run equally."""
-    *shorter, last = row_lengths(cfg)
-    if p.frac >= cfg.optim.seq_ramp_frac or not shorter:
-        return last
-    return shorter[int(p.frac / cfg.optim.seq_ramp_frac * len(shorter))]
-
-
 def plan_index(p: Progress, cfg: ModelConfig) -> int:
     """Which of plans() a step uses."""
     begun = (p.frac if cfg.enable_looping_at <= 1 else p.step) >= cfg.enable_looping_at
@@ -3221,7 +3201,6 @@ def ramps_at(p: Progress, cfg: Config) -> dict[str, float]:
         momentum=momentum(p, o),
         alpha=o.ademamix_alpha * p.frac,
         beta3=slow_decay(p, o),
-        row=row_length(p, cfg),
         qat=qat_progress(p, cfg.quant),
         plan=plan_index(p, cfg.model),
         loop=loop_strength(p, cfg.model),
@@ -4971,10 +4950,9 @@ def score_model(subject: Subject, data: Data, observer: Callable | None = None) 
 
 
 # ---- 10 Training ---------------------------------------------------------------------------------
-def full_speed(cfg: Config) -> dict[str, float]:
-    """Ramps of a step without any ramp: full rate, whole batch, longest rows, no momentum."""
-    full = dict(lr=1.0, qat=1.0, loop=1.0, row=cfg.data.train_seq_len, plan=0)
-    return dict(done=0.0, momentum=0.0, alpha=0.0, beta3=0.0) | full
+def full_speed() -> dict[str, float]:
+    """Ramps of a step without any ramp: full rate, no momentum."""
+    return dict(lr=1.0, qat=1.0, loop=1.0, plan=0, done=0.0, momentum=0.0, alpha=0.0, beta3=0.0)
 
 
 class Clock:
@@ -5080,9 +5058,9 @@ class Trainer:
         seconds = min(budget - elapsed, left * cost if cost else math.inf)
         return Progress(step, min(1.0, max(elapsed / budget, frac)), max(0.0, seconds), cost)
 
-    def micro_batches(self, rows: np.ndarray, length: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Rows (n, T + 1) in the fewest passes of one size, cut into rows of `length`: (ids,
-        targets, real rows), int64 on the device. What fills the last pass gives no loss."""
+    def micro_batches(self, rows: np.ndarray) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Rows (n, T + 1) in the fewest passes of one size: (ids, targets, real rows), int64 on the
+        device. Rows that fill the last pass give no loss."""
         tokens = torch.from_numpy(rows.astype(np.int32))
         if self.rt.device.type == "cuda":
             tokens = tokens.pin_memory()  # so that the copy waits for nothing
@@ -5094,8 +5072,7 @@ class Trainer:
             missing = (0, 0, 0, size - len(part))
             ids = F.pad(part[:, :-1], missing).contiguous()
             targets = F.pad(part[:, 1:], missing, value=-100).contiguous()
-            real = len(part) * (ids.size(1) // length)
-            yield ids.view(-1, length), targets.view(-1, length), real
+            yield ids, targets, len(part)
 
     def set_ramps(self, ramps: dict[str, float]):
         """Set what a run changes inside the model; also called before scoring."""
@@ -5116,7 +5093,7 @@ class Trainer:
         share = 1 / (self.loader.rows * self.cfg.data.train_seq_len)
         self.flat.gradients.zero_()
         self.set_ramps(ramps)
-        for ids, targets, _ in self.micro_batches(rows, int(ramps["row"])):
+        for ids, targets, _ in self.micro_batches(rows):
             objective, nats = self.loss(ids, targets, plan)
             (objective * share).backward()
             self.flat.rest[-1] += nats * share  # beside the gradients: summed over ranks with them
@@ -5133,12 +5110,11 @@ class Trainer:
         memory; all but that is undone."""
         cfg, before = self.cfg, copy.deepcopy(self.state())
         generator = np.random.default_rng(0)
-        graphs = list(itertools.product(range(len(self.plans)), row_lengths(cfg)))
-        graphs *= cfg.optim.warmup_steps
+        graphs = list(range(len(self.plans))) * cfg.optim.warmup_steps
         shape = len(range(self.rt.rank, self.loader.rows, self.rt.world)), self.loader.seq + 1
-        for i, (plan, row) in enumerate(graphs, 1):
+        for i, plan in enumerate(graphs, 1):
             fake = generator.integers(cfg.data.vocab_size, size=shape).astype(np.uint16)
-            ramps = full_speed(cfg) | dict(plan=plan, row=row)
+            ramps = full_speed() | dict(plan=plan)
             self.fit_passes(fake, ramps)
             self.update(ramps)
             self.rt.log(f"warmup_step:{i}/{len(graphs)}", echo=False)
@@ -5182,7 +5158,7 @@ class Trainer:
         while seen < tokens:
             wanted = min(self.loader.rows, -(-(tokens - seen) // seq))
             rows = self.loader.next(rt.rank, rt.world, wanted)
-            for ids, _, real in self.micro_batches(rows, seq):
+            for ids, _, real in self.micro_batches(rows):
                 for p, total in second_moments(self.model, ids[:real], plan).items():
                     sums[p] += total
             seen += wanted * seq
@@ -5221,7 +5197,7 @@ class Trainer:
         rows = (len(text) - 1) // length
         starts = np.arange(self.rt.rank, rows, self.rt.world)[:, None] * length
         total = torch.zeros((), dtype=torch.float64, device=self.rt.device)
-        for ids, targets, _ in self.micro_batches(text[starts + np.arange(length + 1)], length):
+        for ids, targets, _ in self.micro_batches(text[starts + np.arange(length + 1)]):
             total += self.loss(ids, targets, self.plans[self.plan])[1]
         return float(self.rt.all_reduce(total)) / (rows * length)
 
@@ -5328,7 +5304,7 @@ class Trainer:
 
     def rest(self):
         """Make the model what is exported: no fake quantisation, loops at full strength."""
-        self.set_ramps(full_speed(self.cfg) | dict(qat=0.0))
+        self.set_ramps(full_speed() | dict(qat=0.0))
 
     def validate(self):
         """The competition's validation line: score of the live weights at rest, off the clock."""

@@ -99,7 +99,7 @@ def trainer_step(cfg: tg.Config, rt: tg.Runtime, numerics: tg.Numerics) -> Calla
 
     def step():
         torch.set_float32_matmul_precision(precision)
-        return trainer.step(rows, tg.full_speed(cfg) | dict(lr=0.1, momentum=0.9, qat=0.0)).item()
+        return trainer.step(rows, tg.full_speed() | dict(lr=0.1, momentum=0.9, qat=0.0)).item()
 
     return step
 
@@ -186,7 +186,7 @@ def bench_optimiser(seconds: float) -> dict[str, object]:
             torch.optim.Muon(matrices, lr=0.01, weight_decay=0.0),
             torch.optim.AdamW(others, fused=True),
         ]
-        ramps = tg.full_speed(cfg) | dict(momentum=0.9)
+        ramps = tg.full_speed() | dict(momentum=0.9)
         sides = {
             "matrix by matrix": lambda: ([o.step() for o in theirs], rt.synchronize()),
             "banks": lambda: (mine.step(ramps), rt.synchronize()),

@@ -41,7 +41,7 @@ def tagged(shapes=SHAPES, seed: int = 0) -> nn.Module:
 
 def ramps(lr: float = 1.0, momentum: float = 0.9, **more) -> dict[str, float]:
     """What moves in these tests, nothing else does."""
-    return tg.full_speed(config()) | dict(plan=0, lr=lr, momentum=momentum) | more
+    return tg.full_speed() | dict(plan=0, lr=lr, momentum=momentum) | more
 
 
 def four_steps(rt: tg.Runtime, **knobs) -> dict:

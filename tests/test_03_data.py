@@ -717,7 +717,7 @@ def trainer(positions):
 
 def test_training_targets_are_the_inputs_shifted_by_one(trainer):
     rows = trainer.loader.next(0, 1)
-    batches = list(trainer.micro_batches(rows, SEQ))
+    batches = list(trainer.micro_batches(rows))
     assert len({ids.shape for ids, _, _ in batches}) == 1, "one shape, so that one graph serves all"
     assert sum(real for _, _, real in batches) == 7
     ids, targets = (np.concatenate([b[i].numpy() for b in batches]) for i in (0, 1))

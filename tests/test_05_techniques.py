@@ -383,7 +383,7 @@ def coordinate(width: int, base: int) -> float:
     for _ in range(5):
         flat.gradients.zero_()
         (model(ids, targets, plan)[0] / ids.numel()).backward()
-        optimiser.step(tg.full_speed(cfg) | dict(momentum=0.9))
+        optimiser.step(tg.full_speed() | dict(momentum=0.9))
     with torch.no_grad():
         return float(model.logits(model.hidden(ids, plan)).square().mean().sqrt())
 
@@ -562,7 +562,7 @@ def test_after_some_steps_a_token_still_changes_no_earlier_loss(preset, toy):
     trainer, last = tg.Trainer(cfg, rt, data, model, tg.Numerics()), len(tg.plans(cfg.model)) - 1
     for step in range(4):
         trainer.step(
-            trainer.loader.next(0, 1), tg.full_speed(cfg) | dict(momentum=0.9, plan=min(step, last))
+            trainer.loader.next(0, 1), tg.full_speed() | dict(momentum=0.9, plan=min(step, last))
         )
     ids, targets = random_batch(cfg, 2, 24)
     plain = tg.GPT(cfg.model, cfg.data.vocab_size, tg.Numerics(), cfg.optim)  # without fake grids

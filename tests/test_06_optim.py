@@ -913,7 +913,7 @@ def test_rows_of_skips_and_lanes_join_with_their_plan_and_resume_so(toy):
             update(ramps)
 
         trainer.optimiser.step = spying
-        trainer.step(rows, tg.full_speed(trainer.cfg) | dict(momentum=0.9, plan=plan))
+        trainer.step(rows, tg.full_speed() | dict(momentum=0.9, plan=plan))
         trainer.optimiser.step = update
         for (name, i), (copied, _) in pieces.items():
             p = parameters[name].detach()
@@ -929,7 +929,7 @@ def test_rows_of_skips_and_lanes_join_with_their_plan_and_resume_so(toy):
         for step in range(begin, 8):
             other.step(
                 other.loader.next(0, 1),
-                tg.full_speed(other.cfg) | dict(momentum=0.9, plan=int(step >= 4)),
+                tg.full_speed() | dict(momentum=0.9, plan=int(step >= 4)),
             )
         assert torch.equal(other.flat.weights, trainer.flat.weights)
 
@@ -1023,24 +1023,6 @@ def test_cosine_is_half_a_wave_over_the_last_part():
     cfg = config(lr_schedule="cosine", warmdown_frac=0.3, min_lr=0.01)
     values = [ramp("lr", at(frac=f), cfg) for f in (0, 0.7, 0.775, 0.85, 0.925, 1)]
     assert values == pytest.approx([1, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2, 0.01])
-
-
-def test_rows_grow_over_their_part_of_the_run():
-    cfg = config(
-        train_seq_len=64,
-        seq_ramp_start=16,
-        seq_ramp_frac=0.4,
-    )
-    assert tg.row_lengths(cfg) == [16, 32, 64] and tg.row_lengths(config(train_seq_len=64)) == [64]
-    assert [ramp("row", at(frac=f), cfg) for f in (0, 0.19, 0.2, 0.39, 0.4, 1)] == [
-        16,
-        16,
-        32,
-        32,
-        64,
-        64,
-    ]
-    assert ramp("row", at(), config()) == 64
 
 
 def test_warmdown_frac_is_constant_then_linear():
@@ -1146,31 +1128,14 @@ def trained(trainer: tg.Trainer, steps: int) -> list[float]:
     return losses
 
 
-@pytest.mark.slow
-def test_ramped_runs_train_on_the_same_text_in_shorter_rows(toy, tmp_path):
-    """The text dealt is the same and every token of it is trained on once; ranks change nothing."""
-    knobs = dict(iterations=8, seq_ramp_start=16, seq_ramp_frac=0.5)
-    alone = trained(trainer_of(toy, **knobs), 8)
-    names = {name.upper(): value for name, value in knobs.items()}
-    run = train(toy, tmp_path, "two", nproc=2, TRAIN_LOG_EVERY=1, **names)
-    assert run.code == 0, run.err
-    events = metrics(run.folder, "train")
-    assert [e["row"] for e in events] == [16, 16, 32, 32, 64, 64, 64, 64]
-    assert [e["loss"] for e in events] == pytest.approx(alone, rel=1e-4)
-
-
 def test_every_mid_run_switch_really_switches(toy):
-    """Fake quantisation to two bits, longer rows and the loop each begin at a known step: until
+    """Fake quantisation to two bits and the loop each begin at a known step: until
     then the loss is that of a run without it, at that step it is not. (Compiled code is compared
     with eager code where each is made.)"""
     base = dict(iterations=6, matrix_lr=0.05, matrix_bits=2, init="uniform")
     loop = dict(num_loops=1, loop_start=1, loop_end=1)
     cases = {
         "QAT": (dict(qat="ste", qat_start_frac=0.5), dict(qat="none")),
-        "ROWS": (
-            dict(seq_ramp_start=32, seq_ramp_frac=0.5),
-            dict(seq_ramp_start=32, seq_ramp_frac=1.0),
-        ),
         "LOOP": (loop | dict(enable_looping_at=3), loop | dict(enable_looping_at=10**6)),
     }
     for name, (with_, without) in cases.items():
@@ -1366,7 +1331,6 @@ def test_unknown_variants_are_refused_by_name():
         (dict(lr_schedule="step"), ["LR_SCHEDULE=step", "cosine"]),
         (dict(averaging="iw_swa", held_out_tokens=64), ["HELD_OUT_TOKENS=64", "TRAIN_SEQ_LEN=64"]),
         (dict(muon="muon_polar", muon_steps=6), ["MUON_STEPS=6", "MUON=muon_polar", "4 or 5"]),
-        (dict(seq_ramp_start=24), ["SEQ_RAMP_START=24", "TRAIN_SEQ_LEN=64"]),
     )
     for knobs, words in cases:
         with pytest.raises(tg.UserError) as error:
@@ -1382,4 +1346,4 @@ def test_every_registry_entry_is_a_choice_of_its_knob():
         ("lr_schedule", tg.LR_SCHEDULES),
     ):
         assert tg.KNOBS[knob][1].metadata["choices"] == tuple(registry), knob
-    assert set(tg.full_speed(config())) == set(tg.ramps_at(at(), config()))
+    assert set(tg.full_speed()) == set(tg.ramps_at(at(), config()))

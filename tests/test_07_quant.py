@@ -487,9 +487,7 @@ def test_gptq_hurts_no_matrix_of_a_trained_model_more_than_rounding(toy, bits):
     trainer = tg.Trainer(cfg, rt, tg.open_data(cfg, rt), model, tg.Numerics())
     losses = [
         float(
-            trainer.step(
-                trainer.loader.next(0, 1), tg.full_speed(cfg) | dict(momentum=0.9, qat=0.0)
-            )
+            trainer.step(trainer.loader.next(0, 1), tg.full_speed() | dict(momentum=0.9, qat=0.0))
         )
         for _ in range(40)
     ]

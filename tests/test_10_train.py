@@ -199,7 +199,7 @@ def passes_of(preset: str, world: int, rows: int, held_out: int) -> tuple[int, i
 
         trainer.loss = loss
         mine = np.zeros((len(range(rank, rows, world)), seq + 1), np.uint16)
-        for ids, targets, real in trainer.micro_batches(mine, seq):
+        for ids, targets, real in trainer.micro_batches(mine):
             computed[0] += ids.numel()
             shapes.add((rank, ids.shape))
             assert ids.numel() <= max(seq, cfg.system.micro_batch_tokens)

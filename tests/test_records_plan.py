@@ -62,7 +62,7 @@ def test_flops_of_a_token_by_hand():
 def test_flops_of_presets_are_the_published_and_the_scripts(preset, number, mega):
     planned = plan.Planned(plan.configuration([preset]), EIGHT)
     row = planned.cfg.data.train_seq_len
-    ours = planned.shape(number, row)
+    ours = planned.shape(number)
     theirs = plan.train_gpt.flops_per_token(planned.model, planned.plans[number], row)
     assert ours.flops_per_token == pytest.approx(theirs)
     assert ours.flops_per_token / 1e6 == pytest.approx(mega, abs=0.6)

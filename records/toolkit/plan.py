@@ -101,16 +101,16 @@ class Planned:
         self.cfg, self.on = cfg, on
         self.price = on.card.price if price is None else price
         self.model, self.plans = built(cfg), train_gpt.plans(cfg.model)
-        self.last = self.shape(len(self.plans) - 1, cfg.data.train_seq_len)
+        self.last = self.shape(len(self.plans) - 1)
 
-    def shape(self, plan: int, row: int) -> Shape:
-        return shape_of(self.cfg, self.model, self.plans[plan], row)
+    def shape(self, plan: int) -> Shape:
+        return shape_of(self.cfg, self.model, self.plans[plan], self.cfg.data.train_seq_len)
 
     def steps(self) -> list[dict[str, Any]]:
-        """One entry for each compiled graph of full rows: before loops, then with them."""
+        """One entry for each compiled graph: before loops, then with them."""
         found = []
         for number in range(len(self.plans)):
-            shape = self.shape(number, self.cfg.data.train_seq_len)
+            shape = self.shape(number)
             step = step_time(shape, self.on, rates())
             found.append(
                 dict(
@@ -132,9 +132,9 @@ class Planned:
             frac = max(elapsed / budget, step / o.iterations)
             at = train_gpt.Progress(step, frac, budget - elapsed, 1.0)
             now = train_gpt.ramps_at(at, self.cfg)
-            key = int(now["plan"]), int(now["row"])
+            key = int(now["plan"])
             if key not in cost:
-                cost[key] = step_time(self.shape(*key), self.on, rates()).seconds
+                cost[key] = step_time(self.shape(key), self.on, rates()).seconds
             slice_end = (1 + math.floor(frac * 500)) / 500  # ramps are asked again so often
             count = min(o.iterations * slice_end - step, (budget * slice_end - elapsed) / cost[key])
             count = max(1, math.floor(min(count, o.iterations - step)))

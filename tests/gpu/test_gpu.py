@@ -51,7 +51,7 @@ def take_steps(trainer: tg.Trainer, count: int) -> list[float]:
     losses = []
     for i in range(count):
         moving = dict(lr=1 - i / (2 * count), momentum=0.85 + 0.01 * i, qat=float(i % 2))
-        losses.append(trainer.step(trainer.loader.next(0, 1), tg.full_speed(trainer.cfg) | moving))
+        losses.append(trainer.step(trainer.loader.next(0, 1), tg.full_speed() | moving))
     return [x.item() for x in losses]
 
 
@@ -136,7 +136,7 @@ def test_muon_on_cuda_equals_the_cpu(kind):
             torch.randn(flat.gradients.shape, generator=torch.Generator().manual_seed(0))
         )
         before = flat.weights.clone()
-        optimiser.step(tg.full_speed(cfg) | dict(momentum=0.9))
+        optimiser.step(tg.full_speed() | dict(momentum=0.9))
         results.append((flat.weights - before).cpu())
     assert distance(results[1], results[0]) < 2e-2
 
