@@ -78,7 +78,7 @@ except ModuleNotFoundError as missing:
 
 
 def optional_import(name: str):
-    """The module, or None when it is not installed; whoever needs it says so by name."""
+    """The module, or None when it is not installed."""
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
@@ -92,7 +92,7 @@ WRAPPED = __spec__ is not None and __spec__.origin != __file__
 
 
 class UserError(ValueError):
-    """Mistakes in the input, one message each: printed as one line each, exit code 2."""
+    """Mistakes in the input, a line of text each; exit code 2."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))
@@ -103,14 +103,14 @@ class OneRankFailed(UserError):
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot go on: printed with what to try, exit code 1."""
+    """A run that cannot go on; says what to try; exit code 1."""
 
 
 # ---- 1 Config: one field = one environment variable = one line of --help = one range check -------
 def knob(default, doc: str, *within, needs: str = ""):
-    """Declare a field: `within` are its lowest and highest value, or one text of words to choose
-    from. `needs` says where it has an effect: ways joined by " or ", of conditions joined by
-    " and ", each "KNOB <op> <value or KNOB>"; commas join the values after "in"."""
+    """Declare a field: `within` are its lowest and highest value, or one text of choices. `needs`
+    says where it has an effect: ways joined by " or ", of conditions joined by " and ", each
+    "KNOB <op> <value or KNOB>"; commas join the values after "in"."""
     choices = tuple(map(type(default), within[0].split())) if len(within) == 1 else ()
     numbers = [x for x in choices or within if type(x) is not str]
     lo, hi = min(numbers, default=None), max(numbers, default=None)
@@ -119,11 +119,14 @@ def knob(default, doc: str, *within, needs: str = ""):
     )
 
 
-@dataclass(frozen=True)
+frozen = dataclass(frozen=True)
+
+
+@frozen
 class RunConfig:
     run_mode: str = knob("train", "all, predict size and cost, score ARTIFACT", "train plan eval")
-    run_id: str = knob("auto", "name of the run's folder in RUNS_DIR; auto = date, time and seed")
-    runs_dir: str = knob("runs", "folder that receives one folder per run")
+    run_id: str = knob("auto", "name of the run's folder; auto = date, time, seed")
+    runs_dir: str = knob("runs", "folder of runs' folders")
     seed: int = knob(1337, "seed of initialisation and data order", 0, 2**31 - 1)
     device: str = knob("auto", "hardware; auto = CUDA where present", "auto cpu cuda")
     resume: str = knob("none", "auto = go on from the run's last checkpoint", "none auto")
@@ -131,27 +134,26 @@ class RunConfig:
     checkpoint_every: float = knob(60.0, "seconds between two checkpoints; 0 = none", 0, 86400)
     train_log_every: int = knob(200, "steps between two lines of the log", 1, 10**6)
     val_loss_every: int = knob(1000, "steps between two validations; 0 = only the last", 0, 10**7)
-    allow_noncompliant: bool = knob(False, "do what the competition does not admit, marked so")
-    strict_env: bool = knob(False, "turn warnings about environment variables into errors")
+    allow_noncompliant: bool = knob(False, "do what is not admissible, marked so")
+    strict_env: bool = knob(False, "warnings about variables are errors")
 
 
-@dataclass(frozen=True)
+@frozen
 class DataConfig:
     data_path: str = knob("auto", "folder of fineweb_{train,val}_*.bin; auto = FineWeb or sample")
     tokenizer_path: str = knob("auto", "SentencePiece model; auto = the data folder's own")
     vocab_size: int = knob(1024, "tokenizer size V", 2, 65536)
     train_seq_len: int = knob(1024, "training context T in tokens", 8, 65536)
     train_batch_tokens: int = knob(524_288, "tokens of one step over all ranks", 8, 2**24)
-    caseops: bool = knob(False, "capitals spelt as operators, bytes from a sidecar (PR 1729)")
+    caseops: bool = knob(False, "capitals as operators, bytes from a sidecar (PR 1729)")
     loader: str = knob(
         "sequential",
-        "rows of training text: as they come, at a stride (PR 726), shuffled (PR 1394), or packed "
-        "from documents, shuffled (arXiv 2404.10830)",
+        "rows: as they come, at a stride (PR 726), shuffled (PR 1394), packed (arXiv 2404.10830)",
         "sequential coprime shuffled packed",
     )
 
 
-@dataclass(frozen=True)
+@frozen
 class ModelConfig:
     LOOPS, VALUES = "NUM_LOOPS > 0", "VALUE_EMBED_LAST_N > 0"  # what is there
 
@@ -160,12 +162,12 @@ class ModelConfig:
     num_heads: int = knob(8, "query heads H", 1, 64)
     num_kv_heads: int = knob(4, "key/value heads G; must divide NUM_HEADS", 1, 64)
     mlp_mult: float = knob(2.0, "MLP hidden width as a multiple of MODEL_DIM", 0.25, 16)
-    leaky_slope: float = knob(0.0, "slope below zero of the MLP's squared relu (PR 493)", 0, 1)
+    leaky_slope: float = knob(0.0, "slope below zero of squared relu (PR 493)", 0, 1)
     rope_dims: int = knob(0, "rotating dims of a head; 0 = all, -1 = none (PR 315)", -1, 512)
     rope_base: float = knob(10000.0, "base of rotary frequencies", 10, 1e7, needs="ROPE_DIMS > -1")
-    qk_gain_init: float = knob(1.5, "initial inverse temperature of each head (PR 1125)", 0.1, 20)
+    qk_gain_init: float = knob(1.5, "first inverse temperature of heads (PR 1125)", 0.1, 20)
     bos_id: int = knob(1, "id of the token that begins each document", 0, 65535)
-    doc_attention: bool = knob(False, "attention stops at the beginning of the document (PR 1530)")
+    doc_attention: bool = knob(False, "attention inside documents (PR 1530)")
     xsa_last_n: int = knob(0, "top blocks whose heads drop own values (arXiv 2603.09078)", 0, 64)
     output_gate_scale: float = knob(0.0, "steepness of heads' gates (PR 1787); 0 = none", 0, 10)
     value_embed_last_n: int = knob(0, "top blocks with embedded values (PR 374)", 0, 64)
@@ -173,19 +175,17 @@ class ModelConfig:
     value_residual: str = knob("none", "add the first block's values to later ones", "none mix")
     smear_gate: str = knob(
         "none",
-        "add each embedding to the next token's: by channel (B, PR 162), by a gate that reads the "
-        "token (C, PR 1667), the same inside documents only (D, PR 1851)",
+        "mix in the embedding before: by channel (PR 162), gate (PR 1667), in documents (PR 1851)",
         "none B C D",
     )
     bigram_buckets: int = knob(0, "rows of the hashed bigram embedding (PR 162); 0 = off", 0, 2**20)
     engram_buckets: int = knob(0, "rows of each of four n-gram embeddings (PR 1089)", 0, 2**20)
     engram_dim: int = knob(32, "width of n-gram embeddings", 1, 1024, needs="ENGRAM_BUCKETS > 0")
-    x0_mix: bool = knob(True, "blend the embedding into the stream before each block, by channel")
-    ln_scale: bool = knob(False, "damp the normalised input of block i by 1/sqrt(i + 1) (PR 315)")
+    x0_mix: bool = knob(True, "blend the embedding into each block's input, by channel")
+    ln_scale: bool = knob(False, "scale the input of block i by 1/sqrt(i + 1) (PR 315)")
     skips: str = knob(
         "unet",
-        "how the slots' first half joins the second: by weights, squashed weights (PR 1539) or "
-        "gates (PR 1089)",
+        "what joins halves of the slots: weights, squashed weights (PR 1539) or gates (PR 1089)",
         "none unet sigmoid gated",
     )
     skip_pairs: str = knob(
@@ -197,23 +197,20 @@ class ModelConfig:
     num_loops: int = knob(0, "extra passes over blocks LOOP_START to LOOP_END (PR 1394)", 0, 32)
     loop_start: int = knob(3, "first looped block", 0, 63, needs=LOOPS)
     loop_end: int = knob(5, "last looped block", 0, 63, needs=LOOPS)
-    enable_looping_at: float = knob(
-        0.35, "begin of loops: up to 1 a part of the run, else a step", 0, 10**8, needs=LOOPS
-    )
+    enable_looping_at: float = knob(0.35, "begin: run's part; a step if > 1", 0, 10**8, needs=LOOPS)
     loop_ramp_steps: int = knob(0, "steps in which a gate opens each pass", 0, 10**6, needs=LOOPS)
     parallel: str = knob(
         "none",
-        "attention beside the MLP: on one stream (A, PR 1412), on two (B, PR 1334), on two with "
-        "learned routing (D, PR 1530)",
+        "attention beside the MLP: one stream (PR 1412), two (PR 1334), learned routes (PR 1530)",
         "none A B D",
     )
     parallel_start: int = knob(7, "first parallel block", 0, 63, needs="PARALLEL != none")
-    softcap: str = knob("tanh", "compute the loss plainly, or in less memory", "tanh shifted")
-    logit_softcap: float = knob(30.0, "bound in nats of the logits, through tanh", 1, 1000)
+    softcap: str = knob("tanh", "loss plainly, or in less memory", "tanh shifted")
+    logit_softcap: float = knob(30.0, "bound of logits in nats, by tanh", 1, 1000)
     init: str = knob(
         "default",
-        "matrices at first: uniform with zero outputs, all uniform, orthogonal (PR 162), or with "
-        "outputs that undo some of the values, in columns or, as published, rows (PR 1089)",
+        "matrices at first: uniform, outputs zero or not, orthogonal (PR 162), or with outputs "
+        "that undo some of the values, in columns or, as published, rows (PR 1089)",
         "default uniform orthogonal mimetic mimetic_rows",
     )
     embed_init: str = knob("normal", "token table at first: noise, or SVD of pairs", "normal svd")
@@ -237,9 +234,9 @@ class ModelConfig:
         return max(0, self.rope_dims or self.head_dim)
 
 
-@dataclass(frozen=True)
+@frozen
 class OptimConfig:
-    CLOCK, SLOW = "MAX_WALLCLOCK_SECONDS > 0", "ADEMAMIX_ALPHA > 0"
+    CLOCK, SLOW, MTP = "MAX_WALLCLOCK_SECONDS > 0", "ADEMAMIX_ALPHA > 0", "OBJECTIVE == mtp"
     HELD_OUT = "AVERAGING == iw_swa or ALLOCATION == loss"
     TABLES = "BIGRAM_BUCKETS > 0 or ENGRAM_BUCKETS > 0 or VALUE_EMBED_LAST_N > 0"
     ITERS, FRAC = "LR_SCHEDULE == warmdown_iters", "LR_SCHEDULE != warmdown_iters"
@@ -247,11 +244,9 @@ class OptimConfig:
     iterations: int = knob(20_000, "upper bound of optimiser steps", 1, 10**8)
     max_wallclock_seconds: float = knob(600.0, "training time; 0 = by ITERATIONS alone", 0, 10**7)
     reserve_seconds: float = knob(0.0, "time kept for calibration", 0, 600, needs=CLOCK)
-    warmup_steps: int = knob(20, "synthetic steps that prewarm kernels and are undone", 0, 1000)
+    warmup_steps: int = knob(20, "steps that prewarm kernels and are undone", 0, 1000)
     lr_schedule: str = knob(
-        "warmdown_iters",
-        "last decay: linear over WARMDOWN_ITERS, or linear or half a cosine over WARMDOWN_FRAC",
-        "warmdown_iters warmdown_frac cosine",
+        "warmdown_iters", "linear or half-cosine decay", "warmdown_iters warmdown_frac cosine"
     )
     warmdown_iters: int = knob(1200, "steps of learning-rate decay", 0, 10**7, needs=ITERS)
     warmdown_frac: float = knob(0.6, "learning-rate decay's part of the run", 0, 1, needs=FRAC)
@@ -290,28 +285,23 @@ class OptimConfig:
     )
     muon_momentum_cooldown_steps: int = knob(0, "last steps, of falling momentum", 0, 10**6)
     muon_wd: float = knob(0.0, "weight decay of matrices", 0, 10, needs="MUON_DECAY != fixed_norm")
-    tied_embed_lr: float = knob(0.05, "AdamW rate of the token table, input and output", 0, 10)
-    head_lr: float = knob(
-        0.008, "AdamW rate of the multi-token head", 0, 10, needs="OBJECTIVE == mtp"
-    )
+    tied_embed_lr: float = knob(0.05, "AdamW rate of the token table", 0, 10)
+    head_lr: float = knob(0.008, "AdamW rate of the multi-token head", 0, 10, needs=MTP)
     table_lr: float = knob(0.05, "AdamW rate of hashed and value tables", 0, 10, needs=TABLES)
     scalar_lr: float = knob(0.04, "AdamW rate of gains, scales, mixes and gates", 0, 10)
     adam_wd: float = knob(0.0, "decoupled weight decay of AdamW groups", 0, 10)
     embed_wd: float = knob(-1.0, "weight decay of embeddings and tables; -1 = ADAM_WD", -1, 10)
-    adam_l2: float = knob(0.0, "plain Adam's weight decay, inside AdamW's gradient", 0, 10)
+    adam_l2: float = knob(0.0, "weight decay inside AdamW's gradient", 0, 10)
     beta1: float = knob(0.9, "decay of AdamW's mean gradient", 0, 0.9999)
     embed_beta1: float = knob(0.0, "BETA1 of embeddings, tables, heads; 0 = BETA1", 0, 0.9999)
     beta2: float = knob(0.95, "decay of AdamW's mean square gradient", 0, 0.99999)
     adam_eps: float = knob(1e-8, "what AdamW adds to the root mean square", 1e-12, 1e-2)
-    ademamix_alpha: float = knob(
-        0.0, "last weight of AdamW's slow momentum (arXiv 2409.03137); 0 = off", 0, 100
-    )
+    ademamix_alpha: float = knob(0.0, "last weight of slow momentum (arXiv 2409.03137)", 0, 100)
     ademamix_beta3: float = knob(0.999, "last decay of slow momentum", 0.01, 0.99999, needs=SLOW)
-    grad_clip_norm: float = knob(0.0, "bound of the norm of the reduced gradient; 0 = off", 0, 1e6)
+    grad_clip_norm: float = knob(0.0, "bound of the gradient's norm; 0 = off", 0, 1e6)
     averaging: str = knob(
         "none",
-        "what is exported: the last weights, their moving average (PR 287), the mean of late "
-        "snapshots, or the second half's, weighted by inverse held-out loss",
+        "weights: the last, a moving average (PR 287), mean of late ones, or by held-out loss",
         "none ema swa iw_swa",
     )
     ema_decay: float = knob(0.997, "decay of the average", 0, 0.99999, needs="AVERAGING == ema")
@@ -320,30 +310,22 @@ class OptimConfig:
     )
     swa_every: int = knob(50, "steps between snapshots", 1, 10**6, needs="AVERAGING in swa,iw_swa")
     held_out_tokens: int = knob(65_536, "last training tokens, held out", 8, 10**8, needs=HELD_OUT)
-    objective: str = knob(
-        "ce",
-        "what is minimised: cross-entropy, the same weighted by bytes, or with one more head, not "
-        "exported, for the token after next; the log reports nats",
-        "ce byte mtp",
-    )
-    mtp_weight: float = knob(0.2, "weight of the multi-token loss", 0, 10, needs="OBJECTIVE == mtp")
+    objective: str = knob("ce", "cross-entropy, by bytes, or of the next two tokens", "ce byte mtp")
+    mtp_weight: float = knob(0.2, "weight of the multi-token loss", 0, 10, needs=MTP)
 
 
-@dataclass(frozen=True)
+@frozen
 class QuantConfig:
     SIGMAS, INPUTS = "CLIP == sigma", "ROUNDING != nearest or LQER_RANK > 0"
 
     matrix_bits: int = knob(8, "bits of block matrices; 16 = fp16", "2 3 4 5 6 7 8 16")
     mlp_bits: int = knob(0, "bits of MLP matrices; 0 = MATRIX_BITS", "0 2 3 4 5 6 7 8 16")
     embed_bits: int = knob(8, "bits of all tables; 16 = fp16", "2 3 4 5 6 7 8 16")
-    qat: str = knob(
-        "none", "train matrices on the export grid (PR 66)", "none ste", needs="MATRIX_BITS < 16"
-    )
+    qat: str = knob("none", "train on export grid (PR 66)", "none ste", needs="MATRIX_BITS < 16")
     qat_start_frac: float = knob(0.0, "part of the run without QAT", 0, 1, needs="QAT != none")
     clip: str = knob(
         "quantile",
-        "a row's largest level: the 0.9999984 quantile of magnitudes, the best of five quantiles "
-        "(search, PR 374), or a multiple of the standard deviation (sigma, PR 1394)",
+        "a row's top level: 0.9999984 quantile, best of five (PR 374), or deviations (PR 1394)",
         "quantile search sigma",
     )
     matrix_clip_sigmas: float = knob(12.85, "clip of rows, in deviations", 0.5, 100, needs=SIGMAS)
@@ -353,26 +335,24 @@ class QuantConfig:
     )
     rounding: str = knob(
         "nearest",
-        "how a weight becomes a level: the nearest; making up for errors of columns before (gptq, "
-        "arXiv 2210.17323); or so by the best path of a trellis (arXiv 2603.04956)",
+        "nearest, or making up for errors (arXiv 2210.17323), so by a trellis (arXiv 2603.04956)",
         "nearest gptq trellis",
     )
     calibration_tokens: int = knob(65_536, "tokens that show matrix inputs", 8, 2**26, needs=INPUTS)
-    lqer_rank: int = knob(0, "rank of a correction of the worst errors (PR 1797); 0 = none", 0, 64)
-    allocation: str = knob("tag", "what divides precision: a tag, or the held-out loss", "tag loss")
+    lqer_rank: int = knob(0, "rank of worst errors' correction (PR 1797)", 0, 64)
+    allocation: str = knob("tag", "precision by tag or held-out loss", "tag loss")
     fit_budget: str = knob(
         "none",
-        "how all meets ARTIFACT_BUDGET_BYTES: not at all, by one factor of all steps, by whole "
-        "bits where they help most, or by small levels set to zero (prune, PR 1089)",
+        "ARTIFACT_BUDGET_BYTES is met by a factor of all steps, by bits, or by small levels made 0",
         "none steps bits prune",
     )
-    scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 = the published int8 exports", 0, 1)
+    scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 = published int8", 0, 1)
     codec: str = knob(
         "zlib",
         "compressor; rans = this script's own",
         "zlib lzma zstd brotli brotli_shuffle rans",
     )
-    artifact_budget_bytes: int = knob(16_000_000, "most bytes of code and model together", 1, 2**40)
+    artifact_budget_bytes: int = knob(16_000_000, "most bytes of code and model", 1, 2**40)
 
     @property
     def sees_inputs(self) -> bool:
@@ -380,29 +360,28 @@ class QuantConfig:
         return self.rounding != "nearest" or self.lqer_rank > 0
 
 
-@dataclass(frozen=True)
+@frozen
 class EvalConfig:
     LORA, WHOLE = "TTT in lora,phased", "TTT in sgd,phased"  # who learns
     PHASED, PREQUANT, WINDOWS = "TTT == phased", "TTT == prequant", "EVAL != chunked"
 
     eval: str = knob(
         "chunked",
-        "how text is scored: in chunks of TRAIN_SEQ_LEN, or windows of EVAL_SEQ_LEN over the whole "
-        "text (sliding) or inside each document (doc)",
+        "in chunks of TRAIN_SEQ_LEN, or windows of EVAL_SEQ_LEN over all text or each document",
         "chunked sliding doc",
     )
     eval_seq_len: int = knob(1024, "tokens of a window", 2, 65536, needs=WINDOWS)
     eval_stride: int = knob(64, "tokens that later windows score", 1, 65536, needs=WINDOWS)
-    eval_batch_tokens: int = knob(131_072, "tokens of one evaluation batch on a rank", 1, 2**24)
+    eval_batch_tokens: int = knob(131_072, "tokens of an evaluation batch on a rank", 1, 2**24)
     ttt: str = knob(
         "none",
-        "what learns from scored text: all weights (sgd, PR 549), adapters of a document (lora, PR "
-        "1530), both (phased, PR 1610); prequant trains before quantisation (PR 1539)",
+        "what learns from scored text: all weights (PR 549), adapters of documents (PR 1530), both "
+        "(PR 1610); prequant: before export (PR 1539)",
         "none sgd lora phased prequant",
     )
     ttt_lr: float = knob(0.005, "peak rate of all weights while scoring", 0, 1, needs=WHOLE)
     ttt_momentum: float = knob(0.9, "momentum of all weights while scoring", 0, 0.9999, needs=WHOLE)
-    ttt_epochs: int = knob(3, "updates of all weights on each scored chunk", 1, 100, needs=WHOLE)
+    ttt_epochs: int = knob(3, "updates on each scored chunk", 1, 100, needs=WHOLE)
     ttt_chunk_tokens: int = knob(32_768, "scored tokens in such an update", 1, 2**24, needs=WHOLE)
     ttt_lora_rank: int = knob(96, "rank of the adapters of each document", 1, 4096, needs=LORA)
     ttt_lora_alpha: float = knob(96.0, "strength of adapters times rank", 0, 1e4, needs=LORA)
@@ -414,12 +393,7 @@ class EvalConfig:
     ttt_warm_a: bool = knob(False, "A matrices pass between documents (PR 1767)", needs=LORA)
     ttt_phases: int = knob(3, "how often all weights learn", 1, 100, needs=PHASED)
     ttt_phase_docs: int = knob(2000, "longest documents, for all weights", 1, 10**6, needs=PHASED)
-    prequant_text: str = knob(
-        "val",
-        "text of prequant: val is not admissible, train the control",
-        "val train",
-        needs=PREQUANT,
-    )
+    prequant_text: str = knob("val", "text; val is not admissible", "val train", needs=PREQUANT)
     prequant_lr: float = knob(5e-4, "peak rate of TTT=prequant", 0, 1, needs=PREQUANT)
     prequant_epochs: int = knob(6, "passes of TTT=prequant", 1, 1000, needs=PREQUANT)
     prequant_rows: int = knob(32, "rows in an update of TTT=prequant", 1, 65536, needs=PREQUANT)
@@ -430,17 +404,13 @@ class EvalConfig:
         return self.ttt != "prequant" or self.prequant_text != "val"
 
 
-@dataclass(frozen=True)
+@frozen
 class SystemConfig:
-    numerics: str = knob(
-        "auto",
-        "matrix products; auto = bf16 on CUDA and on a CPU with bf16 instructions, else fp32",
-        "auto fp32 bf16",
-    )
+    numerics: str = knob("auto", "matmuls; auto = bf16 where hardware has it", "auto fp32 bf16")
     attention: str = knob("auto", "causal kernel; auto = the faster one", "auto sdpa blocked")
     compile: str = knob("auto", "torch.compile; auto = when it pays", "auto off on")
     micro_batch_tokens: int = knob(65_536, "most tokens of one pass on a rank", 8, 2**24)
-    threads: int = knob(0, "CPU threads of each rank; 0 = all cores of this process", 0, 1024)
+    threads: int = knob(0, "CPU threads of each rank; 0 = all cores", 0, 1024)
 
 
 def environment() -> dict[str, str]:
@@ -448,9 +418,9 @@ def environment() -> dict[str, str]:
     return dict(os.environ)
 
 
-@dataclass(frozen=True)
+@frozen
 class Config:
-    """Everything the user decided, where each value came from, and the warnings to print."""
+    """All values, where each came from, and the warnings to print."""
 
     run: RunConfig
     data: DataConfig
@@ -475,7 +445,7 @@ class Config:
         return values
 
     def shown(self) -> dict[str, Any]:
-        """All values as people and logs may see them: paths without the layout of this machine."""
+        """All values for people and logs: paths without the layout of this machine."""
         return {
             k: relative(v) if type(v) is str and os.sep in v else v
             for k, v in self.values().items()
@@ -486,9 +456,8 @@ GROUPS = {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
 KNOBS = {f.name: (group, f) for group, cls in GROUPS.items() for f in fields(cls)}
 DEFAULTS = {name: f.default for name, (_, f) in KNOBS.items()}
 OPERATORS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt}
-# Systems as one would type them over the defaults; the later of two values holds. Each with its
-# source, its score and what still differs from the source.
-# What later records share: 11 layers, 2048-token rows, a sliding window.
+# Systems as typed over the defaults, the later of two values: source, score, what still differs.
+# What later records share:
 LATE = """
 NUM_LAYERS=11 LEAKY_SLOPE=0.5 MLP_MULT=4 ROPE_DIMS=16 XSA_LAST_N=11 LN_SCALE=1 INIT=orthogonal
 TRAIN_SEQ_LEN=2048 TRAIN_BATCH_TOKENS=786432 GRAD_CLIP_NORM=0.3
@@ -501,7 +470,7 @@ SYSTEMS = {
     # The published starting point, 1.2244: 9 layers, int8, zlib.
     "baseline": "SCALE_FLOOR=1",
     # PR 66, 1.1632: MLP 3x, 4096-token rows, int6 from step 0.
-    # Different: the export is on the training grid (theirs reached the largest weight of a row).
+    # Different: export on the training grid (theirs reached the largest weight of a row).
     "mlp3x_seq4096": """
     MLP_MULT=3 TRAIN_SEQ_LEN=4096 TRAIN_BATCH_TOKENS=393216
     TIED_EMBED_LR=0.03 MATRIX_LR=0.02 SCALAR_LR=0.02 WARMDOWN_ITERS=3000
@@ -518,8 +487,7 @@ SYSTEMS = {
     MUON_MOMENTUM=0.99 MUON_WD=0.04 AVERAGING=ema
     MATRIX_BITS=6 QAT=ste QAT_START_FRAC=0.5 CLIP=search CODEC=zstd
     EVAL=sliding EVAL_SEQ_LEN=512 TTT=sgd""",
-    # A research log on one consumer card: blocks 2-4 run 1 + 8 times, 5-7 beside their MLPs, no
-    # positions. QAT began as the cosine fell below 0.15, at 92.4 %.
+    # A research log on one consumer card. QAT began as the cosine fell below 0.15, at 92.4 %.
     # Different: pairs of this tokenizer start the embeddings; the score is that of all text.
     "depth_recurrent": """
     NUM_LAYERS=8 LEAKY_SLOPE=0.5 MLP_MULT=3 ROPE_DIMS=-1 QK_GAIN_INIT=5 X0_MIX=0
@@ -547,8 +515,8 @@ SYSTEMS = {
     ALLOCATION=loss FIT_BUDGET=bits CODEC=brotli_shuffle""",
     # PR 1539, 1.0587, not admissible: it trains on the validation text before it is scored.
     # Rotary base as above; it kept the five skips of a list without loops.
-    # Different: four polar steps made for four (theirs five, cut); GPTQ rounds embeddings too, sees
-    # inputs with loops and lanes, and reads training text (theirs its own: here within 0.0001 bpb).
+    # Different: polar steps made for four (theirs five, cut); GPTQ rounds embeddings, sees inputs
+    # with loops and lanes, and reads training text (theirs its own: here within 0.0001 bpb).
     "prequant_ttt": f"""{LATE}
     VOCAB_SIZE=8192 ROPE_BASE=22081 QK_GAIN_INIT=5.25 SMEAR_GATE=B
     VALUE_EMBED_LAST_N=2 VALUE_EMBED_DIM=44
@@ -556,7 +524,7 @@ SYSTEMS = {
     TABLE_LR=0.03 EMBED_WD=0.095 MUON=muoneq_short_polar MUON_STEPS=4
     ROUNDING=gptq CLIP=sigma FIT_BUDGET=steps CODEC=rans TTT=prequant""",
     # PR 1493, 1.0810: loops, score first then learn.
-    # Different: all ranks together see its calibration text (theirs each).
+    # Different: all ranks share its calibration text.
     "score_first_ttt": f"""{LATE}
     VOCAB_SIZE=8192 QK_GAIN_INIT=5.25 SKIPS=gated NUM_LOOPS=2 PARALLEL=A LOADER=shuffled
     EMBED_WD=0.085 MUON=muoneq_r RESERVE_SECONDS=12
@@ -580,7 +548,7 @@ SYSTEMS = {
 # Overlays go on top of a system: PRESET=phased_ttt+cpu. `X<=4` lowers X to 4 and never raises it.
 OVERLAYS = {
     # What two CPU cores train in two minutes, on the embedded sample or anything in its tokens.
-    # More decay inside the gradient (ADAM_L2) would keep embeddings from growing in that time.
+    # With more ADAM_L2 embeddings would not grow in that time.
     "cpu": """
     VOCAB_SIZE=1024 CASEOPS=0 NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2
     XSA_LAST_N<=4 MLP_MULT<=2 MUP_BASE_WIDTH<=256 PARALLEL_START=3
@@ -717,8 +685,7 @@ def eval_rules(v: SimpleNamespace) -> Iterator[str]:
         )
 
 
-# What would fail after training is refused before any work. Each yields its messages, in which a
-# knob in braces becomes KNOB=value.
+# What would fail later is refused first. In messages {KNOB} becomes KNOB=value.
 RULES = (model_rules, run_rules, export_rules, eval_rules)
 # Variables of published scripts: names, our knob, values; after a colon, why not. Without values
 # they are the same. `a=b` reads their a as our b; `a=b>c` only turns our b into c; `*x` multiplies
@@ -834,8 +801,7 @@ ALIASES = dict(
     BATCH_SIZE=TRAIN_BATCH_TOKENS SEQ_LEN=TRAIN_SEQ_LEN STEPS=ITERATIONS MAX_STEPS=ITERATIONS
     N_LAYER=NUM_LAYERS N_HEAD=NUM_HEADS N_EMBD=MODEL_DIM""".split()
 )
-# What launchers, schedulers and libraries set, although it begins like a knob of ours, and what
-# published scripts read but no score depends on.
+# What launchers and libraries set, and what published scripts read but no score depends on.
 NOT_OURS = set(
     """GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
     RANK MAX_JOBS USE_FLASH_ATTENTION VAL_BATCH_SIZE VAL_BATCH_TOKENS EVAL_BATCH_SEQS WITHIN_TAU
@@ -844,15 +810,15 @@ NOT_OURS = set(
 
 
 def pick_device(asked: str) -> str:
-    """What DEVICE asks for; "cuda" or "cpu" by what the machine has if that is auto."""
+    """What DEVICE asks for, "cuda" or "cpu"."""
     if asked != "auto":
         return asked
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def default_preset(env: dict[str, str]) -> str:
-    """On CUDA the best admissible system for the shards at DATA_PATH or, by default, under
-    data/datasets; on a CPU, or without shards, what two cores train in two minutes."""
+    """On CUDA the best admissible system for the shards at DATA_PATH or under data/datasets; on a
+    CPU, or without shards, CPU_PRESET."""
     folders = (SCRIPT.parent / "data" / "datasets").glob("fineweb10B_*")
     if env.get("DATA_PATH", "auto") != "auto":
         folders = [Path(env["DATA_PATH"])]
@@ -909,7 +875,7 @@ def own_knobs(env: dict[str, str]) -> dict[str, str]:
 
 
 def preset_values(preset: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """All values of a preset and where each comes from. Raises UserError if it is unknown."""
+    """All values of a preset and their origins."""
     values, origins = dict(DEFAULTS), dict.fromkeys(KNOBS, "default")
     for part in preset.split("+"):
         if part not in PRESETS:
@@ -946,8 +912,8 @@ def same_text(a: str, b: str) -> bool:
 
 
 def read_published(text: str, pairs: list[str], now: Any) -> str:
-    """What a knob that is `now` (None: there is none) becomes when a published variable has this
-    text; "" = it stays. Raises LookupError or ValueError for a text unknown to PUBLISHED."""
+    """What a knob that is `now` (None: no knob) becomes by a published variable's text, "" if it
+    stays. Raises LookupError or ValueError for a text unknown to PUBLISHED."""
     if not pairs and now is not None:
         return text
     if pairs and pairs[0].startswith("*"):
@@ -966,8 +932,8 @@ def read_published(text: str, pairs: list[str], now: Any) -> str:
 def translate(
     env: dict[str, str], values: dict[str, Any] | None = None
 ) -> tuple[dict[str, str], list[str], dict[str, str]]:
-    """Variables of published scripts in our words, given all values below the environment. Returns
-    {KNOB: text}, a line for each that cannot be honoured, and {KNOB: their name}."""
+    """Published variables in our words, given all values below the environment: {KNOB: text}, a
+    line for each that cannot be honoured, {KNOB: their name}."""
     values = dict(values or DEFAULTS)
     set_knobs(values, own_knobs(env))
     ours, notes, heard = {}, [], {}
@@ -994,8 +960,8 @@ def translate(
 
 def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
     """Resolve default < preset < stored (an artifact's own values) < environment. Raises UserError
-    that lists every bad knob, rule and, under STRICT_ENV=1, every warning at once. Before an
-    artifact is read (RUN_MODE=eval, nothing stored) the rules wait for its values."""
+    with every bad knob, broken rule and, under STRICT_ENV=1, warning. Before an artifact is read
+    (RUN_MODE=eval, nothing stored) the rules wait for its values."""
     preset, errors = env.get("PRESET") or default_preset(env), []
     try:
         values, origins = preset_values(preset)
@@ -1038,7 +1004,7 @@ def load(env: dict[str, str], stored: dict[str, Any] | None = None) -> Config:
 
 
 def broken_rules(values: dict[str, Any]) -> list[str]:
-    """The messages of all RULES that are broken, as people read them."""
+    """The messages of all broken RULES."""
     shown = {}
     for name, value in values.items():
         plain = KNOBS[name][1].metadata["choices"]
@@ -1048,15 +1014,13 @@ def broken_rules(values: dict[str, Any]) -> list[str]:
 
 
 def misspelt(env: dict[str, str]) -> list[str]:
-    """A warning for each environment variable that looks like a knob but is none."""
+    """A warning for each variable that looks like a knob but is none."""
     known = ["PRESET", *map(str.upper, KNOBS)]
     published = published_rules()
     families = collections.Counter(n.split("_")[0] for n in [*known, *published] if "_" in n)
     notes = []
     for name in sorted(set(env) - set(known) - set(published) - NOT_OURS):
-        near = difflib.get_close_matches(name.upper(), known, 1, 0.84)
-        if name in ALIASES:
-            near = [ALIASES[name]]
+        near = difflib.get_close_matches(ALIASES.get(name, name.upper()), known, 1, 0.84)
         if near or families[name.split("_")[0]] > 1:
             hint = f"did you mean {near[0]}?" if near else "see --help"
             notes.append(f"{name} is not a knob and was ignored; {hint}")
@@ -1082,7 +1046,7 @@ def acts(name: str, values: dict[str, Any]) -> bool:
 
 
 def knob_row(f) -> tuple[str, str, str, str]:
-    """Name, default, allowed values and meaning of a knob, as help shows them."""
+    """Name, default, allowed values and meaning of a knob."""
     default = int(f.default) if type(f.default) is bool else f.default
     needs = f.metadata["needs"]
     meaning = f.metadata["doc"] + (f"; needs {needs}" if needs else "")
@@ -1090,13 +1054,13 @@ def knob_row(f) -> tuple[str, str, str, str]:
 
 
 def help_markdown() -> str:
-    """Every knob as a row of the README's table."""
+    """The README's table of knobs."""
     rows = ["| `{}` | `{}` | {} | {} |".format(*knob_row(f)) for _, f in KNOBS.values()]
     return "\n".join(["| knob | default | allowed | meaning |", "|---|---|---|---|", *rows])
 
 
 def help_text() -> str:
-    """What the script is, its presets, and every knob in its group, in 80 columns."""
+    """The script, its presets and all knobs, in 80 columns."""
     presets = f"Systems: {', '.join(SYSTEMS)}. Overlays: {', '.join(OVERLAYS)}, as in "
     lines = [__doc__.strip(), "", *textwrap.wrap(presets + "PRESET=phased_ttt+cpu.", 80)]
     for group, cls in GROUPS.items():
@@ -1113,7 +1077,7 @@ UTF8 = dict(encoding="utf-8", errors="surrogateescape")  # in any locale; odd by
 
 
 def say(text: str):
-    """One line to the terminal, until nobody reads it (`| head`) or its disk is full."""
+    """Print a line, until nobody reads it (`| head`) or the disk is full."""
     try:
         print(text, flush=True)
     except OSError:
@@ -1122,7 +1086,7 @@ def say(text: str):
 
 
 def cpu_cores() -> int:
-    """Cores this process may really use: affinity mask, bounded by the cgroup quota."""
+    """Cores of this process: its affinity mask, within the cgroup's quota."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -1139,14 +1103,13 @@ def sha256_file(path: Path) -> str:
 
 
 def relative(path: Path | str) -> str:
-    """A path for people and logs: never the absolute layout of a machine."""
+    """A path for people and logs: never absolute."""
     rel = os.path.relpath(path)
     return Path(path).name if rel.startswith("..") else rel
 
 
 def write_atomic(path: Path, content: bytes):
-    """Create or replace `path` so that a crash at any moment leaves the old file or the new one.
-    Raises OSError that names the file."""
+    """Write `path` so that a crash at any moment leaves the old file or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -1161,8 +1124,7 @@ def write_atomic(path: Path, content: bytes):
 
 
 def place_of(env: dict[str, str]) -> tuple[int, int, int, int]:
-    """Rank and number of ranks, on all machines and on this one, as torchrun's variables tell;
-    alone without them. Raises OneRankFailed."""
+    """Rank and number of ranks, on all machines and on this one, as torchrun tells them."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
     if not env.keys() & names[:3]:
         return 0, 1, 0, 1
@@ -1176,7 +1138,7 @@ def place_of(env: dict[str, str]) -> tuple[int, int, int, int]:
 
 
 class Runtime:
-    """Device, process group, log and phase ledger of one process. All ranks make the same calls."""
+    """Device, ranks, log and phases of one process. All ranks make the same calls."""
 
     def __init__(self, cfg: Config, env: dict[str, str]):
         self.rank, self.world, local_rank, local_world = place_of(env)
@@ -1197,7 +1159,7 @@ class Runtime:
         self.folder: Path | None = None  # where log and metrics go
         self.warned = False  # of a full disk
         self.interrupted = False
-        self.mark = ""  # ends every log line of a run that is not admissible
+        self.mark = ""  # ends every line if not admissible
 
     def join(self, env: dict[str, str]):
         """Enter the process group. Raises OneRankFailed."""
@@ -1216,7 +1178,7 @@ class Runtime:
         return x
 
     def reduce_scatter(self, mine: Tensor, x: Tensor) -> Callable[[], Any]:
-        """Begin summing x over ranks into `mine`, this rank's equal share; returns what waits."""
+        """Begin summing x over ranks into `mine`, this rank's share; returns what waits."""
         if self.world == 1:
             return lambda: None
         return dist.reduce_scatter(mine, list(x.chunk(self.world)), async_op=True).wait
@@ -1230,7 +1192,7 @@ class Runtime:
         return full, dist.all_gather(parts, mine.contiguous(), async_op=True).wait
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on rank 0 alone; every rank returns its (pickled) result or error."""
+        """Run `work` on rank 0; every rank returns its (pickled) result or error."""
         outcome = [None, None]
         try:
             outcome[0] = work() if self.main else None
@@ -1243,7 +1205,7 @@ class Runtime:
         return outcome[0]
 
     def numbers_from_main(self, *values: float) -> list[float]:
-        """Rank 0's numbers on every rank; cheap enough for every step."""
+        """Rank 0's numbers on every rank, at every step."""
         x = torch.tensor(values, dtype=torch.float64)
         if dist.is_initialized():
             dist.broadcast(x, src=0)
@@ -1263,15 +1225,15 @@ class Runtime:
         self.folder = Path(cfg.run.runs_dir) / self.on_main(lambda: name)
 
     def claim_folder(self, cfg: Config) -> bool:
-        """Create the run's folder (on rank 0). Returns False when the run in it is complete."""
+        """Create the run's folder (rank 0); False when the run in it is complete."""
         log, name = self.folder / "log.txt", relative(self.folder)
         knobs = {k: dict(value=v, origin=cfg.origins[k]) for k, v in cfg.shown().items()}
         about = dict(preset=cfg.preset, compliant=cfg.eval.compliant, knobs=knobs)
         try:
             self.fresh = not log.exists()
             if not self.fresh and cfg.run.resume == "none":
-                reason = f"{name} holds a run; set RESUME=auto or another RUN_ID"
-                raise UserError(f"RUN_ID={cfg.run.run_id}: {reason}")
+                told = f"RUN_ID={cfg.run.run_id}: {name} holds a run"
+                raise UserError(f"{told}; set RESUME=auto or another RUN_ID")
             if not self.fresh and "\nfinal:official " in log.read_text(**UTF8):
                 say(f"{name} is complete; see its log.txt")
                 return False
@@ -1293,7 +1255,7 @@ class Runtime:
                 self.folder.rmdir()
 
     def log(self, text: str, echo: bool = True):
-        """One line to the log file and, if `echo`, to the terminal; rank 0 only. Never fails."""
+        """One line to log.txt and, if `echo`, the terminal; rank 0 only. Never fails."""
         if self.main:
             self.append("log.txt", text + self.mark)
             if echo:
@@ -1305,7 +1267,7 @@ class Runtime:
         self.append("metrics.jsonl", json.dumps(dict(event=event, t=seconds, **values)))
 
     def append(self, name: str, line: str):
-        """Add a line to a file of the run's folder, if any; a full disk must not end the run."""
+        """Add a line to a file of the folder, if any; a full disk does not end the run."""
         if not (self.main and self.folder):
             return
         path = self.folder / name
@@ -1319,7 +1281,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def catch_signals(self):
-        """A first SIGINT or SIGTERM sets `interrupted`, for the loop to see; a second one kills."""
+        """A first SIGINT or SIGTERM sets `interrupted`; a second one kills."""
 
         def note(number, frame):
             self.interrupted = True
@@ -1334,7 +1296,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def phase(self, name: str):
-        """Account the enclosed time under `name` in the ledger."""
+        """Add the enclosed time to `phases`."""
         self.synchronize()
         self.doing = name
         begin = time.monotonic() - self.start
@@ -1349,7 +1311,7 @@ class Runtime:
 
 def log_header(cfg: Config, rt: Runtime, compliant: bool):
     """The first lines of a log: which code ships, which runs, on what, how configured. Marks all
-    lines from now on when weights see the validation text before it is scored."""
+    lines of a run that is not admissible."""
     if not rt.main:
         return
     if not compliant:
@@ -1416,7 +1378,7 @@ class TokenStream:
         return self.length
 
     def hold_out(self, count: int) -> np.ndarray:
-        """Take the last `count` tokens off the stream. Raises UserError if nothing would remain."""
+        """Take the last `count` tokens off the stream."""
         if count >= len(self):
             raise UserError(f"HELD_OUT_TOKENS={count} leaves none of {len(self)} training tokens")
         self.length -= count
@@ -1434,8 +1396,7 @@ class TokenStream:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def check(self, row: int):
-        """Raise UserError for a text of less than one row, or a shard whose first million tokens
-        hold an impossible id."""
+        """Refuse less than one row, or a shard with an impossible id in its first million."""
         if len(self) <= row:
             name = relative(self.files[0])
             raise UserError(f"{name}: {len(self)} tokens, want over TRAIN_SEQ_LEN={row}")
@@ -1467,8 +1428,7 @@ SPACE = "\u2581"  # how SentencePiece spells a space
 
 
 def byte_table(tokenizer, vocab: int) -> ByteTable:
-    """Byte accounting of a SentencePiece tokenizer, piece by piece.
-    Source: the competition's evaluation rules."""
+    """Bytes of a SentencePiece tokenizer's pieces, by the competition's evaluation rules."""
     base, lead, border = np.zeros(vocab, np.int16), np.zeros(vocab, bool), np.ones(vocab, bool)
     for i in range(tokenizer.vocab_size()):
         if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
@@ -1496,11 +1456,10 @@ class Data(NamedTuple):
 
 
 def locate_data(cfg: Config, rt: Runtime) -> tuple[Path, Path]:
-    """Folder of the shards and path of the tokenizer. DATA_PATH=auto is the published dataset's
-    folder, or the embedded sample. Raises UserError."""
+    """Folder of the shards, by default the published dataset's or the embedded sample's, and path
+    of the tokenizer."""
     data = SCRIPT.parent / "data"
-    # variants by the published dataset's names
-    form = "_lossless_caps_caseops_v1_reserved" if cfg.data.caseops else ""
+    form = "_lossless_caps_caseops_v1_reserved" if cfg.data.caseops else ""  # published names
     variant = f"sp{cfg.data.vocab_size}{form}"
     folder = Path(cfg.data.data_path)
     if cfg.data.data_path == "auto":
@@ -1537,8 +1496,8 @@ CASE_OPERATORS = "\ue001\ue002\ue003\ue004"  # spell capital letters; see data/c
 
 
 def read_tokenizer(path: Path, cfg: Config):
-    """Load the SentencePiece model of the shards. Raises UserError for one that cannot count bytes
-    or is not what VOCAB_SIZE, BOS_ID and CASEOPS say."""
+    """Load the SentencePiece model of the shards; refuse one that cannot count bytes or is not what
+    VOCAB_SIZE, BOS_ID and CASEOPS say."""
     import sentencepiece
 
     name = f"TOKENIZER_PATH={relative(path)}"
@@ -1564,9 +1523,9 @@ def read_tokenizer(path: Path, cfg: Config):
 
 
 def read_manifest(path: Path, tokenizer: Path, files: list[Path]) -> dict[str, Any]:
-    """What a dataset says about itself, {} when it says nothing. Raises UserError for another
-    tokenizer or validation text, and for a training shard without a name there, which nobody
-    compared with the validation text; `data/prepare.py verify` compares the rest."""
+    """What a dataset says about itself, if anything. Refuses another tokenizer or validation text,
+    and a training shard without a name there, which nobody compared with the validation text;
+    `data/prepare.py verify` compares the rest."""
     if not path.exists():
         return {}
     try:
@@ -1586,8 +1545,8 @@ def read_manifest(path: Path, tokenizer: Path, files: list[Path]) -> dict[str, A
 
 
 def validation_bytes(folder: Path, cfg: Config, table: ByteTable, val: np.ndarray) -> np.ndarray:
-    """(N - 1,) bytes of each validation target: by the tokenizer's pieces or, where capital letters
-    are spelt as operators, by the sidecar fineweb_val_bytes_*.bin, one uint16 per token."""
+    """(N - 1,) bytes of each validation target: by the tokenizer's pieces or, for CASEOPS, by the
+    sidecar fineweb_val_bytes_*.bin, one uint16 per token."""
     if not cfg.data.caseops:
         return table.target_bytes(val)
     sidecar = TokenStream(folder, "val_bytes", 2**16)
@@ -1600,7 +1559,7 @@ def validation_bytes(folder: Path, cfg: Config, table: ByteTable, val: np.ndarra
 
 
 def open_data(cfg: Config, rt: Runtime) -> Data:
-    """Open and check everything that this run will read. Raises UserError before any long work."""
+    """Open and check all that this run will read."""
     folder, tokenizer_path = locate_data(cfg, rt)
     vocab, row, place = cfg.data.vocab_size, cfg.data.train_seq_len, relative(folder)
     stream = TokenStream(folder, "val", vocab)
@@ -1637,8 +1596,8 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
 class Loader:
     """Deals rows of T + 1 tokens to the ranks, in the order of the text.
 
-    Which rows form a step depends on neither rank nor world size. Those of the next step are read
-    while the device computes, by the one thread that knows the order of an epoch.
+    Which rows form a step depends on neither rank nor world size. The next are read while the
+    device computes, by the one thread that knows the order of an epoch.
     """
 
     def __init__(self, stream: TokenStream, cfg: Config):
@@ -1651,11 +1610,10 @@ class Loader:
         self.dealt = 0  # rows so far, of all ranks and epochs
         self.drawn = -1  # the epoch whose order is known
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "loader")
-        # what is being read, and where it will be
-        self.ahead: tuple[tuple, concurrent.futures.Future] = ((), None)
+        self.ahead: tuple[tuple, concurrent.futures.Future] = ((), None)  # what is being read
 
     def draw(self, epoch: int):
-        """Decide where the rows of an epoch begin (`phase`) and in which `order` they come."""
+        """Decide where the rows of an epoch begin (`phase`) and their `order`."""
         self.phase = 0
         self.order = range(self.rows_in_epoch)
 
@@ -1664,8 +1622,8 @@ class Loader:
         return self.stream.read(self.phase + int(self.order[index]) * self.seq, self.seq + 1)
 
     def next(self, rank: int, world: int, rows: int = 0) -> np.ndarray:
-        """Rows rank, rank + world, ... of the next step, or of the next so many rows, as (rows of
-        this rank, T + 1) uint16. Those of another as large are read meanwhile."""
+        """Rows rank, rank + world, ... of the next step or so many `rows`, (n, T + 1) uint16. Those
+        of another as large are read meanwhile."""
         rows = rows or self.rows
         if self.ahead[0] != (self.dealt, rows, rank, world):
             self.read_ahead(self.dealt, rows, rank, world)
@@ -1715,9 +1673,8 @@ class CoprimeLoader(ShuffledLoader):
 
 
 def best_fit(lengths: list[int], filled: int, row: int) -> list[int]:
-    """An order of documents that cuts few of them when they are written one after the other into
-    rows, the first of which is filled so far: always the longest that still fits, or the longest of
-    all, which is then cut."""
+    """An order of documents that cuts few when they follow each other into rows, the first filled
+    so far: always the longest that still fits, or the longest of all, which is then cut."""
     waiting = sorted((length, i) for i, length in enumerate(lengths))
     order = []
     room = row - filled % row
@@ -1731,8 +1688,7 @@ def best_fit(lengths: list[int], filled: int, row: int) -> list[int]:
 class PackedLoader(ShuffledLoader):
     """Rows that hold whole documents where they can: the documents of each window of the text are
     reordered before they are cut into rows. Windows, and the rows of each, come in random order.
-    Every token is read once per epoch and predicted from what is before it in its document.
-    Source: arXiv 2404.10830 (best-fit packing)."""
+    Every token is read once per epoch. Source: arXiv 2404.10830 (best-fit packing)."""
 
     WINDOW = 512  # rows
 
@@ -1743,8 +1699,7 @@ class PackedLoader(ShuffledLoader):
         return np.append(rng.permutation(whole), whole)
 
     def open_window(self, number: int):
-        """Read and reorder a window. Its first and its last document stay where they are: they may
-        go on in its neighbours."""
+        """Read and reorder a window, but its first and last document, which may go on outside."""
         first = int(self.order[number]) * self.WINDOW
         rows = min(self.WINDOW, self.rows_in_epoch - first)
         text = self.stream.read(self.phase + first * self.seq, rows * self.seq + 1)
@@ -4407,7 +4362,7 @@ def gaussian_bytes(model: GPT, cfg: QuantConfig, small_levels: int = 0) -> int:
 
 
 # ---- 9 Evaluation: one loop for every strategy; a loss is banked before anything may adapt -------
-@dataclass(frozen=True)
+@frozen
 class Score:
     """Sums over scored targets; the only place that knows the bits-per-byte formula."""
 
@@ -5386,7 +5341,7 @@ class Trainer:
 
 # ---- 11 main: the story in reading order ---------------------------------------------------------
 def parameter_report(model: GPT, cfg: Config, rt: Runtime):
-    """Totals that identify the architecture: parameters by role, slots, FLOPs per token."""
+    """Log parameters by role, slots, skips and FLOPs per token."""
     roles: collections.Counter[str] = collections.Counter()
     for p in model.exported().values():
         roles[p.opt] += p.numel()
@@ -5395,11 +5350,10 @@ def parameter_report(model: GPT, cfg: Config, rt: Runtime):
     for i, plan in enumerate(plans(cfg.model)):
         slots = [str(slot.block) for slot in plan]
         slots.insert(len(plan) if cfg.model.skip_pairs == "around_loop" else len(plan) // 2, "/")
-        skips = " ".join(
-            f"{source}>{at}" for at, slot in enumerate(plan) for _, source in slot.skips
-        )
+        skips = [f"{source}>{at}" for at, slot in enumerate(plan) for _, source in slot.skips]
         flops = flops_per_token(model, plan, cfg.data.train_seq_len)
-        rt.log(f"plan:{i} flops_per_token:{flops:.4g} slots:{' '.join(slots)} skips:{skips}")
+        shown = f"slots:{' '.join(slots)} skips:{' '.join(skips)}"
+        rt.log(f"plan:{i} flops_per_token:{flops:.4g} {shown}")
 
 
 def plan_only(cfg: Config, rt: Runtime):
@@ -5416,7 +5370,7 @@ def plan_only(cfg: Config, rt: Runtime):
 
 
 def artifact_numerics(cfg: Config, rt: Runtime, header: dict[str, Any]) -> Numerics:
-    """The arithmetic that the artifact was scored with, or what the environment asks for."""
+    """The artifact's arithmetic, or what the environment asks for."""
     if any(cfg.origins[name] == "environment" for name in ("numerics", "attention", "compile")):
         return rt.on_main(lambda: choose_numerics(cfg, rt))
     wanted = Numerics(**header["numerics"])
@@ -5424,14 +5378,13 @@ def artifact_numerics(cfg: Config, rt: Runtime, header: dict[str, Any]) -> Numer
 
 
 def official_score(cfg: Config, rt: Runtime, path: Path, data: Data, env: dict[str, str]):
-    """Score the model that the file at `path` holds, and nothing else; logs the final lines."""
+    """Score what the file at `path` holds; logs the final lines."""
     with rt.phase("load"):
         header, body = read_artifact(path, rt)
         cfg = artifact_config(env, path, header)
         if header["tokenizer_sha256"] != data.tokenizer_sha256:
-            raise UserError(
-                f"ARTIFACT={relative(path)}: TOKENIZER_PATH is another than in training"
-            )
+            name = relative(path)
+            raise UserError(f"ARTIFACT={name}: TOKENIZER_PATH is another than in training")
         numerics = artifact_numerics(cfg, rt, header)
         apply_numerics(numerics, rt)
         with blamed_on(path):
@@ -5455,11 +5408,11 @@ def official_score(cfg: Config, rt: Runtime, path: Path, data: Data, env: dict[s
 
 
 def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
-    """The fixed block that ends a run, then the official line (rank 0)."""
+    """The block that ends a run, then the official line (rank 0)."""
     code, model_bytes = code_bytes(), path.stat().st_size
     total, budget = code + model_bytes, cfg.quant.artifact_budget_bytes
-    over = total - budget
-    room = f"OVER BUDGET by {over:,} bytes" if over > 0 else f"{-over:,} bytes free"
+    free = budget - total
+    room = f"{free:,} bytes free" if free >= 0 else f"OVER BUDGET by {-free:,} bytes"
     scored = variant(cfg.eval)
     rt.log("-" * 100)
     rt.log(
@@ -5470,7 +5423,7 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
     rt.log(f"artifact         {total:,} bytes = {parts}   ({room} of {budget:,})")
     rt.log("time             " + "  ".join(f"{name} {s:.1f}s" for name, s in rt.phases.items()))
     if reference := data.manifest.get("reference_bpb"):
-        figures = "  ".join(f"{name} {value:.3f}" for name, value in reference.items())
+        figures = "  ".join(f"{name} {bpb:.3f}" for name, bpb in reference.items())
         rt.log(f"for orientation  {figures}   (compressors, primed with the training text)")
     if not data.manifest.get("comparable", True):
         rt.log(f"note             {data.manifest.get('note')}")
@@ -5483,7 +5436,7 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
 
 
 def peak_memory(rt: Runtime) -> str:
-    """The competition's memory line; on a CPU the resident set of the process."""
+    """The competition's memory line; on a CPU the resident set."""
     allocated = reserved = 0
     if rt.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
@@ -5493,7 +5446,7 @@ def peak_memory(rt: Runtime) -> str:
 
 
 def train_and_export(cfg: Config, rt: Runtime, data: Data, saved: dict[str, Any] | None) -> Path:
-    """Build, prewarm, go on from `saved`, train, validate, export; returns the artifact's path."""
+    """All from a new model to its artifact, whose path is returned."""
     with rt.phase("calibrate"):
         chosen = None if saved else rt.on_main(lambda: choose_numerics(cfg, rt))
         numerics = chosen or Numerics(**saved["numerics"])
@@ -5524,7 +5477,7 @@ def train_and_export(cfg: Config, rt: Runtime, data: Data, saved: dict[str, Any]
 
 
 def run(cfg: Config, rt: Runtime, env: dict[str, str]):
-    """One whole run in the mode that RUN_MODE names."""
+    """One run in the mode of RUN_MODE."""
     if cfg.run.run_mode == "plan":
         plan_only(cfg, rt)
         return
@@ -5552,7 +5505,7 @@ def run(cfg: Config, rt: Runtime, env: dict[str, str]):
 
 
 def how_to_go_on(cfg: Config | None, rt: Runtime | None) -> str:
-    """The shell command that continues this run, if it left a checkpoint."""
+    """The command that continues a run, if it left a checkpoint."""
     if not rt or not rt.folder or not (rt.folder / "checkpoint.pt").exists():
         return ""
     given = {k: v for k, v in cfg.values().items() if cfg.origins[k] == "environment"}
