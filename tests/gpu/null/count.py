@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One training step of one rank of eight on the null GPU, launch by launch:
 
-python tests/gpu/null/count.py baseline [KNOB=value ...] [--top 12] [--json FILE]
+python tests/gpu/null/count.py baseline [KNOB=value ...] [--plan 0] [--top 12] [--json FILE]
 
 KNOB=value words are knobs of train_gpt.py; COMPILE=on (the default here, and what a run does) takes
 minutes, COMPILE=off seconds. The predicted time is a roofline: every launch takes as long as its
@@ -143,22 +143,22 @@ def listening(trainer: tg.Trainer, traffic: dict[str, list[float]]):
         CompiledFxGraph.__call__, CachingAutotuner.run, trainer.loss = graph, kernel, loss
 
 
-def count(words: dict[str, str]) -> Step:
-    """The third step of a trainer with these knobs; the first one compiles. Raises if a later step
+def count(words: dict[str, str], plan: int = -1) -> Step:
+    """The third step of a trainer by the given plan; the first one compiles. Raises if a later step
     compiles anything again."""
     torch._inductor.config.benchmark_kernel = True  # lets Inductor write down bytes of kernels
     trainer = make_trainer({"COMPILE": "on"} | words, everything=True)
     torch.cuda.reset_peak_memory_stats()
-    take_step(trainer)
+    take_step(trainer, plan)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        take_step(trainer)
+        take_step(trainer, plan)
         peak = torch.cuda.max_memory_allocated() / 2**30
         null.reset()
-        take_step(trainer)
+        take_step(trainer, plan)
         launches = null.table()
         traffic: dict[str, list[float]] = {}
         with listening(trainer, traffic):
-            take_step(trainer)
+            take_step(trainer, plan)
     return Step(launches, traffic, peak, trainer.cfg.data.train_batch_tokens // WORLD)
 
 
@@ -187,11 +187,12 @@ def main():
     )
     parser.add_argument("preset")
     parser.add_argument("knobs", nargs="*", metavar="KNOB=value")
+    parser.add_argument("--plan", type=int, default=-1, help="0 before loops; default: the last")
     parser.add_argument("--top", type=int, default=12, help="rows of each table")
     parser.add_argument("--json", type=Path, help="also write everything here")
     asked = parser.parse_args()
     knobs = dict(word.split("=", 1) for word in asked.knobs)
-    step = count({"PRESET": asked.preset} | knobs)
+    step = count({"PRESET": asked.preset} | knobs, asked.plan)
     show(step, asked.top)
     if asked.json:
         blob = dict(
