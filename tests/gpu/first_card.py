@@ -58,7 +58,7 @@ TOTAL, TOTAL_SHORT = 590, 230  # seconds for all
 # What was expected of an H100 SXM, before any card. Ceilings: what others measured. Attention: its
 # FLOPs at 450 TFLOP/s forward, 350 backward. Steps: the roofline of tests/gpu/null/count.py for the
 # compiled step (27.7, 109.2, 162.5 ms) times 1.5, by which the published baseline (43.5 ms) exceeds
-# its own; memory as counted there. Losses: bytes at 3 TB/s. The update: the eager roofline times 1.5.
+# its own; memory as counted there. Losses: bytes at 3 TB/s. The update: its eager roofline * 1.5.
 PREDICTED = {
     "bf16 product, TFLOP/s": 650,
     "TF32 product, TFLOP/s": 330,

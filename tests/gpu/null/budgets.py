@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 
 class Budget(NamedTuple):
-    """Upper limits of a step: launches (kernels, copies and fills), and GiB at the peak by PyTorch's
-    allocator. Eager is COMPILE=off; the compiled step is counted where somebody took the minutes."""
+    """Upper limits of a step: launches (kernels, copies and fills), and GiB at the peak by
+    PyTorch's allocator. Eager is COMPILE=off; the compiled step is counted where somebody took the
+    minutes."""
 
     tiny: int  # launches of the eager step of PRESET=x+tiny
     eager: int  # the rest is at full size
