@@ -1530,16 +1530,18 @@ def read_manifest(path: Path, tokenizer: Path, files: list[Path]) -> dict[str, A
         return {}
     try:
         manifest = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        told = {name: entry["sha256"] for name, entry in manifest.get("files", {}).items()}
+        reference = manifest.get("reference_bpb", {})
+        manifest["reference_bpb"] = {name: float(bpb) for name, bpb in reference.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{relative(path)}: damaged ({error}); build the dataset again") from None
     digest = sha256_file(tokenizer)
     if manifest.get("tokenizer_sha256", digest) != digest:
         name = f"TOKENIZER_PATH={relative(tokenizer)}"
         raise UserError(f"{name}: not the tokenizer that manifest.json names")
-    told = manifest.get("files", {})
     for file in files if told else ():
         known = file.name in told
-        if not known or "_val_" in file.name and told[file.name]["sha256"] != sha256_file(file):
+        if not known or "_val_" in file.name and told[file.name] != sha256_file(file):
             raise UserError(f"{relative(file)}: not the shard that manifest.json names; rebuild it")
     return manifest
 

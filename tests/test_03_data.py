@@ -223,7 +223,10 @@ def test_a_data_folder_may_have_brackets_in_its_name(dataset):
     assert len(train_gpt.open_data(cfg, train_gpt.Runtime(cfg, {})).val) > 64
 
 
-@pytest.mark.parametrize("manifest", ["{", "[1]"])
+@pytest.mark.parametrize(
+    "manifest",
+    ["{", "[1]", '{"files": 5}', '{"files": {"a": {}}}', '{"reference_bpb": {"xz": "best"}}'],
+)
 def test_a_damaged_manifest_is_refused_by_name(dataset, manifest):
     (dataset / "manifest.json").write_text(manifest)
     cfg = config(DATA_PATH=dataset)
