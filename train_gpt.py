@@ -350,7 +350,7 @@ class QuantConfig:
     codec: str = knob(
         "zlib",
         "compressor; rans = this script's own",
-        "zlib lzma zstd brotli brotli_shuffle rans",
+        "zlib lzma zstd brotli_shuffle rans",
     )
     artifact_budget_bytes: int = knob(16_000_000, "most bytes of code and model", 1, 2**40)
 
@@ -3266,8 +3266,7 @@ class Cast(NamedTuple):
 
 
 class RoundToNearest(NamedTuple):
-    """Symmetric uniform levels -top..top, top = 2^(bits-1) - 1, of a step for each row; what the
-    largest level stands for is the clip."""
+    """Symmetric uniform levels -top..top of a step for each row; `top` steps are the clip."""
 
     bits: int
     clip: str = "quantile"  # see CLIPS
@@ -3284,8 +3283,7 @@ class RoundToNearest(NamedTuple):
         return rounded_to_half(clip / self.top)
 
     def fit(self, w: Tensor, hessian: Tensor | None = None) -> QTensor:
-        """w (m,n) fp32 -> levels and scales; hessian (n,n), the second moment of what w reads. The
-        error is at most half a scale inside the clip."""
+        """w (m,n) fp32; hessian (n,n), the second moment of what w reads."""
         scale = self.scale(w, hessian)
         levels = (w / scale[:, None]).round().clamp(-self.top, self.top)
         return QTensor(levels.to(torch.int8), scale.half())
@@ -3344,8 +3342,8 @@ class GPTQ(RoundToNearest):
         return hessian.diagonal().argsort(descending=True, stable=True)
 
     def inverse_root(self, hessian: Tensor) -> Tensor:
-        """(n,n) fp32, upper: row j over its diagonal says how columns after j make up for an error
-        in column j."""
+        """(n,n) fp32, upper: row j over its diagonal says how later columns make up for an error in
+        column j."""
         h = hessian.double()
         h = h + self.DAMPING * h.diagonal().mean() * torch.eye(len(h)).to(h)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
@@ -3454,7 +3452,7 @@ def row_quantile(a: Tensor, q: float) -> Tensor:
     """Linear quantile of each row of a (m,n), by its few largest entries."""
     position = q * (a.size(1) - 1)
     below = min(int(position), a.size(1) - 1)
-    largest = a.topk(a.size(1) - below, dim=1).values  # position `below` and everything above it
+    largest = a.topk(a.size(1) - below, dim=1).values
     upper = largest[:, max(largest.size(1) - 2, 0)]
     return torch.lerp(largest[:, -1], upper, position - below)
 
@@ -3475,7 +3473,7 @@ def deviations(rule: RoundToNearest, w: Tensor, hessian: Tensor | None) -> Tenso
     return rule.sigmas * (w.std(1) if w.size(1) > 1 else w.abs().amax(1))
 
 
-# function of (rule, w (m,n), Hessian (n,n) or None) that returns the clip of each row (m,)
+# (rule, w (m,n), Hessian (n,n) or None) -> clip of each row (m,)
 CLIPS = {
     "quantile": lambda rule, w, hessian: row_quantile(w.abs(), QUANTILE),
     "search": best_quantile,
@@ -3493,7 +3491,8 @@ def rounded_to_half(x: Tensor) -> Tensor:
 
 
 def quantiser(bits: int, sigmas: float, cfg: QuantConfig) -> Quantiser:
-    """The quantiser of a bit width: 16 means fp16."""
+    """The quantiser of a bit width: 16 means fp16; 0 bits or sigmas as for block matrices."""
+    bits, sigmas = bits or cfg.matrix_bits, sigmas or cfg.matrix_clip_sigmas
     if bits == 16:
         return Cast(torch.float16)
     return ROUNDINGS[cfg.rounding](bits, cfg.clip, sigmas, cfg.scale_floor)
@@ -3502,9 +3501,7 @@ def quantiser(bits: int, sigmas: float, cfg: QuantConfig) -> Quantiser:
 # tag of a parameter -> its quantiser
 QUANTISERS = {
     "matrix": lambda c: quantiser(c.matrix_bits, c.matrix_clip_sigmas, c),
-    "mlp": lambda c: quantiser(
-        c.mlp_bits or c.matrix_bits, c.mlp_clip_sigmas or c.matrix_clip_sigmas, c
-    ),
+    "mlp": lambda c: quantiser(c.mlp_bits, c.mlp_clip_sigmas, c),
     "embed": lambda c: quantiser(c.embed_bits, c.embed_clip_sigmas, c),
     "keep": lambda c: Cast(torch.float32),
 }
@@ -3581,11 +3578,9 @@ def correctable(w: Tensor, t: QTensor, hessian: Tensor | None, rank: int) -> flo
     return math.sqrt(rank * max(0.0, float((moment * moment.T).sum())))
 
 
-def corrections(
-    fits: dict[str, tuple[Tensor, QTensor, Tensor | None]], rank: int
-) -> dict[str, QTensor]:
+def corrections(fits: dict[str, tuple], rank: int) -> dict[str, QTensor]:
     """The LQER_TOP matrices that gain most, corrected; only what might be among them is tried.
-    fits: name -> (weights, as stored, second moment of the inputs)."""
+    fits: name -> (weights, as stored, second moment of the inputs or None)."""
     most = {}
     for name, (w, t, hessian) in fits.items():
         if t.scale is not None and min(w.shape) > rank:
@@ -3604,7 +3599,7 @@ def corrections(
 def quantise(
     model: GPT, cfg: QuantConfig, hessians: Hessians | None = None, rules: Rules | None = None
 ) -> dict[str, QTensor]:
-    """Every parameter through its rule (by its tag unless told otherwise), moved to the CPU."""
+    """Every parameter through its rule, by its tag unless told otherwise."""
     rules, fits = rules or rules_by_tag(model, cfg), {}
     for name, p in model.exported().items():
         w, hessian = p.detach().float(), (hessians or {}).get(p)
@@ -3612,18 +3607,11 @@ def quantise(
     tensors = {name: t for name, (_, t, _) in fits.items()}
     if cfg.lqer_rank:
         tensors |= corrections(fits, cfg.lqer_rank)
-    return {name: on_cpu(t) for name, t in tensors.items()}
-
-
-def on_cpu(t: QTensor) -> QTensor:
-    values, scale, columns = (part if part is None else part.cpu() for part in t[:3])
-    correction = t.correction and tuple(map(on_cpu, t.correction))
-    return QTensor(values, scale, columns, t.trellis, correction)
+    return tensors
 
 
 def rules_by_tag(model: GPT, cfg: QuantConfig) -> Rules:
-    """How each exported tensor is rounded by its `quant` tag alone, before ALLOCATION=loss and
-    FIT_BUDGET change bits and steps."""
+    """Quantisers by the tags alone, before ALLOCATION=loss and FIT_BUDGET change them."""
     return {name: QUANTISERS[p.quant](cfg) for name, p in model.exported().items()}
 
 
@@ -3637,12 +3625,11 @@ def rescaled(rule: Quantiser, factor: float) -> Quantiser:
     where the clip would come below six of them."""
     if isinstance(rule, Cast):
         return rule
-    step = max(factor, finest(rule)) / rule.top
-    bits = rule.bits
-    while step * (2 ** (bits - 1) - 1) * rule.sigmas < 6 and bits < 8:
-        bits += 1
-    clip = step * (2 ** (bits - 1) - 1)
-    return rule._replace(bits=bits, sigmas=rule.sigmas * clip, floor=rule.floor * clip)
+    step, wider = max(factor, finest(rule)) / rule.top, rule
+    while step * wider.top * rule.sigmas < 6 and wider.bits < 8:
+        wider = wider._replace(bits=wider.bits + 1)
+    clip = step * wider.top
+    return wider._replace(sigmas=rule.sigmas * clip, floor=rule.floor * clip)
 
 
 def allocated(model: GPT, cfg: QuantConfig, harms: dict[str, float]) -> Rules:
@@ -3691,10 +3678,6 @@ def unzstd(data: bytes, size: int) -> bytes:
     """The window may be no larger than the result."""
     window = max(1 << 10, 1 << size.bit_length())
     return zstandard.ZstdDecompressor(max_window_size=window).stream_reader(data).read(size)
-
-
-def unbrotli(data: bytes, size: int) -> bytes:
-    return brotli.Decompressor().process(data, output_buffer_limit=size)[:size]
 
 
 RANS_BITS = 14  # probabilities are multiples of 2^-14; states lie in [2^16, 2^32)
@@ -3813,18 +3796,14 @@ def rans_unpack(data: bytes, size: int) -> bytes:
     return (symbols ^ np.uint8(128)).tobytes()
 
 
-def brotli_pack(data: bytes) -> bytes:
-    return brotli.compress(data, quality=11, lgwin=24)
-
-
 def shuffle_pack(data: bytes) -> bytes:
     """First every even byte, then every odd one: the halves of fp16 numbers lie together."""
-    return brotli_pack(data[::2] + data[1::2])
+    return brotli.compress(data[::2] + data[1::2], quality=11, lgwin=24)
 
 
 def shuffle_unpack(data: bytes, size: int) -> bytes:
     """Inverse of shuffle_pack."""
-    out = bytearray(unbrotli(data, size))
+    out = bytearray(brotli.Decompressor().process(data, output_buffer_limit=size)[:size])
     half = -(-len(out) // 2)
     out[::2], out[1::2] = out[:half], out[half:]
     return bytes(out)
@@ -3837,7 +3816,6 @@ CODECS = {
     "zlib": Codec(1, lambda b: zlib.compress(b, 9), unzlib),
     "lzma": Codec(2, lambda b: lzma.compress(b, **LZMA), unlzma),
     "zstd": Codec(3, lambda b: zstandard.ZstdCompressor(level=22).compress(b), unzstd, zstandard),
-    "brotli": Codec(4, brotli_pack, unbrotli, brotli),
     "brotli_shuffle": Codec(5, shuffle_pack, shuffle_unpack, brotli),
     "rans": Codec(6, rans_pack, rans_unpack),
 }
@@ -3882,17 +3860,9 @@ class Entry(NamedTuple):
             yield from Entry("", "i1", [self.rank, size], 1).parts()
 
 
-def entry_of(name: str, t: QTensor) -> Entry:
-    """The header's line about a tensor."""
-    kind = t.values.numpy().dtype.str[1:]
-    flags = int(t.scale is not None), int(t.columns is not None), int(t.trellis)
-    rank = len(t.correction[0].values) if t.correction else 0
-    return Entry(name, kind, list(t.values.shape), *flags, rank)
-
-
 def stored_arrays(t: QTensor) -> Iterator[np.ndarray]:
     """All numbers in t, in the order of Entry.parts."""
-    yield from (part.numpy() for part in t[:3] if part is not None)
+    yield from (part.cpu().numpy() for part in t[:3] if part is not None)
     for factor in t.correction or ():
         yield from stored_arrays(factor)
 
@@ -3914,11 +3884,14 @@ def packed_stream(codec: str, key: str, arrays: Iterable[np.ndarray]) -> tuple[l
 def pack_artifact(tensors: dict[str, QTensor], header: dict[str, Any], codec: str) -> bytes:
     """Prefix, packed JSON header, a packed stream per kind of number in the header's order,
     sha256 of all before it."""
-    entries = [entry_of(name, t) for name, t in tensors.items()]
-    arrays: dict[str, list[np.ndarray]] = {}
-    for entry, t in zip(entries, tensors.values()):
-        for (key, _), array in zip(entry.parts(), stored_arrays(t)):
-            arrays.setdefault(key, []).append(array)
+    entries, arrays = [], collections.defaultdict(list)
+    for name, t in tensors.items():
+        values, *_ = found = list(stored_arrays(t))
+        flags = map(int, (t.scale is not None, t.columns is not None, t.trellis))
+        rank = len(t.correction[0].values) if t.correction else 0
+        entries.append(Entry(name, values.dtype.str[1:], list(values.shape), *flags, rank))
+        for (key, _), array in zip(entries[-1].parts(), found):
+            arrays[key].append(array)
     packed = [packed_stream(codec, key, found) for key, found in arrays.items()]
     lines = dict(tensors=entries, streams=[line for line, _ in packed])
     text = np.frombuffer(json.dumps(header | lines, separators=(",", ":")).encode(), np.uint8)
@@ -4056,18 +4029,11 @@ class Packer(NamedTuple):
 
 
 def packed_to(
-    room: int,
-    make: Callable[[float], bytes],
-    start: float,
-    slope: float,
-    limits: tuple[float, float],
-    whole: bool = False,
+    room: int, make: Callable, start: float, slope: float, limits: tuple, whole: bool = False
 ) -> tuple[float, bytes, int]:
     """(x, make(x), packings): the largest of a handful of artifacts that fits, or the smallest when
     none does. slope: bytes for one more of x, until it is measured; whole: x is a whole number."""
-    low, high = limits
-    tried: dict[float, bytes] = {}
-    sizes: dict[float, int] = {}
+    (low, high), tried, sizes = limits, {}, {}
     x = min(max(start, low), high)
     while x not in tried and len(tried) < 9:
         others = list(tried)
@@ -4142,9 +4108,9 @@ def fit_zeros(p: Packer) -> tuple[bytes, str]:
         if exported[name].quant in LEARNED_GRID and t.scale is not None:
             cost = (t.values.float() * t.scale.float()[:, None]).square()
             if (h := p.hessians.get(exported[name])) is not None:
-                cost = cost * h.diagonal().cpu()
+                cost = cost * h.diagonal()
             kept = (t.values == 0) | (t.values.abs() > SMALL_LEVELS)
-            costs[name] = cost.masked_fill(kept, math.inf).flatten()
+            costs[name] = cost.masked_fill(kept, math.inf).flatten().cpu()
     every = torch.cat([torch.zeros(0), *costs.values()])
     candidates, ranked = int(every.isfinite().sum()), every.argsort(stable=True)
 
@@ -4153,7 +4119,7 @@ def fit_zeros(p: Packer) -> tuple[bytes, str]:
         chosen[ranked[: int(x)]] = True
         changed = dict(whole)
         for name, part in zip(costs, chosen.split([len(cost) for cost in costs.values()])):
-            values = whole[name].values
+            values = whole[name].values.cpu()
             changed[name] = whole[name]._replace(values=values.masked_fill(part.view_as(values), 0))
         return p.blob(changed)
 
@@ -4217,7 +4183,7 @@ def code_bytes() -> int:
 
 
 def submit_code(rt: Runtime):
-    """Keep in the run's folder the code that the run is counted with (on rank 0)."""
+    """Keep the code that the run is counted with (on rank 0)."""
     folder = rt.folder / "submission"
     folder.mkdir(exist_ok=True)
     write_atomic(folder / "train_gpt.py", shipped_code()[0])
@@ -4302,7 +4268,7 @@ def artifact_config(env: dict[str, str], path: Path, header: dict[str, Any]) -> 
 def build_from_artifact(
     cfg: Config, header: dict[str, Any], body: bytes, numerics: Numerics
 ) -> GPT:
-    """A model made of nothing but the file, whose tensors must be the model's before any memory is
+    """A model of nothing but the file, whose tensors must be the model's before any memory is
     taken. Raises UserError."""
     with torch.device("meta"):
         shapes = GPT(cfg.model, cfg.data.vocab_size, numerics).exported()
@@ -4952,20 +4918,38 @@ def ran_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
-def load_checkpoint(cfg: Config, rt: Runtime) -> dict[str, Any] | None:
+class Checkpoint(NamedTuple):
+    """What a run can go on from."""
+
+    state: dict[str, Any]  # as Trainer.state
+    identity: dict[str, Any]  # as Config.identity
+    numerics: dict[str, Any]
+    train_tokens: int
+
+
+@contextlib.contextmanager
+def or_start_over(what: str):
+    """Whatever goes wrong with a checkpoint is a UserError."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{what} ({type(error).__name__})"
+        raise UserError(f"{reason}; move it away to start over") from None
+
+
+def load_checkpoint(cfg: Config, rt: Runtime) -> Checkpoint | None:
     """The run's checkpoint under RESUME=auto, if there is one: tensors and plain values, no code.
     Raises UserError for a file that is none or that began with other values."""
     path = rt.folder / "checkpoint.pt"
     if cfg.run.resume == "none" or not rt.on_main(path.exists):
         return None
     blob = rt.on_main(path.read_bytes)
-    try:
-        saved = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-        pairs = [(k, saved["identity"].get(k), now) for k, now in cfg.identity().items()]
+    with or_start_over(f"{relative(path)}: not a readable checkpoint"):
+        content = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+        saved = Checkpoint(**content)
+        Numerics(**saved.numerics)  # refuses other names
+        pairs = [(k, saved.identity.get(k), now) for k, now in cfg.identity().items()]
         changed = [f"{k.upper()}: then {a}, now {b}" for k, a, b in pairs if a != b]
-    except Exception as error:
-        reason = f"not a readable checkpoint ({type(error).__name__})"
-        raise UserError(f"{relative(path)}: {reason}; move it away to start over") from None
     if changed:
         raise UserError(f"RESUME=auto: the run has another configuration; {'; '.join(changed)}")
     return saved
@@ -4987,6 +4971,8 @@ class Trainer:
         self.clock.start()
         see_data(model, data)  # reads training text, what is held out excepted
         self.clock.stop()
+        limit = cfg.optim.max_wallclock_seconds
+        self.budget = limit - cfg.optim.reserve_seconds if limit else math.inf  # seconds of run()
         self.plans = plans(cfg.model)
         self.plan = 0  # number of the plan of the last step
         self.loss = compiled(model.forward, numerics)
@@ -5006,11 +4992,10 @@ class Trainer:
     # One step.
     def progress(self, elapsed: float) -> Progress:
         """Where the run stands, from rank 0's clock and the step number alone."""
-        o, step = self.cfg.optim, self.step_number
-        frac, left = step / o.iterations, o.iterations - step
-        if not o.max_wallclock_seconds:
+        step, steps, budget = self.step_number, self.cfg.optim.iterations, self.budget
+        frac, left = step / steps, steps - step
+        if budget == math.inf:
             return Progress(step, frac, left, 1.0)
-        budget = o.max_wallclock_seconds - o.reserve_seconds
         cost = statistics.median(self.recent) if len(self.recent) >= 5 else 0.0
         seconds = min(budget - elapsed, left * cost if cost else math.inf)
         return Progress(step, min(1.0, max(elapsed / budget, frac)), max(0.0, seconds), cost)
@@ -5191,14 +5176,10 @@ class Trainer:
         self.check_finite("loss", self.pending)
         with self.clock.paused():
             self.check_finite("weights", self.flat.weights)
-            content = dict(
-                state=self.state(),
-                identity=self.cfg.identity(),
-                numerics=self.numerics._asdict(),
-                train_tokens=len(self.data.train),
-            )
+            numerics, tokens = self.numerics._asdict(), len(self.data.train)
+            content = Checkpoint(self.state(), self.cfg.identity(), numerics, tokens)
             if self.rt.main:
-                torch.save(content, blob := io.BytesIO())
+                torch.save(content._asdict(), blob := io.BytesIO())
                 try:
                     write_atomic(self.rt.folder / "checkpoint.pt", blob.getbuffer())
                     self.rt.metric("checkpoint", step=self.step_number)
@@ -5206,16 +5187,13 @@ class Trainer:
                     self.rt.log(f"warning: checkpoint {error.strerror}")
             self.last_checkpoint = time.monotonic()
 
-    def resume(self, saved: dict[str, Any]):
+    def resume(self, saved: Checkpoint):
         """Continue from a checkpoint. Raises UserError when text or script was another."""
-        then, now = saved["train_tokens"], len(self.data.train)
+        then, now = saved.train_tokens, len(self.data.train)
         if then != now:
             raise UserError(f"RESUME=auto: then {then} tokens of training text, now {now}")
-        try:
-            self.restore(saved["state"])
-        except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
-            reason = f"the checkpoint does not fit this script ({type(error).__name__})"
-            raise UserError(f"RESUME=auto: {reason}; move it away to start over") from None
+        with or_start_over("RESUME=auto: the checkpoint does not fit this script"):
+            self.restore(saved.state)
         self.rt.log(f"resumed:step {self.step_number} train_time:{self.clock.read() * 1e3:.0f}ms")
 
     # The loop.
@@ -5274,11 +5252,9 @@ class Trainer:
     def done(self, elapsed: float) -> bool:
         """Whether another step, as long as the longest of the last 20, would come too late. On a
         GPU the last one still runs when `elapsed` is read: two are to come."""
-        o = self.cfg.optim
         to_come = 2 if self.rt.device.type == "cuda" else 1
         end = elapsed + to_come * max(self.recent[-20:], default=0.0)
-        late = o.max_wallclock_seconds and end > o.max_wallclock_seconds - o.reserve_seconds
-        return self.step_number >= o.iterations or late
+        return self.step_number >= self.cfg.optim.iterations or end > self.budget
 
     def run(self):
         """Train until the clock or ITERATIONS says stop, at the same step on every rank. A signal
@@ -5320,11 +5296,6 @@ class Trainer:
             self.rt.log(f"stopping_early: wallclock_cap train_time:{ms:.0f}ms step:{step}/{last}")
         if self.cfg.run.checkpoint_every:
             self.save()
-
-    @torch.no_grad()
-    def average(self):
-        """Put averaged weights in place, on the clock: some averages read held-out text."""
-        self.rt.log(f"averaging:{self.cfg.optim.averaging} {self.averager.apply()}")
 
     def observe(self):
         """See what the quantiser asks for; training text is read before the clock stops."""
@@ -5447,11 +5418,11 @@ def peak_memory(rt: Runtime) -> str:
     return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
 
 
-def train_and_export(cfg: Config, rt: Runtime, data: Data, saved: dict[str, Any] | None) -> Path:
+def train_and_export(cfg: Config, rt: Runtime, data: Data, saved: Checkpoint | None) -> Path:
     """All from a new model to its artifact, whose path is returned."""
     with rt.phase("calibrate"):
         chosen = None if saved else rt.on_main(lambda: choose_numerics(cfg, rt))
-        numerics = chosen or Numerics(**saved["numerics"])
+        numerics = chosen or Numerics(**saved.numerics)
         apply_numerics(numerics, rt)
     torch.manual_seed(cfg.run.seed)
     model = GPT(cfg.model, cfg.data.vocab_size, numerics, cfg.optim)
@@ -5467,8 +5438,8 @@ def train_and_export(cfg: Config, rt: Runtime, data: Data, saved: dict[str, Any]
         trainer.resume(saved)
     with rt.phase("train"):
         trainer.run()
-    with rt.phase("average"):
-        trainer.average()
+    with rt.phase("average"), torch.no_grad():  # on the clock
+        rt.log(f"averaging:{cfg.optim.averaging} {trainer.averager.apply()}")
     prequant(trainer, text)
     with rt.phase("inputs"):
         trainer.observe()

@@ -42,7 +42,6 @@ UNDOCUMENTED = {
     "draw_order",
     "row",
     "add",
-    "on_cpu",
     "read",
     "out_of_range",
 }

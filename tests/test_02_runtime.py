@@ -554,6 +554,13 @@ STRANGE = {
     "empty": lambda own: b"",
     "another program's": lambda own: saved({"weights": torch.zeros(3)}),
     "a tensor": lambda own: saved(torch.zeros(3)),
+    "no numerics": lambda own: saved(
+        {k: v for k, v in torch.load(io.BytesIO(own), weights_only=True).items() if k != "numerics"}
+    ),
+    "other numerics": lambda own: saved(
+        torch.load(io.BytesIO(own), weights_only=True) | {"numerics": {"precision": "fp8"}}
+    ),
+    "another key": lambda own: saved(torch.load(io.BytesIO(own), weights_only=True) | {"x": 1}),
 }
 
 

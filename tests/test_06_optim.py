@@ -1039,6 +1039,7 @@ def test_warmdown_frac_is_constant_then_linear():
 def stand(cfg: tg.Config, step: int, elapsed: float, memory: SimpleNamespace) -> tg.Progress:
     """Trainer.progress without a trainer; `memory` keeps what it remembers between steps."""
     memory.cfg, memory.step_number = cfg, step
+    memory.budget = cfg.optim.max_wallclock_seconds - cfg.optim.reserve_seconds or math.inf
     return tg.Trainer.progress(memory, elapsed)
 
 

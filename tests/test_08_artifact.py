@@ -79,7 +79,6 @@ def scalar_rans(data: bytes) -> bytes:
 UNPACK = {
     1: zlib.decompress,
     2: lambda b: lzma.decompress(b, **LZMA2),
-    4: brotli.decompress,
     3: lambda b: zstandard.ZstdDecompressor().decompress(b),
     5: lambda b: unshuffle(brotli.decompress(b)),
     6: scalar_rans,
@@ -260,7 +259,7 @@ def test_levels_are_coded_at_the_entropy_and_below_every_byte_compressor():
     packed = CODECS["rans"].pack(q.tobytes())
     assert CODECS["rans"].unpack(packed, len(q)) == q.tobytes()
     assert 1 <= len(packed) / entropy_bytes(q) < 1.002
-    assert len(packed) < 0.99 * len(CODECS["brotli"].pack(q.tobytes()))
+    assert len(packed) < 0.99 * len(brotli.compress(q.tobytes(), quality=11, lgwin=24))
 
 
 def test_rows_of_different_spread_are_coded_apart():
@@ -558,7 +557,7 @@ def bombs() -> dict[str, bytes]:
         "zlib": first + later * 1023 + deflate.flush()[:-4] + adler,
         "lzma": lzma.compress(bytes(1 << 21), **LZMA2)[:-1] * 512 + b"\0",
         "zstd": zstandard.ZstdCompressor(level=1).compress(bytes(1 << 30)),
-        "brotli": b"".join(squash.process(mega) for _ in range(1024)) + squash.finish(),
+        "brotli_shuffle": b"".join(squash.process(mega) for _ in range(1024)) + squash.finish(),
     }
 
 
@@ -591,7 +590,7 @@ def explode(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("codec", ["zlib", "lzma", "zstd", "brotli"])
+@pytest.mark.parametrize("codec", ["zlib", "lzma", "zstd", "brotli_shuffle"])
 def test_a_bomb_yields_no_more_than_was_asked_for(explode, codec):
     """zstd asks for its window first, which may be no larger than the stream is said to be."""
     large = [5_000_000, 20_000_000]

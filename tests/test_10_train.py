@@ -605,7 +605,7 @@ def test_the_exported_average_is_the_exponential_average_of_all_steps(toy):
     trainer = make_trainer(toy, ITERATIONS=12, AVERAGING="ema", EMA_DECAY=0.8)
     average = trainer.flat.weights.double()
     trajectory = watch(trainer, lambda loss: trainer.flat.weights.double())
-    trainer.average()
+    trainer.averager.apply()
     for weights in trajectory:
         average = 0.8 * average + 0.2 * weights
     torch.testing.assert_close(trainer.flat.weights.double(), average, rtol=1e-5, atol=1e-7)

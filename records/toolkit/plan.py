@@ -34,7 +34,7 @@ OUTER_RATE = (
     0.12  # of bf16 peak, X^T X of calibration: 6.8 to 12.8 s for 64 passes of 98,304 tokens
 )
 SOLVE_SECONDS = 10 / 35.9e6  # of GPTQ per parameter, on the host (PRs 1855, 1979)
-PACK_SECONDS = {"rans": 1 / 36e6, "brotli": 65 / 35.9e6, "brotli_shuffle": 65 / 35.9e6}
+PACK_SECONDS = {"rans": 1 / 36e6, "brotli_shuffle": 65 / 35.9e6}
 CARDS_OF_CLUSTERS = (16, 64, 512)
 
 
