@@ -124,9 +124,13 @@ frozen = dataclass(frozen=True)
 
 @frozen
 class RunConfig:
-    run_mode: str = knob("train", "all, predict size and cost, score ARTIFACT", "train plan eval")
+    run_mode: str = knob(
+        "train",
+        "train, export and score; predict size and cost (plan); score ARTIFACT (eval)",
+        "train plan eval",
+    )
     run_id: str = knob("auto", "name of the run's folder; auto = date, time, seed")
-    runs_dir: str = knob("runs", "folder of runs' folders")
+    runs_dir: str = knob("runs", "folder that receives a folder per run")
     seed: int = knob(1337, "seed of initialisation and data order", 0, 2**31 - 1)
     device: str = knob("auto", "hardware; auto = CUDA where present", "auto cpu cuda")
     resume: str = knob("none", "auto = go on from the run's last checkpoint", "none auto")
@@ -134,21 +138,24 @@ class RunConfig:
     checkpoint_every: float = knob(60.0, "seconds between two checkpoints; 0 = none", 0, 86400)
     train_log_every: int = knob(200, "steps between two lines of the log", 1, 10**6)
     val_loss_every: int = knob(1000, "steps between two validations; 0 = only the last", 0, 10**7)
-    allow_noncompliant: bool = knob(False, "do what is not admissible, marked so")
-    strict_env: bool = knob(False, "warnings about variables are errors")
+    allow_noncompliant: bool = knob(False, "agree to what is not admissible")
+    strict_env: bool = knob(False, "turn warnings about variables into errors")
 
 
 @frozen
 class DataConfig:
-    data_path: str = knob("auto", "folder of fineweb_{train,val}_*.bin; auto = FineWeb or sample")
+    data_path: str = knob(
+        "auto", "folder of fineweb_{train,val}_*.bin; auto = FineWeb on CUDA, else the sample"
+    )
     tokenizer_path: str = knob("auto", "SentencePiece model; auto = the data folder's own")
     vocab_size: int = knob(1024, "tokenizer size V", 2, 65536)
     train_seq_len: int = knob(1024, "training context T in tokens", 8, 65536)
     train_batch_tokens: int = knob(524_288, "tokens of one step over all ranks", 8, 2**24)
-    caseops: bool = knob(False, "capitals as operators, bytes from a sidecar (PR 1729)")
+    caseops: bool = knob(False, "capitals spelt as operators, bytes from a sidecar (PR 1729)")
     loader: str = knob(
         "sequential",
-        "rows: as they come, at a stride (PR 726), shuffled (PR 1394), packed (arXiv 2404.10830)",
+        "rows: in order, at a stride (PR 726), shuffled (PR 1394), or by packed "
+        "documents (arXiv 2404.10830)",
         "sequential coprime shuffled packed",
     )
 
@@ -167,15 +174,18 @@ class ModelConfig:
     rope_base: float = knob(10000.0, "base of rotary frequencies", 10, 1e7, needs="ROPE_DIMS > -1")
     qk_gain_init: float = knob(1.5, "first inverse temperature of heads (PR 1125)", 0.1, 20)
     bos_id: int = knob(1, "id of the token that begins each document", 0, 65535)
-    doc_attention: bool = knob(False, "attention inside documents (PR 1530)")
+    doc_attention: bool = knob(False, "attention stops where a document begins (PR 1530)")
     xsa_last_n: int = knob(0, "top blocks whose heads drop own values (arXiv 2603.09078)", 0, 64)
-    output_gate_scale: float = knob(0.0, "steepness of heads' gates (PR 1787); 0 = none", 0, 10)
+    output_gate_scale: float = knob(
+        0.0, "steepness of gates on heads' outputs (PR 1787); 0 = none", 0, 10
+    )
     value_embed_last_n: int = knob(0, "top blocks with embedded values (PR 374)", 0, 64)
     value_embed_dim: int = knob(128, "width of the value embedding", 1, 4096, needs=VALUES)
     value_residual: str = knob("none", "add the first block's values to later ones", "none mix")
     smear_gate: str = knob(
         "none",
-        "mix in the embedding before: by channel (PR 162), gate (PR 1667), in documents (PR 1851)",
+        "mix in the token before: by channel (B, PR 162), by a gate (C, PR 1667), inside "
+        "documents only (D, PR 1851)",
         "none B C D",
     )
     bigram_buckets: int = knob(0, "rows of the hashed bigram embedding (PR 162); 0 = off", 0, 2**20)
@@ -185,27 +195,31 @@ class ModelConfig:
     ln_scale: bool = knob(False, "scale the input of block i by 1/sqrt(i + 1) (PR 315)")
     skips: str = knob(
         "unet",
-        "what joins halves of the slots: weights, squashed weights (PR 1539) or gates (PR 1089)",
+        "what joins halves of the slots: weights, squashed weights (PR 1539), gates (PR 1089)",
         "none unet sigmoid gated",
     )
     skip_pairs: str = knob(
         "half",
-        "what skips join: halves of the slots, all or as many as without loops, or around the loop",
+        "what skips connect: halves of the slots, all or as many as without loops, or around "
+        "the loop",
         "half as_unlooped around_loop",
         needs="SKIPS != none and NUM_LOOPS > 0",
     )
     num_loops: int = knob(0, "extra passes over blocks LOOP_START to LOOP_END (PR 1394)", 0, 32)
     loop_start: int = knob(3, "first looped block", 0, 63, needs=LOOPS)
     loop_end: int = knob(5, "last looped block", 0, 63, needs=LOOPS)
-    enable_looping_at: float = knob(0.35, "begin: run's part; a step if > 1", 0, 10**8, needs=LOOPS)
-    loop_ramp_steps: int = knob(0, "steps in which a gate opens each pass", 0, 10**6, needs=LOOPS)
+    enable_looping_at: float = knob(
+        0.35, "when loops begin: a part of the run; above 1, a step", 0, 10**8, needs=LOOPS
+    )
+    loop_ramp_steps: int = knob(0, "steps in which gates open; 0 = no gates", 0, 10**6, needs=LOOPS)
     parallel: str = knob(
         "none",
-        "attention beside the MLP: one stream (PR 1412), two (PR 1334), learned routes (PR 1530)",
+        "attention beside the MLP: on one stream (A, PR 1412), on two (B, PR 1334), with "
+        "learned routes (D, PR 1530)",
         "none A B D",
     )
     parallel_start: int = knob(7, "first parallel block", 0, 63, needs="PARALLEL != none")
-    softcap: str = knob("tanh", "loss plainly, or in less memory", "tanh shifted")
+    softcap: str = knob("tanh", "compute the loss plainly, or in less memory", "tanh shifted")
     logit_softcap: float = knob(30.0, "bound of logits in nats, by tanh", 1, 1000)
     init: str = knob(
         "default",
@@ -213,9 +227,13 @@ class ModelConfig:
         "that undo some of the values, in columns or, as published, rows (PR 1089)",
         "default uniform orthogonal mimetic mimetic_rows",
     )
-    embed_init: str = knob("normal", "token table at first: noise, or SVD of pairs", "normal svd")
-    tied_embed_init_std: float = knob(0.005, "deviation of the first token table", 1e-5, 1)
-    mup_base_width: int = knob(0, "width that rates fit (muP, arXiv 2203.03466); 0 = off", 0, 4096)
+    embed_init: str = knob(
+        "normal", "first token table: noise, or SVD of token pairs", "normal svd"
+    )
+    tied_embed_init_std: float = knob(0.005, "standard deviation of the first token table", 1e-5, 1)
+    mup_base_width: int = knob(
+        0, "MODEL_DIM that rates were tuned for (muP, arXiv 2203.03466); 0 = off", 0, 4096
+    )
 
     @property
     def head_dim(self) -> int:
@@ -246,7 +264,10 @@ class OptimConfig:
     reserve_seconds: float = knob(0.0, "time kept for calibration", 0, 600, needs=CLOCK)
     warmup_steps: int = knob(20, "steps that prewarm kernels and are undone", 0, 1000)
     lr_schedule: str = knob(
-        "warmdown_iters", "linear or half-cosine decay", "warmdown_iters warmdown_frac cosine"
+        "warmdown_iters",
+        "decay at the end: linear over WARMDOWN_ITERS steps, or linear or half a cosine over "
+        "WARMDOWN_FRAC of the run",
+        "warmdown_iters warmdown_frac cosine",
     )
     warmdown_iters: int = knob(1200, "steps of learning-rate decay", 0, 10**7, needs=ITERS)
     warmdown_frac: float = knob(0.6, "learning-rate decay's part of the run", 0, 1, needs=FRAC)
@@ -279,11 +300,19 @@ class OptimConfig:
         "decoupled cautious fixed_norm",
     )
     muon_momentum: float = knob(0.95, "Muon momentum", 0, 0.9999)
-    muon_momentum_warmup_start: float = knob(0.85, "Muon momentum at both ends", 0, 0.9999)
-    muon_momentum_warmup_steps: int = knob(
-        500, "steps to MUON_MOMENTUM", 0, 10**6, needs="MUON_MOMENTUM_WARMUP_START != MUON_MOMENTUM"
+    muon_momentum_warmup_start: float = knob(
+        0.85, "Muon momentum at the beginning, and after its cool-down", 0, 0.9999
     )
-    muon_momentum_cooldown_steps: int = knob(0, "last steps, of falling momentum", 0, 10**6)
+    muon_momentum_warmup_steps: int = knob(
+        500,
+        "steps until MUON_MOMENTUM is reached",
+        0,
+        10**6,
+        needs="MUON_MOMENTUM_WARMUP_START != MUON_MOMENTUM",
+    )
+    muon_momentum_cooldown_steps: int = knob(
+        0, "last steps, in which Muon momentum falls", 0, 10**6
+    )
     muon_wd: float = knob(0.0, "weight decay of matrices", 0, 10, needs="MUON_DECAY != fixed_norm")
     tied_embed_lr: float = knob(0.05, "AdamW rate of the token table", 0, 10)
     head_lr: float = knob(0.008, "AdamW rate of the multi-token head", 0, 10, needs=MTP)
@@ -293,15 +322,18 @@ class OptimConfig:
     embed_wd: float = knob(-1.0, "weight decay of embeddings and tables; -1 = ADAM_WD", -1, 10)
     adam_l2: float = knob(0.0, "weight decay inside AdamW's gradient", 0, 10)
     beta1: float = knob(0.9, "decay of AdamW's mean gradient", 0, 0.9999)
-    embed_beta1: float = knob(0.0, "BETA1 of embeddings, tables, heads; 0 = BETA1", 0, 0.9999)
+    embed_beta1: float = knob(0.0, "BETA1 of embeddings, tables and heads; 0 = BETA1", 0, 0.9999)
     beta2: float = knob(0.95, "decay of AdamW's mean square gradient", 0, 0.99999)
     adam_eps: float = knob(1e-8, "what AdamW adds to the root mean square", 1e-12, 1e-2)
-    ademamix_alpha: float = knob(0.0, "last weight of slow momentum (arXiv 2409.03137)", 0, 100)
+    ademamix_alpha: float = knob(
+        0.0, "last weight of AdEMAMix's slow momentum (arXiv 2409.03137); 0 = off", 0, 100
+    )
     ademamix_beta3: float = knob(0.999, "last decay of slow momentum", 0.01, 0.99999, needs=SLOW)
     grad_clip_norm: float = knob(0.0, "bound of the gradient's norm; 0 = off", 0, 1e6)
     averaging: str = knob(
         "none",
-        "weights: the last, a moving average (PR 287), mean of late ones, or by held-out loss",
+        "exported weights: the last, their moving average (PR 287), the mean of late "
+        "snapshots, or one weighted by held-out loss",
         "none ema swa iw_swa",
     )
     ema_decay: float = knob(0.997, "decay of the average", 0, 0.99999, needs="AVERAGING == ema")
@@ -309,8 +341,18 @@ class OptimConfig:
         0.2, "part of the peak rate below which snapshots begin", 0, 1.01, needs="AVERAGING == swa"
     )
     swa_every: int = knob(50, "steps between snapshots", 1, 10**6, needs="AVERAGING in swa,iw_swa")
-    held_out_tokens: int = knob(65_536, "last training tokens, held out", 8, 10**8, needs=HELD_OUT)
-    objective: str = knob("ce", "cross-entropy, by bytes, or of the next two tokens", "ce byte mtp")
+    held_out_tokens: int = knob(
+        65_536,
+        "last training tokens, kept to score snapshots and roundings",
+        8,
+        10**8,
+        needs=HELD_OUT,
+    )
+    objective: str = knob(
+        "ce",
+        "cross-entropy, the same weighted by bytes, or with a head for the token after next",
+        "ce byte mtp",
+    )
     mtp_weight: float = knob(0.2, "weight of the multi-token loss", 0, 10, needs=MTP)
 
 
@@ -321,11 +363,19 @@ class QuantConfig:
     matrix_bits: int = knob(8, "bits of block matrices; 16 = fp16", "2 3 4 5 6 7 8 16")
     mlp_bits: int = knob(0, "bits of MLP matrices; 0 = MATRIX_BITS", "0 2 3 4 5 6 7 8 16")
     embed_bits: int = knob(8, "bits of all tables; 16 = fp16", "2 3 4 5 6 7 8 16")
-    qat: str = knob("none", "train on export grid (PR 66)", "none ste", needs="MATRIX_BITS < 16")
-    qat_start_frac: float = knob(0.0, "part of the run without QAT", 0, 1, needs="QAT != none")
+    qat: str = knob(
+        "none",
+        "train matrices through the export's grid (PR 66)",
+        "none ste",
+        needs="MATRIX_BITS < 16",
+    )
+    qat_start_frac: float = knob(
+        0.0, "part of the run before QAT begins", 0, 1, needs="QAT != none"
+    )
     clip: str = knob(
         "quantile",
-        "a row's top level: 0.9999984 quantile, best of five (PR 374), or deviations (PR 1394)",
+        "a row's largest level: the 0.9999984 quantile, the best of five (PR 374), or a "
+        "multiple of the deviation (PR 1394)",
         "quantile search sigma",
     )
     matrix_clip_sigmas: float = knob(12.85, "clip of rows, in deviations", 0.5, 100, needs=SIGMAS)
@@ -335,15 +385,19 @@ class QuantConfig:
     )
     rounding: str = knob(
         "nearest",
-        "nearest, or making up for errors (arXiv 2210.17323), so by a trellis (arXiv 2603.04956)",
+        "to the nearest level, making up for earlier errors (arXiv 2210.17323), or that by a "
+        "trellis (arXiv 2603.04956)",
         "nearest gptq trellis",
     )
     calibration_tokens: int = knob(65_536, "tokens that show matrix inputs", 8, 2**26, needs=INPUTS)
-    lqer_rank: int = knob(0, "rank of worst errors' correction (PR 1797)", 0, 64)
-    allocation: str = knob("tag", "precision by tag or held-out loss", "tag loss")
+    lqer_rank: int = knob(0, "rank of a correction of the worst errors (PR 1797); 0 = none", 0, 64)
+    allocation: str = knob(
+        "tag", "what divides precision among matrices: their tag, or the held-out loss", "tag loss"
+    )
     fit_budget: str = knob(
         "none",
-        "ARTIFACT_BUDGET_BYTES is met by a factor of all steps, by bits, or by small levels made 0",
+        "how ARTIFACT_BUDGET_BYTES is met: not, by a factor of all steps, by whole bits, or "
+        "by zeroing small levels (PR 1089)",
         "none steps bits prune",
     )
     scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 = published int8", 0, 1)
@@ -367,7 +421,8 @@ class EvalConfig:
 
     eval: str = knob(
         "chunked",
-        "in chunks of TRAIN_SEQ_LEN, or windows of EVAL_SEQ_LEN over all text or each document",
+        "official score: chunks of TRAIN_SEQ_LEN, windows of EVAL_SEQ_LEN over the text "
+        "(sliding), or inside documents",
         "chunked sliding doc",
     )
     eval_seq_len: int = knob(1024, "tokens of a window", 2, 65536, needs=WINDOWS)
@@ -375,8 +430,8 @@ class EvalConfig:
     eval_batch_tokens: int = knob(131_072, "tokens of an evaluation batch on a rank", 1, 2**24)
     ttt: str = knob(
         "none",
-        "what learns from scored text: all weights (PR 549), adapters of documents (PR 1530), both "
-        "(PR 1610); prequant: before export (PR 1539)",
+        "what learns from scored text: all weights (sgd, PR 549), adapters of documents "
+        "(lora, PR 1530), both (phased, PR 1610); prequant: before export (PR 1539)",
         "none sgd lora phased prequant",
     )
     ttt_lr: float = knob(0.005, "peak rate of all weights while scoring", 0, 1, needs=WHOLE)
@@ -384,16 +439,29 @@ class EvalConfig:
     ttt_epochs: int = knob(3, "updates on each scored chunk", 1, 100, needs=WHOLE)
     ttt_chunk_tokens: int = knob(32_768, "scored tokens in such an update", 1, 2**24, needs=WHOLE)
     ttt_lora_rank: int = knob(96, "rank of the adapters of each document", 1, 4096, needs=LORA)
-    ttt_lora_alpha: float = knob(96.0, "strength of adapters times rank", 0, 1e4, needs=LORA)
+    ttt_lora_alpha: float = knob(
+        96.0, "strength of adapters, over TTT_LORA_RANK", 0, 1e4, needs=LORA
+    )
     ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", 0, 1, needs=LORA)
     ttt_lora_wd: float = knob(0.5, "weight decay of the adapters", 0, 100, needs=LORA)
-    ttt_lora_beta2: float = knob(0.999, "AdamW beta2 of adapters; no beta1", 0, 0.99999, needs=LORA)
+    ttt_lora_beta2: float = knob(
+        0.999, "AdamW beta2 of adapters, whose beta1 is 0", 0, 0.99999, needs=LORA
+    )
     ttt_lora_chunk: int = knob(48, "scored tokens between adapters' updates", 1, 65536, needs=LORA)
     ttt_lora_docs: int = knob(64, "documents whose adapters learn at once", 1, 4096, needs=LORA)
-    ttt_warm_a: bool = knob(False, "A matrices pass between documents (PR 1767)", needs=LORA)
+    ttt_warm_a: bool = knob(
+        False, "begin a document with A matrices of earlier ones (PR 1767)", needs=LORA
+    )
     ttt_phases: int = knob(3, "how often all weights learn", 1, 100, needs=PHASED)
-    ttt_phase_docs: int = knob(2000, "longest documents, for all weights", 1, 10**6, needs=PHASED)
-    prequant_text: str = knob("val", "text; val is not admissible", "val train", needs=PREQUANT)
+    ttt_phase_docs: int = knob(
+        2000, "longest documents, after parts of which all weights learn", 1, 10**6, needs=PHASED
+    )
+    prequant_text: str = knob(
+        "val",
+        "text of TTT=prequant; val is not admissible, train is the control",
+        "val train",
+        needs=PREQUANT,
+    )
     prequant_lr: float = knob(5e-4, "peak rate of TTT=prequant", 0, 1, needs=PREQUANT)
     prequant_epochs: int = knob(6, "passes of TTT=prequant", 1, 1000, needs=PREQUANT)
     prequant_rows: int = knob(32, "rows in an update of TTT=prequant", 1, 65536, needs=PREQUANT)
@@ -406,11 +474,15 @@ class EvalConfig:
 
 @frozen
 class SystemConfig:
-    numerics: str = knob("auto", "matmuls; auto = bf16 where hardware has it", "auto fp32 bf16")
+    numerics: str = knob(
+        "auto",
+        "matrix products: fp32 or bf16; auto = bf16 where the hardware has it",
+        "auto fp32 bf16",
+    )
     attention: str = knob("auto", "causal kernel; auto = the faster one", "auto sdpa blocked")
     compile: str = knob("auto", "torch.compile; auto = when it pays", "auto off on")
     micro_batch_tokens: int = knob(65_536, "most tokens of one pass on a rank", 8, 2**24)
-    threads: int = knob(0, "CPU threads of each rank; 0 = all cores", 0, 1024)
+    threads: int = knob(0, "CPU threads of a rank; 0 = all cores", 0, 1024)
 
 
 def environment() -> dict[str, str]:
