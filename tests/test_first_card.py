@@ -1,6 +1,7 @@
 """The form of the first-card script (tests/gpu/first_card.py), without a card: what a stage says is
 kept however it ends, and every prediction stands beside its measurement."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
 import first_card as fc  # noqa: E402
+import rank  # noqa: E402
+
+import train_gpt as tg  # noqa: E402
 
 FIGURE = "bf16 product, TFLOP/s"
 
@@ -56,6 +60,23 @@ def test_the_report_puts_predictions_beside_measurements():
     missing = text.splitlines()[-1]
     assert missing.startswith("predicted, not measured: ")
     assert "baseline step, ms" in missing and "FA3 forward, ms" not in missing.split("; ")
+
+
+def test_its_trainer_takes_a_step():
+    """On the CPU, so that a change of the trainer's interface is noticed without a card."""
+    words = dict(PRESET="phased_ttt+tiny", DEVICE="cpu", NUMERICS="fp32")
+    trainer = rank.make_trainer(words, world=1)
+    before = trainer.flat.weights.clone()
+    assert float(rank.take_step(trainer)) > 0 and not trainer.flat.weights.equal(before)
+
+
+def test_what_its_stages_use_is_there():
+    """Names of train_gpt.py that the script and the null GPU's files mention."""
+    folder = Path(fc.__file__).parent
+    named = set()
+    for path in folder.rglob("*.py"):
+        named |= set(re.findall(r"\btg\.([A-Za-z_]+)", path.read_text(encoding="utf-8")))
+    assert len(named) > 10 and not [name for name in named if not hasattr(tg, name)]
 
 
 def test_the_stages_fit_into_their_time():

@@ -51,4 +51,4 @@ def take_step(trainer: tg.Trainer, plan: int = -1) -> torch.Tensor:
     """One update from this rank's share of the batch, by the given plan; the last has all loops."""
     rows = trainer.loader.next(0, trainer.rt.world)
     plan = range(len(trainer.plans))[plan]
-    return trainer.step(rows, tg.full_speed(trainer.cfg) | dict(plan=plan))
+    return trainer.step(rows, tg.full_speed() | dict(plan=plan))

@@ -21,7 +21,7 @@ BUDGETS = {
     "mlp3x_seq4096": Budget(1_280, 3_350, 11.0),
     "skill_forge": Budget(1_920, 4_200, 1.0),
     "depth_recurrent": Budget(1_580, 17_200, 7.0),
-    "turbo_engram": Budget(1_210, 5_800, 16.0),
+    "turbo_engram": Budget(1_210, 5_800, 16.0, 2_300, 12.8),
     "prequant_ttt": Budget(1_260, 6_700, 26.0),
     "score_first_ttt": Budget(1_370, 8_000, 30.5),
     "phased_ttt": Budget(1_610, 9_250, 37.0, 2_950, 23.0),
