@@ -395,7 +395,7 @@ def learning():
     model = tg.GPT(cfg.model, cfg.data.vocab_size, numerics, cfg.optim).to(rt.device)
     subject = tg.Subject(cfg, rt, model, numerics, tg.plans(cfg.model)[-1])
     tuner = tg.FineTuner(subject, lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9))
-    rows = torch.randint(2, cfg.data.vocab_size, (32, 2049))
+    rows = torch.randint(2, cfg.data.vocab_size, (8 if REHEARSAL else 32, 2049))
     ids, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     peak = peak_gib(lambda: tuner.step(ids, targets, 1e-3))
     spent = milliseconds(lambda: tuner.step(ids, targets, 1e-3), 5)
