@@ -140,7 +140,15 @@ def test_the_wrapper_is_small_parses_and_reveals_the_minified_script(wrapper):
     shown = subprocess.run(
         [*TOOLS, "unpack", str(wrapper)], capture_output=True, check=True, timeout=60
     ).stdout
-    assert shown == wrappers.unwrapped(packed) and len(shown) < 0.6 * len(source)
+    assert shown == wrappers.unwrapped(packed)
+    # shorter names and indentation on top of what goes with comments and docstrings
+    bare = ast.parse(source)
+    for node in ast.walk(bare):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+            node
+        ):
+            node.body[0].value.value = ""
+    assert len(shown) < 0.8 * len(ast.unparse(bare))
     names = {
         n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
     }

@@ -672,25 +672,36 @@ def packages(folder: Folder) -> Findings:
         )
 
 
-def matches(folder: Folder, pattern: bytes, what: str) -> Findings:
+def words(source: Source) -> Iterator[str]:
+    """Names in a script and the texts without blanks that it uses, such as names of variables; not
+    comments, documentation or tables in a text. All words of a script that cannot be parsed."""
+    if source.tree is None:
+        yield from re.findall(r"\w+", source.text.decode("utf-8", "replace"))
+    for node in source.nodes:
+        for field in ("id", "attr", "arg", "name", "value"):
+            word = getattr(node, field, None)
+            if isinstance(word, str) and not re.search(r"\s", word):
+                yield word
+
+
+def matches(folder: Folder, pattern: str, what: str) -> Findings:
     for source in folder.sources:
-        if found := re.search(pattern, source.text):
-            shown = found[0][:40].decode("utf-8", "replace")
-            yield Finding(f"{what}: {shown!r} in the code", source.name, False)
+        for word in words(source):
+            if re.fullmatch(pattern, word):
+                yield Finding(f"{what}: {word[:40]!r} in the code", source.name, False)
+                break
 
 
 def slot(folder: Folder) -> Findings:
-    return matches(
-        folder, rb"(?i)\bslot_(?:steps|lr|enabled|delta)\b", "optimises on the scored window"
-    )
+    return matches(folder, r"(?i)slot_(?:steps|lr|enabled|delta)", "optimises on the scored window")
 
 
 def etlb(folder: Folder) -> Findings:
-    return matches(folder, rb"(?i)\betlb(?:_\w+)?\b", "learns a logit bias on the scored window")
+    return matches(folder, r"(?i)etlb(?:_\w+)?", "learns a logit bias on the scored window")
 
 
 def casefold(folder: Folder) -> Findings:
-    return matches(folder, rb"(?i)\bcase_?fold(?:ed|ing|_\w+)?\b", "folds case")
+    return matches(folder, r"(?i)case_?fold(?:ed|ing|_\w+)?", "folds case")
 
 
 def warmup_on_validation(folder: Folder) -> Findings:
