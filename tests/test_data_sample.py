@@ -383,9 +383,10 @@ def test_reference_of_another_text_is_refused(monkeypatch, tmp_path):
         bs.build(tmp_path / "sample")
 
 
-@pytest.mark.slow
+@pytest.mark.survey
 def test_reference_figures_recompute():
-    """Half a minute: the stored figures are what the compressors give today."""
+    """Half a minute, for whoever changes the sample: the stored figures are what the compressors
+    give today."""
     pytest.importorskip("zstandard")
     pytest.importorskip("brotli")
     stored = json.loads((SAMPLE / "reference.json").read_text())["bpb"]
