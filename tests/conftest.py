@@ -1,6 +1,7 @@
 """Shared by all tests: what is quick, the script as a module and as a process, small real text."""
 
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -8,6 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+# A shell's background jobs ignore SIGINT, and so would all that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
