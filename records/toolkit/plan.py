@@ -30,9 +30,8 @@ from .step_time import (
 )
 
 ALLOWED = 0.07  # median absolute error over the published step times
-OUTER_RATE = (
-    0.12  # of bf16 peak, X^T X of calibration: 6.8 to 12.8 s for 64 passes of 98,304 tokens
-)
+# of bf16 peak, X^T X of calibration: 6.8 to 12.8 s for 64 passes of 98,304 tokens
+OUTER_RATE = 0.12
 SOLVE_SECONDS = 10 / 35.9e6  # of GPTQ per parameter, on the host (PRs 1855, 1979)
 PACK_SECONDS = {"rans": 1 / 36e6, "brotli_shuffle": 65 / 35.9e6}
 CARDS_OF_CLUSTERS = (16, 64, 512)
@@ -240,9 +239,8 @@ def as_text(r: dict[str, Any]) -> str:
         lines.append(f"  {p['name']}: {p['seconds']:.1f} s, critical / mean {p['imbalance']:.2f}")
     even = "  ".join(f"{n}: {ratio:.2f}" for n, ratio in e["critical_over_mean"].items())
     lines += [f"  critical / mean of scoring by number of ranks  {even}"]
-    fits = (
-        "fits" if max(r["peak_gib"], e["learning_peak_gib"]) < r["memory_gib"] else "DOES NOT FIT"
-    )
+    peak = max(r["peak_gib"], e["learning_peak_gib"])
+    fits = "fits" if peak < r["memory_gib"] else "DOES NOT FIT"
     learning = e["learning_peak_gib"]
     more = f", {learning:.1f} while learning from scored text" if learning else ""
     lines += [

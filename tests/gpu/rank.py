@@ -19,8 +19,8 @@ def write_shard(path: Path, vocab: int, count: int):
     rng = np.random.default_rng(0)
     tokens = rng.integers(2, vocab, count).astype("<u2")
     tokens[rng.integers(0, count, count // 500)] = 1
-    head = np.array([20240520, 1, count] + [0] * 253, "<i4")
-    path.write_bytes(head.tobytes() + tokens.tobytes())
+    head = np.array([*tg.SHARD_KIND, count], "<i4").tobytes()
+    path.write_bytes(head.ljust(tg.SHARD_HEADER_BYTES, b"\0") + tokens.tobytes())
 
 
 def make_trainer(words: dict[str, str], world: int = WORLD, everything: bool = False) -> tg.Trainer:

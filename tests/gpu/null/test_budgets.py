@@ -2,30 +2,22 @@
 size takes minutes: python tests/gpu/null/run.py -m pytest -n 0 -m full_size tests/gpu/null"""
 
 import json
-import os
 import re
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import null_only  # noqa: F401
 import pytest
 import torch
+from budgets import BUDGETS
 from conftest import official, run_script, write_shard
 from helpers import SYSTEMS, config
 
 import train_gpt as tg
 
 HERE = Path(__file__).resolve().parent
-if "NULL_GPU" not in os.environ:
-    reason = "run these as: python tests/gpu/null/run.py -m pytest -n 0 tests/gpu/null"
-    if torch.version.cuda is None:
-        reason = "this PyTorch has no CUDA"
-    pytest.skip(reason, allow_module_level=True)
-
-sys.path.insert(0, str(HERE))
-from budgets import BUDGETS  # noqa: E402
-
 pytestmark = pytest.mark.gpu
 AT_SIZE = 256  # keys; attention by plain products is no fault below
 

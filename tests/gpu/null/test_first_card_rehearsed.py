@@ -1,20 +1,14 @@
 """The first-card script runs to its end on the null GPU."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import null_only  # noqa: F401
 import pytest
-import torch
 
 HERE = Path(__file__).resolve().parent
-if "NULL_GPU" not in os.environ:
-    reason = "run these as: python tests/gpu/null/run.py -m pytest -n 0 tests/gpu/null"
-    if torch.version.cuda is None:
-        reason = "this PyTorch has no CUDA"
-    pytest.skip(reason, allow_module_level=True)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

@@ -7,16 +7,12 @@ import sys
 import warnings
 from pathlib import Path
 
+import null_only  # noqa: F401
 import pytest
 import torch
 import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
-if "NULL_GPU" not in os.environ:
-    reason = "run these as: python tests/gpu/null/run.py -m pytest -n 0 tests/gpu/null"
-    if torch.version.cuda is None:
-        reason = "this PyTorch has no CUDA"
-    pytest.skip(reason, allow_module_level=True)
 
 import null_gpu_answers as null  # noqa: E402  (made by site/sitecustomize.py)
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
