@@ -125,9 +125,7 @@ frozen = dataclass(frozen=True)
 @frozen
 class RunConfig:
     run_mode: str = knob(
-        "train",
-        "train, export and score; predict size and cost (plan); score ARTIFACT (eval)",
-        "train plan eval",
+        "train", "train and score; plan: predict; eval: score ARTIFACT", "train plan eval"
     )
     run_id: str = knob("auto", "name of the run's folder; auto = date, time, seed")
     runs_dir: str = knob("runs", "folder that receives a folder per run")
@@ -145,7 +143,7 @@ class RunConfig:
 @frozen
 class DataConfig:
     data_path: str = knob(
-        "auto", "folder of fineweb_{train,val}_*.bin; auto = FineWeb on CUDA, else the sample"
+        "auto", "folder of fineweb_{train,val}_*.bin; auto = FineWeb or the sample"
     )
     tokenizer_path: str = knob("auto", "SentencePiece model; auto = the data folder's own")
     vocab_size: int = knob(1024, "tokenizer size V", 2, 65536)
@@ -154,8 +152,7 @@ class DataConfig:
     caseops: bool = knob(False, "capitals spelt as operators, bytes from a sidecar (PR 1729)")
     loader: str = knob(
         "sequential",
-        "rows: in order, at a stride (PR 726), shuffled (PR 1394), or by packed "
-        "documents (arXiv 2404.10830)",
+        "rows: in order, at a stride (PR 726), shuffled (PR 1394), packed (arXiv 2404.10830)",
         "sequential coprime shuffled packed",
     )
 
@@ -173,19 +170,16 @@ class ModelConfig:
     rope_dims: int = knob(0, "rotating dims of a head; 0 = all, -1 = none (PR 315)", -1, 512)
     rope_base: float = knob(10000.0, "base of rotary frequencies", 10, 1e7, needs="ROPE_DIMS > -1")
     qk_gain_init: float = knob(1.5, "first inverse temperature of heads (PR 1125)", 0.1, 20)
-    bos_id: int = knob(1, "id of the token that begins each document", 0, 65535)
+    bos_id: int = knob(1, "id of a document's first token", 0, 65535)
     doc_attention: bool = knob(False, "attention stops where a document begins (PR 1530)")
     xsa_last_n: int = knob(0, "top blocks whose heads drop own values (arXiv 2603.09078)", 0, 64)
-    output_gate_scale: float = knob(
-        0.0, "steepness of gates on heads' outputs (PR 1787); 0 = none", 0, 10
-    )
+    output_gate_scale: float = knob(0.0, "steepness of gates on heads (PR 1787); 0 = none", 0, 10)
     value_embed_last_n: int = knob(0, "top blocks with embedded values (PR 374)", 0, 64)
     value_embed_dim: int = knob(128, "width of the value embedding", 1, 4096, needs=VALUES)
     value_residual: str = knob("none", "add the first block's values to later ones", "none mix")
     smear_gate: str = knob(
         "none",
-        "mix in the token before: by channel (B, PR 162), by a gate (C, PR 1667), inside "
-        "documents only (D, PR 1851)",
+        "mix in the token before: by channel (PR 162), gated (PR 1667), in documents (PR 1851)",
         "none B C D",
     )
     bigram_buckets: int = knob(0, "rows of the hashed bigram embedding (PR 162); 0 = off", 0, 2**20)
@@ -200,8 +194,7 @@ class ModelConfig:
     )
     skip_pairs: str = knob(
         "half",
-        "what skips connect: halves of the slots, all or as many as without loops, or around "
-        "the loop",
+        "what skips join: halves of the slots, all or as many as unlooped, or around the loop",
         "half as_unlooped around_loop",
         needs="SKIPS != none and NUM_LOOPS > 0",
     )
@@ -214,8 +207,7 @@ class ModelConfig:
     loop_ramp_steps: int = knob(0, "steps in which gates open; 0 = no gates", 0, 10**6, needs=LOOPS)
     parallel: str = knob(
         "none",
-        "attention beside the MLP: on one stream (A, PR 1412), on two (B, PR 1334), with "
-        "learned routes (D, PR 1530)",
+        "attention beside the MLP: on one stream (PR 1412), two (PR 1334), routed (PR 1530)",
         "none A B D",
     )
     parallel_start: int = knob(7, "first parallel block", 0, 63, needs="PARALLEL != none")
@@ -232,7 +224,7 @@ class ModelConfig:
     )
     tied_embed_init_std: float = knob(0.005, "standard deviation of the first token table", 1e-5, 1)
     mup_base_width: int = knob(
-        0, "MODEL_DIM that rates were tuned for (muP, arXiv 2203.03466); 0 = off", 0, 4096
+        0, "MODEL_DIM of the rates (muP, arXiv 2203.03466); 0 = off", 0, 4096
     )
 
     @property
@@ -265,8 +257,7 @@ class OptimConfig:
     warmup_steps: int = knob(20, "steps that prewarm kernels and are undone", 0, 1000)
     lr_schedule: str = knob(
         "warmdown_iters",
-        "decay at the end: linear over WARMDOWN_ITERS steps, or linear or half a cosine over "
-        "WARMDOWN_FRAC of the run",
+        "linear over WARMDOWN_ITERS, or linear or half a cosine over WARMDOWN_FRAC",
         "warmdown_iters warmdown_frac cosine",
     )
     warmdown_iters: int = knob(1200, "steps of learning-rate decay", 0, 10**7, needs=ITERS)
@@ -301,7 +292,7 @@ class OptimConfig:
     )
     muon_momentum: float = knob(0.95, "Muon momentum", 0, 0.9999)
     muon_momentum_warmup_start: float = knob(
-        0.85, "Muon momentum at the beginning, and after its cool-down", 0, 0.9999
+        0.85, "Muon momentum at first, and after its cool-down", 0, 0.9999
     )
     muon_momentum_warmup_steps: int = knob(
         500,
@@ -332,8 +323,7 @@ class OptimConfig:
     grad_clip_norm: float = knob(0.0, "bound of the gradient's norm; 0 = off", 0, 1e6)
     averaging: str = knob(
         "none",
-        "exported weights: the last, their moving average (PR 287), the mean of late "
-        "snapshots, or one weighted by held-out loss",
+        "weights: the last, moving average (PR 287), mean of late ones, or by held-out loss",
         "none ema swa iw_swa",
     )
     ema_decay: float = knob(0.997, "decay of the average", 0, 0.99999, needs="AVERAGING == ema")
@@ -350,7 +340,7 @@ class OptimConfig:
     )
     objective: str = knob(
         "ce",
-        "cross-entropy, the same weighted by bytes, or with a head for the token after next",
+        "cross-entropy, weighted by bytes, or with a head for the token after next",
         "ce byte mtp",
     )
     mtp_weight: float = knob(0.2, "weight of the multi-token loss", 0, 10, needs=MTP)
@@ -374,8 +364,7 @@ class QuantConfig:
     )
     clip: str = knob(
         "quantile",
-        "a row's largest level: the 0.9999984 quantile, the best of five (PR 374), or a "
-        "multiple of the deviation (PR 1394)",
+        "a row's top level: 0.9999984 quantile, best of five (PR 374), times deviation (PR 1394)",
         "quantile search sigma",
     )
     matrix_clip_sigmas: float = knob(12.85, "clip of rows, in deviations", 0.5, 100, needs=SIGMAS)
@@ -391,13 +380,10 @@ class QuantConfig:
     )
     calibration_tokens: int = knob(65_536, "tokens that show matrix inputs", 8, 2**26, needs=INPUTS)
     lqer_rank: int = knob(0, "rank of a correction of the worst errors (PR 1797); 0 = none", 0, 64)
-    allocation: str = knob(
-        "tag", "what divides precision among matrices: their tag, or the held-out loss", "tag loss"
-    )
+    allocation: str = knob("tag", "what divides precision: tag or held-out loss", "tag loss")
     fit_budget: str = knob(
         "none",
-        "how ARTIFACT_BUDGET_BYTES is met: not, by a factor of all steps, by whole bits, or "
-        "by zeroing small levels (PR 1089)",
+        "how the budget is met: not, by a factor of steps, by bits, by zeroing levels (PR 1089)",
         "none steps bits prune",
     )
     scale_floor: float = knob(0.0, "smallest clip of a row; 1.0 = published int8", 0, 1)
@@ -421,8 +407,7 @@ class EvalConfig:
 
     eval: str = knob(
         "chunked",
-        "official score: chunks of TRAIN_SEQ_LEN, windows of EVAL_SEQ_LEN over the text "
-        "(sliding), or inside documents",
+        "score by chunks of TRAIN_SEQ_LEN, or windows of EVAL_SEQ_LEN over all or in documents",
         "chunked sliding doc",
     )
     eval_seq_len: int = knob(1024, "tokens of a window", 2, 65536, needs=WINDOWS)
@@ -457,10 +442,7 @@ class EvalConfig:
         2000, "longest documents, after parts of which all weights learn", 1, 10**6, needs=PHASED
     )
     prequant_text: str = knob(
-        "val",
-        "text of TTT=prequant; val is not admissible, train is the control",
-        "val train",
-        needs=PREQUANT,
+        "val", "text of TTT=prequant; val is not admissible", "val train", needs=PREQUANT
     )
     prequant_lr: float = knob(5e-4, "peak rate of TTT=prequant", 0, 1, needs=PREQUANT)
     prequant_epochs: int = knob(6, "passes of TTT=prequant", 1, 1000, needs=PREQUANT)
@@ -731,7 +713,7 @@ def export_rules(v: SimpleNamespace) -> Iterator[str]:
     for what, moved in moves.items():
         if v.qat != "none" and moved:
             yield "{QAT} trains on the grid of the export, which is moved by " + what
-    if v.codec not in (left := available_codecs()):
+    if v.codec not in (left := [name for name, codec in CODECS.items() if codec.module]):
         yield "{CODEC} needs a package that is not installed; available: " + ", ".join(left)
 
 
@@ -770,7 +752,7 @@ ARTIFACT_DIR - : set RUNS_DIR and RUN_ID
 GRAD_ACCUM_STEPS - : passes follow from MICRO_BATCH_TOKENS
 VAL_DOC_FRACTION EVAL_INCLUDE_TAIL - 1 : the whole text is scored
 EMBEDDING_DIM model_dim
-TIE_EMBEDDINGS - 1 : the output reads the token table
+TIE_EMBEDDINGS - 1 : they are tied
 MLP_HIDDEN - 0 : set MLP_MULT
 NEGATIVE_SLOPE leaky_slope
 SKIP_GATES_ENABLED skips 1=gated 0=gated>unet
@@ -792,7 +774,7 @@ SPARSE_ATTN_GATE_SCALE output_gate_scale
 SPARSE_ATTN_GATE_ENABLED output_gate_scale 1=0.0>1.0 0=0.0
 GATED_ATTN_ENABLED GATED_ATTENTION ATTN_OUT_GATE_ENABLED GATE_ATTN_OUT - 0 : set OUTPUT_GATE_SCALE
 GATED_ATTN_INIT_STD - 0.005
-GATED_ATTN_QUANT_GATE - 0 : gates are stored as fp16
+GATED_ATTN_QUANT_GATE - 0 : gates are fp16
 ATTN_OUT_GATE_SRC GATE_ATTN_SRC - proj
 ROPE_TRAIN_SEQ_LEN - : set ROPE_BASE
 ROPE_YARN - 0 : set ROPE_BASE
@@ -803,7 +785,7 @@ VE_DIM value_embed_dim
 VE_LAYERS value_embed_last_n 9,10=2 : set VALUE_EMBED_LAST_N
 VALUE_RESIDUAL value_residual 0=none 1=mix
 FUSED_CE_ENABLED softcap 1=shifted 0=tanh
-ASYM_LOGIT_RESCALE - 0 : no published run trained its caps
+ASYM_LOGIT_RESCALE - 0 : no run trained its caps
 MTP_NUM_HEADS objective 0=mtp>ce 1=ce>mtp : one head at most
 MTP_LOSS_WEIGHT mtp_weight
 TRAIN_SEQ_SCHEDULE TRAIN_SEQ_SCHEDULE_MODE -
@@ -811,7 +793,7 @@ MUON_BACKEND_STEPS muon_steps
 MUON_ROW_NORMALIZE muon 1=muon>muoneq_r 0=muoneq_r>muon
 MUON_ROW_NORMALIZE muon 1=muon_polar>muoneq_r_polar 0=muoneq_r_polar>muon_polar
 MUON_WEIGHT_DECAY muon_wd
-WD_TAPER_START_FRAC WD_TAPER_FINAL_MULT - : MUON_WD stays the same for a whole run
+WD_TAPER_START_FRAC WD_TAPER_FINAL_MULT - : MUON_WD is constant
 GPTQ_RESERVE_SECONDS reserve_seconds
 GPTQ_RESERVE_MS reserve_seconds *0.001
 SWA_ENABLED averaging 1=none>swa 0=swa>none
@@ -826,7 +808,7 @@ GPTQ_CALIBRATION_BATCHES GPTQ_CALIB_BATCHES calibration_tokens *98304
 LQER_ENABLED lqer_rank 1=0>4 0=0
 LQER_TOP_K - 3
 LQER_FACTOR_BITS - 4
-LQER_ASYM_ENABLED LQER_ASYM_GROUP - 0 : both factors have 4 bits here and a step per row
+LQER_ASYM_ENABLED LQER_ASYM_GROUP - 0 : factors have 4 bits and a step per row
 INT4_LAYERS INT6_LAYERS AWQ_LITE_BITS AWQ_LITE_GROUP_TOP_K AWQ_LITE_GROUP_SIZE -
 TTT_EVAL_BATCHES TOKEN_ORDER TOKEN_THRESHOLD -
 COMPRESSOR codec brotli=brotli_shuffle lzma=lzma zlib=zlib zstd=zstd pergroup=rans
@@ -851,8 +833,8 @@ TTT_LOCAL_LR_MULT ttt_lora_lr *
 TTT_WARM_START_A ttt_warm_a
 TTT_Q_LORA TTT_K_LORA TTT_V_LORA TTT_O_LORA TTT_MLP_LORA - 1 : every site has an adapter
 TTT_MASK - all none : every site has an adapter
-TTT_SHORT_SCORE_FIRST_ENABLED TTT_SHORT_DOC_LEN - 0 : every document has TTT_LORA_CHUNK
-TTT_SHORT_CHUNK_SIZE TTT_SHORT_SCORE_FIRST_STEPS - 0 : every document has TTT_LORA_CHUNK
+TTT_SHORT_SCORE_FIRST_ENABLED TTT_SHORT_DOC_LEN - 0 : chunks are TTT_LORA_CHUNK
+TTT_SHORT_CHUNK_SIZE TTT_SHORT_SCORE_FIRST_STEPS - 0 : chunks are TTT_LORA_CHUNK
 PREQUANT_TTT_ENABLED ttt 1=prequant 0=prequant>none
 PREQUANT_TTT_LR prequant_lr
 PREQUANT_TTT_EPOCHS prequant_epochs
@@ -1440,7 +1422,11 @@ class TokenStream:
         self.vocab = vocab
         self.files = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
         if not self.files:
-            raise UserError(f"DATA_PATH={relative(folder)}: no file matches fineweb_{split}_*.bin")
+            there = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:3])
+            told = f"(there are: {there})" if folder.is_dir() else "in no such folder"
+            raise UserError(
+                f"DATA_PATH={relative(folder)}: no file matches fineweb_{split}_*.bin {told}"
+            )
         self.shards = [open_shard(f) for f in self.files]
         self.starts = list(itertools.accumulate(map(len, self.shards), initial=0))
         self.length = self.starts[-1]
@@ -1477,8 +1463,7 @@ class TokenStream:
 
     def out_of_range(self, shard: int, token: int) -> str:
         name = relative(self.files[shard])
-        wrong = f"token id {token} is out of range for VOCAB_SIZE={self.vocab}"
-        return f"{name}: {wrong}; get shards of this tokenizer, see data/prepare.py"
+        return f"{name}: token id {token} is out of range for VOCAB_SIZE={self.vocab}"
 
 
 class ByteTable(NamedTuple):
@@ -1604,6 +1589,8 @@ def read_manifest(path: Path, tokenizer: Path, files: list[Path]) -> dict[str, A
         told = {name: entry["sha256"] for name, entry in manifest.get("files", {}).items()}
         reference = manifest.get("reference_bpb", {})
         manifest["reference_bpb"] = {name: float(bpb) for name, bpb in reference.items()}
+        if not manifest.get("comparable", True):
+            manifest["note"] += ""  # text
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{relative(path)}: damaged ({error}); build the dataset again") from None
     digest = sha256_file(tokenizer)
@@ -1615,6 +1602,19 @@ def read_manifest(path: Path, tokenizer: Path, files: list[Path]) -> dict[str, A
         if not known or "_val_" in file.name and told[file.name] != sha256_file(file):
             raise UserError(f"{relative(file)}: not the shard that manifest.json names; rebuild it")
     return manifest
+
+
+def refuse_foreign(stream: TokenStream, place: str):
+    """Refuse ids of a known tokenizer that is not SentencePiece's."""
+    start, kind = stream.shards[0][: 1 << 20], ""
+    last = start.max()
+    if start[0] == last == 50256:  # begins GPT-2's documents
+        kind = "GPT-2"
+    if last < 260 and (len(start) >= 1 << 16 or stream.vocab == 260):
+        kind = "byte"
+    if kind:
+        told = f"DATA_PATH={place} holds {kind} ids, which no SentencePiece model counts"
+        raise UserError(f"{told}; see data/cached_challenge_fineweb.py or data/prepare.py")
 
 
 def validation_bytes(folder: Path, cfg: Config, table: ByteTable, val: np.ndarray) -> np.ndarray:
@@ -1636,8 +1636,7 @@ def open_data(cfg: Config, rt: Runtime) -> Data:
     folder, tokenizer_path = locate_data(cfg, rt)
     vocab, row, place = cfg.data.vocab_size, cfg.data.train_seq_len, relative(folder)
     stream = TokenStream(folder, "val", vocab)
-    if len(stream) > 1 << 16 and stream.shards[0][: 1 << 16].max() < 260:
-        raise UserError(f"DATA_PATH={place} holds byte ids, which no SentencePiece model counts")
+    refuse_foreign(stream, place)
     tokenizer = read_tokenizer(tokenizer_path, cfg)
     stream.check(row)
     train = None
@@ -1893,11 +1892,9 @@ SOFTCAPS = {"tanh": softcapped_cross_entropy, "shifted": ShiftedSoftcapLoss.appl
 
 
 def choose_numerics(cfg: Config, rt: Runtime) -> Numerics:
-    """Resolve NUMERICS, ATTENTION and COMPILE for this device; every rank follows rank 0.
-
-    auto is bf16 on CUDA and on a CPU with bf16 instructions (4 to 8 times as fast as fp32), else
-    fp32. Blocked attention is for bf16 on a CPU, where it trains 1.2 to 1.4 times as fast.
-    """
+    """NUMERICS, ATTENTION and COMPILE for this device. auto is bf16 on CUDA and on a CPU with bf16
+    instructions (4 to 8 times as fast as fp32), else fp32; blocked attention for bf16 on a CPU,
+    where it trains 1.2 to 1.4 times as fast."""
     cuda = rt.device.type == "cuda"
     mode, kernel, asked = cfg.system.numerics, cfg.system.attention, cfg.system.compile
     if mode == "auto":
@@ -2029,7 +2026,12 @@ class Site(nn.Module):
         """Make the parameters and constants that it owns."""
 
 
-GATE_DIMS = 12  # leading channels of a token, read by its small gates
+GATE_DIMS = 12
+
+
+def leading(x: Tensor) -> Tensor:
+    """The channels of a token that its small gates read."""
+    return x[..., :GATE_DIMS].contiguous()
 
 
 # embed sites: (x (B,T,C), ids (B,T)) -> (B,T,C)
@@ -2111,9 +2113,7 @@ class SmearGateC(Site):
         self.closed_id = cfg.bos_id if cfg.smear_gate == "D" else -1
 
     def forward(self, x, ids):
-        share = self.strength.to(x.dtype) * torch.sigmoid(
-            self.gate(x[..., :GATE_DIMS].contiguous())
-        )
+        share = self.strength.to(x.dtype) * torch.sigmoid(self.gate(leading(x)))
         return x + share * (ids != self.closed_id).unsqueeze(-1) * before(x)
 
 
@@ -2222,9 +2222,7 @@ class OutputGate(Site):
         self.gate = Linear(GATE_DIMS, cfg.num_heads, zero, "scalar", "keep")
 
     def forward(self, y, v, n):
-        return y * torch.sigmoid(
-            self.steepness * self.gate(n[..., :GATE_DIMS].contiguous())
-        ).unsqueeze(-1)
+        return y * torch.sigmoid(self.steepness * self.gate(leading(n))).unsqueeze(-1)
 
 
 # residual sites: (x (B,T,C), x0 (B,T,C)) -> (B,T,C)
@@ -2423,26 +2421,38 @@ class Merge(nn.Module):
         return torch.lerp(lanes[1], lanes[0], self.share.to(lanes[0].dtype))
 
 
-class Skips(nn.Module):
-    """An earlier output joins the stream, times a learned weight per channel, 1 at the start
-    (unet), or its sigmoid (PR 1539); gated: blended by a learned gate per channel, one half at the
-    start (PR 1089). Knob: SKIPS."""
+# skips: (x (B,T,C), earlier (B,T,C), pair) -> (B,T,C)
+class UNetSkips(nn.Module):
+    """Add an earlier output times a learned weight per channel, 1 at the start."""
 
-    def __init__(self, form: str, pairs: int, width: int):
+    def __init__(self, pairs: int, width: int):
         super().__init__()
-        self.form = form
         self.weights = scalar(pairs, width, value=1.0)
-        self.gates = scalar(pairs, width) if form == "gated" else None
 
-    def forward(self, x: Tensor, earlier: Tensor, pair: int) -> Tensor:
-        """x and earlier (B,T,C) -> (B,T,C)."""
-        weight = self.weights[pair]
-        if self.form == "sigmoid":
-            weight = torch.sigmoid(weight)
-        weighted = weight.to(x.dtype) * earlier
-        if self.gates is None:
-            return x + weighted
+    def forward(self, x, earlier, pair):
+        return x + self.weights[pair].to(x.dtype) * earlier
+
+
+class SigmoidSkips(UNetSkips):
+    """The same by the sigmoid of the weight. PR 1539."""
+
+    def forward(self, x, earlier, pair):
+        return x + torch.sigmoid(self.weights[pair]).to(x.dtype) * earlier
+
+
+class GatedSkips(UNetSkips):
+    """Blend by a learned gate per channel, one half at the start. PR 1089."""
+
+    def __init__(self, pairs: int, width: int):
+        super().__init__(pairs, width)
+        self.gates = scalar(pairs, width)
+
+    def forward(self, x, earlier, pair):
+        weighted = self.weights[pair].to(x.dtype) * earlier
         return torch.lerp(weighted, x, torch.sigmoid(self.gates[pair]).to(x.dtype))
+
+
+SKIPS = {"unet": UNetSkips, "sigmoid": SigmoidSkips, "gated": GatedSkips}
 
 
 class LoopGates(nn.Module):
@@ -2560,7 +2570,7 @@ class GPT(nn.Module):
         self.embed = param(shape, noise, "embed", "embed")  # read at both ends
         self.merge = Merge(cfg)
         pairs = max(sum(len(slot.skips) for slot in plan) for plan in plans(cfg))
-        self.skips = Skips(cfg.skips, pairs, cfg.model_dim) if pairs else None
+        self.skips = SKIPS[cfg.skips](pairs, cfg.model_dim) if pairs else None
         self.loops = LoopGates(cfg) if cfg.num_loops and cfg.loop_ramp_steps else None
         self.objective = OBJECTIVES[optim.objective](cfg, optim, vocab)
         self.embed_sites, self.head_sites = sites("embed", cfg), sites("head", cfg)
@@ -3466,11 +3476,10 @@ def half_steps(levels: Tensor, state: Tensor | None = None) -> tuple[Tensor, Ten
 
 class Trellis(GPTQ):
     """GPTQ with two more ideas, which take two thirds of the 0.25 bit that scalar levels leave
-    above the rate-distortion bound. Columns have steps in proportion to how well later columns make
-    up for an error, so an entropy coder pays for a column what it is worth (WaterSIC, arXiv
-    2603.04956). And the grid has half steps at the price of whole ones: the path through a trellis
-    decides which half of the points a level may mean, and the best path is searched (trellis-coded
-    quantisation, Marcellin and Fischer 1990)."""
+    above the rate-distortion bound. Columns have steps in proportion to how well later ones make up
+    for an error (WaterSIC, arXiv 2603.04956). And half steps cost no more than whole ones: the path
+    through a trellis, searched for the best, decides which half of the points a level may mean
+    (trellis-coded quantisation, Marcellin and Fischer 1990)."""
 
     BLOCK = 64
     AHEAD = 16
@@ -3890,11 +3899,6 @@ CODECS = {
     "brotli_shuffle": Codec(5, shuffle_pack, shuffle_unpack, brotli),
     "rans": Codec(6, rans_pack, rans_unpack),
 }
-
-
-def available_codecs() -> list[str]:
-    """What CODEC may be on this machine."""
-    return [name for name, codec in CODECS.items() if codec.module]
 
 
 MAGIC = b"GOLF"
@@ -4427,7 +4431,7 @@ class Score:
         return f"val_loss:{self.loss:.{digits}f} val_bpb:{self.bpb:.{digits}f}"
 
 
-LANES = 8  # shares of work that carry something along; more ranks than that find nothing to share
+LANES = 8  # shares of work that carry something along; more ranks find nothing to do
 
 
 class Batch(NamedTuple):
@@ -4639,6 +4643,11 @@ class Fixed:
         make = functools.partial(torch.optim.SGD, lr=c.ttt_lr, momentum=c.ttt_momentum)
         return FineTuner(subject, make)
 
+    def study(self, tuner: FineTuner, text: tuple, lr: float):
+        """Train all weights on a scored text. Knob: TTT_EPOCHS."""
+        for _ in range(self.cfg.eval.ttt_epochs):
+            tuner.step(*text, lr)
+
 
 class ScoreFirstSGD(Fixed):
     """Score a chunk of TTT_CHUNK_TOKENS, then train all weights on it for the next ones. A window
@@ -4654,8 +4663,7 @@ class ScoreFirstSGD(Fixed):
             if end == targets:
                 return
             rows = cut(begin, end, self.windows.size)
-            for _ in range(c.ttt_epochs):
-                tuner.step(*ledger.read(rows), cosine_rate(c.ttt_lr, k, len(chunks)))
+            self.study(tuner, ledger.read(rows), cosine_rate(c.ttt_lr, k, len(chunks)))
 
 
 class LoRA(nn.Module):
@@ -4704,8 +4712,7 @@ class DocumentLoRA(Fixed):
         chunk = np.cumsum(np.diff(spans)) // c.ttt_chunk_tokens
         chunks = np.split(spans, np.flatnonzero(np.diff(chunk)) + 1)
         for k, rows in enumerate(chunks[:-1] or chunks):
-            for _ in range(c.ttt_epochs):
-                tuner.step(*ledger.read(rows), cosine_rate(c.ttt_lr, k, len(chunks)))
+            self.study(tuner, ledger.read(rows), cosine_rate(c.ttt_lr, k, len(chunks)))
 
     def assigned(self, documents: np.ndarray) -> list[Batch]:
         """Batches of documents, each given to the lane that has least to do."""
@@ -4897,8 +4904,7 @@ def prequant(trainer: "Trainer", text: np.ndarray | None):
     rows = cut(0, len(text) - 1, trainer.cfg.data.train_seq_len)
     batches = np.split(rows, range(c.prequant_rows, len(rows), c.prequant_rows))
     optimiser = functools.partial(torch.optim.AdamW, weight_decay=0.0)
-    subject = trainer.subject()._replace(numerics=trainer.numerics)
-    tuner = FineTuner(subject, optimiser)
+    tuner = FineTuner(trainer.subject()._replace(numerics=trainer.numerics), optimiser)
     off_the_clock = contextlib.nullcontext() if c.compliant else trainer.clock.paused()
     with rt.phase("prequant"), off_the_clock:
         for epoch in range(c.prequant_epochs):
@@ -4949,6 +4955,9 @@ def full_speed() -> dict[str, float]:
     return dict(lr=1.0, qat=1.0, loop=1.0, plan=0, done=0.0, momentum=0.0, alpha=0.0, beta3=0.0)
 
 
+AT_REST = dict(qat=0.0, loop=1.0)  # as exported: no fake quantisation
+
+
 class Clock:
     """Training seconds on a monotonic clock. All that reads training text counts: steps, a start
     from data (see_data), what the quantiser observes; prewarming, validation, checkpoints and the
@@ -4994,7 +5003,7 @@ class Checkpoint(NamedTuple):
 
     state: dict[str, Any]  # as Trainer.state
     identity: dict[str, Any]  # as Config.identity
-    numerics: dict[str, Any]
+    numerics: Any  # in the file a dictionary
     train_tokens: int
 
 
@@ -5018,7 +5027,7 @@ def load_checkpoint(cfg: Config, rt: Runtime) -> Checkpoint | None:
     with or_start_over(f"{relative(path)}: not a readable checkpoint"):
         content = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
         saved = Checkpoint(**content)
-        Numerics(**saved.numerics)  # refuses other names
+        saved = saved._replace(numerics=Numerics(**saved.numerics))
         pairs = [(k, saved.identity.get(k), now) for k, now in cfg.identity().items()]
         changed = [f"{k.upper()}: then {a}, now {b}" for k, a, b in pairs if a != b]
     if changed:
@@ -5308,13 +5317,9 @@ class Trainer:
         numerics = self.numerics._replace(compile=compiles)
         return Subject(cfg, self.rt, self.model, numerics, self.plans[self.plan])
 
-    def rest(self):
-        """Make the model what is exported: no fake quantisation, loops at full strength."""
-        self.set_ramps(full_speed() | dict(qat=0.0))
-
     def validate(self):
         """The competition's validation line: score of the live weights at rest, off the clock."""
-        self.rest()
+        self.set_ramps(AT_REST)
         result, elapsed = score_model(self.subject(), self.data), self.clock.read()
         self.rt.log(self.line(elapsed, result.text(4)))
         scores = dict(loss=result.loss, bpb=result.bpb)
@@ -5371,7 +5376,7 @@ class Trainer:
     def observe(self):
         """See what the quantiser asks for; training text is read before the clock stops."""
         q, limit = self.cfg.quant, self.cfg.optim.max_wallclock_seconds
-        self.rest()
+        self.set_ramps(AT_REST)
         if q.sees_inputs:
             self.hessians = self.observe_inputs(q.calibration_tokens)
         if q.allocation == "loss":
@@ -5470,7 +5475,7 @@ def summary(cfg: Config, rt: Runtime, path: Path, data: Data, result: Score):
         figures = "  ".join(f"{name} {bpb:.3f}" for name, bpb in reference.items())
         rt.log(f"for orientation  {figures}   (compressors, primed with the training text)")
     if not data.manifest.get("comparable", True):
-        rt.log(f"note             {data.manifest.get('note')}")
+        rt.log(f"note             {data.manifest['note']}")
     rt.log("-" * 100)
     counts = f"tokens:{result.tokens} bytes:{result.bytes}"
     rt.log(f"final:official variant:{scored} {result.text(8)} {counts}")
@@ -5492,8 +5497,7 @@ def peak_memory(rt: Runtime) -> str:
 def train_and_export(cfg: Config, rt: Runtime, data: Data, saved: Checkpoint | None) -> Path:
     """All from a new model to its artifact, whose path is returned."""
     with rt.phase("calibrate"):
-        chosen = None if saved else rt.on_main(lambda: choose_numerics(cfg, rt))
-        numerics = chosen or Numerics(**saved.numerics)
+        numerics = saved.numerics if saved else rt.on_main(lambda: choose_numerics(cfg, rt))
         apply_numerics(numerics, rt)
     torch.manual_seed(cfg.run.seed)
     model = GPT(cfg.model, cfg.data.vocab_size, numerics, cfg.optim)

@@ -473,7 +473,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(finished, toy, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_whose_data_is_refused_leaves_no_folder_and_its_name_free(toy, tmp_path):
-    refused(train(tmp_path / "none", tmp_path, "a"), "none: no file matches")
+    refused(train(tmp_path / "none", tmp_path, "a"), "no such folder")
     assert not (tmp_path / "a").exists()
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("mine")

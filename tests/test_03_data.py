@@ -225,7 +225,14 @@ def test_a_data_folder_may_have_brackets_in_its_name(dataset):
 
 @pytest.mark.parametrize(
     "manifest",
-    ["{", "[1]", '{"files": 5}', '{"files": {"a": {}}}', '{"reference_bpb": {"xz": "best"}}'],
+    [
+        "{",
+        "[1]",
+        '{"comparable": false}',
+        '{"files": 5}',
+        '{"files": {"a": {}}}',
+        '{"reference_bpb": {"xz": "best"}}',
+    ],
 )
 def test_a_damaged_manifest_is_refused_by_name(dataset, manifest):
     (dataset / "manifest.json").write_text(manifest)
@@ -363,17 +370,26 @@ def test_a_run_with_another_begin_of_document_id_counts_its_documents(tmp_path):
     assert official(again.out) == official(run.out)
 
 
-def test_shards_of_another_family_are_named(dataset):
-    """Finding 5: bytes of pieces would be counted for byte ids."""
+def test_shards_of_another_family_are_named_with_a_remedy(dataset):
+    """Finding 5: GPT-2 and byte ids ended in "fineweb_50304_bpe.model: no such file"."""
     rng = np.random.default_rng(0)
-    for said, tokens in (
-        ("token id 50256 is out of range", [50256, *rng.integers(0, 50256, 500).tolist()]),
-        ("holds byte ids", [1, *rng.integers(4, 260, 1 << 16).tolist()]),
+    for kind, tokens, vocab in (
+        ("GPT-2 ids", [50256, *rng.integers(0, 50256, 500).tolist()], 50304),
+        ("GPT-2 ids", [50256, *rng.integers(0, 50256, 500).tolist()], 1024),
+        ("byte ids", [1, *rng.integers(4, 260, 500).tolist()], 260),
+        ("byte ids", [1, *rng.integers(4, 260, 1 << 16).tolist()], 1024),
     ):
         write_shard(dataset / "fineweb_val_000000.bin", tokens)
-        cfg = config(DATA_PATH=dataset)
-        with pytest.raises(train_gpt.UserError, match=said):
+        cfg = config(DATA_PATH=dataset, VOCAB_SIZE=vocab)
+        with pytest.raises(train_gpt.UserError, match=f"holds {kind}.*data/prepare.py"):
             train_gpt.open_data(cfg, train_gpt.Runtime(cfg, {}))
+
+
+def test_shards_under_another_name_are_listed(dataset):
+    for path in dataset.glob("fineweb_*.bin"):
+        path.rename(path.with_name(path.name.replace("fineweb", "stories")))
+    with pytest.raises(train_gpt.UserError, match="there are: stories_train_000000.bin"):
+        train_gpt.TokenStream(dataset, "val", 1024)
 
 
 def test_all_65536_ids_of_uint16_can_be_used(tmp_path):
