@@ -750,7 +750,7 @@ CASEOPS_ENABLED caseops
 DATA_DIR - : set DATA_PATH
 ARTIFACT_DIR - : set RUNS_DIR and RUN_ID
 GRAD_ACCUM_STEPS - : passes follow from MICRO_BATCH_TOKENS
-VAL_DOC_FRACTION EVAL_INCLUDE_TAIL - 1 : the whole text is scored
+VAL_DOC_FRACTION EVAL_INCLUDE_TAIL - 1 : all is scored
 EMBEDDING_DIM model_dim
 TIE_EMBEDDINGS - 1 : they are tied
 MLP_HIDDEN - 0 : set MLP_MULT
@@ -765,7 +765,8 @@ REPEAT_UNTIE_MLP - none
 DISABLE_LAYER0_ATTN DTG_ENABLED LAWA_ENABLED HESSIAN_CLIP_LAMBDA AWQ_LITE_ENABLED - 0
 SEQ_CHANGE_WARMUP_STEPS SPARSE_ATTN_GATE_INIT_STD TTT_BETA1 TTT_LORA_EMA_DECAY TRIGRAM - 0
 GLOBAL_TTT_WARMUP_START_LR GLOBAL_TTT_WARMUP_CHUNKS ETLB_ENABLED - 0
-NGRAM_TILT_ENABLED NGRAM_HINT_PRECOMPUTE_OUTSIDE TOKEN_BOOST - 0
+NGRAM_TILT_ENABLED NGRAM_HINT_PRECOMPUTE_OUTSIDE TOKEN_BOOST SEQ_RAMP_START - 0
+CALIBRATION - train
 SMEAR_GATE smear_gate 0=none 1=B
 SMEAR_GATE_ENABLED smear_gate 0=none 1=D
 SMEAR_GATE_BOS_FIX smear_gate 0=D>C 1=C>D
@@ -1423,10 +1424,9 @@ class TokenStream:
         self.files = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
         if not self.files:
             there = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:3])
-            told = f"(there are: {there})" if folder.is_dir() else "in no such folder"
-            raise UserError(
-                f"DATA_PATH={relative(folder)}: no file matches fineweb_{split}_*.bin {told}"
-            )
+            told = f"no file matches fineweb_{split}_*.bin (there are: {there})"
+            wrong = told if folder.is_dir() else "no such folder"
+            raise UserError(f"DATA_PATH={relative(folder)}: {wrong}")
         self.shards = [open_shard(f) for f in self.files]
         self.starts = list(itertools.accumulate(map(len, self.shards), initial=0))
         self.length = self.starts[-1]
@@ -4023,7 +4023,7 @@ def unpack_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def check_entry(e: Entry):
-    """Raise ValueError or TypeError unless a tensor can be what the header says."""
+    """Raise unless a tensor can be what the header says."""
     if type(e.name) is not str or e.kind not in KINDS or type(e.shape) is not list:
         raise ValueError("a tensor has no name, kind or shape")
     if not all(type(n) is int and n >= 0 for n in [*e.shape, *e[3:]]):

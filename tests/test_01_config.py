@@ -480,6 +480,9 @@ def test_unknown_variables_of_a_known_family_are_named():
     """Finding M5: near misses come from KNOBS and PUBLISHED, not from nine typed by hand."""
     for name in ("GPTQ_FOO", "TTT_FOO", "LQER_FOO", "NUM_FOO", "SWA_FOO", "EMBED_FOO"):
         assert [note.split()[0] for note in resolve(**{name: "1"}).notes] == [name]
+    # knobs of an earlier script
+    for name in ("SEQ_RAMP_START", "SEQ_RAMP_FRAC", "CALIBRATION", "WD_TAPER_AT", "ADEMAMIX"):
+        assert [note.split("=")[0].split()[0] for note in resolve(**{name: "7"}).notes] == [name]
 
 
 # ---- help
